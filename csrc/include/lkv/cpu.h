@@ -1,0 +1,37 @@
+#pragma once
+
+#include "lkv/params.h"
+
+// The CPU kernels. They own no threads: the caller lends its own.
+
+namespace lkv::cpu {
+
+// body(context, begin, end) for disjoint ranges that cover [0, n), each of at least `grain` items but the last.
+struct Threads {
+  using Body = void (*)(void* context, int64_t begin, int64_t end);
+  void (*run)(void* pool, int64_t n, int64_t grain, Body body, void* context);
+  void* pool;
+  int64_t count;  // how many threads may run at once
+
+  template <class F>
+  void parallel_for(int64_t n, int64_t grain, F&& f) const {
+    if (n <= grain || count <= 1) {
+      if (n > 0) f(int64_t{0}, n);
+      return;
+    }
+    run(pool, n, grain, [](void* c, int64_t begin, int64_t end) { (*static_cast<F*>(c))(begin, end); }, &f);
+  }
+};
+
+void rooms(const RoomsParams& p);
+void select(const SelectParams& p, const Threads& threads);
+void gather(const GatherParams& p, const Threads& threads);
+void compact(const CompactParams& p, const Threads& threads);
+
+// Asks the kernel for huge pages under a large output that nobody has touched yet; a hint, never an error.
+void advise_huge_pages(void* data, int64_t bytes);
+
+// "avx512", "avx2" or "portable": the best this machine runs, or what LKV_CPU_ISA asks for.
+const char* isa();
+
+}  // namespace lkv::cpu

@@ -1,0 +1,32 @@
+#pragma once
+
+#include <cstddef>
+
+#include "lkv/params.h"
+
+// The CUDA launchers: asynchronous on the caller's stream and current device, capturable, no allocation and no
+// synchronisation. They return what cudaLaunchKernelEx and friends return; cudaSuccess is 0.
+
+struct CUstream_st;
+
+namespace lkv::cuda {
+
+using Stream = CUstream_st*;
+using Status = int;
+
+const char* describe(Status status);
+
+// Copies host bytes to device memory by kernel arguments: no pinned memory, no blocking copy, safe under capture.
+Status upload(const void* host, void* device, size_t bytes, Stream stream);
+
+Status rooms(const RoomsParams& p, Stream stream);
+
+// `longest` bounds the valid length of every row set. Scratch: device bytes, any content, 16-byte aligned.
+size_t select_scratch(int64_t rows, int64_t longest);
+Status select(const SelectParams& p, int64_t longest, void* scratch, Stream stream);
+
+// `behind_select`: launched with programmatic dependent launch right behind the select that sets p.ready.
+Status gather(const GatherParams& p, bool behind_select, Stream stream);
+Status compact(const CompactParams& p, Stream stream);
+
+}  // namespace lkv::cuda

@@ -1,0 +1,130 @@
+#pragma once
+
+#include <cstdint>
+
+#include "lkv/keys.h"
+#include "lkv/macros.h"
+
+// What the kernels are told: plain structs of raw pointers and sizes, no torch and no Python.
+//
+// A *row set* is one (layer, sequence, KV head): row = (layer * batch + b) * heads + h of R = layers * batch * heads.
+// All pointers, the tables too, live where the kernel runs (host memory for lkv::cpu, device memory for lkv::cuda).
+// Values read through them are clamped, never trusted to be in range.
+
+namespace lkv {
+
+// The tokens of one tensor of one layer: token t of (b, h) begins at data + b * batch + h * head + t * token bytes.
+// Ragged tensors have batch = head = 0 and count t from the start of the tensor.
+struct Strided {
+  char* data;
+  int64_t batch, head, token;
+};
+
+// One integer per row set, broadcast by zero strides (in elements) over layers, sequences or heads.
+struct RowInts {
+  const void* data;  // nullptr: `fallback` everywhere
+  int64_t layer, batch, head;
+  int64_t fallback;
+  bool wide;  // int64 when true, else int32
+
+  LKV_HD int64_t at(int64_t n, int64_t b, int64_t h) const {
+    if (data == nullptr) return fallback;
+    const int64_t i = n * layer + b * batch + h * head;
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+// The row sets an op reads. Dense: [layer][b, h, L]. Ragged: one layer of rows one after the other in [T].
+struct Source {
+  int64_t layers, batch, heads;
+  const int64_t* tokens;      // [layers] L of each layer; ragged: tokens[0] = T
+  const int32_t* cu_seqlens;  // ragged: [R + 1] where each row set begins in T; dense: nullptr
+  RowInts lengths, starts;    // the valid range [starts, starts + lengths) of each row set (ragged: starts = 0)
+
+  LKV_HD int64_t rows() const { return layers * batch * heads; }
+};
+
+// One row set found: its coordinates, where its token 0 lies, and its valid range in its own coordinates.
+struct RowSet {
+  int64_t layer, b, h;
+  int64_t origin;         // token index of position 0: 0 when dense, cu_seqlens[row] when ragged
+  int64_t limit;          // positions are in [0, limit)
+  int64_t begin, length;  // valid: [begin, begin + length)
+
+  LKV_HD char* at(const Strided& t, int64_t position) const {
+    return t.data + b * t.batch + h * t.head + (origin + position) * t.token;
+  }
+};
+
+LKV_HD int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
+LKV_HD RowSet row_set(const Source& s, int64_t row) {
+  RowSet r;
+  r.h = row % s.heads;
+  r.b = row / s.heads % s.batch;
+  r.layer = row / s.heads / s.batch;
+  const int64_t tokens = s.tokens[r.layer];
+  r.origin = s.cu_seqlens ? clamp(s.cu_seqlens[row], 0, tokens) : 0;
+  r.limit = s.cu_seqlens ? clamp(s.cu_seqlens[row + 1], r.origin, tokens) - r.origin : tokens;
+  r.begin = clamp(s.starts.at(r.layer, r.b, r.h), 0, r.limit);
+  r.length = clamp(s.lengths.at(r.layer, r.b, r.h), 0, r.limit - r.begin);
+  return r;
+}
+
+// How many rows each row set keeps and where its room begins in the output.
+// keep = clamp(budget, 0, length, max_budget); room = keep + reserve rounded up to align, or `padded` for all when > 0.
+// Rooms end at `total`: begin = min(sum of the rooms before, total), and keep and room are cut to total - begin.
+struct RoomsParams {
+  Source source;
+  RowInts budgets;
+  int64_t max_budget, reserve, align;
+  int64_t padded;  // C of a padded output, 0 when packed
+  int64_t total;   // rows allocated in the output
+  int32_t* lengths;     // out [R]: rows kept
+  int32_t* cu_seqlens;  // out [R + 1]: room offsets
+  int32_t* overflow;    // out [1]: rows cut by max_budget, C or total; may be nullptr
+  uint32_t* ready;      // out [R]: flags to clear for a select that follows; may be nullptr
+};
+
+// The rows to keep, ascending, at positions[cu_seqlens[row] + i]; -1 in the slack of the rooms and after the last room.
+// Of keep rows: the first min(sink, keep), the last min(window, rest), and the best of those between by (score, lower position).
+struct SelectParams {
+  Source source;
+  const Strided* scores;  // [layers]
+  ScoreType type;
+  int64_t sink, window;
+  const int32_t* lengths;     // [R] rows kept, at most the valid length of each row set
+  const int32_t* cu_seqlens;  // [R + 1]
+  int64_t total;
+  int32_t* positions;  // out [total]
+  uint32_t* ready;     // out [R]: set once the positions of a row set (its slack too) are written; may be nullptr
+};
+
+// Output row j of row set r (cu_seqlens[r] <= j < cu_seqlens[r + 1]) is row positions[j] of r in each payload;
+// zeros where the position is outside [0, limit), and after the last room.
+struct GatherParams {
+  Source source;  // lengths and starts are not used
+  int64_t payloads;
+  const Strided* inputs;     // [payloads * layers], payload-major
+  char* const* outputs;      // [payloads] contiguous rows
+  const int64_t* row_bytes;  // [payloads]
+  const int32_t* positions;   // [total]
+  const int32_t* cu_seqlens;  // [R + 1]
+  int64_t total;
+  const uint32_t* ready;  // [R]: wait for the flag of a row set before reading its positions; may be nullptr
+  bool warm;              // the outputs' memory has been touched before (CPU: non-temporal stores pay off)
+};
+
+// In place: row positions[cu_seqlens[r] + i] of row set r moves to row i of r, for i < lengths[r]. Positions ascend, so
+// no row is overwritten before it was read if rows move in order; bytes of different columns never meet.
+struct CompactParams {
+  Source source;
+  int64_t payloads;
+  const Strided* payload;    // [payloads * layers], payload-major; read and written
+  const int64_t* row_bytes;  // [payloads]
+  const int32_t* positions;
+  const int32_t* lengths;
+  const int32_t* cu_seqlens;
+};
+
+}  // namespace lkv
