@@ -1,0 +1,117 @@
+#pragma once
+
+// The device primitives that are not plain C++. Kernels use nothing else but these, threadIdx, blockIdx, blockDim and
+// gridDim, __syncwarp, __shfl_sync, __shfl_up_sync, __ballot_sync, __popc, atomicAdd and atomicOr on uint32_t, so that
+// the sources also compile against the emulator. Architecture guards live in here: before sm_90 a cluster is one
+// block, and dependent launches do not exist.
+
+#if defined(LKV_EMULATOR)
+#include "emulator/primitives.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define LKV_GRID_CONSTANT __grid_constant__
+
+namespace lkv::cuda {
+
+// The block's dynamic shared memory, 16-byte aligned. Kernels have no other shared memory.
+template <class T>
+__device__ __forceinline__ T* dyn_smem() {
+  static_assert(alignof(T) <= 16);
+  extern __shared__ __align__(16) unsigned char lkv_dynamic_shared[];
+  return reinterpret_cast<T*>(lkv_dynamic_shared);
+}
+
+__device__ __forceinline__ void block_sync() {
+  __syncthreads();
+}
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return 0;
+#endif
+}
+
+__device__ __forceinline__ uint32_t cluster_size() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+#else
+  return 1;
+#endif
+}
+
+// Barrier over all threads of the cluster that also orders their shared, distributed shared and global accesses.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// The same object in the shared memory of block `rank` of this cluster.
+template <class T>
+__device__ __forceinline__ T* map_shared_rank(T* local, uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+  T* peer;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(local), "r"(rank));
+  return peer;
+#else
+  return local;
+#endif
+}
+
+// Flags in global memory, at gpu scope.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* flag) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_release(uint32_t* flag, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+  return before;
+}
+
+// One step of a spin on a flag.
+__device__ __forceinline__ void spin_pause() {
+  __nanosleep(64);
+}
+
+// Waits for the grids this one was launched behind to be complete and visible (all of them, at once if none).
+__device__ __forceinline__ void grid_dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// This block no longer holds back a grid launched behind this one; promises nothing about what it wrote.
+__device__ __forceinline__ void trigger_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// A load of what nobody writes during the grid and nobody reads again: uint4, uint2 or an unsigned integer.
+template <class T>
+__device__ __forceinline__ T load_once(const T* p) {
+  return __ldcs(p);
+}
+
+}  // namespace lkv::cuda
+
+#endif
