@@ -1,0 +1,143 @@
+#include "problem.h"
+
+namespace lkv::torch_ops {
+
+namespace {
+
+std::string indexed(const char* name, size_t i, bool many) {
+  return many ? std::string(name) + "[" + std::to_string(i) + "]" : name;
+}
+
+}  // namespace
+
+Problem::Problem(const Tensors& payload, const Tensors& score_list, const Layout& layout)
+    : layers(layout.layers), batch(layout.batch), heads(layout.heads) {
+  const bool from_payload = !payload.empty();
+  const Tensors& first = from_payload ? payload : score_list;
+  check_value(layers > 0 && !first.empty() && payload.size() % layers == 0 &&
+                  (score_list.empty() || score_list.size() == static_cast<size_t>(layers)),
+              "expected one tensor per layer in every list, got ", payload.size(), " payload and ", score_list.size(),
+              " score tensors for ", layers, " layers");
+  device = device_of(first[0]);
+  if (layout.cu_seqlens) {
+    const Named cu{*layout.cu_seqlens, "cu_seqlens"};
+    check_device(cu, device);
+    check_int32(cu, {rows() + 1}, "[B * H + 1]");
+    cu_seqlens = static_cast<const int32_t*>(cu.tensor.data_ptr());
+  } else {
+    read_shape({first[0], from_payload ? "payload[0]" : indexed("scores", 0, layers > 1)});
+  }
+
+  std::vector<int64_t> token_counts(layers, -1), bytes;
+  const std::vector<Strided> input_rows = read_rows(payload, "payload", token_counts);
+  for (size_t i = 0; i < payload.size(); i += layers) {
+    const RowLayout head = row_layout({payload[i], ""}, cu_seqlens != nullptr);
+    payloads.push_back({head.trailing, dtype_of(payload[i])});
+    bytes.push_back(head.row_bytes);
+  }
+  const std::vector<Strided> score_rows = read_rows(score_list, "scores", token_counts);
+  for (size_t n = 0; n < score_list.size(); ++n) {
+    const Named named{score_list[n], indexed("scores", n, layers > 1)};
+    const ScoreType type = check_scores_dtype(named);
+    check_type(n == 0 || type == score_type, "expected ", named.name, " of the same dtype as scores[0]");
+    score_type = type;
+  }
+  longest = *std::max_element(token_counts.begin(), token_counts.end());
+  tokens = tables.add(token_counts);
+  scores = tables.add(score_rows);
+  inputs = tables.add(input_rows);
+  row_bytes = tables.add(bytes);
+}
+
+void Problem::read_shape(const Named& first) {
+  const Shape shape = shape_of(first.tensor);
+  check_value(shape.size() >= 3, "expected ", first.name, " of shape [B, H, L, ...], got ", shape);
+  batch = shape[0];
+  heads = shape[1];
+}
+
+// Checks the tensors of a list against the shape and against each other; fills in the token counts of the layers.
+std::vector<Strided> Problem::read_rows(const Tensors& list, const char* name, std::vector<int64_t>& token_counts) {
+  const bool ragged = cu_seqlens != nullptr, is_scores = name[0] == 's';
+  const size_t axes = ragged ? 1 : 3;
+  std::vector<Strided> rows;
+  rows.reserve(list.size());
+  for (size_t i = 0; i < list.size(); ++i) {
+    const Named t{list[i], indexed(name, i, !is_scores || layers > 1)};
+    check_device(t, device);
+    const Shape shape = shape_of(t.tensor);
+    int64_t& count = token_counts[i % layers];
+    if (count < 0 && shape.size() >= axes) count = shape[axes - 1];
+    const Shape expected = ragged ? Shape{count} : Shape{batch, heads, count};
+    check_value(shape.size() >= axes && std::equal(expected.begin(), expected.end(), shape.begin()) &&
+                    (!is_scores || shape.size() == axes),
+                "expected ", t.name, " of shape ", ragged ? "[T" : "[B, H, L", is_scores ? "] = " : ", ...] with ",
+                expected, ", got ", shape);
+    if (!is_scores && i % layers != 0) {
+      const Tensor& head = list[i - i % layers];
+      const Shape trailing = shape_of(head);
+      check_value(std::equal(shape.begin() + axes, shape.end(), trailing.begin() + axes, trailing.end()), "expected ",
+                  t.name, " with rows like those of the first layer, ", trailing, ", got ", shape);
+      check_type(dtype_of(t.tensor) == dtype_of(head), "expected ", t.name, " of the dtype of the first layer");
+    }
+    rows.push_back(row_layout(t, ragged).strided);
+  }
+  return rows;
+}
+
+void Problem::read_sizes(const Sizes& sizes) {
+  check_value(sizes.total >= 0 && sizes.total <= INT32_MAX, "expected at most 2**31 - 1 rows in the output, got ",
+              sizes.total);
+  check_value(sizes.sink >= 0 && sizes.window >= 0, "expected sink and window of at least 0, got ", sizes.sink, " and ",
+              sizes.window);
+  check_value(sizes.reserve >= 0 && sizes.align >= 1, "expected reserve >= 0 and align >= 1, got ", sizes.reserve,
+              " and ", sizes.align);
+  budgets = read_ints(sizes.budgets, "budgets", layers > 1 ? "[N, H] or [N, B, H]" : "[H] or [B, H]", true, 0);
+  lengths = read_ints(sizes.lengths, "lengths", "[B] or [B, H]", false, INT64_MAX);
+  starts = read_ints(sizes.starts, "starts", "[B] or [B, H]", false, 0);
+}
+
+IntTable Problem::read_ints(const Ints& values, const char* name, const char* shapes, bool per_head,
+                            int64_t fallback) {
+  if (values.tensor) {
+    const Named t{*values.tensor, name};
+    check_device(t, device);
+    return {row_ints(t, layers, batch, heads), std::nullopt};
+  }
+  RowInts ints{nullptr, 0, 0, 0, fallback, true};
+  const int64_t count = static_cast<int64_t>(values.host.size());
+  if (count == 0) {
+    check_value(!per_head || rows() == 0, "expected ", name, " of shape ", shapes, ", got none");
+    return {ints, std::nullopt};
+  }
+  if (count == 1) {
+    ints.fallback = values.host[0];
+    return {ints, std::nullopt};
+  }
+  if (count == rows()) {
+    ints.layer = batch * heads, ints.batch = heads, ints.head = 1;
+  } else if (count == batch * heads) {
+    ints.batch = heads, ints.head = 1;
+  } else if (per_head && count == heads) {
+    ints.head = 1;
+  } else if (!per_head && count == batch) {
+    ints.batch = 1;
+  } else {
+    fail("ValueError", "expected ", name, " of shape ", shapes, " with [N, B, H] = ", Shape{layers, batch, heads},
+         ", got ", count, " values");
+  }
+  return {ints, tables.add(values.host)};
+}
+
+Shape Problem::lengths_shape() const {
+  return layers > 1 ? Shape{layers, batch, heads} : Shape{batch, heads};
+}
+
+Shape Problem::output_shape(int64_t total, int64_t padded, const Shape& trailing) const {
+  Shape shape = padded < 0 ? Shape{total} : lengths_shape();
+  if (padded >= 0) shape.push_back(padded);
+  shape.insert(shape.end(), trailing.begin(), trailing.end());
+  return shape;
+}
+
+}  // namespace lkv::torch_ops

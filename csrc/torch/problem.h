@@ -1,0 +1,98 @@
+#pragma once
+
+#include <algorithm>
+#include <optional>
+
+#include "tensors.h"
+
+// The arguments that the ops share, checked once and laid out as tables that CPU and CUDA kernels read alike.
+
+namespace lkv::torch_ops {
+
+// Integers of the caller: on the host, in a tensor, or both (then the host copy has sized the output already).
+struct Ints {
+  std::vector<int64_t> host;
+  std::optional<Tensor> tensor;
+};
+
+// Which row sets there are. batch and heads are read from the tensors when these are dense.
+struct Layout {
+  int64_t layers, batch, heads;
+  std::optional<Tensor> cu_seqlens;  // of ragged input
+};
+
+// What every row set keeps and how the output is cut into rooms; see RoomsParams and SelectParams.
+struct Sizes {
+  Ints budgets, lengths, starts;
+  int64_t sink, window;
+  int64_t total, padded;  // rows of the output; C of a padded one, negative when packed
+  int64_t max_budget;     // negative: none
+  int64_t reserve, align;
+};
+
+// Tables of one launch, built on the host and placed where the kernel runs. An entry is known by its offset until then.
+class Tables {
+ public:
+  template <class T>
+  size_t add(const T* values, size_t count) {
+    const size_t offset = bytes_.size();
+    bytes_.resize((offset + count * sizeof(T) + 15) / 16 * 16);
+    std::copy_n(reinterpret_cast<const char*>(values), count * sizeof(T), bytes_.data() + offset);
+    return offset;
+  }
+  template <class T>
+  size_t add(const std::vector<T>& values) {
+    return add(values.data(), values.size());
+  }
+  const char* data() const { return bytes_.data(); }
+  size_t size() const { return bytes_.size(); }
+
+ private:
+  std::vector<char> bytes_;
+};
+
+// RowInts whose host values, if any, lie in the tables.
+struct IntTable {
+  RowInts ints;
+  std::optional<size_t> offset;
+
+  RowInts at(const char* tables) const {
+    RowInts placed = ints;
+    if (offset) placed.data = tables + *offset;
+    return placed;
+  }
+};
+
+struct Payload {
+  Shape trailing;
+  int32_t dtype;
+};
+
+// Payload-major: tensor p of layer n is payload[p * layers + n]. Either list may be empty; the first tensor of the
+// first one that is not gives device and shape to all the others.
+class Problem {
+ public:
+  Problem(const Tensors& payload, const Tensors& scores, const Layout& layout);
+  void read_sizes(const Sizes& sizes);
+
+  int64_t rows() const { return layers * batch * heads; }
+  Shape lengths_shape() const;                           // [B, H], with layers [N, B, H]
+  Shape output_shape(int64_t total, int64_t padded, const Shape& trailing) const;  // [T', ...] or [B, H, C, ...]
+
+  DeviceId device;
+  int64_t layers, batch, heads;
+  int64_t longest = 0;  // bounds the length of every row set
+  const int32_t* cu_seqlens = nullptr;
+  ScoreType score_type = ScoreType::f32;
+  std::vector<Payload> payloads;
+  Tables tables;
+  size_t tokens, scores, inputs, row_bytes;  // offsets in the tables
+  IntTable budgets{}, lengths{}, starts{};
+
+ private:
+  void read_shape(const Named& first);
+  std::vector<Strided> read_rows(const Tensors& list, const char* name, std::vector<int64_t>& tokens);
+  IntTable read_ints(const Ints& values, const char* name, const char* shapes, bool per_head, int64_t fallback);
+};
+
+}  // namespace lkv::torch_ops
