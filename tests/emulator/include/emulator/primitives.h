@@ -1,0 +1,198 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "emulator/device.h"
+
+// The twin of csrc/cuda/primitives.cuh: the same names over the emulator. Call sites travel along in default arguments,
+// so that a report can name the barrier somebody waits at.
+
+#define LKV_GRID_CONSTANT __grid_constant__
+
+namespace lkv::cuda {
+
+template <class T>
+T* dyn_smem() {
+  static_assert(alignof(T) <= 16);
+  return reinterpret_cast<T*>(emulator::shared_memory());
+}
+
+inline void block_sync(emulator::Where where = emulator::Where::current()) {
+  emulator::block_barrier(where);
+}
+
+inline uint32_t cluster_rank() {
+  return emulator::cluster_rank();
+}
+inline uint32_t cluster_size() {
+  return emulator::cluster_size();
+}
+
+inline void cluster_sync(emulator::Where where = emulator::Where::current()) {
+  emulator::cluster_arrive(where);
+  emulator::cluster_wait(where);
+}
+
+template <class T>
+T* map_shared_rank(T* local, uint32_t rank, emulator::Where where = emulator::Where::current()) {
+  return reinterpret_cast<T*>(emulator::shared_memory_of(local, rank, where));
+}
+
+inline uint32_t load_acquire(const uint32_t* flag) {
+  emulator::preemption_point();
+  return *flag;
+}
+
+inline void store_release(uint32_t* flag, uint32_t value) {
+  emulator::preemption_point();
+  *flag = value;
+  emulator::progress();
+}
+
+inline uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
+  emulator::preemption_point();
+  const uint32_t before = *counter;
+  *counter += value;
+  emulator::progress();
+  return before;
+}
+
+inline void spin_pause(emulator::Where where = emulator::Where::current()) {
+  emulator::spin_pause(where);
+}
+
+inline void grid_dependency_wait(emulator::Where where = emulator::Where::current()) {
+  emulator::grid_dependency_wait(where);
+}
+
+inline void trigger_dependents() {
+  emulator::trigger_dependents();
+}
+
+template <class T>
+T load_once(const T* p) {
+  return *p;
+}
+
+}  // namespace lkv::cuda
+
+namespace emulator {
+
+template <class T>
+uint64_t to_word(T value) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8);
+  uint64_t word = 0;
+  std::memcpy(&word, &value, sizeof(T));
+  return word;
+}
+
+template <class T>
+T from_word(uint64_t word) {
+  T value;
+  std::memcpy(&value, &word, sizeof(T));
+  return value;
+}
+
+// `source` is a lane; a shuffle must not look at a lane that is outside of its mask.
+template <class T>
+T shuffle(const char* kind, uint32_t mask, T value, unsigned source, Where where) {
+  const std::array<uint64_t, 32> words = warp_exchange(kind, mask, to_word(value), where);
+  if (!(mask >> source & 1)) stale_lane(kind, mask, source, where);
+  return from_word<T>(words[source]);
+}
+
+}  // namespace emulator
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = warpSize,
+              emulator::Where where = emulator::Where::current()) {
+  const unsigned first = emulator::lane() & ~static_cast<unsigned>(width - 1);
+  return emulator::shuffle("__shfl_sync", mask, value, first + (static_cast<unsigned>(source) & (width - 1)), where);
+}
+
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
+                 emulator::Where where = emulator::Where::current()) {
+  const unsigned lane = emulator::lane(), place = lane & (width - 1);
+  return emulator::shuffle("__shfl_up_sync", mask, value, place < delta ? lane : lane - delta, where);
+}
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
+                   emulator::Where where = emulator::Where::current()) {
+  const unsigned lane = emulator::lane(), place = lane & (width - 1);
+  const bool inside = place + delta < static_cast<unsigned>(width);
+  return emulator::shuffle("__shfl_down_sync", mask, value, inside ? lane + delta : lane, where);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int flip, int width = warpSize,
+                  emulator::Where where = emulator::Where::current()) {
+  const unsigned lane = emulator::lane(), source = lane ^ static_cast<unsigned>(flip);
+  const bool inside = source < (lane & ~static_cast<unsigned>(width - 1)) + width;
+  return emulator::shuffle("__shfl_xor_sync", mask, value, inside ? source : lane, where);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate, emulator::Where where = emulator::Where::current()) {
+  const std::array<uint64_t, 32> words = emulator::warp_exchange("__ballot_sync", mask, predicate != 0, where);
+  unsigned votes = 0;
+  for (unsigned i = 0; i < 32; ++i) votes |= (mask >> i & 1) && words[i] ? 1u << i : 0u;
+  return votes;
+}
+
+inline int __any_sync(unsigned mask, int predicate, emulator::Where where = emulator::Where::current()) {
+  return __ballot_sync(mask, predicate, where) != 0;
+}
+
+inline int __all_sync(unsigned mask, int predicate, emulator::Where where = emulator::Where::current()) {
+  return __ballot_sync(mask, predicate, where) == mask;
+}
+
+inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Where where = emulator::Where::current()) {
+  emulator::warp_exchange("__syncwarp", mask, 0, where);
+}
+
+inline int __popc(unsigned x) {
+  return std::popcount(x);
+}
+inline int __popcll(unsigned long long x) {
+  return std::popcount(x);
+}
+inline int __clz(int x) {
+  return std::countl_zero(static_cast<unsigned>(x));
+}
+inline int __ffs(int x) {
+  return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1;
+}
+
+template <class T>
+T atomicAdd(T* address, std::type_identity_t<T> value) {
+  emulator::preemption_point();
+  const T before = *address;
+  *address = before + value;
+  if (value != 0) emulator::progress();
+  return before;
+}
+
+template <class T>
+T atomicOr(T* address, std::type_identity_t<T> value) {
+  emulator::preemption_point();
+  const T before = *address;
+  *address = before | value;
+  if (*address != before) emulator::progress();
+  return before;
+}
+
+template <class T>
+T atomicExch(T* address, std::type_identity_t<T> value) {
+  emulator::preemption_point();
+  const T before = *address;
+  *address = value;
+  if (value != before) emulator::progress();
+  return before;
+}

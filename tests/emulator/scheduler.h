@@ -1,0 +1,164 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <source_location>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "emulator/device.h"
+#include "fiber.h"
+#include "policy.h"
+
+// Grids, clusters, blocks and threads, and who runs next. One fiber runs at a time, so nothing in here is locked but
+// the two doors from outside, launch() and run().
+
+namespace emulator {
+
+struct Block;
+struct Cluster;
+struct Grid;
+
+struct Thread {
+  Fiber fiber;
+  Block* block = nullptr;
+  unsigned index = 0;  // in the block, x fastest
+  uint64_t priority = 0;
+  bool done = false;
+  bool arrived_at_cluster = false;
+  uint64_t arrival = 0;            // phase of the cluster barrier it arrived in
+  const char* waits_at = nullptr;  // kind of the barrier, nullptr while runnable
+  Where where;
+  uint32_t mask = 0;  // of a warp operation
+};
+
+// Complete when `expected` threads have come; a thread that exited never comes.
+struct Barrier {
+  unsigned expected = 0;
+  unsigned arrived = 0;
+  uint64_t phase = 0;
+  std::vector<Thread*> waiting;
+
+  // True for the thread that completes the phase.
+  bool arrive() {
+    if (++arrived < expected) return false;
+    arrived = 0;
+    ++phase;
+    return true;
+  }
+};
+
+struct WarpOperation {
+  const char* kind;
+  uint32_t mask;
+  uint32_t arrived = 0;
+  std::array<uint64_t, 32> words{};
+  std::vector<Thread*> waiting;
+};
+
+struct Warp {
+  uint32_t live = 0;  // lanes that have not exited
+  std::vector<std::shared_ptr<WarpOperation>> pending;
+};
+
+struct Block {
+  Cluster* cluster = nullptr;
+  unsigned rank = 0;
+  uint3 index{};
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  unsigned live = 0;
+  bool started = false, triggered = false;
+  char* shared = nullptr;
+  Barrier barrier;
+};
+
+struct Cluster {
+  Grid* grid = nullptr;
+  std::vector<std::unique_ptr<Block>> blocks;
+  unsigned live = 0;  // blocks
+  Barrier barrier;
+};
+
+struct Grid {
+  Body body;
+  dim3 blocks, threads, cluster;
+  size_t shared_bytes = 0;
+  bool programmatic = false;  // may start once the grid before it has been triggered by all of its blocks
+  std::shared_ptr<Grid> before;
+  unsigned ordinal = 0;
+
+  uint64_t clusters_started = 0, cluster_count = 0;
+  uint64_t blocks_live = 0, blocks_released = 0;  // released: triggered or exited
+  std::vector<std::unique_ptr<Cluster>> clusters;
+  bool finished = false;
+  std::vector<Thread*> waiting;  // grid_dependency_wait of the grid behind
+
+  uint64_t block_count() const { return uint64_t{blocks.x} * blocks.y * blocks.z; }
+  bool may_start() const {
+    return !before || before->finished || (programmatic && before->blocks_released == before->block_count());
+  }
+};
+
+struct Options {
+  Schedule schedule = Schedule::in_order;
+  uint64_t seed = 0;
+  int resident = 16;
+  int capability = 90;
+  bool eager = false;
+};
+
+class Scheduler {
+ public:
+  static Scheduler& instance();
+
+  void configure(const Options& options);
+  const Options& options() const { return options_; }
+  void launch(cudaStream_t stream, std::shared_ptr<Grid> grid);
+  void run();
+
+  // For the running thread.
+  Thread& current() { return *current_; }
+  void wait(const char* kind, Where where);
+  void release(std::vector<Thread*>* threads);
+  void preemption_point();
+  void progress() { ++progress_; }
+  void pause(Where where);
+  void trigger();
+  [[noreturn]] void fail(const std::string& what) const;
+
+ private:
+  using Ready = std::pair<uint64_t, Thread*>;
+
+  Scheduler();
+  void admit();
+  void start_cluster(Grid& grid);
+  void start_block(Block& block);
+  void finish_thread(Thread& thread);
+  void finish_block(Block& block);
+  void finish_grid(Grid& grid);
+  void make_ready(Thread& thread);
+  Thread* pick();
+  void resume(Thread& thread);
+  std::string report() const;
+
+  Options options_;
+  Policy policy_;
+  Random garbage_;  // what uninitialised shared memory holds
+  StackPool stacks_;
+  std::recursive_mutex door_;
+  std::deque<std::shared_ptr<Grid>> grids_;  // launched and not finished, in order
+  std::unordered_map<cudaStream_t, std::shared_ptr<Grid>> last_;
+  std::vector<Ready> ready_;  // heap
+  std::vector<Thread*> spinning_;
+  Thread* current_ = nullptr;
+  uint64_t resident_ = 0, sequence_ = 0, progress_ = 0, progress_seen_ = 0, idle_rounds_ = 0;
+  unsigned launches_ = 0;
+  bool admission_due_ = false;
+};
+
+}  // namespace emulator
