@@ -1,0 +1,73 @@
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "table_impl.h"
+
+namespace lkv::cpu {
+namespace {
+
+// For each mask of eight lanes, the lanes that are set, packed to the front: one byte per lane.
+struct PackTable {
+  uint64_t lanes[256];
+  constexpr PackTable() : lanes() {
+    for (int mask = 0; mask < 256; ++mask) {
+      int at = 0;
+      for (int lane = 0; lane < 8; ++lane) {
+        if (mask >> lane & 1) lanes[mask] |= static_cast<uint64_t>(lane) << 8 * at++;
+      }
+    }
+  }
+};
+
+constexpr PackTable kPack;
+
+struct Avx2 {
+  using Vec = __m256i;
+  static constexpr int width = 8;
+  static constexpr int64_t block = 32;
+
+  static Vec set(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+  static Vec iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+  static Vec load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const Vec*>(p)); }
+  static Vec load(const uint16_t* p) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+  }
+  static void store(uint32_t* p, Vec v) { _mm256_storeu_si256(reinterpret_cast<Vec*>(p), v); }
+
+  static Vec add(Vec a, Vec b) { return _mm256_add_epi32(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm256_sub_epi32(a, b); }
+  static Vec shift_right(Vec v, int bits) { return _mm256_srl_epi32(v, _mm_cvtsi32_si128(bits)); }
+  static Vec fill_sign(Vec v) { return _mm256_srai_epi32(v, 31); }
+
+  static uint32_t bits(Vec lanes) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes))); }
+  static uint32_t above(Vec a, Vec b) {
+    const Vec sign = set(0x80000000u);  // the comparison is signed
+    return bits(_mm256_cmpgt_epi32(a ^ sign, b ^ sign));
+  }
+  static uint32_t equal(Vec a, Vec b) { return bits(_mm256_cmpeq_epi32(a, b)); }
+  static Vec zero_where_equal(Vec v, Vec a, Vec b) { return _mm256_andnot_si256(_mm256_cmpeq_epi32(a, b), v); }
+  static Vec zero_where_above(Vec v, Vec a, Vec b) { return _mm256_andnot_si256(_mm256_cmpgt_epi32(a, b), v); }
+
+  static void compress(uint32_t* p, Vec v, uint32_t mask) {
+    const Vec lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kPack.lanes[mask])));
+    store(p, _mm256_permutevar8x32_epi32(v, lanes));
+  }
+
+  static void copy_block(char* to, const char* from) {
+    store(reinterpret_cast<uint32_t*>(to), load(reinterpret_cast<const uint32_t*>(from)));
+  }
+  static void stream_block(char* to, const char* from) {
+    _mm256_stream_si256(reinterpret_cast<Vec*>(to), load(reinterpret_cast<const uint32_t*>(from)));
+  }
+  static void fence() { _mm_sfence(); }
+};
+
+}  // namespace
+
+constinit const RowKernels avx2_kernels = make_row_kernels<Avx2>("avx2");
+
+}  // namespace lkv::cpu
+
+#endif

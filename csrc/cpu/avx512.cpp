@@ -1,0 +1,52 @@
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "table_impl.h"
+
+namespace lkv::cpu {
+namespace {
+
+struct Avx512 {
+  using Vec = __m512i;
+  static constexpr int width = 16;
+  static constexpr int64_t block = 64;
+
+  static Vec set(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+  static Vec iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+  static Vec load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static Vec load(const uint16_t* p) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+  }
+  static void store(uint32_t* p, Vec v) { _mm512_storeu_si512(p, v); }
+
+  static Vec add(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm512_sub_epi32(a, b); }
+  static Vec shift_right(Vec v, int bits) { return _mm512_srl_epi32(v, _mm_cvtsi32_si128(bits)); }
+  static Vec fill_sign(Vec v) { return _mm512_srai_epi32(v, 31); }
+
+  static uint32_t above(Vec a, Vec b) { return _mm512_cmpgt_epu32_mask(a, b); }
+  static uint32_t equal(Vec a, Vec b) { return _mm512_cmpeq_epi32_mask(a, b); }
+  static Vec zero_where_equal(Vec v, Vec a, Vec b) { return _mm512_maskz_mov_epi32(_mm512_cmpneq_epi32_mask(a, b), v); }
+  static Vec zero_where_above(Vec v, Vec a, Vec b) { return _mm512_maskz_mov_epi32(_mm512_cmple_epi32_mask(a, b), v); }
+
+  // In register first: the form that compresses into memory is microcoded on Zen 4.
+  static void compress(uint32_t* p, Vec v, uint32_t mask) {
+    _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), v));
+  }
+
+  static void copy_block(char* to, const char* from) { _mm512_storeu_si512(to, _mm512_loadu_si512(from)); }
+  static void stream_block(char* to, const char* from) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+  }
+  static void fence() { _mm_sfence(); }
+};
+
+}  // namespace
+
+constinit const RowKernels avx512_kernels = make_row_kernels<Avx512>("avx512");
+
+}  // namespace lkv::cpu
+
+#endif

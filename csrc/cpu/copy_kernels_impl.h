@@ -1,0 +1,137 @@
+#pragma once
+
+#include <cstring>
+
+#include "row_kernels.h"
+
+// Row copies over a vector type S, included by one file per instruction set; internal linkage as in key_kernels_impl.h.
+//
+// S: blocks of `block` bytes (a divisor of 64): copy_block, stream_block (non-temporal, both to aligned memory), fence.
+
+namespace lkv::cpu {
+namespace {
+
+// Enough rows ahead to hide memory's latency, few enough to stay in the first-level cache.
+constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kLine = 64;
+
+template <class S, bool streaming>
+void move_block(char* to, const char* from) {
+  if constexpr (streaming) {
+    S::stream_block(to, from);
+  } else {
+    S::copy_block(to, from);
+  }
+}
+
+// Rows of a size known at compile time.
+template <class S, int64_t size, bool streaming>
+struct Fixed {
+  static constexpr int64_t lines = (size + kLine - 1) / kLine;
+  static void copy(char* to, const char* from, int64_t) {
+    if constexpr (size % S::block == 0) {
+      for (int64_t at = 0; at < size; at += S::block) move_block<S, streaming>(to + at, from + at);
+    } else {
+      memcpy(to, from, size);
+    }
+  }
+};
+
+// Rows of `half` to 2 * half bytes: two copies that may overlap.
+template <int64_t half>
+struct Halves {
+  static constexpr int64_t lines = 1;
+  static void copy(char* to, const char* from, int64_t bytes) {
+    char first[half], last[half];
+    memcpy(first, from, half);
+    memcpy(last, from + bytes - half, half);
+    memcpy(to, first, half);
+    memcpy(to + bytes - half, last, half);
+  }
+};
+
+// Rows of a block or more; the last block may overlap the one before it.
+template <class S, bool streaming>
+struct Blocks {
+  static constexpr int64_t lines = 0;
+  static void copy(char* to, const char* from, int64_t bytes) {
+    int64_t at = 0;
+    for (; at + S::block <= bytes; at += S::block) move_block<S, streaming>(to + at, from + at);
+    if (at < bytes) S::copy_block(to + bytes - S::block, from + bytes - S::block);
+  }
+};
+
+// The address of a position that may be anything is computed as an integer and only ever prefetched.
+template <int64_t lines>
+void prefetch_row(const RowCopy& c, int64_t i) {
+  const uintptr_t row = reinterpret_cast<uintptr_t>(c.from) + static_cast<uintptr_t>(c.positions[i] * c.from_stride);
+  const int64_t end = lines > 0 ? lines * kLine : c.bytes;
+  for (int64_t at = 0; at < end; at += kLine) __builtin_prefetch(reinterpret_cast<const void*>(row + at));
+}
+
+template <class Row>
+void copy_rows(const RowCopy& c) {
+  int64_t ahead = kPrefetchBytes / c.bytes;
+  if (ahead < 1) ahead = 1;
+  if (ahead > 32) ahead = 32;
+  if (ahead > c.rows) ahead = c.rows;
+  for (int64_t i = 0; i < ahead; ++i) prefetch_row<Row::lines>(c, i);
+  char* to = c.to;
+  for (int64_t i = 0; i < c.rows; ++i, to += c.to_stride) {
+    if (i + ahead < c.rows) prefetch_row<Row::lines>(c, i + ahead);
+    const int64_t position = c.positions[i];
+    if (position >= 0 && position < c.limit) {
+      Row::copy(to, c.from + position * c.from_stride, c.bytes);
+    } else {
+      memset(to, 0, static_cast<size_t>(c.bytes));
+    }
+  }
+}
+
+template <class S, bool streaming>
+CopyRows pick_large(int64_t bytes) {
+  switch (bytes) {
+    case 64:
+      return copy_rows<Fixed<S, 64, streaming>>;
+    case 128:
+      return copy_rows<Fixed<S, 128, streaming>>;
+    case 256:
+      return copy_rows<Fixed<S, 256, streaming>>;
+    case 512:
+      return copy_rows<Fixed<S, 512, streaming>>;
+    default:
+      return copy_rows<Blocks<S, streaming>>;
+  }
+}
+
+template <class S>
+CopyRows pick_copy(int64_t bytes) {
+  switch (bytes) {
+    case 1:
+      return copy_rows<Fixed<S, 1, false>>;
+    case 2:
+      return copy_rows<Fixed<S, 2, false>>;
+    case 4:
+      return copy_rows<Fixed<S, 4, false>>;
+    case 8:
+      return copy_rows<Fixed<S, 8, false>>;
+    case 16:
+      return copy_rows<Fixed<S, 16, false>>;
+    case 32:
+      return copy_rows<Fixed<S, 32, false>>;
+  }
+  if (bytes < 4) return copy_rows<Halves<2>>;
+  if (bytes < 8) return copy_rows<Halves<4>>;
+  if (bytes < 16) return copy_rows<Halves<8>>;
+  if (bytes < 32) return copy_rows<Halves<16>>;
+  if (bytes < 64) return copy_rows<Halves<32>>;
+  return pick_large<S, false>(bytes);
+}
+
+template <class S>
+CopyRows pick_stream(int64_t bytes) {
+  return pick_large<S, true>(bytes);
+}
+
+}  // namespace
+}  // namespace lkv::cpu

@@ -1,0 +1,174 @@
+#include "pivot.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+namespace lkv::cpu {
+namespace {
+
+constexpr uint32_t kHighest = 0xffffffffu;
+
+// Up to here, counting against one trial key after another beats any histogram.
+constexpr int64_t kSearched = 1024;
+
+// From here on, a sample of the row brackets the pivot and one pass replaces the first digit's two.
+constexpr int64_t kSampledRow = 32768;
+constexpr int64_t kSample = 2048;
+
+// Keys among which the pivot is: `size` keys in [low, high], of which it is the rank-th largest.
+struct Range {
+  uint32_t low, high;
+  int64_t size, rank;
+};
+
+class PivotSearch {
+ public:
+  PivotSearch(const RowKernels& kernels, const ScoreRow& row, uint32_t* scratch)
+      : kernels_(kernels.keys), row_(row), bins_(scratch), keys_(scratch + kCopies * kBins) {}
+
+  Pivot find(int64_t rank) {
+    const Range all = {0, kHighest, row_.size(), rank};
+    if (row_.size() <= kSearched) {
+      collect(all.low, all.high);
+      return search(all);
+    }
+    if (row_.size() >= kSampledRow) {
+      Range bracket = sample_bracket(all);
+      const Collected found = collect(bracket.low, bracket.high);
+      bracket.size = found.inside;
+      bracket.rank = rank - found.above;
+      if (bracket.rank > 0 && bracket.rank <= bracket.size) return refine(bracket);
+    }
+    const int shift = digit_shift(all);
+    clear_bins();
+    row_.for_each_piece([&](const void* items, int64_t count, int64_t) {
+      row_.kernels().histogram(items, count, all.low, shift, bins_);
+    });
+    const Range digit = digit_of_pivot(all, shift);
+    collect(digit.low, digit.high);
+    return refine(digit);
+  }
+
+ private:
+  // The row's keys in [low, high], into keys_.
+  Collected collect(uint32_t low, uint32_t high) {
+    Collected sum = {0, 0};
+    row_.for_each_piece([&](const void* items, int64_t count, int64_t) {
+      const Collected found = row_.kernels().collect(items, count, low, high, keys_ + sum.inside);
+      sum.above += found.above;
+      sum.inside += found.inside;
+    });
+    return sum;
+  }
+
+  // keys_ holds the range's keys: digit by digit until few are left, or only equal ones.
+  Pivot refine(Range range) {
+    while (range.size > kSearched) {
+      const int shift = digit_shift(range);
+      clear_bins();
+      kernels_.histogram(keys_, range.size, range.low, shift, bins_);
+      const Range digit = digit_of_pivot(range, shift);
+      if (shift == row_.unit_bits()) return pivot(digit.low, digit.rank, digit.size);
+      kernels_.collect(keys_, range.size, digit.low, digit.high, keys_);
+      range = digit;
+    }
+    return search(range);
+  }
+
+  struct Counted {
+    uint32_t key;
+    int64_t above, at_least;
+  };
+
+  // The rank-th largest of keys_: bisection for the smallest key with fewer than `rank` keys above it.
+  Counted bisect(Range range) const {
+    Counted found = {range.high, 0, range.size};
+    while (range.low < found.key) {
+      const uint32_t middle = range.low + (found.key - range.low) / 2;
+      const int64_t above = kernels_.count_above(keys_, range.size, middle);
+      if (above < range.rank) {
+        found.key = middle;
+        found.above = above;
+      } else {
+        range.low = middle + 1;
+        found.at_least = above;
+      }
+    }
+    return found;
+  }
+
+  Pivot search(const Range& range) const {
+    const Counted found = bisect(range);
+    return pivot(found.key, range.rank - found.above, found.at_least - found.above);
+  }
+
+  static Pivot pivot(uint32_t key, int64_t ties, int64_t equal) {
+    // With all ties kept, "above the next lower key" says the same and spares the counting. Key 0 cannot be such a
+    // pivot: then the whole row would be kept.
+    if (ties == equal) return {key - 1, 0};
+    return {key, ties};
+  }
+
+  int digit_shift(const Range& range) const {
+    const int bits = std::bit_width(range.high - range.low);
+    return std::max(row_.unit_bits(), bits - kDigitBits);
+  }
+
+  void clear_bins() { std::fill_n(bins_, kCopies * kBins, 0u); }
+
+  Range digit_of_pivot(const Range& range, int shift) {
+    for (int copy = 1; copy < kCopies; ++copy) {
+      for (int bin = 0; bin < kBins; ++bin) bins_[bin] += bins_[copy * kBins + bin];
+    }
+    constexpr int kBlock = 64;
+    int64_t above = 0;
+    int bin = kBins;
+    for (; bin > 0; bin -= kBlock) {
+      uint32_t block = 0;
+      for (int i = 1; i <= kBlock; ++i) block += bins_[bin - i];
+      if (above + block >= range.rank) break;
+      above += block;
+    }
+    while (above + bins_[--bin] < range.rank) above += bins_[bin];
+    const uint32_t low = range.low + (static_cast<uint32_t>(bin) << shift);
+    const uint32_t width = (uint32_t{1} << shift) - 1;
+    return {low, low + std::min(width, range.high - low), bins_[bin], range.rank - above};
+  }
+
+  // Two keys of a sample, some standard deviations of its rank to either side of the pivot's.
+  Range sample_bracket(const Range& all) {
+    // One score in every stretch of the row, at a place that no period of the data follows.
+    uint64_t random = 0x9e3779b97f4a7c15u;
+    for (int64_t i = 0; i < kSample; ++i) {
+      random = random * 6364136223846793005u + 1442695040888963407u;
+      const int64_t begin = i * all.size / kSample, end = (i + 1) * all.size / kSample;
+      keys_[i] = row_.key(begin + static_cast<int64_t>((random >> 32) * static_cast<uint64_t>(end - begin) >> 32));
+    }
+    const double share = static_cast<double>(all.rank) / static_cast<double>(all.size);
+    const double center = share * kSample;
+    const double margin = 3.5 * std::sqrt(center * (1 - share)) + 2;
+    const auto upper = static_cast<int64_t>(center - margin), lower = static_cast<int64_t>(center + margin);
+    Range bracket = all;
+    if (upper > 0) bracket.high = bisect({0, kHighest, kSample, upper}).key;
+    if (lower < kSample) bracket.low = bisect({0, bracket.high, kSample, lower}).key;
+    return bracket;
+  }
+
+  const KeyKernels& kernels_;
+  const ScoreRow& row_;
+  uint32_t* bins_;
+  uint32_t* keys_;
+};
+
+}  // namespace
+
+int64_t pivot_scratch(int64_t longest) {
+  return kCopies * kBins + longest + kSlack;
+}
+
+Pivot find_pivot(const RowKernels& kernels, const ScoreRow& row, int64_t rank, uint32_t* scratch) {
+  return PivotSearch(kernels, row, scratch).find(rank);
+}
+
+}  // namespace lkv::cpu

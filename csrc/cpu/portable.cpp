@@ -1,0 +1,47 @@
+#include "table_impl.h"
+
+namespace lkv::cpu {
+namespace {
+
+// One lane: compressing is an unconditional store, so the loops have no branch to mispredict.
+struct Portable {
+  using Vec = uint32_t;
+  static constexpr int width = 1;
+  static constexpr int64_t block = 16;
+
+  static Vec set(uint32_t x) { return x; }
+  static Vec iota() { return 0; }
+  static Vec load(const uint32_t* p) {
+    Vec v;
+    memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static Vec load(const uint16_t* p) {
+    uint16_t half;
+    memcpy(&half, p, sizeof(half));
+    return static_cast<Vec>(half) << 16;
+  }
+  static void store(uint32_t* p, Vec v) { *p = v; }
+
+  static Vec add(Vec a, Vec b) { return a + b; }
+  static Vec sub(Vec a, Vec b) { return a - b; }
+  static Vec shift_right(Vec v, int bits) { return v >> bits; }
+  static Vec fill_sign(Vec v) { return static_cast<Vec>(static_cast<int32_t>(v) >> 31); }
+
+  static uint32_t above(Vec a, Vec b) { return a > b; }
+  static uint32_t equal(Vec a, Vec b) { return a == b; }
+  static Vec zero_where_equal(Vec v, Vec a, Vec b) { return a == b ? 0 : v; }
+  static Vec zero_where_above(Vec v, Vec a, Vec b) { return a > b ? 0 : v; }
+
+  static void compress(uint32_t* p, Vec v, uint32_t) { *p = v; }
+
+  static void copy_block(char* to, const char* from) { memcpy(to, from, block); }
+  static void stream_block(char* to, const char* from) { copy_block(to, from); }
+  static void fence() {}
+};
+
+}  // namespace
+
+constinit const RowKernels portable_kernels = make_row_kernels<Portable>("portable");
+
+}  // namespace lkv::cpu

@@ -1,0 +1,86 @@
+#include <algorithm>
+#include <memory>
+#include <numeric>
+
+#include "lkv/cpu.h"
+#include "pivot.h"
+#include "units.h"
+
+namespace lkv::cpu {
+namespace {
+
+// Scores that are worth a thread of their own.
+constexpr int64_t kGrain = 16384;
+
+// Where a row set's positions go: `kept` of them, then slack up to `end`.
+struct Room {
+  int32_t *begin, *end;
+  int64_t kept;
+};
+
+Room room_of(const SelectParams& p, const RowSet& set, int64_t row, int64_t rows) {
+  const int64_t begin = clamp(p.cu_seqlens[row], 0, p.total);
+  const int64_t end = row + 1 == rows ? p.total : clamp(p.cu_seqlens[row + 1], begin, p.total);
+  const int64_t kept = clamp(p.lengths[row], 0, std::min(set.length, end - begin));
+  return {p.positions + begin, p.positions + end, kept};
+}
+
+int32_t* count_up(int32_t* out, int64_t count, int64_t first) {
+  std::iota(out, out + count, static_cast<int32_t>(first));
+  return out + count;
+}
+
+void select_row(const SelectParams& p, const RowKernels& kernels, int64_t row, uint32_t* scratch) {
+  const RowSet set = row_set(p.source, row);
+  const Room room = room_of(p, set, row, p.source.rows());
+  const int64_t sink = clamp(p.sink, 0, room.kept);
+  const int64_t window = clamp(p.window, 0, room.kept - sink);
+  const int64_t best = room.kept - sink - window;
+  const int64_t first = set.begin + sink, count = set.length - sink - window;
+  int32_t* out = room.begin + sink;
+  if (best == count) {
+    count_up(out, best, first);
+  } else if (best > 0) {
+    const Strided& scores = p.scores[set.layer];
+    const ScoreRow rivals(kernels, p.type, set.at(scores, first), scores.token, count);
+    const Pivot pivot = find_pivot(kernels, rivals, best, scratch);
+    // What a whole vector writes too much falls into the window's place and the slack, which are filled below.
+    Emitted done = {0, 0};
+    rivals.for_each_piece([&](const void* items, int64_t n, int64_t i) {
+      const Emitted more = rivals.kernels().emit(items, n, pivot.key, pivot.ties - done.ties, first + i,
+                                                 out + done.count, room.end - out - done.count);
+      done.count += more.count;
+      done.ties += more.ties;
+    });
+  }
+  count_up(room.begin, sink, set.begin);
+  int32_t* end = count_up(out + best, window, set.begin + set.length - window);
+  std::fill(end, room.end, -1);
+  if (p.ready != nullptr) __atomic_store_n(&p.ready[row], 1u, __ATOMIC_RELEASE);
+}
+
+int64_t longest_row(const Source& source) {
+  if (source.cu_seqlens == nullptr) return *std::max_element(source.tokens, source.tokens + source.layers);
+  int64_t longest = 0;
+  for (int64_t row = 0; row < source.rows(); ++row) longest = std::max(longest, row_set(source, row).limit);
+  return longest;
+}
+
+}  // namespace
+
+void select(const SelectParams& p, const Threads& threads) {
+  const int64_t rows = p.source.rows();
+  if (rows == 0) {
+    std::fill_n(p.positions, p.total, -1);
+    return;
+  }
+  const RowKernels& kernels = row_kernels();
+  const int64_t longest = longest_row(p.source);
+  const int64_t workers = useful_workers(threads, rows, rows * longest, kGrain);
+  const int64_t words = pivot_scratch(longest);
+  const std::unique_ptr<uint32_t[]> scratch(new uint32_t[static_cast<size_t>(workers * words)]);
+  for_each_unit(threads, workers, rows,
+                [&](int64_t row, int64_t worker) { select_row(p, kernels, row, scratch.get() + worker * words); });
+}
+
+}  // namespace lkv::cpu

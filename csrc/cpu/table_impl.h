@@ -1,0 +1,23 @@
+#pragma once
+
+#include "copy_kernels_impl.h"
+#include "key_kernels_impl.h"
+
+namespace lkv::cpu {
+namespace {
+
+template <class S>
+constexpr RowKernels make_row_kernels(const char* name) {
+  return {
+      name,
+      {key_kernels<S, Scores<ScoreType::f32>>(), key_kernels<S, Scores<ScoreType::f16>>(),
+       key_kernels<S, Scores<ScoreType::bf16>>()},
+      key_kernels<S, Keys>(),
+      pick_copy<S>,
+      pick_stream<S>,
+      S::fence,
+  };
+}
+
+}  // namespace
+}  // namespace lkv::cpu
