@@ -1,0 +1,90 @@
+#include "launch.h"
+#include "lkv/params.h"
+#include "rows_copy.cuh"
+#include "tuning.h"
+
+namespace lkv::cuda {
+namespace {
+
+constexpr int kProductionBlock = 512;
+constexpr uint32_t kSliceVectors = 4;  // of a row's bytes move in one slice
+
+// Which (row set, payload) a block moves, and the slices of its rows: bytes of different slices never meet.
+struct Slices {
+  int64_t first, step;
+};
+
+// Moves the slices of one row set's rows. Kept rows only move towards the front, so a tile's stores never reach what a
+// later tile loads: only within a tile all loads must come before the first store.
+template <class Vector, int kBlock>
+__device__ __forceinline__ void move_rows(const RowSet& set, const Strided& payload, int64_t row_bytes,
+                                          const int32_t* positions, int64_t keep, const Slices& slices) {
+  const int64_t vectors = row_bytes / static_cast<int64_t>(sizeof(Vector));
+  const uint32_t lanes = lanes_per_row(vectors, kSliceVectors);
+  const int64_t step = kBlock / lanes;
+  const auto at = [&](int64_t position) { return reinterpret_cast<Vector*>(set.at(payload, position)); };
+  for (int64_t slice = slices.first; slice * lanes < vectors; slice += slices.step) {
+    const int64_t column = slice * lanes + threadIdx.x % lanes;
+    for (int64_t tile = 0; tile < keep; tile += step * kInFlight) {
+      Vector moved[kInFlight];
+      bool moves[kInFlight];
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+        const int64_t to = tile + k * step + threadIdx.x / lanes;
+        const int64_t from = to < keep && column < vectors ? positions[to] : to;
+        moves[k] = from != to && from >= 0 && from < set.limit;
+        if (moves[k]) moved[k] = at(from)[column];
+      }
+      block_sync();
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+        if (moves[k]) at(tile + k * step + threadIdx.x / lanes)[column] = moved[k];
+      }
+    }
+  }
+}
+
+template <int kBlock>
+__global__ void __launch_bounds__(kBlock)
+    compact_kernel(const LKV_GRID_CONSTANT CompactParams p, const int64_t slices) {
+  const int64_t units = p.source.rows() * p.payloads * slices;
+  for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
+    const int64_t payload = unit / slices % p.payloads, row = unit / slices / p.payloads;
+    const RowSet set = row_set(p.source, row);
+    const Strided& tokens = p.payload[payload * p.source.layers + set.layer];
+    const int64_t row_bytes = p.row_bytes[payload];
+    const int32_t* positions = p.positions + p.cu_seqlens[row];
+    const int64_t keep = clamp(p.lengths[row], 0, set.limit);
+    const uint32_t bits = low_bits(set.at(tokens, 0)) | static_cast<uint32_t>(tokens.token | row_bytes);
+    with_vector(bits, [&](auto vector) {
+      move_rows<decltype(vector), kBlock>(set, tokens, row_bytes, positions, keep, {unit % slices, slices});
+    });
+  }
+}
+
+template <int kBlock>
+Status run(const CompactParams& p, int multiprocessors, Stream stream) {
+  const int64_t moves = p.source.rows() * p.payloads;
+  if (moves == 0) return cudaSuccess;
+  const int64_t slices = std::clamp<int64_t>(2 * multiprocessors / moves, 1, 16);
+  return launch(compact_kernel<kBlock>, {.blocks = std::min(moves * slices, kMaxBlocks), .block = kBlock}, stream, p,
+                slices);
+}
+
+}  // namespace
+
+Status compact(const CompactParams& p, Stream stream, const Tuning& tuning) {
+  Device device;
+  const Status status = Device::current(device);
+  if (status != cudaSuccess) return status;
+  CompactParams params = p;
+  params.source.lengths = params.source.starts = RowInts{};  // positions reach any row of a row set
+  return tuning.block == kTestBlock ? run<kTestBlock>(params, device.multiprocessors, stream)
+                                    : run<kProductionBlock>(params, device.multiprocessors, stream);
+}
+
+Status compact(const CompactParams& p, Stream stream) {
+  return compact(p, stream, {});
+}
+
+}  // namespace lkv::cuda

@@ -1,0 +1,80 @@
+#include "block_scan.cuh"
+#include "launch.h"
+#include "tuning.h"
+
+namespace lkv::cuda {
+namespace {
+
+__device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+struct Wish {
+  int64_t wanted;  // rows that the budget alone would keep
+  int64_t keep;    // rows kept if the output does not end
+  int64_t room;    // at most `total`, so that sums of rooms stay in range
+};
+
+__device__ __forceinline__ Wish wish_of(const RoomsParams& p, int64_t row) {
+  const RowSet set = row_set(p.source, row);
+  Wish wish;
+  wish.wanted = clamp(p.budgets.at(set.layer, set.b, set.h), 0, set.length);
+  wish.keep = clamp(p.max_budget, 0, wish.wanted);
+  if (p.padded > 0) {
+    wish.keep = smaller(wish.keep, p.padded);
+    wish.room = smaller(p.padded, p.total);
+  } else {
+    const int64_t used = wish.keep + smaller(p.reserve, p.total);
+    wish.room = smaller((used + p.align - 1) / p.align * p.align, p.total);
+  }
+  return wish;
+}
+
+// One block walks all row sets, carrying the sum of the rooms so far.
+template <int kBlock>
+__global__ void __launch_bounds__(kBlock) rooms_kernel(const LKV_GRID_CONSTANT RoomsParams p) {
+  trigger_dependents();
+  auto* scan = dyn_smem<BlockScan<int64_t, kBlock>>();
+  const int64_t rows = p.source.rows();
+  int64_t carry = 0, cut = 0;
+  for (int64_t base = 0; base < rows; base += kBlock) {
+    const int64_t row = base + threadIdx.x;
+    Wish wish = {};
+    if (row < rows) wish = wish_of(p, row);
+    int64_t sum;
+    const int64_t before = carry + scan->exclusive(wish.room, sum);
+    if (row < rows) {
+      const int64_t begin = smaller(before, p.total);
+      const int64_t keep = smaller(wish.keep, p.total - begin);
+      cut += wish.wanted - keep;
+      p.lengths[row] = static_cast<int32_t>(keep);
+      p.cu_seqlens[row] = static_cast<int32_t>(begin);
+      if (p.ready != nullptr) p.ready[row] = 0;
+    }
+    carry += sum;
+  }
+  int64_t overflow;
+  scan->exclusive(cut, overflow);
+  if (threadIdx.x == 0) {
+    p.cu_seqlens[rows] = static_cast<int32_t>(smaller(carry, p.total));
+    if (p.overflow != nullptr) *p.overflow = static_cast<int32_t>(smaller(overflow, INT32_MAX));
+  }
+}
+
+template <int kBlock>
+Status run(const RoomsParams& p, Stream stream) {
+  const Grid grid = {.blocks = 1, .block = kBlock, .shared = sizeof(BlockScan<int64_t, kBlock>)};
+  return launch(rooms_kernel<kBlock>, grid, stream, p);
+}
+
+}  // namespace
+
+Status rooms(const RoomsParams& p, Stream stream, const Tuning& tuning) {
+  return tuning.block == kTestBlock ? run<kTestBlock>(p, stream) : run<512>(p, stream);
+}
+
+Status rooms(const RoomsParams& p, Stream stream) {
+  return rooms(p, stream, {});
+}
+
+}  // namespace lkv::cuda

@@ -1,0 +1,101 @@
+#pragma once
+
+#include "select_emit.cuh"
+
+// Select with one cluster of blocks per row set: histograms and counts are exchanged over distributed shared memory.
+// A cluster of one block is what architectures before sm_90 run.
+
+namespace lkv::cuda {
+
+template <int kBlock>
+struct ClusterShared {
+  alignas(16) uint32_t histogram[kBins];  // of this block
+  uint32_t sums[kBins];                   // over the cluster
+  RowPlan plan;
+  PivotSearch<kBlock> search;
+  Counts warp_counts[kBlock / kWarp];
+  Counts block_counts;
+
+  // The block's keys follow.
+  __device__ uint32_t* keys() { return reinterpret_cast<uint32_t*>(this + 1); }
+};
+
+struct Cluster {
+  uint32_t rank, size;
+  __device__ __forceinline__ void sync() const {
+    if (size > 1) {
+      cluster_sync();
+    } else {
+      block_sync();
+    }
+  }
+};
+
+// Every block sums its share of the bins over the cluster and hands the sums to all; returns them.
+template <int kBlock>
+__device__ __forceinline__ const uint32_t* sum_histograms(ClusterShared<kBlock>* shared, const Cluster& cluster) {
+  cluster.sync();
+  if (cluster.size == 1) return shared->histogram;
+  const uint32_t share = kBins / cluster.size;
+  for (uint32_t i = threadIdx.x; i < share; i += kBlock) {
+    const uint32_t bin = cluster.rank * share + i;
+    uint32_t sum = 0;
+#pragma unroll 4
+    for (uint32_t peer = 0; peer < cluster.size; ++peer) sum += *map_shared_rank(&shared->histogram[bin], peer);
+#pragma unroll 4
+    for (uint32_t peer = 0; peer < cluster.size; ++peer) *map_shared_rank(&shared->sums[bin], peer) = sum;
+  }
+  cluster.sync();
+  return shared->sums;
+}
+
+// What the slices before this warp's hold, over the cluster.
+template <int kBlock>
+__device__ __forceinline__ Counts counts_before(ClusterShared<kBlock>* shared, const Cluster& cluster, Counts mine) {
+  const int lane = lane_id();
+  if (lane == 0) shared->warp_counts[warp_id()] = mine;
+  block_sync();
+  if (cluster.size > 1) {
+    if (warp_id() == 0) {
+      const Counts sum = warp_sum(lane < kBlock / kWarp ? shared->warp_counts[lane] : Counts{0});
+      if (lane == 0) shared->block_counts = sum;
+    }
+    cluster.sync();
+  }
+  Counts before = lane < warp_id() ? shared->warp_counts[lane] : 0;
+  if (static_cast<uint32_t>(lane) < cluster.rank) before += *map_shared_rank(&shared->block_counts, lane);
+  return warp_sum(before);
+}
+
+// `on_chip`: the keys that a block has shared memory for.
+template <ScoreType type, int kBlock>
+__global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
+    select_kernel(const LKV_GRID_CONSTANT SelectParams p, const uint32_t on_chip) {
+  grid_dependency_wait();
+  trigger_dependents();
+  auto* shared = dyn_smem<ClusterShared<kBlock>>();
+  const Cluster cluster = {cluster_rank(), cluster_size()};
+  const int64_t rows = p.source.rows();
+  for (int64_t row = blockIdx.x / cluster.size; row < rows; row += gridDim.x / cluster.size) {
+    const RowPlan& plan = share_plan(&shared->plan, p, row);
+    if (!plan.decided()) {
+      const Slice slice = slice_of<kBlock>(plan.count, cluster.rank, cluster.size);
+      const Keys<type> keys = {plan.scores, plan.stride, slice.block_keys <= on_chip ? shared->keys() : nullptr,
+                               slice.block_begin};
+      Pivot pivot = first_pivot(plan.wanted);
+      for (int round = 0; !pivot.exact; ++round) {
+        clear_histogram(shared->histogram);
+        count_digits(keys, slice, pivot, round, shared->histogram);
+        pivot = shared->search.next(sum_histograms(shared, cluster), pivot, round, kRounds<type>);
+      }
+      const Counts before = counts_before(shared, cluster, count_slice(keys, slice, pivot));
+      emit_slice(keys, slice, pivot, before, plan.begin + plan.sink, p.positions + plan.out + plan.sink);
+    }
+    emit_decided(p, plan, row, int64_t{cluster.rank} * kBlock + threadIdx.x, int64_t{cluster.size} * kBlock);
+    // All positions are written, and no peer reads this block's shared memory any more.
+    cluster.sync();
+    if (p.ready != nullptr && cluster.rank == 0 && threadIdx.x == 0) store_release(&p.ready[row], 1);
+  }
+}
+
+}  // namespace lkv::cuda
