@@ -117,6 +117,9 @@ void preemption_point() {
 void progress() {
   scheduler().progress();
 }
+void publish() {
+  scheduler().publish();
+}
 void spin_pause(Where where) {
   scheduler().pause(where);
 }

@@ -1,0 +1,49 @@
+#include "lkv/cuda.h"
+#include "tuning.h"
+
+// The launchers for a caller that knows C structs alone. Everything goes to one stream, as an engine would do it.
+
+namespace {
+
+using namespace lkv;
+constexpr cuda::Stream stream = nullptr;
+
+}  // namespace
+
+extern "C" {
+
+// So that the mirrors of the structs on the other side cannot drift unnoticed.
+void driver_sizes(int64_t* sizes) {
+  const size_t all[] = {sizeof(Strided),      sizeof(RowInts),      sizeof(Source),        sizeof(RoomsParams),
+                        sizeof(SelectParams), sizeof(GatherParams), sizeof(CompactParams), sizeof(cuda::Tuning)};
+  for (size_t size : all) *sizes++ = static_cast<int64_t>(size);
+}
+
+int driver_upload(const void* host, void* device, size_t bytes) {
+  return cuda::upload(host, device, bytes, stream);
+}
+
+int driver_rooms(const RoomsParams* p, const cuda::Tuning* tuning) {
+  return cuda::rooms(*p, stream, *tuning);
+}
+
+size_t driver_select_scratch(int64_t rows, int64_t longest, const cuda::Tuning* tuning) {
+  return cuda::select_scratch(rows, longest, *tuning);
+}
+
+int driver_select(const SelectParams* p, int64_t longest, void* scratch, const cuda::Tuning* tuning) {
+  return cuda::select(*p, longest, scratch, stream, *tuning);
+}
+
+int driver_gather(const GatherParams* p, int behind_select, const cuda::Tuning* tuning) {
+  return cuda::gather(*p, behind_select != 0, stream, *tuning);
+}
+
+int driver_compact(const CompactParams* p, const cuda::Tuning* tuning) {
+  return cuda::compact(*p, stream, *tuning);
+}
+
+const char* driver_describe(int status) {
+  return cuda::describe(status);
+}
+}

@@ -54,8 +54,8 @@ class Policy {
   }
 
   bool changes_here() { return schedule_ == Schedule::priority_changes && random_.next() % period_ == 0; }
-  // A spinning thread may look again soon, or only once nothing else can run.
-  bool looks_again() { return schedule_ >= Schedule::warp_priority && (random_.next() & 1); }
+  // Whether a spinning thread looks again after every published flag, or only once nothing else can run.
+  bool wakes_spinning() const { return schedule_ != Schedule::in_order; }
   uint64_t draw() { return random_.next(); }
 
  private:

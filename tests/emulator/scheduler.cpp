@@ -151,17 +151,18 @@ void Scheduler::make_ready(Thread& thread) {
   std::push_heap(ready_.begin(), ready_.end());
 }
 
+void Scheduler::wake_spinning() {
+  for (Thread* thread : spinning_) make_ready(*thread);
+  spinning_.clear();
+}
+
 Thread* Scheduler::pick() {
   if (ready_.empty()) {
     if (spinning_.empty()) return nullptr;
     idle_rounds_ = progress_ == progress_seen_ ? idle_rounds_ + 1 : 0;
     progress_seen_ = progress_;
     if (idle_rounds_ > hopeless_rounds) fail("livelock: nobody is left to change what the spinning threads wait for");
-    for (Thread* thread : spinning_) {
-      ready_.emplace_back(thread->priority, thread);
-      std::push_heap(ready_.begin(), ready_.end());
-    }
-    spinning_.clear();
+    wake_spinning();
   }
   std::pop_heap(ready_.begin(), ready_.end());
   Thread* thread = ready_.back().second;
@@ -240,13 +241,13 @@ void Scheduler::preemption_point() {
   }
 }
 
+void Scheduler::publish() {
+  progress();
+  if (policy_.wakes_spinning()) wake_spinning();
+  preemption_point();
+}
+
 void Scheduler::pause(Where where) {
-  if (policy_.looks_again()) {
-    current_->priority = policy_.draw();
-    make_ready(*current_);
-    current_->fiber.suspend();
-    return;
-  }
   spinning_.push_back(current_);
   wait("spin", where);
 }

@@ -127,6 +127,7 @@ class Scheduler {
   void release(std::vector<Thread*>* threads);
   void preemption_point();
   void progress() { ++progress_; }
+  void publish();
   void pause(Where where);
   void trigger();
   [[noreturn]] void fail(const std::string& what) const;
@@ -142,6 +143,7 @@ class Scheduler {
   void finish_block(Block& block);
   void finish_grid(Grid& grid);
   void make_ready(Thread& thread);
+  void wake_spinning();
   Thread* pick();
   void resume(Thread& thread);
   std::string report() const;

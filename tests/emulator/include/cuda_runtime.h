@@ -151,6 +151,10 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
   return emulator::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  return emulator::set_attribute(kernel, attribute, value);
+}
+
 template <class... Parameters>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Parameters...), const cudaLaunchConfig_t* config) {
   return emulator::active_clusters(clusters, *config);

@@ -25,8 +25,10 @@ unsigned lane();
 
 // A place where another thread may go first.
 void preemption_point();
-// Memory changed in a way that a spinning thread may be waiting for.
+// Memory changed: a spin somewhere may come to its end.
 void progress();
+// The same of a flag that others wait for; they may look at once.
+void publish();
 void spin_pause(Where where);
 
 void* shared_memory();

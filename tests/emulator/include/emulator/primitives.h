@@ -51,14 +51,14 @@ inline uint32_t load_acquire(const uint32_t* flag) {
 inline void store_release(uint32_t* flag, uint32_t value) {
   emulator::preemption_point();
   *flag = value;
-  emulator::progress();
+  emulator::publish();
 }
 
 inline uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
   emulator::preemption_point();
   const uint32_t before = *counter;
   *counter += value;
-  emulator::progress();
+  emulator::publish();
   return before;
 }
 
@@ -143,6 +143,13 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, emulator::Where wher
   unsigned votes = 0;
   for (unsigned i = 0; i < 32; ++i) votes |= (mask >> i & 1) && words[i] ? 1u << i : 0u;
   return votes;
+}
+
+inline unsigned __reduce_or_sync(unsigned mask, unsigned value, emulator::Where where = emulator::Where::current()) {
+  const std::array<uint64_t, 32> words = emulator::warp_exchange("__reduce_or_sync", mask, value, where);
+  unsigned bits = 0;
+  for (unsigned i = 0; i < 32; ++i) bits |= mask >> i & 1 ? static_cast<unsigned>(words[i]) : 0u;
+  return bits;
 }
 
 inline int __any_sync(unsigned mask, int predicate, emulator::Where where = emulator::Where::current()) {

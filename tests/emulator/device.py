@@ -1,0 +1,195 @@
+"""The launchers of csrc/cuda over the emulator, for NumPy: mirrors of the parameter structs and exact-size memory."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_bool, c_char_p, c_int, c_int32, c_int64, c_size_t, c_ulonglong, c_void_p
+from dataclasses import dataclass
+
+import numpy as np
+
+
+class Strided(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("token", c_int64)]
+
+
+class RowInts(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("layer", c_int64),
+        ("batch", c_int64),
+        ("head", c_int64),
+        ("fallback", c_int64),
+        ("wide", c_bool),
+    ]
+
+
+class Source(ctypes.Structure):
+    _fields_ = [
+        ("layers", c_int64),
+        ("batch", c_int64),
+        ("heads", c_int64),
+        ("tokens", c_void_p),
+        ("cu_seqlens", c_void_p),
+        ("lengths", RowInts),
+        ("starts", RowInts),
+    ]
+
+
+class RoomsParams(ctypes.Structure):
+    _fields_ = [
+        ("source", Source),
+        ("budgets", RowInts),
+        ("max_budget", c_int64),
+        ("reserve", c_int64),
+        ("align", c_int64),
+        ("padded", c_int64),
+        ("total", c_int64),
+        ("lengths", c_void_p),
+        ("cu_seqlens", c_void_p),
+        ("overflow", c_void_p),
+        ("ready", c_void_p),
+    ]
+
+
+class SelectParams(ctypes.Structure):
+    _fields_ = [
+        ("source", Source),
+        ("scores", c_void_p),
+        ("type", c_int32),
+        ("sink", c_int64),
+        ("window", c_int64),
+        ("lengths", c_void_p),
+        ("cu_seqlens", c_void_p),
+        ("total", c_int64),
+        ("positions", c_void_p),
+        ("ready", c_void_p),
+    ]
+
+
+class GatherParams(ctypes.Structure):
+    _fields_ = [
+        ("source", Source),
+        ("payloads", c_int64),
+        ("inputs", c_void_p),
+        ("outputs", c_void_p),
+        ("row_bytes", c_void_p),
+        ("positions", c_void_p),
+        ("cu_seqlens", c_void_p),
+        ("total", c_int64),
+        ("ready", c_void_p),
+        ("warm", c_bool),
+    ]
+
+
+class CompactParams(ctypes.Structure):
+    _fields_ = [
+        ("source", Source),
+        ("payloads", c_int64),
+        ("payload", c_void_p),
+        ("row_bytes", c_void_p),
+        ("positions", c_void_p),
+        ("lengths", c_void_p),
+        ("cu_seqlens", c_void_p),
+    ]
+
+
+class Tuning(ctypes.Structure):
+    _fields_ = [("block", c_int), ("cluster", c_int), ("splits", c_int), ("resident", c_int)]
+
+
+MIRRORS = (Strided, RowInts, Source, RoomsParams, SelectParams, GatherParams, CompactParams, Tuning)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which thread goes next, and how much of a launch is on the device at once."""
+
+    name: str
+    seed: int = 0
+    resident: int = 16
+    capability: int = 90
+
+
+class Emulator:
+    """One shared library of emulated kernels."""
+
+    def __init__(self, path: str) -> None:
+        self._lib = lib = ctypes.CDLL(path)
+        lib.emulator_allocate.restype = c_void_p
+        lib.emulator_allocate.argtypes = [c_size_t]
+        lib.emulator_free.argtypes = [c_void_p]
+        lib.emulator_configure.argtypes = [c_char_p, c_ulonglong, c_int, c_int, c_int]
+        lib.driver_upload.argtypes = [c_void_p, c_void_p, c_size_t]
+        lib.driver_rooms.argtypes = [POINTER(RoomsParams), POINTER(Tuning)]
+        lib.driver_select_scratch.argtypes = [c_int64, c_int64, POINTER(Tuning)]
+        lib.driver_select_scratch.restype = c_size_t
+        lib.driver_select.argtypes = [POINTER(SelectParams), c_int64, c_void_p, POINTER(Tuning)]
+        lib.driver_gather.argtypes = [POINTER(GatherParams), c_int, POINTER(Tuning)]
+        lib.driver_compact.argtypes = [POINTER(CompactParams), POINTER(Tuning)]
+        lib.driver_describe.restype = c_char_p
+        self._owned: list[int] = []
+        sizes = (c_int64 * len(MIRRORS))()
+        lib.driver_sizes(sizes)
+        for mirror, size in zip(MIRRORS, sizes, strict=True):
+            if ctypes.sizeof(mirror) != size:
+                raise RuntimeError(f"{mirror.__name__} has {size} bytes, its mirror {ctypes.sizeof(mirror)}")
+
+    def configure(self, schedule: Schedule, tuning: Tuning) -> None:
+        self._tuning = tuning
+        name = schedule.name.encode()
+        if self._lib.emulator_configure(name, schedule.seed, schedule.resident, schedule.capability, 0) != 0:
+            raise ValueError(f"not a schedule: {schedule}")
+
+    def empty(self, size: int, dtype: np.typing.DTypeLike) -> np.ndarray:
+        """Device memory of exactly `size` elements, of unpredictable content."""
+        dtype = np.dtype(dtype)
+        address = self._lib.emulator_allocate(size * dtype.itemsize)
+        self._owned.append(address)
+        raw = (ctypes.c_char * max(size * dtype.itemsize, 1)).from_address(address)
+        return np.ndarray(size, dtype, buffer=raw)
+
+    def copy(self, values: np.ndarray) -> np.ndarray:
+        memory = self.empty(values.size, values.dtype)
+        memory[:] = values.ravel()
+        return memory
+
+    def structs(self, items: list[Strided]) -> np.ndarray:
+        """A table of structs in device memory."""
+        return self.copy(np.frombuffer(b"".join(bytes(item) for item in items), np.uint8))
+
+    def free_all(self) -> None:
+        for address in self._owned:
+            self._lib.emulator_free(address)
+        self._owned.clear()
+
+    def upload(self, host: np.ndarray, device: np.ndarray) -> None:
+        self._check(self._lib.driver_upload(pointer(host), pointer(device), host.nbytes))
+
+    def rooms(self, p: RoomsParams) -> None:
+        self._check(self._lib.driver_rooms(p, self._tuning))
+
+    def select(self, p: SelectParams, longest: int) -> None:
+        scratch = self.empty(self._lib.driver_select_scratch(rows_of(p.source), longest, self._tuning), np.uint8)
+        self._check(self._lib.driver_select(p, longest, pointer(scratch), self._tuning))
+
+    def gather(self, p: GatherParams, behind_select: bool) -> None:
+        self._check(self._lib.driver_gather(p, behind_select, self._tuning))
+
+    def compact(self, p: CompactParams) -> None:
+        self._check(self._lib.driver_compact(p, self._tuning))
+
+    def synchronize(self) -> None:
+        self._lib.emulator_synchronize()
+
+    def _check(self, status: int) -> None:
+        if status != 0:
+            raise RuntimeError(self._lib.driver_describe(status).decode())
+
+
+def pointer(array: np.ndarray | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+def rows_of(source: Source) -> int:
+    return source.layers * source.batch * source.heads

@@ -1,0 +1,134 @@
+"""What the launchers must compute, said again in NumPy one row set after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class RowSets:
+    """The row sets of an op; `lengths`, `starts` and `budgets` broadcast to [layers, batch, heads]."""
+
+    layers: int
+    batch: int
+    heads: int
+    tokens: list[int]
+    lengths: np.ndarray
+    starts: np.ndarray
+    budgets: np.ndarray
+    cu_seqlens: np.ndarray | None = None
+
+    @property
+    def count(self) -> int:
+        return self.layers * self.batch * self.heads
+
+    def place(self, row: int) -> tuple[int, int, int]:
+        return row // self.heads // self.batch, row // self.heads % self.batch, row % self.heads
+
+    def bounds(self, row: int) -> tuple[int, int]:
+        """(origin, limit): where position 0 lies in the tensor, and how many positions there are."""
+        tokens = self.tokens[self.place(row)[0]]
+        if self.cu_seqlens is None:
+            return 0, tokens
+        origin = clamp(self.cu_seqlens[row], 0, tokens)
+        return origin, clamp(self.cu_seqlens[row + 1], origin, tokens) - origin
+
+    def valid(self, row: int) -> tuple[int, int]:
+        """(begin, length) of the valid positions."""
+        limit = self.bounds(row)[1]
+        begin = clamp(self._of(self.starts, row), 0, limit)
+        return begin, clamp(self._of(self.lengths, row), 0, limit - begin)
+
+    def budget(self, row: int) -> int:
+        return self._of(self.budgets, row)
+
+    def _of(self, values: np.ndarray, row: int) -> int:
+        return int(np.broadcast_to(values, (self.layers, self.batch, self.heads))[self.place(row)])
+
+
+@dataclass
+class Layout:
+    """What rooms() is told besides the row sets."""
+
+    max_budget: int
+    reserve: int
+    align: int
+    padded: int
+    total: int
+
+
+@dataclass
+class Rooms:
+    lengths: np.ndarray
+    cu_seqlens: np.ndarray
+    overflow: int
+
+
+def clamp(x: int, low: int, high: int) -> int:
+    return int(min(max(x, low), high))
+
+
+def rooms(sets: RowSets, layout: Layout) -> Rooms:
+    out = Rooms(np.zeros(sets.count, np.int32), np.zeros(sets.count + 1, np.int32), 0)
+    end = 0
+    for row in range(sets.count):
+        wanted = clamp(sets.budget(row), 0, sets.valid(row)[1])
+        keep = min(wanted, layout.max_budget)
+        if layout.padded > 0:
+            keep, room = min(keep, layout.padded), layout.padded
+        else:
+            room = -(-(keep + layout.reserve) // layout.align) * layout.align
+        begin = min(end, layout.total)
+        out.cu_seqlens[row] = begin
+        out.lengths[row] = min(keep, layout.total - begin)
+        out.overflow += wanted - out.lengths[row]
+        end += room
+    out.cu_seqlens[-1] = min(end, layout.total)
+    return out
+
+
+def select(sets: RowSets, scores: list[np.ndarray], sink: int, window: int, out: Rooms, total: int) -> np.ndarray:
+    """`scores` per layer: [batch, heads, tokens], ragged: [1, 1, T]."""
+    positions = np.full(total, -1, np.int32)
+    for row in range(sets.count):
+        layer, b, h = sets.place(row)
+        origin, (begin, length) = sets.bounds(row)[0], sets.valid(row)
+        keep = int(out.lengths[row])
+        first = min(sink, keep)
+        last = min(window, keep - first)
+        if sets.cu_seqlens is not None:
+            b = h = 0
+        low, high = begin + first, begin + length - last
+        between = scores[layer][b, h, origin + low : origin + high].astype(np.float64)
+        best = np.lexsort((np.arange(between.size), -between, np.isnan(between)))[: keep - first - last]
+        kept = np.concatenate([np.arange(begin, low), low + np.sort(best), np.arange(high, begin + length)])
+        positions[out.cu_seqlens[row] :][:keep] = kept
+    return positions
+
+
+def gather(sets: RowSets, payload: list[np.ndarray], positions: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
+    """`payload` per layer: bytes [batch, heads, tokens, row_bytes], ragged: [1, 1, T, row_bytes]."""
+    out = np.zeros((positions.size, payload[0].shape[-1]), np.uint8)
+    for row in range(sets.count):
+        layer, b, h = sets.place(row)
+        origin, limit = sets.bounds(row)
+        if sets.cu_seqlens is not None:
+            b = h = 0
+        for j in range(cu_seqlens[row], cu_seqlens[row + 1]):
+            if 0 <= positions[j] < limit:
+                out[j] = payload[layer][b, h, origin + positions[j]]
+    return out
+
+
+def compact(sets: RowSets, payload: list[np.ndarray], positions: np.ndarray, out: Rooms) -> list[np.ndarray]:
+    moved = [layer.copy() for layer in payload]
+    for row in range(sets.count):
+        layer, b, h = sets.place(row)
+        origin = sets.bounds(row)[0]
+        if sets.cu_seqlens is not None:
+            b = h = 0
+        kept = positions[out.cu_seqlens[row] :][: out.lengths[row]]
+        moved[layer][b, h, origin : origin + kept.size] = payload[layer][b, h, origin + kept]
+    return moved
