@@ -7,7 +7,7 @@
 #include <vector>
 
 // Errors of the ops. The stable ABI carries every C++ exception to Python as a RuntimeError, so the message begins with
-// the Python type it stands for; lkv_ext raises that type and puts the public names in (lkv_ext/_errors.py).
+// the Python type it stands for; lkv_ext raises that type and puts the public names in (lkv_ext/ops/errors.py).
 
 namespace lkv::torch_ops {
 

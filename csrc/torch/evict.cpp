@@ -72,8 +72,7 @@ void evict_out(Tensors out, Tensor positions, Tensor kept, Tensor offsets, std::
     written.push_back(result);
   }
   std::vector<Named> read = named(payload, "payload");
-  const std::vector<Named> more = named(scores, "scores");
-  read.insert(read.end(), more.begin(), more.end());
+  for (const Named& score : named(scores, "scores")) read.push_back(score);
   check_disjoint(written, read);
   select_and_gather(problem, sizes, out, index, true);
 }

@@ -1,0 +1,57 @@
+"""lkv_ext: KV cache eviction for real, per-head top-k with a different k for every head, fused with the compaction of K and V.
+
+    out = lkv_ext.evict(k, v, scores, budgets)
+
+torch is loaded with the first function that needs it: `lkv_ext.numpy` and `lkv_ext.build_info` work without it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lkv_ext.ops.arguments import plan
+    from lkv_ext.ops.budgets import Blend, Minimum, budgets_from_scores, budgets_from_shares
+    from lkv_ext.ops.evict import evict, evict_, evict_layers
+    from lkv_ext.ops.ragged import RaggedIndex, RaggedKV
+    from lkv_ext.ops.select import gather, select
+
+_HOME = {
+    "evict": "evict",
+    "evict_": "evict",
+    "evict_layers": "evict",
+    "select": "select",
+    "gather": "select",
+    "plan": "arguments",
+    "budgets_from_scores": "budgets",
+    "budgets_from_shares": "budgets",
+    "Blend": "budgets",
+    "Minimum": "budgets",
+    "RaggedKV": "ragged",
+    "RaggedIndex": "ragged",
+}
+
+__all__ = ["Blend", "Minimum", "RaggedIndex", "RaggedKV", "budgets_from_scores", "budgets_from_shares", "build_info"]
+__all__ += ["evict", "evict_", "evict_layers", "gather", "plan", "select"]
+
+
+def build_info() -> dict[str, object]:
+    """What this build is made of and what it runs on.
+
+    Keys: version, cxx_compiler, cpu_isa (in use: avx512, avx2 or portable), cuda_compiler and cuda_archs (None: no CUDA
+    kernels), torch_built_against and torch_abi_target (None: no torch ops).
+    """
+    return import_module("lkv_ext._C").build_info()
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lkv_ext' has no attribute {name!r}")
+    value = getattr(import_module(f"lkv_ext.ops.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,112 @@
+"""How many rows an output has.
+
+The only place that sizes an output: the ops are told, so that their fake kernels are trivial. Plain Python over ints,
+which serves NumPy as well and traces under torch.compile (`min` and `max` become symbolic, nothing is guarded on).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class RowSets(NamedTuple):
+    """The (layer, sequence, KV head) triples of a call, R = layers * batch * heads of them, and how long they may be."""
+
+    layers: int
+    batch: int
+    heads: int
+    limits: Sequence[int]  # one for all or one per row set
+    shared: bool = False  # ragged input of unknown offsets: the one limit is T, which all row sets share
+
+    @property
+    def count(self) -> int:
+        return self.layers * self.batch * self.heads
+
+    def spread(self, values: Sequence[int]) -> Sequence[int]:
+        """Values per row set from one value for all, one per head, or one per row set of a layer."""
+        if len(values) == self.count:
+            return values
+        if len(values) == 1:
+            return list(values) * self.count
+        if len(values) == self.batch * self.heads:
+            return list(values) * self.layers
+        return list(values) * (self.layers * self.batch)
+
+    def spread_sequences(self, values: Sequence[int]) -> Sequence[int]:
+        """As `spread`, but the short form is one value per sequence."""
+        if len(values) != self.batch:
+            return self.spread(values)
+        return [x for x in values for _ in range(self.heads)] * self.layers
+
+    def lengths(self, lengths: Sequence[int] | None, starts: Sequence[int] | None) -> Sequence[int]:
+        """The valid length of each row set (an upper bound where it is not given)."""
+        limits = self.spread(self.limits)
+        if starts:
+            limits = [m - max(0, min(s, m)) for s, m in zip(self.spread_sequences(starts), limits, strict=True)]
+        if lengths:
+            limits = [max(0, min(n, m)) for n, m in zip(self.spread_sequences(lengths), limits, strict=True)]
+        return limits
+
+
+class Output(NamedTuple):
+    """Rows of the output: T' (packed) or R * C; C when padded, -1 when packed; a bound for the longest row set."""
+
+    total: int
+    padded: int
+    max_length: int
+
+
+def room(rows: int, reserve: int, align: int) -> int:
+    """Rows set aside for a head that keeps `rows`."""
+    return (rows + reserve + align - 1) // align * align
+
+
+def size_output(
+    row_sets: RowSets,
+    budgets: Sequence[int] | None,
+    lengths: Sequence[int] | None,
+    starts: Sequence[int] | None,
+    *,
+    layout: str,
+    capacity: int | None,
+    max_budget: int | None,
+    reserve: int,
+    align: int,
+) -> Output:
+    """Sizes an output from what the host knows.
+
+    `budgets` is None where only the device knows them: then `capacity` or `max_budget` bounds them (the caller sees to
+    that). `lengths` and `starts` are None where they are not given or not known; then the result is a bound.
+    """
+    if capacity is not None and (capacity < 0 or capacity % align):
+        raise ValueError(f"expected capacity >= 0 and a multiple of align = {align}, got {capacity}")
+    if max_budget is not None and max_budget < 0:
+        raise ValueError(f"expected max_budget >= 0, got {max_budget}")
+    count = row_sets.count
+    known = budgets is not None
+    if not known:
+        budgets = [max_budget if max_budget is not None else capacity]
+    if len(row_sets.limits) == 1 and not lengths and not starts:
+        most = row_sets.limits[0] if max_budget is None else min(row_sets.limits[0], max_budget)
+        kept, copies = budgets, count // (len(budgets) or 1)
+        if kept and not (min(kept) >= 0 and max(kept) <= most):
+            kept = [max(0, min(b, most)) for b in budgets]
+    else:
+        limits = row_sets.lengths(lengths, starts)
+        if max_budget is not None:
+            limits = [min(n, max_budget) for n in limits]
+        kept, copies = [max(0, min(b, n)) for b, n in zip(row_sets.spread(budgets), limits, strict=True)], 1
+    longest = max(kept, default=0)
+    total = copies * (sum(kept) if reserve == 0 and align == 1 else sum([room(n, reserve, align) for n in kept]))
+    if row_sets.shared and layout == "packed":
+        total = min(total, room(row_sets.limits[0] + count * (reserve + align - 1), 0, align))
+    if layout == "padded":
+        padded = room(longest, reserve, align)
+        if capacity is not None:
+            padded = min(padded, capacity) if known else capacity
+        return Output(count * padded, padded, min(longest, padded))
+    if capacity is not None:
+        total = min(total, capacity) if known else capacity
+        longest = min(longest, total)
+    return Output(total, -1, longest)

@@ -1,0 +1,240 @@
+"""evict, evict_layers and evict_: keep the best rows of every head, each its own number, and move them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lkv_ext.ops import errors
+from lkv_ext.ops.arguments import Ints, Options, Plan, Request, find_row_sets, request
+from lkv_ext.ops.library import ops
+from lkv_ext._sizes import RowSets
+from lkv_ext.ops.ragged import RaggedIndex, RaggedKV
+from lkv_ext.ops.select import gather, new_index, select
+
+
+def evict(
+    k: Tensor,
+    v: Tensor | None,
+    scores: Tensor,
+    budgets: Ints | Plan,
+    *,
+    lengths: Ints | None = None,
+    starts: Ints | None = None,
+    cu_seqlens: Tensor | None = None,
+    sink: int = 0,
+    window: int = 0,
+    layout: str = "packed",
+    capacity: int | None = None,
+    max_budget: int | None = None,
+    reserve: int = 0,
+    align: int = 1,
+    companions: Sequence[Tensor] = (),
+    out: RaggedKV | None = None,
+) -> RaggedKV:
+    """Keeps the `budgets` best rows of every (sequence, KV head) and moves their K and V together.
+
+    Of each row set, with `n = clamp(budget, 0, length)`, the first `min(sink, n)` and the last `min(window, rest)` valid
+    tokens are kept, and of those between the best by score, ties to the lower position; NaN ranks below -inf, -0 equals
+    +0. Kept rows come out in ascending position, bitwise equal to their sources. The result of a row set depends on
+    nothing else: not on its neighbours, strides, threads, the device or the run.
+
+    Args:
+        k, v: dense `[B, H, L, D]` and `[B, H, L, Dv]`, any strides with contiguous rows (a transposed `[B, L, H, D]`
+            is not copied); or ragged `[T, D]` and `[T, Dv]` with `cu_seqlens`. Any dtype: rows move as bytes. H counts
+            KV heads. `v` is None for caches of one tensor.
+        scores: `[B, H, L]` or, ragged, `[T]`, float32, float16 or bfloat16, any strides; higher is kept.
+        budgets: rows to keep per head: an int, a sequence or an integer tensor `[H]` or `[B, H]`, on the host or on the
+            device, or a `plan`.
+        lengths, starts: `[B]` or `[B, H]`, host or device: the valid range `[starts, starts + lengths)` of each row set
+            of dense input (padding on either side); of ragged input `lengths` alone, rows in use of each room.
+        cu_seqlens: int32 `[B * H + 1]` of ragged input: where each row set begins. What `evict` returned goes in again.
+        sink, window: the first `sink` and last `window` valid tokens are kept before any other, inside the budget.
+        layout: "packed", rows of all heads after each other in (b, h) order, `[T', D]`; or "padded", `[B, H, C, D]`.
+        capacity: upper bound of T' (packed) or C (padded). With budgets in a device tensor it is the size itself; without
+            it and without `max_budget` such a call synchronises once to read them, and raises ValueError under
+            torch.compile or CUDA-graph capture. Heads that do not fit are cut, see `overflow`.
+        max_budget: upper bound for any one head.
+        reserve, align: every room is its rows plus `reserve`, rounded up to `align`: later tokens append in place, and
+            with `align` = page size the buffers are paged pools by view, see `RaggedKV.block_table`.
+        companions: tensors `[B, H, L, ...]` (ragged `[T, ...]`) of any dtype that move by the same positions.
+        out: what an earlier call of the same sizes returned: its memory is overwritten and it is returned again.
+
+    Returns:
+        The kept rows as `RaggedKV`. Slack rows are zero, in `positions` -1.
+
+    Raises:
+        ValueError, TypeError: for a wrong shape, device, dtype, stride or overlap, before anything is written.
+
+    Gradients flow through k, v and companions where they are required; then this is `select` followed by `gather`.
+    CPU tensors count as host values, save under torch.compile, which cannot read them.
+    """
+    options = Options(sink, window, layout, capacity, max_budget, reserve, align)
+    payload = [k, *companions] if v is None else [k, v, *companions]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in payload):
+        if out is not None:
+            raise ValueError("lkv_ext.evict: expected no out where gradients are required, got one")
+        index = select(scores, budgets, lengths=lengths, starts=starts, cu_seqlens=cu_seqlens, **options._asdict())
+        moved = gather(payload, index, cu_seqlens=cu_seqlens)
+        return _ragged(moved, v is not None, index, options)
+    try:
+        _check_rank(k, v, 4 if cu_seqlens is None else 2)
+        row_sets, budgets, lengths = find_row_sets(k, cu_seqlens, budgets, lengths)
+        asked = request(row_sets, cu_seqlens, budgets, lengths, starts, options)
+        return _evict(payload, v is not None, [scores], asked, options, out)
+    except (RuntimeError, ValueError, TypeError) as error:
+        errors.reraise("evict", error, _names("k", "v", v is not None, len(companions)))
+
+
+def evict_layers(
+    ks: Sequence[Tensor],
+    vs: Sequence[Tensor] | None,
+    scores: Sequence[Tensor] | Tensor,
+    budgets: Ints | Plan,
+    *,
+    lengths: Ints | None = None,
+    starts: Ints | None = None,
+    sink: int = 0,
+    window: int = 0,
+    layout: str = "packed",
+    capacity: int | None = None,
+    max_budget: int | None = None,
+    reserve: int = 0,
+    align: int = 1,
+    companions: Sequence[Sequence[Tensor]] = (),
+    out: RaggedKV | None = None,
+) -> RaggedKV:
+    """`evict` for all layers of a model at once: one launch, one joint buffer.
+
+    Args:
+        ks, vs: one dense tensor per layer, `[B, H, L, D]` and `[B, H, L, Dv]`; L and the strides may differ.
+        scores: one tensor `[B, H, L]` per layer, or `[N, B, H, L]`.
+        budgets: an int, `[N, H]` or `[N, B, H]`.
+        lengths, starts: `[B]`, `[B, H]` or `[N, B, H]`.
+        companions: for every companion one tensor `[B, H, L, ...]` per layer.
+
+    All else is as in `evict`; capacity, T' and C are those of the joint output.
+
+    Returns:
+        `RaggedKV` of all layers, row sets in (layer, b, h) order, `lengths` `[N, B, H]`; `out.layer(i)` is a view.
+
+    Raises:
+        ValueError, TypeError: as `evict`. No gradients: raises where a tensor requires one.
+    """
+    options = Options(sink, window, layout, capacity, max_budget, reserve, align)
+    moved = [ks, *companions] if vs is None else [ks, vs, *companions]
+    names = [
+        f"{name}[{layer}]" for name in _names("ks", "vs", vs is not None, len(companions)) for layer in range(len(ks))
+    ]
+    try:
+        if len(ks) == 0:
+            raise ValueError("expected at least one layer in ks, got none")
+        if any(len(part) != len(ks) for part in (*moved, scores)):
+            raise ValueError(f"expected one tensor per layer in every list, got {[len(p) for p in (*moved, scores)]}")
+        payload = [t for part in moved for t in part]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in payload):
+            raise ValueError("expected tensors that require no gradient, got some: use evict per layer, or no_grad")
+        for k, v in zip(ks, vs or [None] * len(ks), strict=True):
+            _check_rank(k, v, 4)
+        layers, (batch, heads) = len(ks), ks[0].shape[:2]
+        tokens = [k.shape[2] for k in ks]
+        if all(count == tokens[0] for count in tokens):
+            limits = tokens[:1]
+        else:
+            limits = [count for count in tokens for _ in range(batch * heads)]
+        asked = request(RowSets(layers, batch, heads, limits), None, budgets, lengths, starts, options)
+        result = _evict(payload, vs is not None, list(scores), asked, options, out)
+        if layers == 1:  # the ops know no layer axis for one layer
+            result.lengths = result.lengths[None]
+            if layout == "padded":
+                result.k, result.positions = result.k[None], result.positions[None]
+                result.v = None if result.v is None else result.v[None]
+                result.companions = tuple(c[None] for c in result.companions)
+        return result
+    except (RuntimeError, ValueError, TypeError) as error:
+        errors.reraise("evict_layers", error, names)
+
+
+def evict_(
+    k: Tensor,
+    v: Tensor | None,
+    scores: Tensor,
+    budgets: Ints | Plan,
+    *,
+    lengths: Ints | None = None,
+    starts: Ints | None = None,
+    cu_seqlens: Tensor | None = None,
+    sink: int = 0,
+    window: int = 0,
+    max_budget: int | None = None,
+    companions: Sequence[Tensor] = (),
+) -> RaggedIndex:
+    """`evict` in place: the kept rows of each row set move to the front of its own buffer.
+
+    Rows `[0, n)` of every (sequence, head) hold what `evict` would return, whatever `starts` was; the rest of k, v and
+    companions is untouched. Allocates indices only, nothing of the size of K or V.
+
+    Args:
+        k, v, companions: written. Their memory must not overlap, save that interleaved views of one storage may lie
+            beside each other.
+
+    All else is as in `evict`.
+
+    Returns:
+        `RaggedIndex`: where the kept rows were, how many there are.
+
+    Raises:
+        ValueError, TypeError: as `evict`, also for overlapping memory and where a gradient is required.
+    """
+    options = Options(sink, window, "packed", None, max_budget, 0, 1)
+    payload = [k, *companions] if v is None else [k, v, *companions]
+    try:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in payload):
+            raise ValueError("expected tensors that require no gradient, got some: an eviction in place has none")
+        _check_rank(k, v, 4 if cu_seqlens is None else 2)
+        row_sets, budgets, lengths = find_row_sets(k, cu_seqlens, budgets, lengths)
+        asked = request(row_sets, cu_seqlens, budgets, lengths, starts, options)
+        return new_index(ops.evict_(payload, [scores], *asked.arguments), asked)
+    except (RuntimeError, ValueError, TypeError) as error:
+        errors.reraise("evict_", error, _names("k", "v", v is not None, len(companions)))
+
+
+def _evict(
+    payload: list[Tensor], has_v: bool, scores: list[Tensor], asked: Request, options: Options, out: RaggedKV | None
+) -> RaggedKV:
+    if out is None:
+        moved, *index = ops.evict(payload, scores, *asked.arguments)
+        return _ragged(moved, has_v, new_index(index, asked), options)
+    into = [out.k, *out.companions] if out.v is None else [out.k, out.v, *out.companions]
+    ops.evict_out(into, out.positions, out.lengths, out.cu_seqlens, out.overflow, payload, scores, *asked.arguments)
+    out.max_length, out.reserve, out.align = asked.max_length, options.reserve, options.align
+    return out
+
+
+def _ragged(moved: list[Tensor], has_v: bool, index: RaggedIndex, options: Options) -> RaggedKV:
+    return RaggedKV(
+        moved[0],
+        moved[1] if has_v else None,
+        tuple(moved[2 if has_v else 1 :]),
+        index.positions,
+        index.lengths,
+        index.cu_seqlens,
+        index.max_length,
+        index.overflow,
+        options.reserve,
+        options.align,
+    )
+
+
+def _check_rank(k: Tensor, v: Tensor | None, rank: int) -> None:
+    form = "[B, H, L, D]" if rank == 4 else "[T, D]"
+    if k.dim() != rank:
+        raise ValueError(f"expected k of shape {form}, got {list(k.shape)}")
+    if v is not None and v.dim() != rank:
+        raise ValueError(f"expected v of shape {form}, got {list(v.shape)}")
+
+
+def _names(k: str, v: str, has_v: bool, companions: int) -> list[str]:
+    return [k, *([v] if has_v else []), *(f"companions[{i}]" for i in range(companions))]

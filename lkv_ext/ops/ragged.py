@@ -1,0 +1,129 @@
+"""What evict, select and gather return: rows of every (sequence, KV head) one after the other, a different number each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(eq=False, slots=True)
+class RaggedIndex:
+    """Which rows each (sequence, KV head) keeps, and where they go.
+
+    Attributes:
+        positions: int32 `[T']` (packed) or `[B, H, C]` (padded): positions of the kept rows in the coordinates of the
+            input row set, ascending; -1 in slack.
+        lengths: int32 `[B, H]` (of several layers `[N, B, H]`): rows kept.
+        cu_seqlens: int32 `[B * H + 1]`: where the room of each row set begins. Without reserve or alignment these
+            are the prefix sums of `lengths`.
+        max_length: host bound of `lengths`.
+        overflow: int32 scalar on the device, rows cut for lack of room; None where all sizes were known on the host.
+    """
+
+    positions: Tensor
+    lengths: Tensor
+    cu_seqlens: Tensor
+    max_length: int
+    overflow: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"RaggedIndex({_describe(self)})"
+
+
+@dataclass(eq=False, slots=True)
+class RaggedKV:
+    """A KV cache in which every (sequence, KV head) has its own length.
+
+    Packed: `k[:, None]`, `v[:, None]` and `cu_seqlens` are what FlashAttention varlen, FlashInfer ragged and
+    `torch.nn.attention.varlen` read, every (sequence, KV head) a sequence for the query heads of its group. With
+    `align` > 1 the buffers are also pools of single-head pages by view, `k.view(-1, align, 1, D)`, with `block_table`.
+
+    Attributes:
+        k, v: `[T', D]`, `[T', Dv]` (packed) or `[B, H, C, D]`, `[B, H, C, Dv]` (padded); slack rows are zero. v is
+            None for caches of one tensor.
+        companions: what moved along, `[T', ...]` or `[B, H, C, ...]`; slack is zero.
+        positions, lengths, cu_seqlens, max_length, overflow: as in `RaggedIndex`.
+        reserve, align: how the rooms were made.
+    """
+
+    k: Tensor
+    v: Tensor | None
+    companions: tuple[Tensor, ...]
+    positions: Tensor
+    lengths: Tensor
+    cu_seqlens: Tensor
+    max_length: int
+    overflow: Tensor | None = None
+    reserve: int = 0
+    align: int = 1
+
+    @property
+    def block_table(self) -> Tensor | None:
+        """int32 `[B * H, pages]`: the pages of each row set in order, where `align` > 1 is the page size; else None.
+
+        Entries after the last page of a room repeat valid pages: readers stop at `lengths`.
+        """
+        if self.align == 1:
+            return None
+        pages = -(-(self.max_length + self.reserve) // self.align)
+        total = self.positions.numel() // self.align
+        first = self.cu_seqlens[:-1, None] // self.align
+        steps = torch.arange(pages, dtype=torch.int32, device=first.device)
+        return (first + steps).clamp_(max=max(total - 1, 0))
+
+    @property
+    def index(self) -> RaggedIndex:
+        """The positions without the rows."""
+        return RaggedIndex(self.positions, self.lengths, self.cu_seqlens, self.max_length, self.overflow)
+
+    def layer(self, i: int) -> RaggedKV:
+        """Layer `i` of what `evict_layers` returned, as a view.
+
+        Packed layers share the joint buffers: `cu_seqlens` of a layer are offsets into them, and need not begin at 0.
+        """
+        if self.lengths.dim() != 3:
+            raise ValueError(f"RaggedKV.layer: expected lengths of shape [N, B, H], got {list(self.lengths.shape)}")
+        layers, batch, heads = self.lengths.shape
+        if not -layers <= i < layers:
+            raise IndexError(f"RaggedKV.layer: expected a layer in [0, {layers}), got {i}")
+        i %= layers
+        rows = batch * heads
+        parts = dict(lengths=self.lengths[i], cu_seqlens=self.cu_seqlens[i * rows : (i + 1) * rows + 1])
+        if self.positions.dim() == 4:
+            parts |= dict(k=self.k[i], positions=self.positions[i], companions=tuple(c[i] for c in self.companions))
+            parts |= dict(
+                v=None if self.v is None else self.v[i], cu_seqlens=parts["cu_seqlens"] - self.cu_seqlens[i * rows]
+            )
+        return replace(self, **parts)
+
+    def __repr__(self) -> str:
+        v = "None" if self.v is None else str(list(self.v.shape))
+        return f"RaggedKV(k={list(self.k.shape)}, v={v}, {self.k.dtype}, {len(self.companions)} companions, {_describe(self)})"
+
+
+def _describe(index: RaggedIndex | RaggedKV) -> str:
+    form = "packed" if index.positions.dim() == 1 else "padded"
+    return (
+        f"{form}, {index.positions.numel()} rows of room, lengths={list(index.lengths.shape)}, "
+        f"max_length={index.max_length}, {index.positions.device}"
+    )
+
+
+def _register(cls: type, static: tuple[str, ...]) -> None:
+    """Makes a dataclass of tensors a pytree; `static` fields are part of the structure."""
+    moving = tuple(name for name in cls.__slots__ if name not in static)
+
+    def flatten(value: object) -> tuple[list[object], tuple[object, ...]]:
+        return [getattr(value, name) for name in moving], tuple(getattr(value, name) for name in static)
+
+    def unflatten(children: list[object], context: tuple[object, ...]) -> object:
+        return cls(**dict(zip(moving, children, strict=True)), **dict(zip(static, context, strict=True)))
+
+    pytree.register_pytree_node(cls, flatten, unflatten, serialized_type_name=f"lkv_ext.{cls.__name__}")
+
+
+_register(RaggedIndex, ("max_length",))
+_register(RaggedKV, ("max_length", "reserve", "align"))

@@ -1,0 +1,82 @@
+"""select and gather: the two halves of evict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lkv_ext.ops import errors
+from lkv_ext.ops.arguments import Ints, Options, Plan, Request, find_row_sets, request
+from lkv_ext.ops.library import ops
+from lkv_ext.ops.ragged import RaggedIndex
+
+
+def select(
+    scores: Tensor,
+    budgets: Ints | Plan,
+    *,
+    lengths: Ints | None = None,
+    starts: Ints | None = None,
+    cu_seqlens: Tensor | None = None,
+    sink: int = 0,
+    window: int = 0,
+    layout: str = "packed",
+    capacity: int | None = None,
+    max_budget: int | None = None,
+    reserve: int = 0,
+    align: int = 1,
+) -> RaggedIndex:
+    """The positions that `evict` would keep, without moving anything.
+
+    Args:
+        scores: `[B, H, L]` or, ragged, `[T]` with `cu_seqlens`; float32, float16 or bfloat16, any strides.
+
+    All else is as in `evict`. No gradients: a selection has none.
+
+    Returns:
+        `RaggedIndex`: positions, lengths, cu_seqlens, max_length, overflow.
+
+    Raises:
+        ValueError, TypeError: as `evict`.
+    """
+    try:
+        row_sets, budgets, lengths = find_row_sets(scores, cu_seqlens, budgets, lengths)
+        options = Options(sink, window, layout, capacity, max_budget, reserve, align)
+        asked = request(row_sets, cu_seqlens, budgets, lengths, starts, options)
+        return new_index(ops.select([scores.detach()], *asked.arguments), asked)
+    except (RuntimeError, ValueError, TypeError) as error:
+        errors.reraise("select", error)
+
+
+def gather(tensors: Sequence[Tensor], index: RaggedIndex, *, cu_seqlens: Tensor | None = None) -> list[Tensor]:
+    """Moves the rows that an index names.
+
+    Args:
+        tensors: dense `[B, H, L, ...]` or, with `cu_seqlens`, ragged `[T, ...]`; any dtypes, contiguous after the token
+            axis, one L for all.
+        index: what `select` returned for scores of these row sets. Its values are not trusted: a position that is not in
+            the row set gives a row of zeros.
+        cu_seqlens: int32 `[B * H + 1]` of ragged input.
+
+    Returns:
+        One tensor for each: `[T', ...]` or, with a padded index, `[B, H, C, ...]`. Differentiable.
+
+    Raises:
+        ValueError, TypeError: for a wrong shape, device or dtype.
+    """
+    tensors = list(tensors)
+    try:
+        if not tensors:
+            return []
+        *_, batch, heads = index.lengths.shape
+        if cu_seqlens is not None:
+            batch = index.lengths.numel() // max(heads, 1)
+        return ops.gather(tensors, 1, batch, heads, cu_seqlens, index.positions, index.cu_seqlens)
+    except (RuntimeError, ValueError, TypeError) as error:
+        errors.reraise("gather", error, [f"tensors[{i}]" for i in range(len(tensors))])
+
+
+def new_index(result: Sequence[Tensor], asked: Request) -> RaggedIndex:
+    positions, lengths, cu_seqlens, overflow = result
+    return RaggedIndex(positions, lengths, cu_seqlens, asked.max_length, overflow if asked.counted else None)

@@ -1,0 +1,1 @@
+"""lkv: learned KV-cache eviction on top of `lkv_ext`."""

@@ -1,0 +1,20 @@
+"""The readable truth of every op of lkv_ext: plain PyTorch, a stable sort, loops where loops are clearer.
+
+It is the specification in code, and slow. It imports nothing compiled and runs on CPU and CUDA tensors.
+"""
+
+from lkv.reference.evict import evict, evict_, evict_layers
+from lkv.reference.gather import gather
+from lkv.reference.rooms import Rooms, rooms
+from lkv.reference.select import select, select_row
+
+__all__ = [
+    "Rooms",
+    "evict",
+    "evict_",
+    "evict_layers",
+    "gather",
+    "rooms",
+    "select",
+    "select_row",
+]

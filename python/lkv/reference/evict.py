@@ -1,0 +1,136 @@
+"""evict and its relatives, as they are specified."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lkv.reference.gather import gather
+from lkv.reference.rooms import Rooms, rooms
+from lkv.reference.select import select
+
+
+@dataclass
+class Evicted:
+    """What `lkv_ext.evict` returns, under the same names; `v` stands among the companions when it is given."""
+
+    tensors: list[Tensor]
+    positions: Tensor
+    lengths: Tensor
+    cu_seqlens: Tensor
+    overflow: int
+
+
+def _row_sets(tensor: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """`[B, H, L, ...]` or ragged `[T, ...]` as one view `[L, ...]` per row set."""
+    if cu_seqlens is None:
+        return [head for sequence in tensor for head in sequence]
+    offsets = cu_seqlens.tolist()
+    return [tensor[begin:end] for begin, end in zip(offsets, offsets[1:], strict=False)]
+
+
+def _spans(
+    rows: Sequence[Tensor], starts: Sequence[int] | None, lengths: Sequence[int] | None
+) -> list[tuple[int, int]]:
+    spans = []
+    for i, row in enumerate(rows):
+        limit = row.shape[0]
+        start = max(0, min(starts[i], limit)) if starts is not None else 0
+        length = max(0, min(lengths[i], limit - start)) if lengths is not None else limit - start
+        spans.append((start, length))
+    return spans
+
+
+def evict(
+    tensors: Sequence[Tensor],
+    scores: Tensor,
+    budgets: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    sink: int = 0,
+    window: int = 0,
+    layout: str = "packed",
+    capacity: int | None = None,
+    max_budget: int | None = None,
+    reserve: int = 0,
+    align: int = 1,
+    total: int | None = None,
+) -> Evicted:
+    """`lkv_ext.evict` of k, v and companions, `tensors`, in one list.
+
+    Args:
+        budgets, lengths, starts: integers `[B, H]`.
+        total: rows of the output where that is a bound rather than the exact number.
+    """
+    return evict_layers(
+        [[t] for t in tensors],
+        [scores],
+        budgets[None],
+        lengths=None if lengths is None else lengths[None],
+        starts=None if starts is None else starts[None],
+        cu_seqlens=cu_seqlens,
+        sink=sink,
+        window=window,
+        layout=layout,
+        capacity=capacity,
+        max_budget=max_budget,
+        reserve=reserve,
+        align=align,
+        total=total,
+    )
+
+
+def evict_layers(
+    tensors: Sequence[Sequence[Tensor]],
+    scores: Sequence[Tensor],
+    budgets: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    sink: int = 0,
+    window: int = 0,
+    total: int | None = None,
+    **room: object,
+) -> Evicted:
+    """`lkv_ext.evict_layers`: `tensors[p][n]` is payload p of layer n; budgets, lengths, starts `[N, B, H]`.
+
+    `lengths` of the result are `[B, H]` for one layer and `[N, B, H]` for more.
+    """
+    rows = [[row for t in layers for row in _row_sets(t, cu_seqlens)] for layers in tensors]
+    score_rows = [row for s in scores for row in _row_sets(s, cu_seqlens)]
+    flat = [None if values is None else values.flatten().tolist() for values in (budgets, starts, lengths)]
+    spans = _spans(score_rows, flat[1], flat[2])
+    where: Rooms = rooms(flat[0], [length for _, length in spans], total=total, **room)
+    positions = select(score_rows, spans, where, sink=sink, window=window)
+    moved = [gather(payload, positions, where.offsets) for payload in rows]
+
+    device = scores[0].device
+    shape = budgets.shape[1:] if len(scores) == 1 else budgets.shape
+    if where.padded is not None:
+        moved = [t.view(*shape, where.padded, *t.shape[1:]) for t in moved]
+        positions = positions.view(*shape, where.padded)
+    return Evicted(
+        moved,
+        positions,
+        torch.tensor(where.kept, dtype=torch.int32, device=device).view(shape),
+        torch.tensor(where.offsets, dtype=torch.int32, device=device),
+        where.cut,
+    )
+
+
+def evict_(tensors: Sequence[Tensor], scores: Tensor, budgets: Tensor, **options: object) -> Evicted:
+    """`lkv_ext.evict_`: kept rows move to the front of their row set, the rest stays as it is."""
+    result = evict(tensors, scores, budgets, **options)
+    cu_seqlens = options.get("cu_seqlens")
+    offsets = result.cu_seqlens.tolist()
+    for tensor, moved in zip(tensors, result.tensors, strict=True):
+        for i, row in enumerate(_row_sets(tensor, cu_seqlens)):
+            keep = offsets[i + 1] - offsets[i]
+            row[:keep] = moved[offsets[i] : offsets[i + 1]]
+    return result

@@ -1,0 +1,53 @@
+"""Calls CMake: `pip install .`, `pip install -e .` and a plain `cmake` build agree. All metadata is in pyproject.toml.
+
+Environment: LKV_TORCH and LKV_CUDA (AUTO, ON, OFF), LKV_CUDA_ARCHS; see CMakeLists.txt.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Builds both libraries and installs them into the package, in place for editable installs."""
+
+    def run(self) -> None:
+        cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+        if cmake is None or ninja is None:
+            sys.exit("lkv_ext: cmake and ninja are needed to build: pip install cmake ninja")
+        if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++")):
+            sys.exit("lkv_ext: no C++ compiler found. Install one (for example: apt install g++) or set CXX.")
+        prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        options = {key: os.environ[key] for key in ("LKV_TORCH", "LKV_CUDA", "LKV_CUDA_ARCHS") if key in os.environ}
+        options |= {
+            "Python_EXECUTABLE": sys.executable,
+            "CMAKE_MAKE_PROGRAM": ninja,
+            "CMAKE_INSTALL_PREFIX": str(prefix),
+        }
+        definitions = [f"-D{key}={value}" for key, value in options.items()]
+        self._call(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *definitions)
+        self._call(cmake, "--build", str(build))
+        self._call(cmake, "--install", str(build))
+
+    @staticmethod
+    def _call(*command: str) -> None:
+        if subprocess.run(command).returncode != 0:
+            sys.exit(f"lkv_ext: `{' '.join(command[:4])} ...` failed; its messages are above")
+
+
+setup(
+    packages=["lkv_ext", "lkv_ext.ops", "lkv", "lkv.reference"],
+    package_dir={"lkv_ext": "lkv_ext", "lkv": "python/lkv"},
+    package_data={"lkv_ext": ["py.typed"]},
+    ext_modules=[Extension("lkv_ext._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    zip_safe=False,
+)
