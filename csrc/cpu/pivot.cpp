@@ -62,52 +62,39 @@ class PivotSearch {
     return sum;
   }
 
-  // keys_ holds the range's keys: digit by digit until few are left, or only equal ones.
+  // keys_ holds the range's keys: digit by digit until few are left, or the digit settles it.
   Pivot refine(Range range) {
     while (range.size > kSearched) {
       const int shift = digit_shift(range);
       clear_bins();
       kernels_.histogram(keys_, range.size, range.low, shift, bins_);
       const Range digit = digit_of_pivot(range, shift);
-      if (shift == row_.unit_bits()) return pivot(digit.low, digit.rank, digit.size);
+      // Were `low` 0 here, the whole row would be kept.
+      if (digit.rank == digit.size) return {digit.low - 1, 0};
+      if (shift == row_.unit_bits()) return {digit.low, digit.rank};
       kernels_.collect(keys_, range.size, digit.low, digit.high, keys_);
       range = digit;
     }
     return search(range);
   }
 
-  struct Counted {
-    uint32_t key;
-    int64_t above, at_least;
-  };
-
-  // The rank-th largest of keys_: bisection for the smallest key with fewer than `rank` keys above it.
-  Counted bisect(Range range) const {
-    Counted found = {range.high, 0, range.size};
-    while (range.low < found.key) {
-      const uint32_t middle = range.low + (found.key - range.low) / 2;
-      const int64_t above = kernels_.count_above(keys_, range.size, middle);
-      if (above < range.rank) {
-        found.key = middle;
-        found.above = above;
+  // Bisection over the keys of a range: for a key that exactly `rank` are above, or else for the rank-th largest.
+  Pivot search(const Range& range) const {
+    const uint32_t unit = uint32_t{1} << row_.unit_bits();
+    uint32_t low = range.low, high = range.high;
+    int64_t above = 0;
+    while (low < high) {
+      const uint32_t middle = (low + (high - low) / 2) & ~(unit - 1);
+      const int64_t count = kernels_.count_above(keys_, range.size, middle);
+      if (count == range.rank) return {middle, 0};
+      if (count < range.rank) {
+        high = middle;
+        above = count;
       } else {
-        range.low = middle + 1;
-        found.at_least = above;
+        low = middle + unit;
       }
     }
-    return found;
-  }
-
-  Pivot search(const Range& range) const {
-    const Counted found = bisect(range);
-    return pivot(found.key, range.rank - found.above, found.at_least - found.above);
-  }
-
-  static Pivot pivot(uint32_t key, int64_t ties, int64_t equal) {
-    // With all ties kept, "above the next lower key" says the same and spares the counting. Key 0 cannot be such a
-    // pivot: then the whole row would be kept.
-    if (ties == equal) return {key - 1, 0};
-    return {key, ties};
+    return {high, range.rank - above};
   }
 
   int digit_shift(const Range& range) const {
@@ -150,8 +137,8 @@ class PivotSearch {
     const double margin = 3.5 * std::sqrt(center * (1 - share)) + 2;
     const auto upper = static_cast<int64_t>(center - margin), lower = static_cast<int64_t>(center + margin);
     Range bracket = all;
-    if (upper > 0) bracket.high = bisect({0, kHighest, kSample, upper}).key;
-    if (lower < kSample) bracket.low = bisect({0, bracket.high, kSample, lower}).key;
+    if (upper > 0) bracket.high = search({0, kHighest, kSample, upper}).key;
+    if (lower < kSample) bracket.low = search({0, kHighest, kSample, lower}).key;
     return bracket;
   }
 
