@@ -3,6 +3,7 @@
 It is the specification in code, and slow. It imports nothing compiled and runs on CPU and CUDA tensors.
 """
 
+from lkv.reference.budgets import budgets_from_scores, budgets_from_shares
 from lkv.reference.evict import evict, evict_, evict_layers
 from lkv.reference.gather import gather
 from lkv.reference.rooms import Rooms, rooms
@@ -10,6 +11,8 @@ from lkv.reference.select import select, select_row
 
 __all__ = [
     "Rooms",
+    "budgets_from_scores",
+    "budgets_from_shares",
     "evict",
     "evict_",
     "evict_layers",

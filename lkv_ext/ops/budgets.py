@@ -1,0 +1,242 @@
+"""Budgets per head: from learned shares, or by competition of scores for one total."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lkv_ext.ops.arguments import Ints
+from lkv_ext.ops.select import select
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Budgets are drawn towards uniform: `(1 - alpha) * winners + alpha * mean` for every head (Ada-KV's safeguard)."""
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"lkv_ext.Blend: expected alpha in [0, 1], got {self.alpha}")
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Every head keeps its best `rows`, protected ones counted, before the heads compete (kvpress's AdaKVPress)."""
+
+    rows: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 0:
+            raise ValueError(f"lkv_ext.Minimum: expected rows >= 0, got {self.rows}")
+
+
+def budgets_from_shares(
+    shares: Tensor | Sequence,
+    *,
+    total: int | None = None,
+    retention: float | None = None,
+    lengths: int | Tensor | Sequence,
+    floor: int = 0,
+    cap: int | None = None,
+) -> Tensor:
+    """Whole budgets from real shares, such as the head budgets that LKV-H learns.
+
+    Head i gets `clamp(t * share_i, floor, min(cap, length_i))` with the one t that spends the total: what a full head
+    cannot take is poured over the others. Fractions are settled by largest remainder, ties to the lower index.
+
+    Args:
+        shares: non-negative, any shape, on any device; only their ratios matter. Heads of share 0 get rows beyond the
+            floor only after all others are full.
+        total: rows of all heads together; or
+        retention: fraction of all tokens in [0, 1]: the total is `round(retention * sum(lengths))`.
+        lengths: tokens of each head: an int or integers that broadcast to the shape of `shares`.
+        floor, cap: fewest and most rows of a head; a head shorter than the floor keeps what it has.
+
+    Returns:
+        int64 of the shape of `shares`, on the host. They sum to the total, or to all rows that `cap` and `lengths` let
+        there be if that is less.
+
+    Raises:
+        ValueError: for negative or non-finite shares, both or neither of total and retention, a total below the floors.
+    """
+    weights = torch.as_tensor(shares).detach().to("cpu", torch.float64)
+    if not bool(weights.isfinite().all()) or bool((weights < 0).any()):
+        raise ValueError("lkv_ext.budgets_from_shares: expected finite shares >= 0, got others")
+    if (total is None) == (retention is None):
+        raise ValueError("lkv_ext.budgets_from_shares: expected one of total and retention, got both or neither")
+    if floor < 0 or (cap is not None and cap < floor):
+        raise ValueError(f"lkv_ext.budgets_from_shares: expected 0 <= floor <= cap, got {floor} and {cap}")
+    tokens = torch.as_tensor(lengths).detach().to("cpu", torch.int64).clamp(min=0).broadcast_to(weights.shape)
+    if retention is not None:
+        if not 0 <= retention <= 1:
+            raise ValueError(f"lkv_ext.budgets_from_shares: expected retention in [0, 1], got {retention}")
+        total = round(retention * int(tokens.sum()))
+    upper = tokens if cap is None else tokens.clamp(max=cap)
+    lower = upper.clamp(max=floor)
+    if total < int(lower.sum()):
+        raise ValueError(
+            f"lkv_ext.budgets_from_shares: expected a total of at least the floors, {int(lower.sum())}, got {total}"
+        )
+    flat = apportion(weights.view(1, -1), torch.tensor([total]), lower.reshape(1, -1), upper.reshape(1, -1))
+    return flat.view(weights.shape)
+
+
+def apportion(weights: Tensor, total: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Integers `[R, n]` near `clamp(t * weights, lower, upper)` that sum to `clamp(total, sum lower, sum upper)` per row.
+
+    Args:
+        weights: float64 `[R, n]`, non-negative.
+        total: int64 `[R]`.
+        lower, upper: int64 `[R, n]`, lower <= upper.
+    """
+    if weights.shape[1] == 0:
+        return lower.clone()
+    total = torch.minimum(torch.maximum(total, lower.sum(1)), upper.sum(1))
+    # A weight of zero becomes one too small to ever round up, so that t stays finite for every head.
+    most = weights.amax(1, keepdim=True)
+    weights = torch.where(most > 0, torch.maximum(weights / most, weights.new_tensor(1e-13)), 1.0)
+    # The sum is piecewise linear in t; its corners are where a head leaves its floor or fills up.
+    corners = torch.cat([lower / weights, upper / weights], 1).sort(1).values
+    filled = torch.minimum(torch.maximum(corners[:, :, None] * weights[:, None], lower[:, None]), upper[:, None])
+    sums = filled.sum(2)
+    after = torch.searchsorted(sums, total[:, None].double()).clamp(1, corners.shape[1] - 1)
+    (t0, t1), (s0, s1) = ((x.gather(1, after - 1), x.gather(1, after)) for x in (corners, sums))
+    t = torch.where(s1 > s0, t0 + (t1 - t0) * ((total[:, None] - s0) / (s1 - s0)), t0)
+    exact = torch.minimum(torch.maximum(t * weights, lower), upper)
+
+    whole = exact.floor()
+    # Rounded, so that equal remainders compare as equal; full heads come last.
+    remainder = torch.where(whole < upper, ((exact - whole) * 2**30).round(), -1.0)
+    rank = remainder.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    whole = whole.long()
+    return whole + (rank < (total - whole.sum(1))[:, None]).long()
+
+
+def budgets_from_scores(
+    scores: Tensor | Sequence[Tensor],
+    total: int | Tensor | Sequence[int],
+    *,
+    across: str = "heads",
+    floor: Blend | Minimum | None = None,
+    lengths: Ints | None = None,
+    starts: Ints | None = None,
+    sink: int = 0,
+    window: int = 0,
+) -> Tensor:
+    """Budgets by competition: the best rows of all heads share one total per sequence, and each head gets what it won.
+
+    Protected rows (the first `sink` and last `window` valid tokens of each head) are kept whatever their scores and count
+    in the total. The others compete by score, ties to the lower layer, then head, then position; NaN ranks last. With
+    `across="heads"` this is the allocation of Ada-KV (arXiv 2407.11550), with `across="layers"` that of KVzip and LAVa.
+
+    Args:
+        scores: `[B, H, L]`, or one such tensor per layer (L may differ).
+        total: rows of one sequence over all competing heads: an int or `[B]`. With several layers and `across="heads"`
+            every layer has this total to itself.
+        across: "heads" of a layer compete, or those of all "layers".
+        floor: None, `Blend(alpha)` or `Minimum(rows)`.
+        lengths, starts: `[B]` or `[B, H]`, as in `evict`, the same for all layers.
+        sink, window: as in `evict`.
+
+    Returns:
+        int64 `[B, H]`, for a list of layers `[N, B, H]`, on the device of the scores, no synchronisation. A sequence's
+        budgets sum to its total, or to all its valid rows if these are fewer. Where the total does not cover the
+        protected rows (with `Minimum`, the guaranteed ones), it is shared out evenly among them.
+
+    Raises:
+        ValueError, TypeError: for a wrong shape or dtype, `across` or `floor`.
+    """
+    if across not in ("heads", "layers"):
+        raise ValueError(f"lkv_ext.budgets_from_scores: expected across 'heads' or 'layers', got {across!r}")
+    if floor is not None and not isinstance(floor, (Blend, Minimum)):
+        raise TypeError(f"lkv_ext.budgets_from_scores: expected floor None, Blend or Minimum, got {floor!r}")
+    single = isinstance(scores, Tensor)
+    layers = [scores] if single else list(scores)
+    for s in layers:
+        if s.dim() != 3 or s.shape[:2] != layers[0].shape[:2]:
+            expected = "[B, H, L]" if s.dim() != 3 else f"[{layers[0].shape[0]}, {layers[0].shape[1]}, L]"
+            raise ValueError(f"lkv_ext.budgets_from_scores: expected scores of shape {expected}, got {list(s.shape)}")
+    if not layers:
+        raise ValueError("lkv_ext.budgets_from_scores: expected at least one layer of scores, got none")
+    if across == "heads":
+        won = [_compete([s], total, floor, lengths, starts, sink, window)[0] for s in layers]
+    else:
+        won = _compete(layers, total, floor, lengths, starts, sink, window)
+    return won[0] if single else torch.stack(list(won))
+
+
+def _compete(
+    layers: list[Tensor],
+    total: int | Tensor | Sequence[int],
+    floor: Blend | Minimum | None,
+    lengths: Ints | None,
+    starts: Ints | None,
+    sink: int,
+    window: int,
+) -> Tensor:
+    """`[N, B, H]`: the budgets of layers that share one total per sequence."""
+    batch, heads = layers[0].shape[:2]
+    device = layers[0].device
+    total = torch.as_tensor(total, device=device).long().broadcast_to(batch).clamp(min=0)
+    masks, protected, available = [], [], []
+    for s in layers:
+        begin = _per_head(starts, 0, s).clamp(0, s.shape[2])
+        length = torch.minimum(_per_head(lengths, s.shape[2], s).clamp(min=0), s.shape[2] - begin)
+        first = length.clamp(max=sink)
+        last = (length - first).clamp(max=window)
+        position = torch.arange(s.shape[2], device=device)
+        masks.append((position >= (begin + first)[..., None]) & (position < (begin + length - last)[..., None]))
+        protected.append(first + last)
+        available.append(length)
+    protected, available = (torch.stack(x, 1).flatten(1) for x in (protected, available))  # [B, N * H]
+    owner = torch.cat([torch.arange(heads, device=device).repeat_interleave(s.shape[2]) + n * heads
+                       for n, s in enumerate(layers)])  # fmt: skip
+    flat = torch.cat([s.detach().flatten(1) for s in layers], 1)
+    free = torch.cat([m.flatten(1) for m in masks], 1)
+
+    def count(chosen: Tensor) -> Tensor:
+        return torch.zeros_like(protected).scatter_add_(1, owner.expand(batch, -1), chosen.long())
+
+    sure = protected
+    if isinstance(floor, Minimum):
+        sure = torch.minimum(available, protected.clamp(min=floor.rows))
+        forced = [
+            _best(s.flatten(0, 1), m.flatten(0, 1), extra.flatten()).view(batch, -1)
+            for s, m, extra in zip(layers, masks, (sure - protected).view(batch, -1, heads).unbind(1), strict=True)
+        ]
+        free = free & ~torch.cat(forced, 1)
+    won = count(_best(flat, free, (total - sure.sum(1)).clamp(min=0)))
+    if isinstance(floor, Blend):
+        rest = won.sum(1)
+        mean = rest[:, None].double() / max(won.shape[1], 1)
+        wish = (1 - floor.alpha) * won.double() + floor.alpha * mean
+        won = apportion(wish, rest, torch.zeros_like(won), available - protected)
+    even = apportion(torch.ones_like(sure, dtype=torch.float64), total, torch.zeros_like(sure), sure)
+    budgets = torch.where((total >= sure.sum(1))[:, None], sure + won, even)
+    return budgets.view(batch, len(layers), heads).transpose(0, 1)
+
+
+def _per_head(values: Ints | None, default: int, scores: Tensor) -> Tensor:
+    values = torch.as_tensor(default if values is None else values, device=scores.device).long()
+    return (values[:, None] if values.dim() == 1 else values).broadcast_to(scores.shape[:2])
+
+
+def _best(scores: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
+    """Which of the entries in `mask` are the best `keep` of their row, as a mask `[R, M]`; ties to the lower index."""
+    rows, width = scores.shape
+    if rows == 0 or width == 0:
+        return mask
+    keep = torch.minimum(keep, mask.sum(1))
+    lost = scores.isnan()
+    # What takes no part ranks with NaN, below everything else; so real NaNs are counted out by hand, in order.
+    ranked = torch.where(mask, scores, torch.nan)[:, None]
+    positions = select(ranked, keep[:, None], layout="padded", capacity=width).positions[:, 0].long()
+    taken = torch.zeros(rows, width + 1, dtype=torch.bool, device=scores.device)
+    padded = torch.where(positions < 0, width, positions)
+    chosen = taken.scatter_(1, padded, True)[:, :width] & mask & ~lost
+    missing = keep - chosen.sum(1)
+    return chosen | (mask & lost & ((mask & lost).cumsum(1) <= missing[:, None]))
