@@ -13,8 +13,7 @@ constexpr uint32_t kHighest = 0xffffffffu;
 constexpr int64_t kSearched = 1024;
 
 // From here on, a sample of the row brackets the pivot and one pass replaces the first digit's two.
-constexpr int64_t kSampledRow = 32768;
-constexpr int64_t kSample = 2048;
+constexpr int64_t kSampledRow = 4096;
 
 // Keys among which the pivot is: `size` keys in [low, high], of which it is the rank-th largest.
 struct Range {
@@ -62,19 +61,23 @@ class PivotSearch {
     return sum;
   }
 
-  // keys_ holds the range's keys: digit by digit until few are left, or the digit settles it.
+  bool settled(const Range& range) const {
+    return range.rank == range.size || range.high - range.low < uint32_t{1} << row_.unit_bits();
+  }
+
+  // keys_ holds the range's keys: digit by digit until few are left.
   Pivot refine(Range range) {
-    while (range.size > kSearched) {
+    while (range.size > kSearched && !settled(range)) {
       const int shift = digit_shift(range);
       clear_bins();
       kernels_.histogram(keys_, range.size, range.low, shift, bins_);
       const Range digit = digit_of_pivot(range, shift);
-      // Were `low` 0 here, the whole row would be kept.
-      if (digit.rank == digit.size) return {digit.low - 1, 0};
-      if (shift == row_.unit_bits()) return {digit.low, digit.rank};
-      kernels_.collect(keys_, range.size, digit.low, digit.high, keys_);
+      if (!settled(digit)) kernels_.collect(keys_, range.size, digit.low, digit.high, keys_);
       range = digit;
     }
+    // All of them: `low` is not 0 then, or the whole row would be kept.
+    if (range.rank == range.size) return {range.low - 1, 0};
+    if (settled(range)) return {range.low, range.rank};
     return search(range);
   }
 
@@ -125,20 +128,21 @@ class PivotSearch {
 
   // Two keys of a sample, some standard deviations of its rank to either side of the pivot's.
   Range sample_bracket(const Range& all) {
+    const int64_t sample = std::clamp<int64_t>(all.size / 128, 512, 4096);
     // One score in every stretch of the row, at a place that no period of the data follows.
     uint64_t random = 0x9e3779b97f4a7c15u;
-    for (int64_t i = 0; i < kSample; ++i) {
+    for (int64_t i = 0; i < sample; ++i) {
       random = random * 6364136223846793005u + 1442695040888963407u;
-      const int64_t begin = i * all.size / kSample, end = (i + 1) * all.size / kSample;
+      const int64_t begin = i * all.size / sample, end = (i + 1) * all.size / sample;
       keys_[i] = row_.key(begin + static_cast<int64_t>((random >> 32) * static_cast<uint64_t>(end - begin) >> 32));
     }
     const double share = static_cast<double>(all.rank) / static_cast<double>(all.size);
-    const double center = share * kSample;
+    const double center = share * static_cast<double>(sample);
     const double margin = 3.5 * std::sqrt(center * (1 - share)) + 2;
     const auto upper = static_cast<int64_t>(center - margin), lower = static_cast<int64_t>(center + margin);
     Range bracket = all;
-    if (upper > 0) bracket.high = search({0, kHighest, kSample, upper}).key;
-    if (lower < kSample) bracket.low = search({0, kHighest, kSample, lower}).key;
+    if (upper > 0) bracket.high = search({0, kHighest, sample, upper}).key;
+    if (lower < sample) bracket.low = search({0, kHighest, sample, lower}).key;
     return bracket;
   }
 
