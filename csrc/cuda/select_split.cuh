@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
 template <ScoreType type, int kBlock>
 __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
     split_emit_kernel(const LKV_GRID_CONSTANT SelectParams p, const Split split) {
+  trigger_dependents();
   constexpr uint32_t warps = kBlock / kWarp;
   const int64_t row = blockIdx.x / split.blocks;
   const uint32_t block = blockIdx.x % split.blocks;
