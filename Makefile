@@ -18,7 +18,7 @@ build: $(VENV)/ready
 	$(RUN) -m pip install -q --no-deps --no-build-isolation -e .
 
 demo: build
-	$(RUN) bench/demo.py
+	$(RUN) -m lkv.demo
 
 test: build
 	$(RUN) -m pytest

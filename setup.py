@@ -19,7 +19,7 @@ class CMakeBuild(build_ext):
     """Builds both libraries and installs them into the package, in place for editable installs."""
 
     def run(self) -> None:
-        cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+        cmake, ninja = _program("cmake"), _program("ninja")
         if cmake is None or ninja is None:
             sys.exit("lkv_ext: cmake and ninja are needed to build: pip install cmake ninja")
         if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++")):
@@ -41,6 +41,11 @@ class CMakeBuild(build_ext):
     def _call(*command: str) -> None:
         if subprocess.run(command).returncode != 0:
             sys.exit(f"lkv_ext: `{' '.join(command[:4])} ...` failed; its messages are above")
+
+
+def _program(name: str) -> str | None:
+    """A build tool: the one installed for this Python first, as the system's may be too old."""
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
 
 
 setup(
