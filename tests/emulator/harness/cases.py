@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from oracle import Layout, RowSets, rooms
+
+from harness.oracle import Layout, RowSets, rooms
 
 ROW_BYTES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 40, 48, 64, 80, 256)
 SCORES = ("normal", "ties", "constant", "minus_infinity", "hostile", "tiny", "ascending", "descending", "one_bin")
@@ -21,7 +22,7 @@ class Placed:
     lead: int  # bytes before the first row: what alignment is left
 
     def strides(self) -> tuple[int, int, int]:
-        batch, heads, tokens, size = self.data.shape
+        _batch, heads, tokens, size = self.data.shape
         pitch = size + self.gap
         if self.tokens_first:
             return tokens * heads * pitch, pitch, heads * pitch
@@ -92,20 +93,20 @@ def encode(values: np.ndarray, score_type: int) -> tuple[np.ndarray, np.ndarray]
     return np.ascontiguousarray(stored)[..., None].view(np.uint8), seen
 
 
-def per_row(rng: np.random.Generator, full: tuple[int, int, int], low: int, high: int) -> np.ndarray:
+def per_row(rng: np.random.Generator, full: tuple[int, int, int], low: int, high: int, wide: bool) -> np.ndarray:
     """Integers that broadcast to `full`; some far out of range, some the same for a whole axis."""
     shape = tuple(n if rng.random() < 0.7 else 1 for n in full)
     values = rng.integers(low, high + 1, shape)
     wild = rng.random(shape)
-    values[wild < 0.05] = -3
-    values[wild > 0.95] = 2**31 - 1
+    values[wild < 0.05] = -(2**63) if wide else -3
+    values[wild > 0.95] = 2**63 - 1 if wide else 2**31 - 1
     return values
 
 
 def make_case(seed: int) -> Case:
     rng = np.random.default_rng(seed)
 
-    def one_of(*choices):  # noqa: ANN002, ANN202
+    def one_of(*choices):
         return choices[rng.integers(len(choices))]
 
     ragged = rng.random() < 0.3
@@ -119,9 +120,13 @@ def make_case(seed: int) -> Case:
         tokens = [int(cu_seqlens[-1])]
     else:
         cu_seqlens, tokens = None, [int(rng.integers(longest // 2, longest + 1)) for _ in range(layers)]
-    starts = per_row(rng, full, 0, longest // 4) if not ragged and rng.random() < 0.5 else np.zeros((1, 1, 1), np.int64)
-    lengths = per_row(rng, full, 0, longest) if rng.random() < 0.5 else np.full((1, 1, 1), longest)
-    budgets = per_row(rng, full, 0, max(1, int(longest * one_of(0.1, 0.5, 1.1))))
+    wide = rng.random() < 0.5
+    starts, lengths = np.zeros((1, 1, 1), np.int64), np.full((1, 1, 1), longest)
+    if not ragged and rng.random() < 0.5:
+        starts = per_row(rng, full, 0, longest // 4, wide)
+    if rng.random() < 0.5:
+        lengths = per_row(rng, full, 0, longest, wide)
+    budgets = per_row(rng, full, 0, max(1, int(longest * one_of(0.1, 0.5, 1.1))), wide)
     sets = RowSets(layers, batch, heads, tokens, lengths, starts, budgets, cu_seqlens)
 
     layout = Layout(max_budget=one_of(2**31 - 1, 2**31 - 1, longest // 3), reserve=one_of(0, 0, 3, 17),
@@ -149,7 +154,7 @@ def make_case(seed: int) -> Case:
             [Placed(rng.integers(1, 256, (*s, size), dtype=np.uint8), transposed, gap, lead) for s in shapes]
         )
     return Case(sets, layout, one_of(0, 0, 1, 4, 300), one_of(0, 0, 1, 7, 300), score_type, scores,
-                [seen for _, seen in coded], payloads, wide=rng.random() < 0.5,
+                [seen for _, seen in coded], payloads, wide,
                 block=64 if rng.random() < 0.85 else 0, cluster=one_of(0, 1, 2, 4, 8, 16),
                 splits=one_of(-1, -1, -1, 0, 1, 3), resident_keys=one_of(-1, -1, 0, 256),
                 behind_select=rng.random() < 0.7, by_upload=rng.random() < 0.3)  # fmt: skip

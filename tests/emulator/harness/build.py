@@ -1,0 +1,78 @@
+"""Builds the emulated kernels with CMake, and runs them in processes of their own."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+EMULATOR = Path(__file__).resolve().parents[1]
+ROOT = EMULATOR.parents[1]
+KERNELS = ROOT / "csrc" / "cuda"
+SCHEDULES = ("in_order", "reversed", "warp_priority", "priority_changes")
+
+
+def build_root() -> Path:
+    return Path(os.environ.get("LKV_EMULATOR_BUILD", ROOT / "build" / "emulator"))
+
+
+def missing_tool() -> str | None:
+    """What this machine lacks to build the emulator; the sanitizers' run time is GCC's."""
+    return next((tool for tool in ("g++", "cmake") if shutil.which(tool) is None), None)
+
+
+def build(name: str, target: str, *, sanitize: bool, kernels: Path = KERNELS) -> Path:
+    """Configures once, then builds what changed; returns the build folder. Safe to call from several processes."""
+    folder = build_root() / name
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "CMakeCache.txt").exists():
+            flags = [f"-DLKV_EMULATOR_SANITIZE={'ON' if sanitize else 'OFF'}", "-DLKV_EMULATOR_OPTIMIZE=-O1"]
+            command = ["cmake", "-S", EMULATOR, "-B", folder, "-DCMAKE_CXX_COMPILER=g++", *generator, *flags]
+            checked([*command, f"-DLKV_CUDA_DIR={kernels}"])
+        checked(["cmake", "--build", folder, "--target", target, "--parallel", "2"])
+    return folder
+
+
+def checked(command: list[str | Path]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}")
+
+
+def environment(sanitize: bool) -> dict[str, str]:
+    """Python is not built with the sanitizers, so their run time must come first, and its own leaks do not count."""
+    env = {**os.environ, "PYTHONPATH": str(EMULATOR), "ASAN_OPTIONS": "detect_leaks=0", "OPENBLAS_NUM_THREADS": "1"}
+    if sanitize:
+        names = ("libasan.so", "libubsan.so")
+        found = [subprocess.check_output(["g++", f"-print-file-name={n}"], text=True).strip() for n in names]
+        env |= {"LD_PRELOAD": " ".join(found), "PYTHONMALLOC": "malloc"}
+    return env
+
+
+def run_cases(
+    folder: Path, first: int, count: int, schedules: tuple[str, ...], variant: int, *, sanitize: bool
+) -> subprocess.CompletedProcess[str]:
+    arguments = [folder / "libkernels.so", str(first), str(count), ",".join(schedules), str(variant)]
+    return subprocess.run(
+        [sys.executable, "-m", "harness.worker", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(sanitize),
+        timeout=300,
+    )
+
+
+def run_planted(folder: Path, toy: str, version: str, schedule: str, seed: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [folder / "planted", toy, version, schedule, str(seed)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
+        timeout=60,
+    )

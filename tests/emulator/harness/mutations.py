@@ -1,0 +1,89 @@
+"""Mutations of the kernels: one textual change each that a test must notice."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import build
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str
+    before: str  # occurs in the file; `nth` picks which
+    after: str
+    nth: int = 0
+
+
+MUTATIONS = (
+    Mutation("scan without its barrier", "block_scan.cuh", "block_sync();", "", 0),
+    Mutation("scan without its closing barrier", "block_scan.cuh", "block_sync();", "", 1),
+    Mutation("histogram not cleared before it is used", "select_pivot.cuh", "block_sync();", "", 0),
+    Mutation("pivot read before it is found", "select_pivot.cuh", "block_sync();", "", 1),
+    Mutation("histograms summed too early", "select_cluster.cuh", "cluster.sync();", "", 0),
+    Mutation("sums read too early", "select_cluster.cuh", "cluster.sync();", "", 1),
+    Mutation("block counts read too early", "select_cluster.cuh", "cluster.sync();", "", 2),
+    Mutation("block ends while its peers read", "select_cluster.cuh", "cluster.sync();", "block_sync();", 3),
+    Mutation("flag set before the positions are written", "select_cluster.cuh", "cluster.sync();", "", 3),
+    Mutation("warp counts read too early", "select_cluster.cuh", "block_sync();", "", 1),
+    Mutation("select does not wait for the rooms", "select_cluster.cuh", "grid_dependency_wait();", ""),
+    Mutation("dependents released before the rooms are done", "select_cluster.cuh",
+             "grid_dependency_wait();\n  trigger_dependents();", "trigger_dependents();\n  grid_dependency_wait();"),
+    Mutation("gather does not wait for the flag", "gather.cu", "while (load_acquire(&p.ready[row]) == 0)",
+             "while (false)"),
+    Mutation("gather ends before the select", "gather.cu", "grid_dependency_wait();", ""),
+    Mutation("tile copied before it is staged", "gather.cu", "block_sync();", "", 0),
+    Mutation("next tile staged too early", "gather.cu", "block_sync();", "", 1),
+    Mutation("last rows of a tile skipped", "gather.cu", "row < rows;", "row + 1 < rows;"),
+    Mutation("store before all loads of a tile", "compact.cu", "block_sync();", ""),
+    Mutation("ready flags not cleared", "rooms.cu", "p.ready[row] = 0;", "p.ready[row] = p.ready[row];"),
+    Mutation("ties from the end", "select_emit.cuh", "is_tie && ties < pivot.need", "is_tie && ties <= pivot.need"),
+    Mutation("tail of a slice counted", "select_emit.cuh", "const bool is_tie = i + k < slice.end && ",
+             "const bool is_tie = "),
+    Mutation("split: histogram added too early", "select_split.cuh", "block_sync();", "", 0),
+    Mutation("split: flag set before the block has written", "select_split.cuh", "block_sync();", "", 1),
+    Mutation("upload without its tail", "upload.cu", "i < bytes; i += kBlock", "i < bytes / 16 * 16; i += kBlock"),
+)  # fmt: skip
+
+
+def apply(mutation: Mutation, kernels: Path) -> None:
+    """Writes the mutated file into a copy of the kernels, and takes back whatever was mutated there before."""
+    for original in build.KERNELS.iterdir():
+        text = original.read_text()
+        if original.name == mutation.file:
+            parts = text.split(mutation.before)
+            if len(parts) <= mutation.nth + 1:
+                raise ValueError(f"{mutation.name}: {mutation.file} has no {mutation.before!r} number {mutation.nth}")
+            head, tail = parts[: mutation.nth + 1], parts[mutation.nth + 1 :]
+            text = mutation.before.join(head) + mutation.after + mutation.before.join(tail)
+        copy = kernels / original.name
+        if not copy.exists() or copy.read_text() != text:
+            copy.write_text(text)
+
+
+def caught_by(mutation: Mutation, cases: int = 40) -> str | None:
+    """The schedule under which the mutated kernels fail, and how; None if they pass all cases."""
+    kernels = build.build_root() / "mutated_kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    apply(mutation, kernels)
+    folder = build.build("mutated", "kernels", sanitize=False, kernels=kernels)
+    for schedule in reversed(build.SCHEDULES):
+        done = build.run_cases(folder, 0, cases, (schedule,), 0, sanitize=False)
+        if done.returncode != 0:
+            lines = done.stderr.splitlines() or [f"ended by signal {-done.returncode}"]
+            return f"{schedule}: {lines[0]}"
+    return None
+
+
+def forget() -> None:
+    shutil.rmtree(build.build_root() / "mutated_kernels", ignore_errors=True)
+    shutil.rmtree(build.build_root() / "mutated", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    for each in MUTATIONS:
+        print(f"{each.name:50} {caught_by(each) or 'NOT CAUGHT'}", flush=True)
+    forget()

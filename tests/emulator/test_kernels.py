@@ -1,0 +1,19 @@
+"""The real launchers of csrc/cuda against the oracle: upload, rooms, select, gather behind it, compact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness.build import SCHEDULES, run_cases
+
+BATCH = 50
+BATCHES = 3
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_cases(sanitized: Path, schedule: str, batch: int) -> None:
+    repeats = 1 if schedule in ("in_order", "reversed") else 2  # the others differ by seed
+    done = run_cases(sanitized, batch * BATCH, BATCH, (schedule,) * repeats, batch, sanitize=True)
+    assert done.returncode == 0, done.stderr[-8000:]
