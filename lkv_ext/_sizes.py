@@ -18,6 +18,7 @@ class RowSets(NamedTuple):
     heads: int
     limits: Sequence[int]  # one for all or one per row set
     shared: bool = False  # ragged input of unknown offsets: the one limit is T, which all row sets share
+    stacked: bool = False  # the caller's integers have a layer axis, be it of one layer
 
     @property
     def count(self) -> int:

@@ -199,9 +199,9 @@ def test_evict_layers(device: str, room: dict, tokens: tuple[int, int]) -> None:
 def test_one_layer_keeps_its_axis(device: str, layout: str) -> None:
     k, v, _ = cache(device)
     scores = scores_of("normal", [2, 3, 257]).to(device)
-    joint = lkv_ext.evict_layers([k], [v], [scores], BUDGETS[:1], layout=layout)
+    joint = lkv_ext.evict_layers([k], [v], [scores], [BUDGETS[0]], layout=layout)
     assert joint.lengths.shape == (1, 2, 3)
-    alone, mine = lkv_ext.evict(k, v, scores, BUDGETS[0][0], layout=layout), joint.layer(0)
+    alone, mine = lkv_ext.evict(k, v, scores, BUDGETS[0], layout=layout), joint.layer(0)
     assert torch.equal(bits(mine.k), bits(alone.k)) and torch.equal(mine.positions, alone.positions)
     assert torch.equal(mine.cu_seqlens, alone.cu_seqlens) and torch.equal(mine.lengths, alone.lengths)
 

@@ -193,8 +193,11 @@ def request(
     if cu_seqlens is not None and starts is not None:
         raise ValueError("expected no starts with cu_seqlens: ragged rows begin at their offsets")
     layers, batch, heads = row_sets.layers, row_sets.batch, row_sets.heads
-    per_head = [(heads,), (batch, heads)] if layers == 1 else [(layers, heads), (layers, batch, heads)]
-    per_sequence = [(batch,), (batch, heads)] if layers == 1 else [(batch,), (batch, heads), (layers, batch, heads)]
+    if row_sets.stacked:
+        per_head = [(layers, heads), (layers, batch, heads)]
+        per_sequence = [(batch,), (batch, heads), (layers, batch, heads)]
+    else:
+        per_head, per_sequence = [(heads,), (batch, heads)], [(batch,), (batch, heads)]
     if isinstance(budgets, Plan):
         if lengths is not None:
             raise ValueError("expected no lengths beside a plan, which has its own, got both")
@@ -209,10 +212,10 @@ def request(
     known = bool(budget_list) or budget_tensor is None
 
     # [N, H] is the same in every sequence, [B] the same for every head: right-aligned, as the ops broadcast.
-    if layers > 1 and len(budget_list) == layers * heads != row_sets.count:
+    if row_sets.stacked and len(budget_list) == layers * heads != row_sets.count:
         rows = [budget_list[n * heads : (n + 1) * heads] for n in range(layers)]
         budget_list = [x for row in rows for _ in range(batch) for x in row]
-    if layers > 1 and budget_tensor is not None and budget_tensor.dim() == 2:
+    if row_sets.stacked and budget_tensor is not None and budget_tensor.dim() == 2:
         budget_tensor = budget_tensor[:, None]
     length_tensor, start_tensor = (
         t[:, None] if t is not None and t.dim() == 1 else t for t in (length_tensor, start_tensor)

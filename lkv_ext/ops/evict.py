@@ -144,7 +144,7 @@ def evict_layers(
             limits = tokens[:1]
         else:
             limits = [count for count in tokens for _ in range(batch * heads)]
-        asked = request(RowSets(layers, batch, heads, limits), None, budgets, lengths, starts, options)
+        asked = request(RowSets(layers, batch, heads, limits, stacked=True), None, budgets, lengths, starts, options)
         result = _evict(payload, vs is not None, list(scores), asked, options, out)
         if layers == 1:  # the ops know no layer axis for one layer
             result.lengths = result.lengths[None]
