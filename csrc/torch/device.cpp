@@ -10,8 +10,6 @@ __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t 
 
 namespace lkv::torch_ops {
 
-bool runs_cuda(DeviceId device) { return device.type == aoti_torch_device_type_cuda(); }
-
 cpu::Threads torch_threads() {
   const auto run = [](void*, int64_t n, int64_t grain, cpu::Threads::Body body, void* context) {
     torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
@@ -19,24 +17,26 @@ cpu::Threads torch_threads() {
   return {run, nullptr, static_cast<int64_t>(torch::stable::get_num_threads())};
 }
 
-CudaScope::CudaScope(DeviceId device) {
+CudaScope::CudaScope(host::Device device) {
   // Without the current stream the op would race with the caller: refuse, never fall back to the default stream.
   if (aoti_torch_get_current_cuda_stream == nullptr)
-    fail("RuntimeError", "this libtorch has no CUDA: its current stream is unknown");
+    host::fail("RuntimeError", "this libtorch has no CUDA: its current stream is unknown");
   void* stream = nullptr;
   DeviceGuardHandle guard = nullptr;
   if (aoti_torch_get_current_cuda_stream(device.index, &stream) != 0 ||
       aoti_torch_create_device_guard(device.index, &guard) != 0)
-    fail("RuntimeError", "cannot use ", describe(device));
+    host::fail("RuntimeError", "cannot use ", describe(device));
   guard_ = guard;
   stream_ = static_cast<cuda::Stream>(stream);
 }
 
-CudaScope::~CudaScope() { aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(guard_)); }
+CudaScope::~CudaScope() {
+  aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(guard_));
+}
 
 void CudaScope::check(cuda::Status status, const char* kernel) const {
 #ifdef LKV_WITH_CUDA
-  if (status != 0) fail("RuntimeError", "the CUDA launch of ", kernel, " failed: ", cuda::describe(status));
+  if (status != 0) host::fail("RuntimeError", "the CUDA launch of ", kernel, " failed: ", cuda::describe(status));
 #else
   (void)status, (void)kernel;
 #endif

@@ -1,22 +1,19 @@
 #pragma once
 
-#include <cstddef>
-
+#include "host/array.h"
 #include "lkv/cpu.h"
 #include "lkv/cuda.h"
-#include "tensors.h"
 
 // Where an op runs: torch's thread pool on the CPU, the current stream of the tensor's device on CUDA.
 
 namespace lkv::torch_ops {
 
-bool runs_cuda(DeviceId device);
 cpu::Threads torch_threads();
 
 // Makes the device current for its lifetime; holds its current stream.
 class CudaScope {
  public:
-  explicit CudaScope(DeviceId device);
+  explicit CudaScope(host::Device device);
   ~CudaScope();
   CudaScope(const CudaScope&) = delete;
   CudaScope& operator=(const CudaScope&) = delete;

@@ -21,8 +21,8 @@ IndexTuple evict_(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS);
 Tensors gather(Tensors tensors, int64_t layers, int64_t batch, int64_t heads, std::optional<Tensor> source_cu_seqlens,
                Tensor positions, Tensor cu_seqlens);
 
-// Outputs of an op, allocated; shared with gather.
-Index new_index(const Problem& problem, const Sizes& sizes, bool count_overflow);
-Tensors new_outputs(const Problem& problem, int64_t total, int64_t padded);
+// Outputs of an op, allocated on the device of its tensors.
+Index new_index(const host::Problem& problem, const host::Sizes& sizes, const Tensor& like, bool count_overflow);
+Tensors new_outputs(const host::Problem& problem, const Tensors& payload, int64_t total, int64_t padded);
 
 }  // namespace lkv::torch_ops

@@ -1,6 +1,6 @@
 #include "problem.h"
 
-namespace lkv::torch_ops {
+namespace lkv::host {
 
 namespace {
 
@@ -10,20 +10,20 @@ std::string indexed(const char* name, size_t i, bool many) {
 
 }  // namespace
 
-Problem::Problem(const Tensors& payload, const Tensors& score_list, const Layout& layout)
+Problem::Problem(const Arrays& payload, const Arrays& score_list, const Layout& layout)
     : layers(layout.layers), batch(layout.batch), heads(layout.heads) {
   const bool from_payload = !payload.empty();
-  const Tensors& first = from_payload ? payload : score_list;
+  const Arrays& first = from_payload ? payload : score_list;
   check_value(layers > 0 && !first.empty() && payload.size() % layers == 0 &&
                   (score_list.empty() || score_list.size() == static_cast<size_t>(layers)),
               "expected one tensor per layer in every list, got ", payload.size(), " payload and ", score_list.size(),
               " score tensors for ", layers, " layers");
-  device = device_of(first[0]);
+  device = first[0].device;
   if (layout.cu_seqlens) {
     const Named cu{*layout.cu_seqlens, "cu_seqlens"};
     check_device(cu, device);
     check_int32(cu, {rows() + 1}, "[B * H + 1]");
-    cu_seqlens = static_cast<const int32_t*>(cu.tensor.data_ptr());
+    cu_seqlens = reinterpret_cast<const int32_t*>(cu.array.data);
   } else {
     read_shape({first[0], from_payload ? "payload[0]" : indexed("scores", 0, layers > 1)});
   }
@@ -32,7 +32,7 @@ Problem::Problem(const Tensors& payload, const Tensors& score_list, const Layout
   const std::vector<Strided> input_rows = read_rows(payload, "payload", token_counts);
   for (size_t i = 0; i < payload.size(); i += layers) {
     const RowLayout head = row_layout({payload[i], ""}, cu_seqlens != nullptr);
-    payloads.push_back({head.trailing, dtype_of(payload[i])});
+    payloads.push_back({head.trailing, payload[i].dtype});
     bytes.push_back(head.row_bytes);
   }
   const std::vector<Strided> score_rows = read_rows(score_list, "scores", token_counts);
@@ -50,14 +50,14 @@ Problem::Problem(const Tensors& payload, const Tensors& score_list, const Layout
 }
 
 void Problem::read_shape(const Named& first) {
-  const Shape shape = shape_of(first.tensor);
+  const Shape shape = first.array.shape();
   check_value(shape.size() >= 3, "expected ", first.name, " of shape [B, H, L, ...], got ", shape);
   batch = shape[0];
   heads = shape[1];
 }
 
-// Checks the tensors of a list against the shape and against each other; fills in the token counts of the layers.
-std::vector<Strided> Problem::read_rows(const Tensors& list, const char* name, std::vector<int64_t>& token_counts) {
+// Checks the arrays of a list against the shape and against each other; fills in the token counts of the layers.
+std::vector<Strided> Problem::read_rows(const Arrays& list, const char* name, std::vector<int64_t>& token_counts) {
   const bool ragged = cu_seqlens != nullptr, is_scores = name[0] == 's';
   const size_t axes = ragged ? 1 : 3;
   std::vector<Strided> rows;
@@ -65,7 +65,7 @@ std::vector<Strided> Problem::read_rows(const Tensors& list, const char* name, s
   for (size_t i = 0; i < list.size(); ++i) {
     const Named t{list[i], indexed(name, i, !is_scores || layers > 1)};
     check_device(t, device);
-    const Shape shape = shape_of(t.tensor);
+    const Shape shape = t.array.shape();
     int64_t& count = token_counts[i % layers];
     if (count < 0 && shape.size() >= axes) count = shape[axes - 1];
     const Shape expected = ragged ? Shape{count} : Shape{batch, heads, count};
@@ -74,11 +74,11 @@ std::vector<Strided> Problem::read_rows(const Tensors& list, const char* name, s
                 "expected ", t.name, " of shape ", ragged ? "[T" : "[B, H, L", is_scores ? "] = " : ", ...] with ",
                 expected, ", got ", shape);
     if (!is_scores && i % layers != 0) {
-      const Tensor& head = list[i - i % layers];
-      const Shape trailing = shape_of(head);
+      const Array& head = list[i - i % layers];
+      const Shape trailing = head.shape();
       check_value(std::equal(shape.begin() + axes, shape.end(), trailing.begin() + axes, trailing.end()), "expected ",
                   t.name, " with rows like those of the first layer, ", trailing, ", got ", shape);
-      check_type(dtype_of(t.tensor) == dtype_of(head), "expected ", t.name, " of the dtype of the first layer");
+      check_type(t.array.dtype == head.dtype, "expected ", t.name, " of the dtype of the first layer");
     }
     rows.push_back(row_layout(t, ragged).strided);
   }
@@ -97,10 +97,9 @@ void Problem::read_sizes(const Sizes& sizes) {
   starts = read_ints(sizes.starts, "starts", "[B] or [B, H]", false, 0);
 }
 
-IntTable Problem::read_ints(const Ints& values, const char* name, const char* shapes, bool per_head,
-                            int64_t fallback) {
-  if (values.tensor) {
-    const Named t{*values.tensor, name};
+IntTable Problem::read_ints(const Ints& values, const char* name, const char* shapes, bool per_head, int64_t fallback) {
+  if (values.array) {
+    const Named t{*values.array, name};
     check_device(t, device);
     return {row_ints(t, layers, batch, heads), std::nullopt};
   }
@@ -129,6 +128,15 @@ IntTable Problem::read_ints(const Ints& values, const char* name, const char* sh
   return {ints, tables.add(values.host)};
 }
 
+int64_t Problem::check_index(const Array& positions, const Array& offsets) const {
+  const Named index[] = {{positions, "index.positions"}, {offsets, "index.cu_seqlens"}};
+  for (const Named& a : index) check_device(a, device);
+  const int64_t padded = positions.rank <= 1 ? -1 : positions.sizes[positions.rank - 1];
+  check_int32(index[0], output_shape(positions.numel(), padded, {}), padded < 0 ? "[T']" : "[B, H, C]");
+  check_int32(index[1], {rows() + 1}, "[B * H + 1]");
+  return padded;
+}
+
 Shape Problem::lengths_shape() const {
   return layers > 1 ? Shape{layers, batch, heads} : Shape{batch, heads};
 }
@@ -140,4 +148,4 @@ Shape Problem::output_shape(int64_t total, int64_t padded, const Shape& trailing
   return shape;
 }
 
-}  // namespace lkv::torch_ops
+}  // namespace lkv::host

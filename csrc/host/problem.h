@@ -3,22 +3,22 @@
 #include <algorithm>
 #include <optional>
 
-#include "tensors.h"
+#include "array.h"
 
 // The arguments that the ops share, checked once and laid out as tables that CPU and CUDA kernels read alike.
 
-namespace lkv::torch_ops {
+namespace lkv::host {
 
-// Integers of the caller: on the host, in a tensor, or both (then the host copy has sized the output already).
+// Integers of the caller: on the host, in an array, or both (then the host copy has sized the output already).
 struct Ints {
   std::vector<int64_t> host;
-  std::optional<Tensor> tensor;
+  std::optional<Array> array;
 };
 
-// Which row sets there are. batch and heads are read from the tensors when these are dense.
+// Which row sets there are. batch and heads are read from the arrays when these are dense.
 struct Layout {
   int64_t layers, batch, heads;
-  std::optional<Tensor> cu_seqlens;  // of ragged input
+  std::optional<Array> cu_seqlens;  // of ragged input
 };
 
 // What every row set keeps and how the output is cut into rooms; see RoomsParams and SelectParams.
@@ -65,21 +65,23 @@ struct IntTable {
 
 struct Payload {
   Shape trailing;
-  int32_t dtype;
+  int64_t dtype;
 };
 
 // Payload-major: tensor p of layer n is payload[p * layers + n]. Either list may be empty; the first tensor of the
 // first one that is not gives device and shape to all the others.
 class Problem {
  public:
-  Problem(const Tensors& payload, const Tensors& scores, const Layout& layout);
+  Problem(const Arrays& payload, const Arrays& scores, const Layout& layout);
   void read_sizes(const Sizes& sizes);
+  // Checks an index that select made for these row sets; returns the C of its rooms, negative when packed.
+  int64_t check_index(const Array& positions, const Array& cu_seqlens) const;
 
   int64_t rows() const { return layers * batch * heads; }
-  Shape lengths_shape() const;                           // [B, H], with layers [N, B, H]
+  Shape lengths_shape() const;                                                     // [B, H], with layers [N, B, H]
   Shape output_shape(int64_t total, int64_t padded, const Shape& trailing) const;  // [T', ...] or [B, H, C, ...]
 
-  DeviceId device;
+  Device device;
   int64_t layers, batch, heads;
   int64_t longest = 0;  // bounds the length of every row set
   const int32_t* cu_seqlens = nullptr;
@@ -91,8 +93,8 @@ class Problem {
 
  private:
   void read_shape(const Named& first);
-  std::vector<Strided> read_rows(const Tensors& list, const char* name, std::vector<int64_t>& tokens);
+  std::vector<Strided> read_rows(const Arrays& list, const char* name, std::vector<int64_t>& tokens);
   IntTable read_ints(const Ints& values, const char* name, const char* shapes, bool per_head, int64_t fallback);
 };
 
-}  // namespace lkv::torch_ops
+}  // namespace lkv::host

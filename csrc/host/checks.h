@@ -9,7 +9,7 @@
 // Errors of the ops. The stable ABI carries every C++ exception to Python as a RuntimeError, so the message begins with
 // the Python type it stands for; lkv_ext raises that type and puts the public names in (lkv_ext/ops/errors.py).
 
-namespace lkv::torch_ops {
+namespace lkv::host {
 
 using Shape = std::vector<int64_t>;
 
@@ -39,4 +39,4 @@ void check_type(bool ok, const Parts&... parts) {
     fail("TypeError", parts...);
 }
 
-}  // namespace lkv::torch_ops
+}  // namespace lkv::host

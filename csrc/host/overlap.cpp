@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 
-namespace lkv::torch_ops {
+namespace lkv::host {
 
 namespace {
 
@@ -38,18 +38,32 @@ struct Search {
   }
 };
 
-// The axes of a tensor in bytes, coefficients 0 .. size - 1, times `sign`.
-void add_terms(std::vector<Term>& terms, const Tensor& t, int64_t sign) {
-  const int64_t element = static_cast<int64_t>(t.element_size());
-  const auto sizes = t.sizes();
-  const auto strides = t.strides();
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    if (sizes[i] == 1) continue;
-    const int64_t stride = strides[i] * element, reach = sizes[i] - 1;
+// The axes of an array in bytes, coefficients 0 .. size - 1, times `sign`. A negative stride is a positive one with
+// negative coefficients.
+void add_terms(std::vector<Term>& terms, const Array& a, int64_t sign) {
+  for (int64_t i = 0; i < a.rank; ++i) {
+    if (a.sizes[i] == 1 || a.stride(i) == 0) continue;
+    const int64_t stride = std::abs(a.stride(i));
     auto same = std::find_if(terms.begin(), terms.end(), [&](const Term& term) { return term.stride == stride; });
     if (same == terms.end()) same = terms.insert(terms.end(), Term{stride, 0, 0});
-    (sign > 0 ? same->high : same->low) += sign * reach;
+    const int64_t reach = (a.stride(i) < 0 ? -sign : sign) * (a.sizes[i] - 1);
+    (reach > 0 ? same->high : same->low) += reach;
   }
+}
+
+// First and one-past-last byte that an array touches.
+struct Extent {
+  const char *begin, *end;
+};
+
+Extent extent_of(const Array& a) {
+  if (a.numel() == 0) return {nullptr, nullptr};
+  Extent extent{a.data, a.data + a.itemsize};
+  for (int64_t i = 0; i < a.rank; ++i) {
+    const int64_t reach = (a.sizes[i] - 1) * a.stride(i);
+    (reach > 0 ? extent.end : extent.begin) += reach;
+  }
+  return extent;
 }
 
 bool search(std::vector<Term> terms, int64_t offset, int64_t below, int64_t above, bool zero_is_excluded) {
@@ -59,42 +73,37 @@ bool search(std::vector<Term> terms, int64_t offset, int64_t below, int64_t abov
 
 }  // namespace
 
-bool overlaps_itself(const Tensor& t) {
-  if (t.numel() == 0) return false;
-  const int64_t element = static_cast<int64_t>(t.element_size());
+bool overlaps_itself(const Array& a) {
+  if (a.numel() == 0) return false;
   std::vector<Term> terms;
-  const auto sizes = t.sizes();
-  const auto strides = t.strides();
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    if (sizes[i] == 1) continue;
-    if (strides[i] == 0) return true;
-    terms.push_back({strides[i] * element, 1 - sizes[i], sizes[i] - 1});
+  for (int64_t i = 0; i < a.rank; ++i) {
+    if (a.sizes[i] == 1) continue;
+    if (a.stride(i) == 0) return true;
+    terms.push_back({std::abs(a.stride(i)), 1 - a.sizes[i], a.sizes[i] - 1});
   }
-  return search(std::move(terms), 0, -element, element, true);
+  return search(std::move(terms), 0, -a.itemsize, a.itemsize, true);
 }
 
-bool overlap(const Tensor& a, const Tensor& b) {
+bool overlap(const Array& a, const Array& b) {
   const Extent x = extent_of(a), y = extent_of(b);
   if (x.begin == x.end || y.begin == y.end || x.end <= y.begin || y.end <= x.begin) return false;
   std::vector<Term> terms;
   add_terms(terms, a, 1);
   add_terms(terms, b, -1);
-  std::erase_if(terms, [](const Term& term) { return term.stride == 0; });
-  return search(std::move(terms), x.begin - y.begin, -static_cast<int64_t>(a.element_size()),
-                static_cast<int64_t>(b.element_size()), false);
+  return search(std::move(terms), a.data - b.data, -a.itemsize, b.itemsize, false);
 }
 
 void check_disjoint(const std::vector<Named>& written, const std::vector<Named>& read) {
   for (size_t i = 0; i < written.size(); ++i) {
-    check_value(!overlaps_itself(written[i].tensor), "expected ", written[i].name,
+    check_value(!overlaps_itself(written[i].array), "expected ", written[i].name,
                 " with memory of its own for every element, got overlapping strides");
     for (size_t j = 0; j < i; ++j)
-      check_value(!overlap(written[i].tensor, written[j].tensor), "expected ", written[j].name, " and ",
-                  written[i].name, " without common memory, got overlapping tensors");
+      check_value(!overlap(written[i].array, written[j].array), "expected ", written[j].name, " and ", written[i].name,
+                  " without common memory, got overlapping tensors");
     for (const Named& r : read)
-      check_value(!overlap(written[i].tensor, r.tensor), "expected ", written[i].name, " and ", r.name,
+      check_value(!overlap(written[i].array, r.array), "expected ", written[i].name, " and ", r.name,
                   " without common memory, got overlapping tensors");
   }
 }
 
-}  // namespace lkv::torch_ops
+}  // namespace lkv::host

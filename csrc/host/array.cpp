@@ -1,0 +1,92 @@
+#include "array.h"
+
+namespace lkv::host {
+
+std::string describe(Device device) {
+  if (device.kind == Device::cpu) return "cpu";
+  return device.kind == Device::cuda ? "cuda:" + std::to_string(device.index) : "another device";
+}
+
+int64_t Array::numel() const {
+  int64_t count = 1;
+  for (int64_t i = 0; i < rank; ++i) count *= sizes[i];
+  return count;
+}
+
+bool Array::is_contiguous() const {
+  if (numel() == 0) return true;
+  int64_t step = itemsize;
+  for (int64_t i = rank; i-- > 0; step *= sizes[i])
+    if (sizes[i] != 1 && stride(i) != step) return false;
+  return true;
+}
+
+std::vector<Named> named(const Arrays& arrays, const char* list) {
+  std::vector<Named> names;
+  names.reserve(arrays.size());
+  for (const Array& array : arrays)
+    names.push_back({array, std::string(list) + "[" + std::to_string(names.size()) + "]"});
+  return names;
+}
+
+void check_device(const Named& a, Device expected) {
+  check_value(a.array.device == expected, "expected ", a.name, " on ", describe(expected), ", got ",
+              describe(a.array.device));
+}
+
+void check_int32(const Named& a, const Shape& expected, const char* dims) {
+  check_type(a.array.element == Element::i32, "expected ", a.name, " of dtype int32");
+  const Shape shape = a.array.shape();
+  check_value(shape == expected, "expected ", a.name, " of shape ", dims, " = ", expected, ", got ", shape);
+  check_value(a.array.is_contiguous(), "expected ", a.name, " contiguous");
+}
+
+ScoreType check_scores_dtype(const Named& scores) {
+  switch (scores.array.element) {
+    case Element::f32:
+      return ScoreType::f32;
+    case Element::f16:
+      return ScoreType::f16;
+    case Element::bf16:
+      return ScoreType::bf16;
+    default:
+      fail("TypeError", "expected ", scores.name, " of dtype float32, float16 or bfloat16, got another");
+  }
+}
+
+RowLayout row_layout(const Named& a, bool ragged) {
+  const Array& array = a.array;
+  const int64_t token = ragged ? 0 : 2;
+  RowLayout layout{{array.data, 0, 0, array.stride(token)}, array.itemsize, {}};
+  if (!ragged) {
+    layout.strided.batch = array.stride(0);
+    layout.strided.head = array.stride(1);
+  }
+  layout.trailing.assign(array.sizes + token + 1, array.sizes + array.rank);
+  bool contiguous = true;
+  for (int64_t i = array.rank; i-- > token + 1; layout.row_bytes *= array.sizes[i])
+    contiguous &= array.sizes[i] == 1 || array.stride(i) == layout.row_bytes;
+  check_value(contiguous || layout.row_bytes == 0, "expected ", a.name,
+              " contiguous after the token axis, got strides ", Shape(array.strides, array.strides + array.rank),
+              " for shape ", array.shape());
+  return layout;
+}
+
+RowInts row_ints(const Named& a, int64_t layers, int64_t batch, int64_t heads) {
+  const Array& array = a.array;
+  const bool wide = array.element == Element::i64;
+  check_type(wide || array.element == Element::i32, "expected ", a.name, " of dtype int32 or int64, got another");
+  const int64_t full[3] = {layers, batch, heads};
+  int64_t steps[3] = {0, 0, 0};
+  bool fits = array.rank <= 3;
+  for (int64_t i = 0; fits && i < array.rank; ++i) {
+    const int64_t axis = 3 - array.rank + i;
+    fits = array.sizes[i] == full[axis] || array.sizes[i] == 1;
+    steps[axis] = array.sizes[i] == 1 ? 0 : array.stride(i) / array.itemsize;
+  }
+  check_value(fits, "expected ", a.name, layers == 1 ? " of shape [H] or [B, H] = " : " of shape [N, B, H] = ",
+              layers == 1 ? Shape{batch, heads} : Shape{layers, batch, heads}, ", got ", array.shape());
+  return {array.data, steps[0], steps[1], steps[2], 0, wide};
+}
+
+}  // namespace lkv::host

@@ -1,0 +1,74 @@
+#include "params.h"
+
+namespace lkv::host {
+
+Source Params::source() const {
+  return {problem_.layers,
+          problem_.batch,
+          problem_.heads,
+          table<const int64_t>(problem_.tokens),
+          problem_.cu_seqlens,
+          problem_.lengths.at(tables_),
+          problem_.starts.at(tables_)};
+}
+
+RoomsParams Params::rooms(const Sizes& sizes, const IndexPointers& out, uint32_t* ready) const {
+  RoomsParams rooms{};
+  rooms.source = source();
+  rooms.budgets = problem_.budgets.at(tables_);
+  rooms.max_budget = sizes.max_budget < 0 ? INT64_MAX : sizes.max_budget;
+  rooms.reserve = sizes.reserve;
+  rooms.align = sizes.align;
+  rooms.padded = std::max<int64_t>(sizes.padded, 0);
+  rooms.total = sizes.total;
+  rooms.lengths = out.lengths;
+  rooms.cu_seqlens = out.cu_seqlens;
+  rooms.overflow = out.overflow;
+  rooms.ready = ready;
+  return rooms;
+}
+
+SelectParams Params::select(const Sizes& sizes, const IndexPointers& out, uint32_t* ready) const {
+  SelectParams select{};
+  select.source = source();
+  select.scores = table<const Strided>(problem_.scores);
+  select.type = problem_.score_type;
+  select.sink = sizes.sink;
+  select.window = sizes.window;
+  select.lengths = out.lengths;
+  select.cu_seqlens = out.cu_seqlens;
+  select.total = sizes.total;
+  select.positions = out.positions;
+  select.ready = ready;
+  return select;
+}
+
+GatherParams Params::gather(size_t outputs, const int32_t* positions, const int32_t* cu_seqlens, int64_t total,
+                            const uint32_t* ready, bool warm) const {
+  GatherParams gather{};
+  gather.source = source();
+  gather.payloads = static_cast<int64_t>(problem_.payloads.size());
+  gather.inputs = table<const Strided>(problem_.inputs);
+  gather.outputs = table<char* const>(outputs);
+  gather.row_bytes = table<const int64_t>(problem_.row_bytes);
+  gather.positions = positions;
+  gather.cu_seqlens = cu_seqlens;
+  gather.total = total;
+  gather.ready = ready;
+  gather.warm = warm;
+  return gather;
+}
+
+CompactParams Params::compact(const IndexPointers& index) const {
+  CompactParams compact{};
+  compact.source = source();
+  compact.payloads = static_cast<int64_t>(problem_.payloads.size());
+  compact.payload = table<const Strided>(problem_.inputs);
+  compact.row_bytes = table<const int64_t>(problem_.row_bytes);
+  compact.positions = index.positions;
+  compact.lengths = index.lengths;
+  compact.cu_seqlens = index.cu_seqlens;
+  return compact;
+}
+
+}  // namespace lkv::host
