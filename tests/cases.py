@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from unittest import mock
 
 import torch
+from lkv import reference
+from lkv.reference.evict import Evicted
 from torch import Tensor
 
 import lkv_ext
-from lkv import reference
-from lkv.reference.evict import Evicted
 
 SCORES = (
     "normal",
@@ -114,12 +114,14 @@ def interleave(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return both[..., : k.shape[-1]], both[..., k.shape[-1] :]
 
 
-def twins(tensors: Sequence[Tensor]) -> list[Tensor]:
+def twins(tensors: Sequence[Tensor], device: str | None = None) -> list[Tensor]:
     """Copies with the same strides, in copies of the same storages: what shared one shares one again."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
-    copies = {key: storage.clone() for key, storage in storages.items()}
+    memory = {t.untyped_storage().data_ptr(): storage_bytes(t) for t in tensors}
+    copies = {key: m.to(device or m.device, copy=True).untyped_storage() for key, m in memory.items()}
     return [
-        t.new_empty(0).set_(copies[t.untyped_storage().data_ptr()], t.storage_offset(), t.shape, t.stride())
+        torch.empty(0, dtype=t.dtype, device=device or t.device).set_(
+            copies[t.untyped_storage().data_ptr()], t.storage_offset(), t.shape, t.stride()
+        )
         for t in tensors
     ]
 

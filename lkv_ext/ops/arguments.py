@@ -67,7 +67,7 @@ def split(values: Ints | None, name: str, shapes: Sequence[tuple[int, ...]]) -> 
         return (values,), None
     if not isinstance(values, Tensor):
         flat, shape = _flatten(values, name)
-        if shape not in shapes and shape != (1,):
+        if shape not in shapes and shape not in ((), (1,)):
             raise _wrong_shape(name, shapes, shape)
         return flat, None
     if values.dtype not in (torch.int32, torch.int64):
@@ -83,8 +83,8 @@ def split(values: Ints | None, name: str, shapes: Sequence[tuple[int, ...]]) -> 
 
 
 def _flatten(values: Sequence, name: str) -> tuple[list[int], tuple[int, ...]]:
-    if hasattr(values, "tolist"):  # NumPy
-        values = values.tolist()
+    if hasattr(values, "ravel"):  # NumPy
+        return _flatten(values.ravel().tolist(), name)[0], tuple(values.shape)
     if isinstance(values, str) or not hasattr(values, "__len__"):
         raise TypeError(f"expected {name} as an int, a sequence of ints or a tensor, got {values!r}")
     if len(values) == 0 or not hasattr(values[0], "__len__"):
@@ -241,14 +241,13 @@ def request(
         )
     )
     arguments = (
-        batch,
-        heads,
+        *((0, 0) if cu_seqlens is None else (batch, heads)),  # dense tensors tell these themselves
         cu_seqlens,
         budget_list,
         budget_tensor,
-        length_list,
+        length_list or None,
         length_tensor,
-        start_list,
+        start_list or None,
         start_tensor,
         sink,
         window,
