@@ -15,6 +15,11 @@ Scheduler& scheduler() {
   return Scheduler::instance();
 }
 
+// Nearly always one literal; another translation unit may have a copy of it.
+bool same_text(const char* a, const char* b) {
+  return a == b || std::string_view(a) == b;
+}
+
 std::string place(Where where) {
   return std::string(where.file_name()) + ":" + std::to_string(where.line());
 }
@@ -26,7 +31,7 @@ void block_barrier(Where where) {
   Barrier& barrier = self.block->barrier;
   if (!barrier.waiting.empty()) {
     const Where other = barrier.waiting.front()->where;
-    if (other.line() != where.line() || std::string_view(other.file_name()) != where.file_name()) {
+    if (other.line() != where.line() || !same_text(other.file_name(), where.file_name())) {
       self.where = where;
       scheduler().fail("divergent block barrier: threads of one block meet at " + place(other) + " and at " +
                        place(where));
@@ -88,7 +93,7 @@ std::array<uint64_t, 32> warp_exchange(const char* kind, uint32_t mask, uint64_t
     found = pending.end() - 1;
   }
   const std::shared_ptr<WarpOperation> operation = *found;
-  if (std::string_view(operation->kind) != kind) {
+  if (!same_text(operation->kind, kind)) {
     scheduler().fail(std::string("lanes of one mask meet in ") + operation->kind + " and in " + kind + ", " +
                      place(where));
   }

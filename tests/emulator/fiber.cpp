@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <new>
 
-#if LKV_EMULATOR_ASAN
+#if defined(LKV_EMULATOR_ASAN)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -25,7 +25,7 @@ Stack StackPool::take() {
   if (!free_.empty()) {
     const Stack stack = free_.back();
     free_.pop_back();
-#if LKV_EMULATOR_ASAN
+#if defined(LKV_EMULATOR_ASAN)
     __asan_unpoison_memory_region(stack.base, stack.bytes);  // the last frames of a fiber never return
 #endif
     return stack;
@@ -36,7 +36,7 @@ Stack StackPool::take() {
   return {static_cast<char*>(memory) + page, stack_bytes};
 }
 
-#if defined(__x86_64__)
+#if LKV_EMULATOR_ASSEMBLY
 
 // Saves what the System V ABI asks a callee to save, then continues on the other stack.
 extern "C" void lkv_emulator_switch(void** save, void* load);
@@ -71,7 +71,7 @@ void Fiber::prepare(Stack stack, Entry entry, void* argument) {
   entry_ = entry;
   argument_ = argument;
   shadow_ = nullptr;
-#if defined(__x86_64__)
+#if LKV_EMULATOR_ASSEMBLY
   const uintptr_t top = (reinterpret_cast<uintptr_t>(stack.base) + stack.bytes) & ~uintptr_t{15};
   auto** frame = reinterpret_cast<void**>(top) - 8;  // six registers, the return address, and one word of alignment
   for (int i = 0; i < 8; ++i) frame[i] = nullptr;
@@ -94,32 +94,32 @@ void Fiber::begin() {
 }
 
 void Fiber::arrive() {
-#if LKV_EMULATOR_ASAN
+#if defined(LKV_EMULATOR_ASAN)
   __sanitizer_finish_switch_fiber(shadow_, &home_stack_, &home_bytes_);
 #endif
 }
 
 void Fiber::resume() {
   starting = this;
-#if LKV_EMULATOR_ASAN
+#if defined(LKV_EMULATOR_ASAN)
   void* home_shadow = nullptr;
   __sanitizer_start_switch_fiber(&home_shadow, stack_.base, stack_.bytes);
 #endif
-#if defined(__x86_64__)
+#if LKV_EMULATOR_ASSEMBLY
   lkv_emulator_switch(&home_, place_);
 #else
   swapcontext(&home_, &place_);
 #endif
-#if LKV_EMULATOR_ASAN
+#if defined(LKV_EMULATOR_ASAN)
   __sanitizer_finish_switch_fiber(home_shadow, nullptr, nullptr);
 #endif
 }
 
 void Fiber::leave(bool for_good) {
-#if LKV_EMULATOR_ASAN
+#if defined(LKV_EMULATOR_ASAN)
   __sanitizer_start_switch_fiber(for_good ? nullptr : &shadow_, home_stack_, home_bytes_);
 #endif
-#if defined(__x86_64__)
+#if LKV_EMULATOR_ASSEMBLY
   lkv_emulator_switch(&place_, home_);
 #else
   swapcontext(&place_, &home_);

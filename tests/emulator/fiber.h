@@ -3,14 +3,11 @@
 #include <cstddef>
 #include <vector>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(LKV_EMULATOR_UCONTEXT)
+#define LKV_EMULATOR_ASSEMBLY 0
 #include <ucontext.h>
-#endif
-
-#if defined(__SANITIZE_ADDRESS__)
-#define LKV_EMULATOR_ASAN 1
 #else
-#define LKV_EMULATOR_ASAN 0
+#define LKV_EMULATOR_ASSEMBLY 1
 #endif
 
 // A fiber is a stack and the place where its code stands. The scheduler resumes it; it suspends itself.
@@ -52,7 +49,7 @@ class Fiber {
   Stack stack_{};
   Entry entry_ = nullptr;
   void* argument_ = nullptr;
-#if defined(__x86_64__)
+#if LKV_EMULATOR_ASSEMBLY
   void* place_ = nullptr;
   void* home_ = nullptr;
 #else

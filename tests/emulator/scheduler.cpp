@@ -5,7 +5,7 @@
 #include <cstring>
 #include <new>
 
-#if LKV_EMULATOR_ASAN
+#if defined(LKV_EMULATOR_ASAN)
 #include <sanitizer/asan_interface.h>
 #define LKV_POISON(data, bytes) __asan_poison_memory_region(data, bytes)
 #define LKV_UNPOISON(data, bytes) __asan_unpoison_memory_region(data, bytes)

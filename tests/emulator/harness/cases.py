@@ -109,12 +109,18 @@ def make_case(seed: int) -> Case:
     def one_of(*choices):
         return choices[rng.integers(len(choices))]
 
+    # Most cases run small blocks; those of production size get few row sets, and some cases more row sets than threads.
+    kind_of_size = one_of("small", "small", "small", "small", "small", "small", "production", "crowd")
     ragged = rng.random() < 0.3
     layers = 1 if ragged else int(rng.integers(1, 4))
     batch, heads = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+    longest = one_of(0, 1, 5, 31, 130, 130, 257, 600, 600, 1500)
+    if kind_of_size == "production":
+        layers, batch, longest = 1, 1, one_of(31, 600, 5000)
+    elif kind_of_size == "crowd":
+        layers, batch, heads, longest = 1, int(rng.integers(1, 6)), int(rng.integers(30, 50)), one_of(1, 5, 31)
     full = (layers, batch, heads)
     rows = layers * batch * heads
-    longest = one_of(0, 1, 5, 31, 130, 130, 257, 600, 600, 1500)
     if ragged:
         cu_seqlens = np.concatenate([[0], np.cumsum(rng.integers(0, longest + 1, rows))]).astype(np.int32)
         tokens = [int(cu_seqlens[-1])]
@@ -155,6 +161,7 @@ def make_case(seed: int) -> Case:
         )
     return Case(sets, layout, one_of(0, 0, 1, 4, 300), one_of(0, 0, 1, 7, 300), score_type, scores,
                 [seen for _, seen in coded], payloads, wide,
-                block=64 if rng.random() < 0.85 else 0, cluster=one_of(0, 1, 2, 4, 8, 16),
+                block=0 if kind_of_size == "production" else 64,
+                cluster=1 if kind_of_size == "crowd" else one_of(0, 1, 2, 4, 8, 16),
                 splits=one_of(-1, -1, -1, 0, 1, 3), resident_keys=one_of(-1, -1, 0, 256),
                 behind_select=rng.random() < 0.7, by_upload=rng.random() < 0.3)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +42,8 @@ MUTATIONS = (
     Mutation("store before all loads of a tile", "compact.cu", "block_sync();", ""),
     Mutation("ready flags not cleared", "rooms.cu", "p.ready[row] = 0;", "p.ready[row] = p.ready[row];"),
     Mutation("ties from the end", "select_emit.cuh", "is_tie && ties < pivot.need", "is_tie && ties <= pivot.need"),
-    Mutation("tail of a slice counted", "select_emit.cuh", "const bool is_tie = i + k < slice.end && ",
-             "const bool is_tie = "),
+    Mutation("keys behind a slice kept", "select_emit.cuh", "const bool is_greater = i + k < slice.end && ",
+             "const bool is_greater = "),
     Mutation("split: histogram added too early", "select_split.cuh", "block_sync();", "", 0),
     Mutation("split: flag set before the block has written", "select_split.cuh", "block_sync();", "", 1),
     Mutation("upload without its tail", "upload.cu", "i < bytes; i += kBlock", "i < bytes / 16 * 16; i += kBlock"),
@@ -85,5 +86,7 @@ def forget() -> None:
 
 if __name__ == "__main__":
     for each in MUTATIONS:
+        if not all(word in each.name for word in sys.argv[1:]):
+            continue
         print(f"{each.name:50} {caught_by(each) or 'NOT CAUGHT'}", flush=True)
     forget()

@@ -81,6 +81,9 @@ class Run:
 
         positions = self.select(source, lengths, cu_seqlens, ready)
         out = self.gather(source, positions, cu_seqlens, ready if case.behind_select else None)
+        if case.behind_select:
+            # Whoever comes next on the stream may use the select's memory again.
+            emulator.upload(np.full(sets.count, 7, np.uint32), ready)
         moved = [[self.strided(layer, fill=0x5A) for layer in payload] for payload in case.payloads]
         buffers = emulator.structs([one for payload in moved for one, _ in payload])
         row_bytes = self.table(np.array(self.sizes, np.int64))
@@ -93,7 +96,7 @@ class Run:
         same("overflow", overflow[0], want.overflow)
         chosen = oracle.select(sets, case.score_values, case.sink, case.window, want, layout.total)
         same("positions", positions, chosen)
-        same("ready", ready, np.ones(sets.count))
+        same("ready", ready, np.full(sets.count, 7 if case.behind_select else 1))
         for i, payload in enumerate(case.payloads):
             data = [layer.data for layer in payload]
             same(f"gathered {i}", out[i], oracle.gather(sets, data, chosen, want.cu_seqlens))
@@ -172,6 +175,7 @@ def main(library: str, first: int, count: int, schedules: list[Schedule]) -> int
     emulator = Emulator(library)
     emulator.configure(schedules[0], Tuning())
     check_upload(emulator)
+    emulator.free_all()
     for seed in range(first, first + count):
         case = make_case(seed)
         for schedule in schedules:
