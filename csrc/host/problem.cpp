@@ -32,7 +32,7 @@ Problem::Problem(const Arrays& payload, const Arrays& score_list, const Layout& 
   const std::vector<Strided> input_rows = read_rows(payload, "payload", token_counts);
   for (size_t i = 0; i < payload.size(); i += layers) {
     const RowLayout head = row_layout({payload[i], ""}, cu_seqlens != nullptr);
-    payloads.push_back({head.trailing, payload[i].dtype});
+    payloads.push_back({head.trailing, payload[i].dtype, head.row_bytes});
     bytes.push_back(head.row_bytes);
   }
   const std::vector<Strided> score_rows = read_rows(score_list, "scores", token_counts);

@@ -65,7 +65,7 @@ struct IntTable {
 
 struct Payload {
   Shape trailing;
-  int64_t dtype;
+  int64_t dtype, row_bytes;
 };
 
 // Payload-major: tensor p of layer n is payload[p * layers + n]. Either list may be empty; the first tensor of the

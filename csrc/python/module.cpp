@@ -1,11 +1,15 @@
-#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "build_info.h"
 #include "lkv/cpu.h"
+#include "ops.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using lkv::python::Index;
+using lkv::python::Request;
 
 py::dict build_info() {
   namespace build = lkv::build;
@@ -21,6 +25,31 @@ py::dict build_info() {
   return info;
 }
 
+void define_ops(py::module_& m) {
+  using Ints = std::vector<int64_t>;
+  py::class_<Request>(m, "Request")
+      .def(py::init<int64_t, int64_t, std::optional<py::array>, Ints, Ints, Ints, int64_t, int64_t, int64_t, int64_t,
+                    int64_t, int64_t, int64_t, int64_t>(),
+           py::arg("batch"), py::arg("heads"), py::arg("cu_seqlens"), py::kw_only(), py::arg("budgets") = Ints(),
+           py::arg("lengths") = Ints(), py::arg("starts") = Ints(), py::arg("sink") = 0, py::arg("window") = 0,
+           py::arg("total") = 0, py::arg("padded") = -1, py::arg("max_budget") = -1, py::arg("reserve") = 0,
+           py::arg("align") = 1, py::arg("threads") = 1);
+  py::class_<Index>(m, "Index")
+      .def(py::init<py::array, py::array, py::array>(), py::arg("positions"), py::arg("lengths"), py::arg("cu_seqlens"))
+      .def_readonly("positions", &Index::positions)
+      .def_readonly("lengths", &Index::lengths)
+      .def_readonly("cu_seqlens", &Index::cu_seqlens);
+  m.def("select", &lkv::python::select, py::arg("scores"), py::arg("request"));
+  m.def("gather", &lkv::python::gather, py::arg("arrays"), py::arg("index"), py::arg("request"));
+  m.def("evict", &lkv::python::evict, py::arg("payload"), py::arg("scores"), py::arg("request"));
+  m.def("evict_out", &lkv::python::evict_out, py::arg("out"), py::arg("index"), py::arg("payload"), py::arg("scores"),
+        py::arg("request"));
+  m.def("evict_", &lkv::python::evict_in_place, py::arg("payload"), py::arg("scores"), py::arg("request"));
+}
+
 }  // namespace
 
-PYBIND11_MODULE(_C, m) { m.def("build_info", &build_info); }
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", &build_info);
+  define_ops(m);
+}

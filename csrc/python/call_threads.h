@@ -1,0 +1,24 @@
+#pragma once
+
+#include <cstdint>
+
+#include "lkv/cpu.h"
+
+namespace lkv::python {
+
+// The threads of one call. They start when a kernel asks for them and are gone when it returns, so that nothing of them
+// survives a fork; starting them costs what moving some hundred kilobytes does, and small work stays on the caller's.
+class CallThreads {
+ public:
+  // At most `asked` threads for a kernel that touches `bytes` of memory.
+  CallThreads(int64_t asked, int64_t bytes);
+
+  operator cpu::Threads() { return {run, this, count_}; }
+
+ private:
+  static void run(void* self, int64_t n, int64_t grain, cpu::Threads::Body body, void* context);
+
+  int64_t count_;
+};
+
+}  // namespace lkv::python
