@@ -25,10 +25,28 @@ struct KernelAttributes {
   bool large_clusters = false;
 };
 
-std::unordered_map<const void*, KernelAttributes>& attributes() {
-  static std::unordered_map<const void*, KernelAttributes> map;
-  return map;
-}
+// Launches may come from several threads.
+class Attributes {
+ public:
+  KernelAttributes of(const void* kernel) {
+    std::lock_guard lock(door_);
+    return map_[kernel];
+  }
+  template <class F>
+  void change(const void* kernel, F&& f) {
+    std::lock_guard lock(door_);
+    f(map_[kernel]);
+  }
+
+  static Attributes& instance() {
+    static Attributes attributes;
+    return attributes;
+  }
+
+ private:
+  std::mutex door_;
+  std::unordered_map<const void*, KernelAttributes> map_;
+};
 
 uint64_t volume(dim3 d) {
   return uint64_t{d.x} * d.y * d.z;
@@ -36,7 +54,7 @@ uint64_t volume(dim3 d) {
 
 cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel, const Grid& grid) {
   const Limits limit = limits();
-  const KernelAttributes own = attributes()[kernel];
+  const KernelAttributes own = Attributes::instance().of(kernel);
   const dim3 g = grid.blocks, b = grid.threads, c = grid.cluster;
   if (volume(g) == 0 || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535) return cudaErrorInvalidConfiguration;
   if (volume(b) == 0 || volume(b) > 1024 || b.z > 64) return cudaErrorInvalidConfiguration;
@@ -59,13 +77,12 @@ cudaError_t host_task(cudaStream_t stream, Body body) {
 }  // namespace
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  KernelAttributes& own = attributes()[kernel];
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
     if (value < 0 || static_cast<size_t>(value) > limits().shared_optin) return cudaErrorInvalidValue;
-    own.shared_bytes = static_cast<size_t>(value);
+    Attributes::instance().change(kernel, [&](auto& own) { own.shared_bytes = static_cast<size_t>(value); });
   } else if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
     if (limits().cluster == 1) return cudaErrorNotSupported;
-    own.large_clusters = value != 0;
+    Attributes::instance().change(kernel, [&](auto& own) { own.large_clusters = value != 0; });
   }
   return cudaSuccess;
 }

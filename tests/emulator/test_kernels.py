@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from harness.build import SCHEDULES, run_cases
 
-BATCH = 50
-BATCHES = 3
+BATCH = 60
+BATCHES = 4
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 EMULATOR = Path(__file__).resolve().parents[1]
@@ -29,14 +31,21 @@ def build(name: str, target: str, *, sanitize: bool, kernels: Path = KERNELS) ->
     folder = build_root() / name
     folder.mkdir(parents=True, exist_ok=True)
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder.with_suffix(".lock")):
         if not (folder / "CMakeCache.txt").exists():
             flags = [f"-DLKV_EMULATOR_SANITIZE={'ON' if sanitize else 'OFF'}", "-DLKV_EMULATOR_OPTIMIZE=-O1"]
             command = ["cmake", "-S", EMULATOR, "-B", folder, "-DCMAKE_CXX_COMPILER=g++", *generator, *flags]
             checked([*command, f"-DLKV_CUDA_DIR={kernels}"])
         checked(["cmake", "--build", folder, "--target", target, "--parallel", "2"])
     return folder
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time: test workers share the build folders."""
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def checked(command: list[str | Path]) -> None:

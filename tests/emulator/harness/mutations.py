@@ -1,8 +1,10 @@
-"""Mutations of the kernels: one textual change each that a test must notice."""
+"""Mutations of the kernels: one textual change each that the cases must notice.
+
+`python -m harness.mutations [WORD ...]` tries those whose name has all words, each over a copy of the kernels.
+"""
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,19 +71,15 @@ def caught_by(mutation: Mutation, cases: int = 40) -> str | None:
     """The schedule under which the mutated kernels fail, and how; None if they pass all cases."""
     kernels = build.build_root() / "mutated_kernels"
     kernels.mkdir(parents=True, exist_ok=True)
-    apply(mutation, kernels)
-    folder = build.build("mutated", "kernels", sanitize=False, kernels=kernels)
-    for schedule in reversed(build.SCHEDULES):
-        done = build.run_cases(folder, 0, cases, (schedule,), 0, sanitize=False)
-        if done.returncode != 0:
-            lines = done.stderr.splitlines() or [f"ended by signal {-done.returncode}"]
-            return f"{schedule}: {lines[0]}"
+    with build.locked(kernels.with_suffix(".lock")):
+        apply(mutation, kernels)
+        folder = build.build("mutated", "kernels", sanitize=False, kernels=kernels)
+        for schedule in reversed(build.SCHEDULES):
+            done = build.run_cases(folder, 0, cases, (schedule,), 0, sanitize=False)
+            if done.returncode != 0:
+                lines = done.stderr.splitlines() or [f"ended by signal {-done.returncode}"]
+                return f"{schedule}: {lines[0]}"
     return None
-
-
-def forget() -> None:
-    shutil.rmtree(build.build_root() / "mutated_kernels", ignore_errors=True)
-    shutil.rmtree(build.build_root() / "mutated", ignore_errors=True)
 
 
 if __name__ == "__main__":
@@ -89,4 +87,3 @@ if __name__ == "__main__":
         if not all(word in each.name for word in sys.argv[1:]):
             continue
         print(f"{each.name:50} {caught_by(each) or 'NOT CAUGHT'}", flush=True)
-    forget()

@@ -171,14 +171,16 @@ def same(what: str, got: np.ndarray, want: np.ndarray) -> None:
         raise AssertionError(f"{what} differ, first at {tuple(first)}: {got[tuple(first)]} for {want[tuple(first)]}")
 
 
-def main(library: str, first: int, count: int, schedules: list[Schedule]) -> int:
+def main(library: str, first: int, count: int, names: list[str], variant: int) -> int:
     emulator = Emulator(library)
-    emulator.configure(schedules[0], Tuning())
+    emulator.configure(Schedule(names[0]), Tuning())
     check_upload(emulator)
     emulator.free_all()
     for seed in range(first, first + count):
-        case = make_case(seed)
-        for schedule in schedules:
+        case, draw = make_case(seed), np.random.default_rng((seed, variant))
+        for name in names:
+            resident, capability = int(draw.choice([1, 3, 8, 16, 64])), int(draw.choice([80, 90, 90]))
+            schedule = Schedule(name, int(draw.integers(2**32)), resident, capability)
             try:
                 Run(emulator, case, schedule).run()
                 Run(emulator, case, schedule).run_hostile(np.random.default_rng(seed))
@@ -190,10 +192,5 @@ def main(library: str, first: int, count: int, schedules: list[Schedule]) -> int
 
 
 if __name__ == "__main__":
-    path, start, cases, names, variant = sys.argv[1:]
-    draw = np.random.default_rng(int(variant))
-    plan = [
-        Schedule(name, int(draw.integers(2**32)), int(draw.choice([1, 3, 8, 16])), int(draw.choice([80, 90, 90])))
-        for name in names.split(",")
-    ]
-    sys.exit(main(path, int(start), int(cases), plan))
+    path, start, cases, schedules, variant = sys.argv[1:]
+    sys.exit(main(path, int(start), int(cases), schedules.split(","), int(variant)))

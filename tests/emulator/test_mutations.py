@@ -1,0 +1,26 @@
+"""The cases are worth something: kernels with one line broken fail them. `harness.mutations` has the longer list."""
+
+from __future__ import annotations
+
+import pytest
+from harness import build
+from harness.mutations import MUTATIONS, caught_by
+
+TRIED = (
+    "scan without its closing barrier",
+    "sums read too early",
+    "block ends while its peers read",
+    "gather does not wait for the flag",
+    "gather ends before the select",
+    "last rows of a tile skipped",
+    "ties from the end",
+    "store before all loads of a tile",
+)
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_mutation_is_caught(name: str) -> None:
+    if tool := build.missing_tool():
+        pytest.skip(f"the emulator is built with {tool}, which is not installed")
+    mutation = next(m for m in MUTATIONS if m.name == name)
+    assert caught_by(mutation), f"no case notices: {name}"
