@@ -11,9 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lkv_ext.ops.arguments import plan
     from lkv_ext.ops.budgets import Blend, Minimum, budgets_from_scores, budgets_from_shares
     from lkv_ext.ops.evict import evict, evict_, evict_layers
+    from lkv_ext.ops.ints import plan
     from lkv_ext.ops.ragged import RaggedIndex, RaggedKV
     from lkv_ext.ops.select import gather, select
 
@@ -23,7 +23,7 @@ _HOME = {
     "evict_layers": "evict",
     "select": "select",
     "gather": "select",
-    "plan": "arguments",
+    "plan": "ints",
     "budgets_from_scores": "budgets",
     "budgets_from_shares": "budgets",
     "Blend": "budgets",

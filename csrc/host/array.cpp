@@ -7,6 +7,11 @@ std::string describe(Device device) {
   return device.kind == Device::cuda ? "cuda:" + std::to_string(device.index) : "another device";
 }
 
+std::ostream& operator<<(std::ostream& out, const Name& name) {
+  out << name.text;
+  return name.index < 0 ? out : out << '[' << name.index << ']';
+}
+
 int64_t Array::numel() const {
   int64_t count = 1;
   for (int64_t i = 0; i < rank; ++i) count *= sizes[i];
@@ -24,14 +29,13 @@ bool Array::is_contiguous() const {
 std::vector<Named> named(const Arrays& arrays, const char* list) {
   std::vector<Named> names;
   names.reserve(arrays.size());
-  for (const Array& array : arrays)
-    names.push_back({array, std::string(list) + "[" + std::to_string(names.size()) + "]"});
+  for (const Array& array : arrays) names.push_back({array, {list, static_cast<int64_t>(names.size())}});
   return names;
 }
 
 void check_device(const Named& a, Device expected) {
-  check_value(a.array.device == expected, "expected ", a.name, " on ", describe(expected), ", got ",
-              describe(a.array.device));
+  if (a.array.device == expected) return;
+  fail("ValueError", "expected ", a.name, " on ", describe(expected), ", got ", describe(a.array.device));
 }
 
 void check_int32(const Named& a, const Shape& expected, const char* dims) {
@@ -66,9 +70,9 @@ RowLayout row_layout(const Named& a, bool ragged) {
   bool contiguous = true;
   for (int64_t i = array.rank; i-- > token + 1; layout.row_bytes *= array.sizes[i])
     contiguous &= array.sizes[i] == 1 || array.stride(i) == layout.row_bytes;
-  check_value(contiguous || layout.row_bytes == 0, "expected ", a.name,
-              " contiguous after the token axis, got strides ", Shape(array.strides, array.strides + array.rank),
-              " for shape ", array.shape());
+  if (!contiguous && layout.row_bytes != 0)
+    fail("ValueError", "expected ", a.name, " contiguous after the token axis, got strides ",
+         Shape(array.strides, array.strides + array.rank), " for shape ", array.shape());
   return layout;
 }
 
@@ -84,8 +88,9 @@ RowInts row_ints(const Named& a, int64_t layers, int64_t batch, int64_t heads) {
     fits = array.sizes[i] == full[axis] || array.sizes[i] == 1;
     steps[axis] = array.sizes[i] == 1 ? 0 : array.stride(i) / array.itemsize;
   }
-  check_value(fits, "expected ", a.name, layers == 1 ? " of shape [H] or [B, H] = " : " of shape [N, B, H] = ",
-              layers == 1 ? Shape{batch, heads} : Shape{layers, batch, heads}, ", got ", array.shape());
+  if (!fits)
+    fail("ValueError", "expected ", a.name, layers == 1 ? " of shape [H] or [B, H] = " : " of shape [N, B, H] = ",
+         layers == 1 ? Shape{batch, heads} : Shape{layers, batch, heads}, ", got ", array.shape());
   return {array.data, steps[0], steps[1], steps[2], 0, wide};
 }
 

@@ -40,10 +40,19 @@ struct Array {
 
 using Arrays = std::vector<Array>;
 
-// An array named in error messages: "scores[3]".
+// How error messages call an array: "cu_seqlens", "scores[3]". Spelled out only where there is an error.
+struct Name {
+  const char* text;
+  int64_t index = -1;
+
+  Name(const char* text, int64_t index = -1) : text(text), index(index) {}
+};
+
+std::ostream& operator<<(std::ostream& out, const Name& name);
+
 struct Named {
   const Array& array;
-  std::string name;
+  Name name;
 };
 
 std::vector<Named> named(const Arrays& arrays, const char* list);

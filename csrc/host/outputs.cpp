@@ -29,6 +29,20 @@ void check_outputs(const Problem& problem, const Sizes& sizes, const Outputs& ou
   if (out.overflow) check_index(*out.overflow, "out.overflow", {}, "[]");
   std::vector<Named> read = named(payload, "payload");
   for (const Named& score : named(scores, "scores")) read.push_back(score);
+  for (const auto& [ints, name] :
+       {std::pair(&sizes.budgets, "budgets"), {&sizes.lengths, "lengths"}, {&sizes.starts, "starts"}})
+    if (ints->array) read.push_back({*ints->array, name});
+  const int64_t offsets = problem.rows() + 1, step = sizeof(int32_t);
+  const Array cu_seqlens{const_cast<char*>(reinterpret_cast<const char*>(problem.cu_seqlens)),
+                         &offsets,
+                         &step,
+                         1,
+                         1,
+                         step,
+                         Element::i32,
+                         0,
+                         problem.device};
+  if (problem.cu_seqlens != nullptr) read.push_back({cu_seqlens, "cu_seqlens"});
   check_disjoint(written, read);
 }
 

@@ -4,8 +4,8 @@ namespace lkv::host {
 
 namespace {
 
-std::string indexed(const char* name, size_t i, bool many) {
-  return many ? std::string(name) + "[" + std::to_string(i) + "]" : name;
+Name indexed(const char* name, size_t i, bool many) {
+  return {name, many ? static_cast<int64_t>(i) : -1};
 }
 
 }  // namespace
@@ -50,35 +50,35 @@ Problem::Problem(const Arrays& payload, const Arrays& score_list, const Layout& 
 }
 
 void Problem::read_shape(const Named& first) {
-  const Shape shape = first.array.shape();
-  check_value(shape.size() >= 3, "expected ", first.name, " of shape [B, H, L, ...], got ", shape);
-  batch = shape[0];
-  heads = shape[1];
+  if (first.array.rank < 3)
+    fail("ValueError", "expected ", first.name, " of shape [B, H, L, ...], got ", first.array.shape());
+  batch = first.array.sizes[0];
+  heads = first.array.sizes[1];
 }
 
 // Checks the arrays of a list against the shape and against each other; fills in the token counts of the layers.
 std::vector<Strided> Problem::read_rows(const Arrays& list, const char* name, std::vector<int64_t>& token_counts) {
   const bool ragged = cu_seqlens != nullptr, is_scores = name[0] == 's';
-  const size_t axes = ragged ? 1 : 3;
+  const int64_t axes = ragged ? 1 : 3;
   std::vector<Strided> rows;
   rows.reserve(list.size());
   for (size_t i = 0; i < list.size(); ++i) {
     const Named t{list[i], indexed(name, i, !is_scores || layers > 1)};
+    const Array& array = t.array;
     check_device(t, device);
-    const Shape shape = t.array.shape();
     int64_t& count = token_counts[i % layers];
-    if (count < 0 && shape.size() >= axes) count = shape[axes - 1];
-    const Shape expected = ragged ? Shape{count} : Shape{batch, heads, count};
-    check_value(shape.size() >= axes && std::equal(expected.begin(), expected.end(), shape.begin()) &&
-                    (!is_scores || shape.size() == axes),
-                "expected ", t.name, " of shape ", ragged ? "[T" : "[B, H, L", is_scores ? "] = " : ", ...] with ",
-                expected, ", got ", shape);
+    if (count < 0 && array.rank >= axes) count = array.sizes[axes - 1];
+    const int64_t expected[] = {batch, heads, count};
+    const bool fits = array.rank >= axes && std::equal(expected + 3 - axes, expected + 3, array.sizes);
+    if (!fits || (is_scores && array.rank != axes))
+      fail("ValueError", "expected ", t.name, " of shape ", ragged ? "[T" : "[B, H, L",
+           is_scores ? "] = " : ", ...] with ", Shape(expected + 3 - axes, expected + 3), ", got ", array.shape());
+    const Array& head = list[i - i % layers];
     if (!is_scores && i % layers != 0) {
-      const Array& head = list[i - i % layers];
-      const Shape trailing = head.shape();
-      check_value(std::equal(shape.begin() + axes, shape.end(), trailing.begin() + axes, trailing.end()), "expected ",
-                  t.name, " with rows like those of the first layer, ", trailing, ", got ", shape);
-      check_type(t.array.dtype == head.dtype, "expected ", t.name, " of the dtype of the first layer");
+      if (!std::equal(array.sizes + axes, array.sizes + array.rank, head.sizes + axes, head.sizes + head.rank))
+        fail("ValueError", "expected ", t.name, " with rows like those of the first layer, ", head.shape(), ", got ",
+             array.shape());
+      check_type(array.dtype == head.dtype, "expected ", t.name, " of the dtype of the first layer");
     }
     rows.push_back(row_layout(t, ragged).strided);
   }

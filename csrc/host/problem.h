@@ -33,6 +33,8 @@ struct Sizes {
 // Tables of one launch, built on the host and placed where the kernel runs. An entry is known by its offset until then.
 class Tables {
  public:
+  Tables() { bytes_.reserve(512); }  // enough for a single layer
+
   template <class T>
   size_t add(const T* values, size_t count) {
     const size_t offset = bytes_.size();

@@ -3,66 +3,77 @@
 
 namespace lkv::torch_ops {
 
-Tensors new_outputs(const host::Problem& problem, const Tensors& payload, int64_t total, int64_t padded) {
-  Tensors outputs;
+void add_outputs(Tensors& list, const host::Problem& problem, const Tensors& payload, int64_t total, int64_t padded) {
   for (size_t p = 0; p < problem.payloads.size(); ++p) {
     const host::Payload& like = problem.payloads[p];
-    outputs.push_back(empty(problem.output_shape(total, padded, like.trailing), static_cast<int32_t>(like.dtype),
-                            payload[p * problem.layers]));
+    list.push_back(empty(problem.output_shape(total, padded, like.trailing), static_cast<int32_t>(like.dtype),
+                         payload[p * problem.layers]));
     if (problem.device.kind == host::Device::cpu) {
-      const Tensor& out = outputs.back();
+      const Tensor& out = list.back();
       cpu::advise_huge_pages(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
     }
   }
-  return outputs;
 }
 
 namespace {
 
-void select_and_gather(host::Problem& problem, const host::Sizes& sizes, const Tensors& out, const Index& index,
+// `out`: the moved payload, then the index.
+void select_and_gather(host::Problem& problem, const host::Sizes& sizes, const Tensors& out, bool count_overflow,
                        bool warm) {
-  Launch launch(problem, out, index.lengths, true);
-  launch.select(sizes, index, true);
-  launch.gather(index.positions, index.cu_seqlens, /*behind_select=*/true, warm);
+  const Tensor* const index = out.data() + problem.payloads.size();
+  const host::IndexPointers where = pointers(index, count_overflow);
+  Launch launch(problem, out.data(), *index, true);
+  launch.select(sizes, where, true);
+  launch.gather(where.positions, where.cu_seqlens, sizes.total, /*behind_select=*/true, warm);
 }
 
 }  // namespace
 
-EvictTuple evict(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
+Tensors evict(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
   const host::Sizes sizes = LKV_SIZES;
   host::Problem problem(view(payload), view(scores), LKV_LAYOUT(static_cast<int64_t>(scores.size())));
   problem.read_sizes(sizes);
-  const Index index = new_index(problem, sizes, scores[0], count_overflow);
-  Tensors out = new_outputs(problem, payload, sizes.total, sizes.padded);
-  select_and_gather(problem, sizes, out, index, false);
-  return {std::move(out), index.positions, index.lengths, index.cu_seqlens, index.overflow};
+  Tensors out;
+  out.reserve(problem.payloads.size() + 4);
+  add_outputs(out, problem, payload, sizes.total, sizes.padded);
+  add_index(out, problem, sizes, scores[0], count_overflow);
+  select_and_gather(problem, sizes, out, count_overflow, false);
+  return out;
 }
 
-void evict_out(Tensors out, Tensor positions, Tensor kept, Tensor offsets, std::optional<Tensor> overflow,
-               Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
+void evict_out(Tensors out, Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
   const host::Sizes sizes = LKV_SIZES;
-  const host::Arrays sources = view(payload), ranking = view(scores);
+  const host::Arrays sources = view(payload), ranking = view(scores), written = view(out);
   host::Problem problem(sources, ranking, LKV_LAYOUT(static_cast<int64_t>(scores.size())));
   problem.read_sizes(sizes);
-  host::check_value(overflow.has_value() == count_overflow, "expected out.overflow ",
-                    count_overflow ? "where rows may be cut, got None" : "None where no rows are cut, got a tensor");
-  host::check_outputs(problem, sizes, {view(out), view(positions), view(kept), view(offsets), view(overflow)}, sources,
-                      ranking);
-  const Index index{positions, kept, offsets, overflow ? *overflow : empty_int32({0}, positions)};
-  select_and_gather(problem, sizes, out, index, true);
+  const size_t moved = problem.payloads.size();
+  host::check_value(out.size() == moved + (count_overflow ? 4 : 3), "expected ", moved + (count_overflow ? 4 : 3),
+                    " tensors in out", count_overflow ? ", overflow among them" : ", no overflow", ", got ",
+                    out.size());
+  const host::Array* const index = written.data() + moved;
+  host::check_outputs(problem, sizes,
+                      {{written.begin(), written.begin() + moved},
+                       index[0],
+                       index[1],
+                       index[2],
+                       count_overflow ? std::optional(index[3]) : std::nullopt},
+                      sources, ranking);
+  select_and_gather(problem, sizes, out, count_overflow, true);
 }
 
-IndexTuple evict_(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
+Tensors evict_(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
   const host::Sizes sizes = LKV_SIZES;
   const host::Arrays moved = view(payload), ranking = view(scores);
   host::Problem problem(moved, ranking, LKV_LAYOUT(static_cast<int64_t>(scores.size())));
   problem.read_sizes(sizes);
   host::check_in_place(moved, ranking);
-  const Index index = new_index(problem, sizes, scores[0], count_overflow);
-  Launch launch(problem, {}, scores[0], true);
-  launch.select(sizes, index, false);
-  launch.compact(index);
-  return {index.positions, index.lengths, index.cu_seqlens, index.overflow};
+  Tensors index;
+  add_index(index, problem, sizes, scores[0], count_overflow);
+  const host::IndexPointers where = pointers(index.data(), count_overflow);
+  Launch launch(problem, nullptr, scores[0], true);
+  launch.select(sizes, where, false);
+  launch.compact(where);
+  return index;
 }
 
 }  // namespace lkv::torch_ops

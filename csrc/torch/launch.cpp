@@ -4,26 +4,21 @@ namespace lkv::torch_ops {
 
 namespace {
 
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
 [[maybe_unused]] int64_t round_up(int64_t n, int64_t to) {
   return (n + to - 1) / to * to;
 }
 
-host::IndexPointers pointers(const Index& index) {
-  return {data<int32_t>(index.positions), data<int32_t>(index.lengths), data<int32_t>(index.cu_seqlens),
-          index.overflow.numel() ? data<int32_t>(index.overflow) : nullptr};
-}
-
 }  // namespace
 
-Launch::Launch(host::Problem& problem, const Tensors& outputs, const Tensor& like, bool selects) : problem_(problem) {
-  std::vector<char*> pointers;
-  for (const Tensor& out : outputs) pointers.push_back(data<char>(out));
-  outputs_ = problem.tables.add(pointers);
+host::IndexPointers pointers(const Tensor* index, bool count_overflow) {
+  return {data<int32_t>(index[0]), data<int32_t>(index[1]), data<int32_t>(index[2]),
+          count_overflow ? data<int32_t>(index[3]) : nullptr};
+}
+
+Launch::Launch(host::Problem& problem, const Tensor* outputs, const Tensor& like, bool selects) : problem_(problem) {
+  std::vector<char*> targets;
+  for (size_t p = 0; outputs && p < problem.payloads.size(); ++p) targets.push_back(data<char>(outputs[p]));
+  outputs_ = problem.tables.add(targets);
   tables_ = problem.tables.data();
 #ifdef LKV_WITH_CUDA
   if (problem.device.kind != host::Device::cuda) return;
@@ -42,11 +37,11 @@ Launch::Launch(host::Problem& problem, const Tensors& outputs, const Tensor& lik
 #endif
 }
 
-void Launch::select(const host::Sizes& sizes, const Index& out, bool gathers) {
+void Launch::select(const host::Sizes& sizes, const host::IndexPointers& out, bool gathers) {
   const host::Params params(problem_, tables_);
   uint32_t* ready = gathers ? ready_ : nullptr;
-  const RoomsParams rooms = params.rooms(sizes, pointers(out), ready);
-  const SelectParams select = params.select(sizes, pointers(out), ready);
+  const RoomsParams rooms = params.rooms(sizes, out, ready);
+  const SelectParams select = params.select(sizes, out, ready);
 #ifdef LKV_WITH_CUDA
   if (cuda_) {
     cuda_->check(cuda::rooms(rooms, cuda_->stream()), "rooms");
@@ -58,10 +53,10 @@ void Launch::select(const host::Sizes& sizes, const Index& out, bool gathers) {
   cpu::select(select, torch_threads());
 }
 
-void Launch::gather(const Tensor& positions, const Tensor& cu_seqlens, bool behind_select, bool warm) {
-  const GatherParams gather = host::Params(problem_, tables_)
-                                  .gather(outputs_, data<int32_t>(positions), data<int32_t>(cu_seqlens),
-                                          positions.numel(), behind_select ? ready_ : nullptr, warm);
+void Launch::gather(const int32_t* positions, const int32_t* cu_seqlens, int64_t total, bool behind_select, bool warm) {
+  const GatherParams gather =
+      host::Params(problem_, tables_)
+          .gather(outputs_, positions, cu_seqlens, total, behind_select ? ready_ : nullptr, warm);
 #ifdef LKV_WITH_CUDA
   if (cuda_) {
     cuda_->check(cuda::gather(gather, behind_select, cuda_->stream()), "gather");
@@ -71,8 +66,8 @@ void Launch::gather(const Tensor& positions, const Tensor& cu_seqlens, bool behi
   cpu::gather(gather, torch_threads());
 }
 
-void Launch::compact(const Index& index) {
-  const CompactParams compact = host::Params(problem_, tables_).compact(pointers(index));
+void Launch::compact(const host::IndexPointers& index) {
+  const CompactParams compact = host::Params(problem_, tables_).compact(index);
 #ifdef LKV_WITH_CUDA
   if (cuda_) {
     cuda_->check(cuda::compact(compact, cuda_->stream()), "compact");

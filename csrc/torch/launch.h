@@ -8,21 +8,19 @@
 
 namespace lkv::torch_ops {
 
-// What select and evict return beside the moved rows.
-struct Index {
-  Tensor positions, lengths, cu_seqlens, overflow;  // overflow has no element unless it is counted
-};
+// `index`: positions, lengths, cu_seqlens and, where it is counted, overflow.
+host::IndexPointers pointers(const Tensor* index, bool count_overflow);
 
 class Launch {
  public:
-  // `outputs`: where the payload goes, contiguous; empty for ops that move nothing or move in place.
+  // `outputs`: where the payload goes, one contiguous tensor each; nullptr for ops that move nothing or move in place.
   // `like`: any tensor on the device of the call.
-  Launch(host::Problem& problem, const Tensors& outputs, const Tensor& like, bool selects);
+  Launch(host::Problem& problem, const Tensor* outputs, const Tensor& like, bool selects);
 
   // Rooms, then the positions of the kept rows. With `gathers`, a gather follows at once and may start early.
-  void select(const host::Sizes& sizes, const Index& out, bool gathers);
-  void gather(const Tensor& positions, const Tensor& cu_seqlens, bool behind_select, bool warm);
-  void compact(const Index& index);
+  void select(const host::Sizes& sizes, const host::IndexPointers& out, bool gathers);
+  void gather(const int32_t* positions, const int32_t* cu_seqlens, int64_t total, bool behind_select, bool warm);
+  void compact(const host::IndexPointers& index);
 
  private:
   const host::Problem& problem_;

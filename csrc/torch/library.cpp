@@ -2,19 +2,14 @@
 
 #include "ops.h"
 
-#define LKV_INDEX_RETURNS "(Tensor positions, Tensor kept, Tensor offsets, Tensor overflow)"
-
 STABLE_TORCH_LIBRARY(lkv_ext, m) {
-  m.def("select(Tensor[] scores, " LKV_SIZE_SCHEMA ") -> " LKV_INDEX_RETURNS);
-  m.def("evict(Tensor[] payload, Tensor[] scores, " LKV_SIZE_SCHEMA
-        ") -> (Tensor[] out, Tensor positions, Tensor kept, Tensor offsets, Tensor overflow)");
+  m.def("select(Tensor[] scores, " LKV_SIZE_SCHEMA ") -> Tensor[]");
+  m.def("evict(Tensor[] payload, Tensor[] scores, " LKV_SIZE_SCHEMA ") -> Tensor[]");
+  m.def("evict_out(Tensor(a!)[] out, Tensor[] payload, Tensor[] scores, " LKV_SIZE_SCHEMA ") -> ()");
+  m.def("evict_(Tensor(a!)[] payload, Tensor[] scores, " LKV_SIZE_SCHEMA ") -> Tensor[]");
   m.def(
-      "evict_out(Tensor(a!)[] out, Tensor(b!) positions, Tensor(c!) kept, Tensor(d!) offsets, Tensor(e!)? overflow, "
-      "Tensor[] payload, Tensor[] scores, " LKV_SIZE_SCHEMA ") -> ()");
-  m.def("evict_(Tensor(a!)[] payload, Tensor[] scores, " LKV_SIZE_SCHEMA ") -> " LKV_INDEX_RETURNS);
-  m.def(
-      "gather(Tensor[] tensors, SymInt layers, SymInt batch, SymInt heads, Tensor? source_cu_seqlens, "
-      "Tensor positions, Tensor cu_seqlens) -> Tensor[]");
+      "gather(Tensor[] tensors, Tensor positions, Tensor cu_seqlens, int layers=1, "
+      "Tensor? source_cu_seqlens=None, int batch=0, int heads=0) -> Tensor[]");
 }
 
 namespace {
@@ -29,8 +24,12 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lkv_ext, CPU, m) { register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(lkv_ext, CPU, m) {
+  register_ops(m);
+}
 
 #ifdef LKV_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(lkv_ext, CUDA, m) { register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(lkv_ext, CUDA, m) {
+  register_ops(m);
+}
 #endif

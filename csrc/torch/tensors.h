@@ -20,6 +20,11 @@ std::optional<host::Array> view(const std::optional<Tensor>& t);
 host::Arrays view(const Tensors& list);
 host::Ints ints(std::optional<std::vector<int64_t>> held, const std::optional<Tensor>& tensor);
 
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
 // On the device of `like`.
 Tensor empty(const Shape& shape, int32_t dtype, const Tensor& like);
 Tensor empty_int32(const Shape& shape, const Tensor& like);

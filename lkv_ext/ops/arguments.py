@@ -3,109 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lkv_ext._sizes import RowSets, size_output
-
-Ints = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
-
-
-@dataclass(slots=True)
-class Plan:
-    """Budgets and lengths on the host and on a device at once; see `plan`."""
-
-    budgets: list[int]
-    budgets_tensor: Tensor
-    lengths: list[int]
-    lengths_tensor: Tensor | None
-
-    def read(self, name: str, shapes: Sequence[Sequence[int]]) -> tuple[list[int], Tensor | None]:
-        """The host copy and, where the kernels cannot read that, the device copy of `name`."""
-        values, tensor = getattr(self, name), getattr(self, f"{name}_tensor")
-        if tensor is not None and tensor.dim() and tuple(tensor.shape) not in shapes:
-            raise _wrong_shape(name, shapes, list(tensor.shape))
-        return values, None if tensor is None or tensor.is_cpu else tensor
-
-
-def plan(budgets: Ints, lengths: Ints | None = None, *, device: torch.device | str | None = None) -> Plan:
-    """Copies budgets and lengths to `device` once, for many calls of `evict`, `select` and `evict_` with the same ones.
-
-    Pass the plan as `budgets` (and no `lengths`): sizes come from the host copy and are exact, the kernels read the
-    device copy, and the call neither synchronises nor uploads them.
-
-    Args:
-        budgets: rows to keep per head: an int, a sequence or a tensor of integers `[H]` or `[B, H]`.
-        lengths: valid rows, `[B]` or `[B, H]`; default: all.
-        device: where the kernels will run; default: the current default device.
-
-    Raises:
-        TypeError: where something is not an integer.
-    """
-    held, budgets_tensor = _both(budgets, "plan: expected budgets", device)
-    if lengths is None:
-        return Plan(held, budgets_tensor, [], None)
-    return Plan(held, budgets_tensor, *_both(lengths, "plan: expected lengths", device))
-
-
-def _both(values: Ints, what: str, device: torch.device | str | None) -> tuple[list[int], Tensor]:
-    tensor = torch.as_tensor(values)
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise TypeError(f"lkv_ext.{what} of integers, got {tensor.dtype}")
-    return tensor.flatten().tolist(), tensor.to(device or torch.get_default_device(), torch.int64)
-
-
-def split(values: Ints | None, name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[Sequence[int], Tensor | None]:
-    """Host integers as a flat list, or a tensor that the host cannot or must not read (then the list is empty)."""
-    if values is None:
-        return (), None
-    if isinstance(values, (int, torch.SymInt)):
-        return (values,), None
-    if not isinstance(values, Tensor):
-        flat, shape = _flatten(values, name)
-        if shape not in shapes and shape not in ((), (1,)):
-            raise _wrong_shape(name, shapes, shape)
-        return flat, None
-    if values.dtype not in (torch.int32, torch.int64):
-        if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
-            raise TypeError(f"expected {name} of integers, got {values.dtype}")
-        values = values.to(torch.int64)
-    if values.dim() and tuple(values.shape) not in shapes:
-        raise _wrong_shape(name, shapes, values.shape)
-    # The tracer cannot read a tensor: there the values of a CPU tensor count as device values.
-    if not values.is_cpu or torch.compiler.is_compiling():
-        return (), values
-    return values.flatten().tolist(), None
-
-
-def _flatten(values: Sequence, name: str) -> tuple[list[int], tuple[int, ...]]:
-    if hasattr(values, "ravel"):  # NumPy
-        return _flatten(values.ravel().tolist(), name)[0], tuple(values.shape)
-    if isinstance(values, str) or not hasattr(values, "__len__"):
-        raise TypeError(f"expected {name} as an int, a sequence of ints or a tensor, got {values!r}")
-    if len(values) == 0 or not hasattr(values[0], "__len__"):
-        if torch.compiler.is_compiling():
-            return list(values), (len(values),)
-        try:
-            return list(map(operator.index, values)), (len(values),)
-        except TypeError:
-            raise TypeError(f"expected {name} of integers, got {values!r}") from None
-    parts = [_flatten(row, name) for row in values]
-    if any(shape != parts[0][1] for _, shape in parts):
-        raise ValueError(f"expected {name} with rows of one length, got lengths {[len(flat) for flat, _ in parts]}")
-    return [x for flat, _ in parts for x in flat], (len(parts), *parts[0][1])
-
-
-def _wrong_shape(name: str, shapes: Sequence[Sequence[int]], got: Sequence[int]) -> ValueError:
-    form = {1: "[H]", 2: "[B, H]", 3: "[N, B, H]"} if name == "budgets" else {1: "[B]", 2: "[B, H]", 3: "[N, B, H]"}
-    if name == "budgets" and len(shapes[-1]) == 3:
-        form[2] = "[N, H]"
-    expected = " or ".join(f"{form[len(shape)]} = {list(shape)}" for shape in shapes)
-    return ValueError(f"expected {name} of shape {expected}, got {list(got)}")
+from lkv_ext.ops.ints import Ints, Plan, split
 
 
 class Options(NamedTuple):
@@ -132,7 +39,7 @@ def find_row_sets(
         if tensor.dim() < 3:
             raise ValueError(f"expected a dense tensor of shape [B, H, L, ...], got {list(tensor.shape)}")
         batch, heads, tokens = tensor.shape[:3]
-        return RowSets(1, batch, heads, [tokens]), budgets, lengths
+        return RowSets(1, batch, heads, (tokens,)), budgets, lengths
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or tensor.dim() < 1:
         raise ValueError(f"expected cu_seqlens of shape [B * H + 1], got {list(cu_seqlens.shape)}")
     count, tokens = cu_seqlens.numel() - 1, tensor.shape[0]
@@ -148,9 +55,9 @@ def find_row_sets(
     if batch * heads != count:
         raise ValueError(f"expected cu_seqlens of shape [B * H + 1] = [{batch * heads + 1}], got [{count + 1}]")
     if not cu_seqlens.is_cpu or torch.compiler.is_compiling():
-        return RowSets(1, batch, heads, [tokens], shared=True), budgets, lengths
+        return RowSets(1, batch, heads, (tokens,), shared=True), budgets, lengths
     begins = [max(0, min(x, tokens)) for x in cu_seqlens.tolist()]
-    limits = [max(0, end - begin) for begin, end in zip(begins, begins[1:], strict=False)]
+    limits = [max(0, end - begin) for begin, end in pairwise(begins)]
     return RowSets(1, batch, heads, limits), budgets, lengths
 
 
@@ -171,7 +78,6 @@ class Request:
 
     arguments: tuple
     max_length: int
-    counted: bool  # overflow is counted on the device
 
 
 def request(
@@ -183,6 +89,31 @@ def request(
     options: Options,
 ) -> Request:
     """Checks the integers of a call, sizes its output, and lays out the arguments that all ops share."""
+    simple = lengths is None and starts is None and cu_seqlens is None and not row_sets.stacked
+    if simple and isinstance(budgets, (int, list, tuple)) and not torch.compiler.is_compiling():
+        try:
+            held = budgets if isinstance(budgets, int) else tuple(map(operator.index, budgets))
+        except TypeError:
+            pass  # nested, or wrong: told apart below
+        else:
+            return _remembered(row_sets, held, options)
+    return _request(row_sets, cu_seqlens, budgets, lengths, starts, options)
+
+
+@lru_cache(maxsize=1024)
+def _remembered(row_sets: RowSets, budgets: int | tuple[int, ...], options: Options) -> Request:
+    """Engines evict with the same sizes over and over: at decode time this memo is most of what the wrapper saves."""
+    return _request(row_sets, None, budgets, None, None, options)
+
+
+def _request(
+    row_sets: RowSets,
+    cu_seqlens: Tensor | None,
+    budgets: Ints | Plan,
+    lengths: Ints | None,
+    starts: Ints | None,
+    options: Options,
+) -> Request:
     sink, window, layout, capacity, max_budget, reserve, align = options
     if layout not in ("packed", "padded"):
         raise ValueError(f"expected layout 'packed' or 'padded', got {layout!r}")
@@ -240,10 +171,12 @@ def request(
             for values, tensor in ((length_list, length_tensor), (start_list, start_tensor))
         )
     )
-    arguments = (
-        *((0, 0) if cu_seqlens is None else (batch, heads)),  # dense tensors tell these themselves
+    plain = (budget_list, size.total)
+    special = (
+        size.padded,
+        counted,
         cu_seqlens,
-        budget_list,
+        *((0, 0) if cu_seqlens is None else (batch, heads)),  # dense tensors tell these themselves
         budget_tensor,
         length_list or None,
         length_tensor,
@@ -251,14 +184,17 @@ def request(
         start_tensor,
         sink,
         window,
-        size.total,
-        size.padded,
         -1 if max_budget is None else max_budget,
         reserve,
         align,
-        counted,
     )
-    return Request(arguments, size.max_length, counted)
+    tensors = (cu_seqlens, budget_tensor, length_tensor, start_tensor)
+    is_plain = all(t is None for t in tensors) and special == _DEFAULTS
+    return Request(plain if is_plain else plain + special, size.max_length)
+
+
+# Of the op schemas, after budgets and total (csrc/torch/arguments.h).
+_DEFAULTS = (-1, False, None, 0, 0, None, None, None, None, None, 0, 0, -1, 0, 1)
 
 
 def _read(budgets: Tensor) -> list[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lkv_ext.ops.arguments import Ints
+from lkv_ext.ops.ints import Ints
 from lkv_ext.ops.select import select
 
 

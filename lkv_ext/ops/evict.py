@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lkv_ext.ops import errors
-from lkv_ext.ops.arguments import Ints, Options, Plan, Request, find_row_sets, request
-from lkv_ext.ops.library import ops
 from lkv_ext._sizes import RowSets
+from lkv_ext.ops import errors
+from lkv_ext.ops.arguments import Options, Request, find_row_sets, request
+from lkv_ext.ops.ints import Ints, Plan
+from lkv_ext.ops.library import ops
 from lkv_ext.ops.ragged import RaggedIndex, RaggedKV
 from lkv_ext.ops.select import gather, new_index, select
 
@@ -145,6 +146,10 @@ def evict_layers(
         else:
             limits = [count for count in tokens for _ in range(batch * heads)]
         asked = request(RowSets(layers, batch, heads, limits, stacked=True), None, budgets, lengths, starts, options)
+        if layers == 1 and out is not None:
+            _evict(payload, vs is not None, list(scores), asked, options, out.layer(0))
+            out.max_length, out.reserve, out.align = asked.max_length, reserve, align
+            return out
         result = _evict(payload, vs is not None, list(scores), asked, options, out)
         if layers == 1:  # the ops know no layer axis for one layer
             result.lengths = result.lengths[None]
@@ -205,10 +210,12 @@ def _evict(
     payload: list[Tensor], has_v: bool, scores: list[Tensor], asked: Request, options: Options, out: RaggedKV | None
 ) -> RaggedKV:
     if out is None:
-        moved, *index = ops.evict(payload, scores, *asked.arguments)
-        return _ragged(moved, has_v, new_index(index, asked), options)
-    into = [out.k, *out.companions] if out.v is None else [out.k, out.v, *out.companions]
-    ops.evict_out(into, out.positions, out.lengths, out.cu_seqlens, out.overflow, payload, scores, *asked.arguments)
+        result = ops.evict(payload, scores, *asked.arguments)
+        count = len(payload) // len(scores)
+        return _ragged(result[:count], has_v, new_index(result[count:], asked), options)
+    moved = [out.k, *out.companions] if out.v is None else [out.k, out.v, *out.companions]
+    index = [out.positions, out.lengths, out.cu_seqlens, *([] if out.overflow is None else [out.overflow])]
+    ops.evict_out(moved + index, payload, scores, *asked.arguments)
     out.max_length, out.reserve, out.align = asked.max_length, options.reserve, options.align
     return out
 

@@ -6,64 +6,59 @@ import torch
 from torch import Tensor
 
 
-def _row_sets(tensors: list[Tensor], layers: int, batch: int, heads: int, cu_seqlens: Tensor | None) -> list[int]:
+def _row_sets(tensors: list[Tensor], layers: int, cu_seqlens: Tensor | None, batch: int, heads: int) -> list[int]:
     if cu_seqlens is None:
         batch, heads = tensors[0].shape[:2]
     return [batch, heads] if layers == 1 else [layers, batch, heads]
 
 
-def _index(like: Tensor, shape: list[int], total: int, padded: int, count_overflow: bool) -> tuple[Tensor, ...]:
+def _index(like: Tensor, shape: list[int], total: int, padded: int, count_overflow: bool) -> list[Tensor]:
     rows = 1
     for size in shape:
         rows = rows * size
-    return (
-        like.new_empty([total] if padded < 0 else [*shape, padded], dtype=torch.int32),
-        like.new_empty(shape, dtype=torch.int32),
-        like.new_empty([rows + 1], dtype=torch.int32),
-        like.new_empty([] if count_overflow else [0], dtype=torch.int32),
-    )
+    sizes = [[total] if padded < 0 else [*shape, padded], shape, [rows + 1], *([[]] if count_overflow else [])]
+    return [like.new_empty(size, dtype=torch.int32) for size in sizes]
 
 
-def _moved(payload: list[Tensor], layers: int, ragged: bool, leading: list[int]) -> list[Tensor]:
-    return [t.new_empty([*leading, *t.shape[1 if ragged else 3 :]]) for t in payload[::layers]]
+def _moved(payload: list[Tensor], layers: int, cu_seqlens: Tensor | None, leading: list[int]) -> list[Tensor]:
+    token = 2 if cu_seqlens is None else 0
+    return [t.new_empty([*leading, *t.shape[token + 1 :]]) for t in payload[::layers]]
+
+
+# The arguments are those of csrc/torch/arguments.h; what a fake kernel has no use for is in *_.
 
 
 @torch.library.register_fake("lkv_ext::select")
-def _select(scores, batch, heads, cu_seqlens, *sizes):
-    shape = _row_sets(scores, len(scores), batch, heads, cu_seqlens)
-    return _index(scores[0], shape, *_total_and_form(sizes))
+def _select(scores, budgets, total, padded=-1, count_overflow=False, cu_seqlens=None, batch=0, heads=0, *_):
+    shape = _row_sets(scores, len(scores), cu_seqlens, batch, heads)
+    return _index(scores[0], shape, total, padded, count_overflow)
 
 
 @torch.library.register_fake("lkv_ext::evict")
-def _evict(payload, scores, batch, heads, cu_seqlens, *sizes):
-    shape = _row_sets(payload, len(scores), batch, heads, cu_seqlens)
-    index = _index(payload[0], shape, *_total_and_form(sizes))
-    return _moved(payload, len(scores), cu_seqlens is not None, list(index[0].shape)), *index
-
-
-@torch.library.register_fake("lkv_ext::evict_out")
-def _evict_out(*args):
-    return None
+def _evict(payload, scores, budgets, total, padded=-1, count_overflow=False, cu_seqlens=None, batch=0, heads=0, *_):
+    shape = _row_sets(payload, len(scores), cu_seqlens, batch, heads)
+    index = _index(payload[0], shape, total, padded, count_overflow)
+    return _moved(payload, len(scores), cu_seqlens, list(index[0].shape)) + index
 
 
 @torch.library.register_fake("lkv_ext::evict_")
-def _evict_(payload, scores, batch, heads, cu_seqlens, *sizes):
-    shape = _row_sets(payload, len(scores), batch, heads, cu_seqlens)
-    return _index(payload[0], shape, *_total_and_form(sizes))
+def _evict_(payload, scores, budgets, total, padded=-1, count_overflow=False, cu_seqlens=None, batch=0, heads=0, *_):
+    shape = _row_sets(payload, len(scores), cu_seqlens, batch, heads)
+    return _index(payload[0], shape, total, padded, count_overflow)
+
+
+@torch.library.register_fake("lkv_ext::evict_out")
+def _evict_out(*_):
+    return None
 
 
 @torch.library.register_fake("lkv_ext::gather")
-def _gather(tensors, layers, batch, heads, source_cu_seqlens, positions, cu_seqlens):
-    return _moved(tensors, layers, source_cu_seqlens is not None, list(positions.shape))
-
-
-def _total_and_form(sizes: tuple) -> tuple[int, int, bool]:
-    """total, padded and count_overflow of the arguments after cu_seqlens (csrc/torch/arguments.h)."""
-    return sizes[8], sizes[9], sizes[13]
+def _gather(tensors, positions, cu_seqlens, layers=1, source_cu_seqlens=None, *_):
+    return _moved(tensors, layers, source_cu_seqlens, list(positions.shape))
 
 
 def _gather_setup(ctx, inputs, output) -> None:
-    tensors, ctx.layers, _, _, source_cu_seqlens, positions, cu_seqlens = inputs
+    tensors, positions, cu_seqlens, ctx.layers, source_cu_seqlens, _, _ = inputs
     ctx.shapes = [t.shape for t in tensors]
     ctx.ragged = source_cu_seqlens is not None
     ctx.save_for_backward(positions, cu_seqlens, source_cu_seqlens)

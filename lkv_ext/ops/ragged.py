@@ -94,9 +94,9 @@ class RaggedKV:
         parts = dict(lengths=self.lengths[i], cu_seqlens=self.cu_seqlens[i * rows : (i + 1) * rows + 1])
         if self.positions.dim() == 4:
             parts |= dict(k=self.k[i], positions=self.positions[i], companions=tuple(c[i] for c in self.companions))
-            parts |= dict(
-                v=None if self.v is None else self.v[i], cu_seqlens=parts["cu_seqlens"] - self.cu_seqlens[i * rows]
-            )
+            parts |= dict(v=None if self.v is None else self.v[i])
+            if i > 0:  # rooms of one layer are counted from its own buffers
+                parts |= dict(cu_seqlens=parts["cu_seqlens"] - self.cu_seqlens[i * rows])
         return replace(self, **parts)
 
     def __repr__(self) -> str:

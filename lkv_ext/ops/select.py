@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lkv_ext.ops import errors
-from lkv_ext.ops.arguments import Ints, Options, Plan, Request, find_row_sets, request
+from lkv_ext.ops.arguments import Options, Request, find_row_sets, request
+from lkv_ext.ops.ints import Ints, Plan
 from lkv_ext.ops.library import ops
 from lkv_ext.ops.ragged import RaggedIndex
 
@@ -69,14 +70,15 @@ def gather(tensors: Sequence[Tensor], index: RaggedIndex, *, cu_seqlens: Tensor 
     try:
         if not tensors:
             return []
-        *_, batch, heads = index.lengths.shape
-        if cu_seqlens is not None:
-            batch = index.lengths.numel() // max(heads, 1)
-        return ops.gather(tensors, 1, batch, heads, cu_seqlens, index.positions, index.cu_seqlens)
+        if cu_seqlens is None:
+            return ops.gather(tensors, index.positions, index.cu_seqlens)
+        heads = index.lengths.shape[-1]
+        batch = index.lengths.numel() // max(heads, 1)
+        return ops.gather(tensors, index.positions, index.cu_seqlens, 1, cu_seqlens, batch, heads)
     except (RuntimeError, ValueError, TypeError) as error:
         errors.reraise("gather", error, [f"tensors[{i}]" for i in range(len(tensors))])
 
 
 def new_index(result: Sequence[Tensor], asked: Request) -> RaggedIndex:
-    positions, lengths, cu_seqlens, overflow = result
-    return RaggedIndex(positions, lengths, cu_seqlens, asked.max_length, overflow if asked.counted else None)
+    positions, lengths, cu_seqlens, *overflow = result
+    return RaggedIndex(positions, lengths, cu_seqlens, asked.max_length, overflow[0] if overflow else None)

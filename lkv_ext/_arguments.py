@@ -1,0 +1,109 @@
+"""What the torch ops and the NumPy front end ask of their arguments alike. Imports neither."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from lkv_ext._sizes import RowSets
+
+Shapes = Sequence[tuple[int, ...]]
+
+
+class Options(NamedTuple):
+    """What is kept and how the output is laid out: the keyword arguments that select and evict share."""
+
+    sink: int
+    window: int
+    layout: str
+    capacity: int | None
+    max_budget: int | None
+    reserve: int
+    align: int
+
+
+def check_options(options: Options) -> None:
+    sink, window, layout, _, _, reserve, align = options
+    if layout not in ("packed", "padded"):
+        raise ValueError(f"expected layout 'packed' or 'padded', got {layout!r}")
+    if sink < 0 or window < 0 or reserve < 0 or align < 1:
+        raise ValueError(
+            f"expected sink, window and reserve >= 0 and align >= 1, got {sink}, {window}, {reserve} and {align}"
+        )
+
+
+def integer_shapes(row_sets: RowSets) -> tuple[Shapes, Shapes]:
+    """The shapes that budgets, and that lengths and starts, may have."""
+    layers, batch, heads = row_sets.layers, row_sets.batch, row_sets.heads
+    if row_sets.stacked:
+        return [(layers, heads), (layers, batch, heads)], [(batch,), (batch, heads), (layers, batch, heads)]
+    return [(heads,), (batch, heads)], [(batch,), (batch, heads)]
+
+
+def flatten(values: Sequence, name: str, *, trusted: bool = False) -> tuple[list[int], tuple[int, ...]]:
+    """Integers of nested sequences or of a NumPy array, and their shape. `trusted`: a tracer's integers, taken as such."""
+    if hasattr(values, "ravel"):  # NumPy
+        return flatten(values.ravel().tolist(), name, trusted=trusted)[0], tuple(values.shape)
+    if isinstance(values, str) or not hasattr(values, "__len__"):
+        raise TypeError(f"expected {name} as an int, a sequence of ints or a tensor, got {values!r}")
+    if len(values) == 0 or not hasattr(values[0], "__len__"):
+        if trusted:
+            return list(values), (len(values),)
+        try:
+            return list(map(operator.index, values)), (len(values),)
+        except TypeError:
+            raise TypeError(f"expected {name} of integers, got {values!r}") from None
+    parts = [flatten(row, name, trusted=trusted) for row in values]
+    if any(shape != parts[0][1] for _, shape in parts):
+        raise ValueError(f"expected {name} with rows of one length, got lengths {[len(flat) for flat, _ in parts]}")
+    return [x for flat, _ in parts for x in flat], (len(parts), *parts[0][1])
+
+
+def host_ints(values: int | Sequence, name: str, shapes: Shapes, *, trusted: bool = False) -> Sequence[int]:
+    """Integers on the host as a flat list, of one of these shapes or one for all."""
+    if isinstance(values, int):
+        return (values,)
+    flat, shape = flatten(values, name, trusted=trusted)
+    if shape not in shapes and shape not in ((), (1,)):
+        raise wrong_shape(name, shapes, shape)
+    return flat
+
+
+def wrong_shape(name: str, shapes: Sequence[Sequence[int]], got: Sequence[int]) -> ValueError:
+    form = {1: "[H]", 2: "[B, H]", 3: "[N, B, H]"} if name == "budgets" else {1: "[B]", 2: "[B, H]", 3: "[N, B, H]"}
+    if name == "budgets" and len(shapes[-1]) == 3:
+        form[2] = "[N, H]"
+    expected = " or ".join(f"{form[len(shape)]} = {list(shape)}" for shape in shapes)
+    return ValueError(f"expected {name} of shape {expected}, got {list(got)}")
+
+
+def shape_of(values: object) -> tuple[int, ...]:
+    """The shape of integers of the caller: of a tensor, an array, nested sequences, one int or None."""
+    if values is None or isinstance(values, int):
+        return ()
+    if hasattr(values, "shape"):
+        return tuple(values.shape)
+    nested = len(values) > 0 and hasattr(values[0], "__len__")
+    return (len(values), len(values[0])) if nested else (len(values),)
+
+
+def ragged_heads(count: int, of_budgets: tuple[int, ...], of_lengths: tuple[int, ...]) -> tuple[int, int]:
+    """B and H of ragged rows, which have none of their own: from the shapes of budgets and lengths, else B = 1."""
+    if len(of_lengths) == 2 or len(of_budgets) == 2:
+        batch, heads = of_lengths if len(of_lengths) == 2 else of_budgets
+    elif of_lengths:
+        batch, heads = of_lengths[0], count // max(of_lengths[0], 1)
+    else:
+        heads = of_budgets[0] if of_budgets else count
+        batch = count // max(heads, 1)
+    if batch * heads != count:
+        raise ValueError(f"expected cu_seqlens of shape [B * H + 1] = [{batch * heads + 1}], got [{count + 1}]")
+    return batch, heads
+
+
+def ragged_limits(offsets: Sequence[int], tokens: int) -> list[int]:
+    """How long each ragged row set can be; offsets are clamped to the tokens there are, as in the kernels."""
+    begins = [max(0, min(x, tokens)) for x in offsets]
+    return [max(0, end - begin) for begin, end in pairwise(begins)]

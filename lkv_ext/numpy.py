@@ -1,0 +1,376 @@
+"""The operator on NumPy arrays, for engines without torch: the same kernels, the same semantics, on the CPU.
+
+    out = lkv_ext.numpy.evict(k, v, scores, budgets)
+
+NumPy has no bfloat16: scores of dtype uint16 are bfloat16 by their bits (`.view(numpy.uint16)`); float16 and float32 are
+what they are. K, V and companions move as bytes, whatever their dtype. All integers are on the host, so every size is
+exact. `threads` is how many threads a call may use; default: the environment's LKV_NUM_THREADS, else the cores that this
+process may run on. They start and end with the call, and the result does not depend on them.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lkv_ext import _C
+from lkv_ext._arguments import (
+    Options,
+    check_options,
+    host_ints,
+    integer_shapes,
+    ragged_heads,
+    ragged_limits,
+    shape_of,
+)
+from lkv_ext._sizes import RowSets, size_output
+from lkv_ext.ops import errors
+
+Ints = int | Sequence[int] | Sequence[Sequence[int]] | np.ndarray
+
+__all__ = ["RaggedIndex", "RaggedKV", "evict", "evict_", "gather", "select"]
+
+
+@dataclass(eq=False, slots=True)
+class RaggedIndex:
+    """Which rows each (sequence, KV head) keeps, and where they go.
+
+    Attributes:
+        positions: int32 `[T']` (packed) or `[B, H, C]` (padded): ascending positions in the input row set, -1 in slack.
+        lengths: int32 `[B, H]`: rows kept.
+        cu_seqlens: int32 `[B * H + 1]`: where the room of each row set begins.
+        max_length: the longest of `lengths`, or a bound of it where `capacity` cuts.
+        overflow: None: sizes are known on the host.
+    """
+
+    positions: np.ndarray
+    lengths: np.ndarray
+    cu_seqlens: np.ndarray
+    max_length: int
+    overflow: None = None
+
+
+@dataclass(eq=False, slots=True)
+class RaggedKV:
+    """A KV cache in which every (sequence, KV head) has its own length.
+
+    Attributes:
+        k, v: `[T', D]`, `[T', Dv]` (packed) or `[B, H, C, D]`, `[B, H, C, Dv]` (padded); slack rows are zero. v is
+            None for caches of one array.
+        companions: what moved along, `[T', ...]` or `[B, H, C, ...]`; slack is zero.
+        positions, lengths, cu_seqlens, max_length, overflow: as in `RaggedIndex`.
+        reserve, align: how the rooms were made.
+    """
+
+    k: np.ndarray
+    v: np.ndarray | None
+    companions: tuple[np.ndarray, ...]
+    positions: np.ndarray
+    lengths: np.ndarray
+    cu_seqlens: np.ndarray
+    max_length: int
+    overflow: None = None
+    reserve: int = 0
+    align: int = 1
+
+    @property
+    def block_table(self) -> np.ndarray | None:
+        """int32 `[B * H, pages]`: the pages of each row set, where `align` > 1 is the page size; else None.
+
+        Entries after the last page of a room repeat valid pages: readers stop at `lengths`.
+        """
+        if self.align == 1:
+            return None
+        pages = np.arange(-(-(self.max_length + self.reserve) // self.align), dtype=np.int32)
+        last = max(self.positions.size // self.align - 1, 0)
+        return np.minimum(self.cu_seqlens[:-1, None] // np.int32(self.align) + pages, np.int32(last))
+
+    @property
+    def index(self) -> RaggedIndex:
+        """The positions without the rows."""
+        return RaggedIndex(self.positions, self.lengths, self.cu_seqlens, self.max_length)
+
+
+def evict(
+    k: np.ndarray,
+    v: np.ndarray | None,
+    scores: np.ndarray,
+    budgets: Ints,
+    *,
+    lengths: Ints | None = None,
+    starts: Ints | None = None,
+    cu_seqlens: np.ndarray | None = None,
+    sink: int = 0,
+    window: int = 0,
+    layout: str = "packed",
+    capacity: int | None = None,
+    max_budget: int | None = None,
+    reserve: int = 0,
+    align: int = 1,
+    companions: Sequence[np.ndarray] = (),
+    out: RaggedKV | None = None,
+    threads: int | None = None,
+) -> RaggedKV:
+    """Keeps the `budgets` best rows of every (sequence, KV head) and moves their K and V together.
+
+    Of each row set, with `n = clamp(budget, 0, length)`, the first `min(sink, n)` and the last `min(window, rest)` valid
+    tokens are kept, and of those between the best by score, ties to the lower position; NaN ranks below -inf, -0 equals
+    +0. Kept rows come out in ascending position, bitwise equal to their sources.
+
+    Args:
+        k, v: dense `[B, H, L, D]` and `[B, H, L, Dv]`, any strides with contiguous rows; or ragged `[T, D]` and
+            `[T, Dv]` with `cu_seqlens`. Any dtype without Python objects. H counts KV heads; `v` may be None.
+        scores: `[B, H, L]` or, ragged, `[T]`; float32, float16 or uint16 (bfloat16), any strides; higher is kept.
+        budgets: rows to keep per head: an int or integers `[H]` or `[B, H]`.
+        lengths, starts: `[B]` or `[B, H]`: the valid range `[starts, starts + lengths)` of each row set of dense input;
+            of ragged input `lengths` alone, rows in use of each room.
+        cu_seqlens: int32 `[B * H + 1]` of ragged input: where each row set begins.
+        sink, window: the first `sink` and last `window` valid tokens are kept before any other, inside the budget.
+        layout: "packed", `[T', D]`, all heads after each other in (b, h) order; or "padded", `[B, H, C, D]`.
+        capacity: upper bound of T' (packed) or C (padded); heads that do not fit are cut.
+        max_budget: upper bound for any one head.
+        reserve, align: every room is its rows plus `reserve`, rounded up to `align`.
+        companions: arrays `[B, H, L, ...]` (ragged `[T, ...]`) of any dtype that move by the same positions.
+        out: what an earlier call of the same sizes returned: its memory is overwritten and it is returned again.
+        threads: how many threads the call may use.
+
+    Raises:
+        ValueError, TypeError: for a wrong shape, dtype, stride or overlap, before anything is written.
+    """
+    options = Options(sink, window, layout, capacity, max_budget, reserve, align)
+    payload = [k, *companions] if v is None else [k, v, *companions]
+    names = _names(v is not None, len(companions))
+    try:
+        asked, max_length = _request(payload, names, scores, cu_seqlens, budgets, lengths, starts, options, threads)
+        if out is None:
+            moved, index = _C.evict(payload, scores, asked)
+        else:
+            moved, index = _arrays_of(out)
+            _C.evict_out(moved, index, payload, scores, asked)
+    except (RuntimeError, ValueError, TypeError) as error:
+        errors.reraise("numpy.evict", error, names)
+    if out is not None:
+        out.max_length, out.reserve, out.align = max_length, reserve, align
+        return out
+    rest = 1 if v is None else 2
+    return RaggedKV(
+        moved[0],
+        None if v is None else moved[1],
+        tuple(moved[rest:]),
+        *(index.positions, index.lengths, index.cu_seqlens, max_length, None),
+        reserve=reserve,
+        align=align,
+    )
+
+
+def evict_(
+    k: np.ndarray,
+    v: np.ndarray | None,
+    scores: np.ndarray,
+    budgets: Ints,
+    *,
+    lengths: Ints | None = None,
+    starts: Ints | None = None,
+    cu_seqlens: np.ndarray | None = None,
+    sink: int = 0,
+    window: int = 0,
+    max_budget: int | None = None,
+    companions: Sequence[np.ndarray] = (),
+    threads: int | None = None,
+) -> RaggedIndex:
+    """`evict` in place: the kept rows of each row set move to rows `[0, n)` of its own buffer, the rest is untouched.
+
+    k, v and companions are written: they must be writeable and must not overlap, save that interleaved views of one
+    buffer may lie beside each other. Allocates indices only. All else is as in `evict`.
+    """
+    options = Options(sink, window, "packed", None, max_budget, 0, 1)
+    payload = [k, *companions] if v is None else [k, v, *companions]
+    names = _names(v is not None, len(companions))
+    try:
+        asked, max_length = _request(payload, names, scores, cu_seqlens, budgets, lengths, starts, options, threads)
+        return _ragged_index(_C.evict_(payload, scores, asked), max_length)
+    except (RuntimeError, ValueError, TypeError) as error:
+        errors.reraise("numpy.evict_", error, names)
+
+
+def select(
+    scores: np.ndarray,
+    budgets: Ints,
+    *,
+    lengths: Ints | None = None,
+    starts: Ints | None = None,
+    cu_seqlens: np.ndarray | None = None,
+    sink: int = 0,
+    window: int = 0,
+    layout: str = "packed",
+    capacity: int | None = None,
+    max_budget: int | None = None,
+    reserve: int = 0,
+    align: int = 1,
+    threads: int | None = None,
+) -> RaggedIndex:
+    """The positions that `evict` would keep, without moving anything; arguments and errors as there."""
+    options = Options(sink, window, layout, capacity, max_budget, reserve, align)
+    try:
+        asked, max_length = _request([], [], scores, cu_seqlens, budgets, lengths, starts, options, threads)
+        return _ragged_index(_C.select(scores, asked), max_length)
+    except (RuntimeError, ValueError, TypeError) as error:
+        errors.reraise("numpy.select", error)
+
+
+def gather(
+    arrays: Sequence[np.ndarray],
+    index: RaggedIndex,
+    *,
+    cu_seqlens: np.ndarray | None = None,
+    threads: int | None = None,
+) -> list[np.ndarray]:
+    """Moves the rows that an index names.
+
+    Args:
+        arrays: dense `[B, H, L, ...]` or, with `cu_seqlens`, ragged `[T, ...]`; one L for all.
+        index: what `select` returned for these row sets. A position that is not in the row set gives a row of zeros.
+        cu_seqlens: int32 `[B * H + 1]` of ragged input.
+
+    Returns:
+        One array for each: `[T', ...]` or, with a padded index, `[B, H, C, ...]`.
+    """
+    arrays = list(arrays)
+    names = [f"arrays[{i}]" for i in range(len(arrays))]
+    try:
+        if not arrays:
+            return []
+        for array, name in zip(arrays, names, strict=True):
+            _check_array(array, name)
+        parts = [index.positions, index.lengths, index.cu_seqlens]
+        for array, name in zip(parts, ("positions", "lengths", "cu_seqlens"), strict=True):
+            _check_array(array, f"index.{name}", read=True)
+        if cu_seqlens is not None:
+            _check_array(cu_seqlens, "cu_seqlens", read=True)
+        batch, heads = index.lengths.shape
+        return _C.gather(arrays, _C.Index(*parts), _C.Request(batch, heads, cu_seqlens, threads=_threads(threads)))
+    except (RuntimeError, ValueError, TypeError) as error:
+        errors.reraise("numpy.gather", error, names)
+
+
+def _request(
+    payload: list[np.ndarray],
+    names: list[str],
+    scores: np.ndarray,
+    cu_seqlens: np.ndarray | None,
+    budgets: Ints,
+    lengths: Ints | None,
+    starts: Ints | None,
+    options: Options,
+    threads: int | None,
+) -> tuple[_C.Request, int]:
+    """Checks what the extension cannot, sizes the output; the request of the op and a bound for the longest row set."""
+    for array, name in zip(payload, names, strict=True):
+        _check_array(array, name)
+    _check_array(scores, "scores", read=True)
+    if scores.dtype not in (np.float32, np.float16, np.uint16):
+        raise TypeError(f"expected scores of dtype float32, float16 or uint16 (bfloat16), got {scores.dtype}")
+    for array, name in zip(payload, names, strict=True):
+        if name in ("k", "v") and array.ndim != (4 if cu_seqlens is None else 2):
+            form = "[B, H, L, D]" if cu_seqlens is None else "[T, D]"
+            raise ValueError(f"expected {name} of shape {form}, got {list(array.shape)}")
+    check_options(options)
+    row_sets = _row_sets(payload[0] if payload else scores, cu_seqlens, budgets, lengths, starts)
+    per_head, per_sequence = integer_shapes(row_sets)
+    held = {
+        "budgets": host_ints(budgets, "budgets", per_head),
+        "lengths": () if lengths is None else host_ints(lengths, "lengths", per_sequence),
+        "starts": () if starts is None else host_ints(starts, "starts", per_sequence),
+    }
+    sink, window, layout, *bounds = options
+    capacity, max_budget, reserve, align = (None if x is None else operator.index(x) for x in bounds)
+    size = size_output(
+        row_sets,
+        *held.values(),
+        layout=layout,
+        capacity=capacity,
+        max_budget=max_budget,
+        reserve=reserve,
+        align=align,
+    )
+    asked = _C.Request(
+        row_sets.batch,
+        row_sets.heads,
+        cu_seqlens,
+        **held,
+        sink=operator.index(sink),
+        window=operator.index(window),
+        total=size.total,
+        padded=size.padded,
+        max_budget=-1 if max_budget is None else max_budget,
+        reserve=reserve,
+        align=align,
+        threads=_threads(threads),
+    )
+    return asked, size.max_length
+
+
+def _row_sets(
+    array: np.ndarray, cu_seqlens: np.ndarray | None, budgets: Ints, lengths: Ints | None, starts: Ints | None
+) -> RowSets:
+    if cu_seqlens is None:
+        if array.ndim < 3:
+            raise ValueError(f"expected a dense array of shape [B, H, L, ...], got {list(array.shape)}")
+        batch, heads, tokens = array.shape[:3]
+        return RowSets(1, batch, heads, [tokens])
+    if starts is not None:
+        raise ValueError("expected no starts with cu_seqlens: ragged rows begin at their offsets")
+    _check_array(cu_seqlens, "cu_seqlens", read=True)
+    if cu_seqlens.dtype != np.int32:
+        raise TypeError(f"expected cu_seqlens of dtype int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.size < 1 or array.ndim < 1:
+        raise ValueError(f"expected cu_seqlens of shape [B * H + 1], got {list(cu_seqlens.shape)}")
+    batch, heads = ragged_heads(cu_seqlens.size - 1, shape_of(budgets), shape_of(lengths))
+    return RowSets(1, batch, heads, ragged_limits(cu_seqlens.tolist(), array.shape[0]))
+
+
+def _check_array(array: object, name: str, *, read: bool = False) -> None:
+    """`read`: its elements are read or written as numbers, not only moved."""
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"expected {name} as a NumPy array, got {type(array).__name__}")
+    if array.dtype.hasobject:
+        raise TypeError(f"expected {name} of a dtype without Python objects, got {array.dtype}")
+    if read and not array.flags.aligned:
+        raise ValueError(f"expected {name} aligned to its dtype, got an unaligned array")
+
+
+def _threads(threads: int | None) -> int:
+    if threads is None:
+        asked = os.environ.get("LKV_NUM_THREADS")
+        if asked is None:
+            return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if not asked.isdecimal() or int(asked) < 1:
+            raise ValueError(f"expected LKV_NUM_THREADS of at least 1, got {asked!r}")
+        return int(asked)
+    if operator.index(threads) < 1:
+        raise ValueError(f"expected threads of at least 1, got {threads}")
+    return operator.index(threads)
+
+
+def _arrays_of(out: RaggedKV) -> tuple[list[np.ndarray], _C.Index]:
+    if not isinstance(out, RaggedKV):
+        raise TypeError(f"expected out as a RaggedKV of lkv_ext.numpy, got {type(out).__name__}")
+    moved = [out.k, *out.companions] if out.v is None else [out.k, out.v, *out.companions]
+    for i, array in enumerate(moved):
+        _check_array(array, f"out[{i}]")
+    index = [out.positions, out.lengths, out.cu_seqlens]
+    for array, name in zip(index, ("positions", "lengths", "cu_seqlens"), strict=True):
+        _check_array(array, f"out.{name}", read=True)
+    return moved, _C.Index(*index)
+
+
+def _ragged_index(index: _C.Index, max_length: int) -> RaggedIndex:
+    return RaggedIndex(index.positions, index.lengths, index.cu_seqlens, max_length)
+
+
+def _names(has_v: bool, companions: int) -> list[str]:
+    return ["k", *(["v"] if has_v else []), *(f"companions[{i}]" for i in range(companions))]
