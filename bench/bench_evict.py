@@ -1,0 +1,108 @@
+"""evict beside memcpy, the naive pipeline and the best PyTorch composition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import rivals
+import torch
+from conftest import Bench
+from shapes import LENGTHS, Inputs, Shape, make_inputs
+from timing import Call
+
+import lkv_ext
+from lkv_ext import RaggedKV
+
+MODES = ("fresh", "warm")
+
+
+def evict(inputs: Inputs) -> Call:
+    budgets = inputs.shape.budgets
+    return lambda: lkv_ext.evict(inputs.k, inputs.v, inputs.scores, budgets)
+
+
+def evict_warm(inputs: Inputs, out: RaggedKV) -> Call:
+    budgets = inputs.shape.budgets
+    return lambda: lkv_ext.evict(inputs.k, inputs.v, inputs.scores, budgets, out=out)
+
+
+def moved_bytes(shape: Shape) -> int:
+    return 2 * shape.output_bytes + shape.score_bytes
+
+
+def same_bytes(moved: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return all(
+        torch.equal(m.reshape(-1).view(torch.uint8), e.reshape(-1).view(torch.uint8))
+        for m, e in zip(moved, expected, strict=True)
+    )
+
+
+def race(bench: Bench, mode: str, shape: Shape, others: Callable[[Inputs], dict[str, Call]] | None = None) -> None:
+    """evict against memcpy and the PyTorch pipelines, or `others`."""
+    inputs = make_inputs(shape, bench.device)
+    out = lkv_ext.evict(inputs.k, inputs.v, inputs.scores, shape.budgets)
+    pair = [out.k, out.v]
+    found = {"best": rivals.best(inputs)} if others is None else others(inputs)
+    if shape.score_dtype == torch.float32:  # fewer bits tie, and torch.topk keeps any of a tie
+        for name, call in found.items():
+            assert name == "uniform" or same_bytes(call(), pair), f"{name} moves other rows than evict"
+    if others is None and shape.dtype != torch.float8_e4m3fn:
+        found["naive"] = rivals.naive(inputs)
+    if mode == "fresh":
+        bench.time("evict", mode, shape, evict(inputs), {"memcpy": rivals.clone(pair), **found}, moved_bytes(shape))
+        return
+    if others is None:
+        found = {"best out=": rivals.best_out(inputs)}
+    everyone = {"memcpy": rivals.copy_warm(pair), **found}
+    bench.time("evict", mode, shape, evict_warm(inputs, out), everyone, moved_bytes(shape))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("mode", MODES)
+def test_length(bench: Bench, length: int, mode: str) -> None:
+    race(bench, mode, Shape(length))
+
+
+@pytest.mark.parametrize("batch, heads, length", [(1, 2, 32768), (1, 32, 8192), (4, 8, 8192)])
+def test_heads_and_batch(bench: Bench, batch: int, heads: int, length: int) -> None:
+    race(bench, "fresh", Shape(length, heads=heads, batch=batch))
+
+
+@pytest.mark.parametrize("retention", [0.05, 0.3, 0.5])
+def test_retention(bench: Bench, retention: float) -> None:
+    race(bench, "fresh", Shape(32768, retention=retention))
+
+
+@pytest.mark.parametrize(
+    "dtype, score_dtype, dim",
+    [
+        (torch.float32, torch.float32, 128),
+        (torch.float8_e4m3fn, torch.float32, 128),
+        (torch.bfloat16, torch.bfloat16, 128),
+        (torch.bfloat16, torch.float32, 64),
+    ],
+    ids=str,
+)
+def test_dtype(bench: Bench, dtype: torch.dtype, score_dtype: torch.dtype, dim: int) -> None:
+    race(bench, "fresh", Shape(32768, dtype=dtype, score_dtype=score_dtype, dim=dim))
+
+
+@pytest.mark.parametrize("length", [8192, 131072])
+@pytest.mark.parametrize("mode", MODES)
+def test_skewed_budgets(bench: Bench, length: int, mode: str) -> None:
+    """One head with 40 % of the budget, against uniform budgets of the same total and the per-head loop."""
+    uniform = make_inputs(Shape(length), bench.device)
+    warm = lkv_ext.evict(uniform.k, uniform.v, uniform.scores, uniform.shape.budgets)
+
+    def others(inputs: Inputs) -> dict[str, Call]:
+        if mode == "warm":
+            return {"uniform": evict_warm(uniform, warm)}
+        return {"loop": rivals.loop(inputs), "best": rivals.best_ragged(inputs), "uniform": evict(uniform)}
+
+    race(bench, mode, Shape(length, skewed=True), others)
+
+
+def test_tiny(bench: Bench) -> None:
+    """Nothing but the overhead of the call, which counts when decoding."""
+    race(bench, "fresh", Shape(16, heads=2, dim=8, retention=0.5))

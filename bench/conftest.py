@@ -1,0 +1,115 @@
+"""What all benchmarks share: options, warm memory, the clock of each device, one line per shape, JSON in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from results import Result, Run, machine
+from shapes import Shape
+from timing import Call, CudaClock, captured, take_turns, wall_clock
+
+HERE = Path(__file__).parent
+T = TypeVar("T")
+RUNS = pytest.StashKey[dict[str, list[Result]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("lkv_ext benchmarks")
+    group.addoption("--device", choices=("cpu", "cuda", "all"), default="all", help="default: all that are present")
+    group.addoption("--seconds", type=float, default=2.0, help="time per case")
+    group.addoption("--threads", type=int, default=2, help="CPU threads")
+    group.addoption("--warm-gigabytes", type=float, default=6.0, help="host memory touched before the first case")
+    group.addoption("--results", type=Path, default=HERE / "results", help="folder for cpu.json or <gpu name>.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RUNS] = {}
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    if file_path.suffix == ".py" and file_path.name.startswith("bench_"):
+        return pytest.Module.from_parent(parent, path=file_path)
+    return None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        asked = metafunc.config.getoption("device")
+        present = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        metafunc.parametrize("device", [d for d in present if asked in (d, "all")])
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    return ("passed", "", "") if report.when == "call" and report.passed else None
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    for device, results in session.config.stash[RUNS].items():
+        name = "cpu" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+        path = session.config.getoption("results") / f"{name}.json"
+        Run(device, machine(device), results).write(path)
+        reporter.write_line(f"{len(results)} results in {path}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _settled(request: pytest.FixtureRequest) -> None:
+    """The first pass over new guest memory is ten times slower than any later one; nobody should pay for it here."""
+    torch.set_num_threads(request.config.getoption("threads"))
+    torch.empty(int(request.config.getoption("warm_gigabytes") * 2**30), dtype=torch.uint8).fill_(1)
+
+
+class Bench:
+    """Measures the cases of one device and reports each at once."""
+
+    def __init__(self, request: pytest.FixtureRequest, benchmark: Any, device: str) -> None:
+        self.device = device
+        self._benchmark = benchmark
+        self._seconds = request.config.getoption("seconds")
+        self._results = request.config.stash[RUNS].setdefault(device, [])
+        self._reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+        self._capture = request.config.pluginmanager.get_plugin("capturemanager")
+
+    def time(self, op: str, mode: str, shape: Shape, subject: Call, rivals: dict[str, Call], moved: int) -> Result:
+        """Times `subject` beside its rivals; `moved` counts the bytes that the op must read and write, 0: none said."""
+        clock = wall_clock
+        if self.device == "cuda":
+            clock = CudaClock(cold=mode != "warm")
+            if mode == "warm":
+                subject, rivals = captured(subject), {name: captured(call) for name, call in rivals.items()}
+            mode = {"fresh": "cold"}.get(mode, mode)
+        samples = take_turns(self._benchmark, subject, rivals, clock, self._seconds)
+        result = Result(
+            op,
+            mode,
+            str(shape),
+            us=1e6 * samples.seconds,
+            gbps=moved / samples.seconds / 1e9 if moved else None,
+            ratios=samples.ratios(),
+            rival_us=samples.rival_us(),
+            rounds=len(samples.subject),
+            length=shape.length,
+            retention=shape.retention,
+        )
+        self.report(result)
+        return result
+
+    def once(self, call: Callable[[], T]) -> T:
+        """For what is not timed."""
+        return self._benchmark.pedantic(call, rounds=1, iterations=1)
+
+    def report(self, result: Result) -> None:
+        self._results.append(result)
+        self._benchmark.extra_info.update(case=result.case, **vars(result))
+        with self._capture.global_and_fixture_disabled():
+            self._reporter.write_line(result.line())
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest, benchmark: Any, device: str) -> Iterator[Bench]:
+    with torch.inference_mode():
+        yield Bench(request, benchmark, device)

@@ -1,0 +1,142 @@
+"""One result per shape: as a line to read and as JSON to keep."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+
+import torch
+
+
+@dataclass
+class Result:
+    """What one case showed.
+
+    Attributes:
+        op, mode, shape: the case. Modes on the CPU: "fresh", the call allocates its result, and "warm", it writes into
+            memory that is there already; on CUDA "cold" and "warm" L2 cache. "" where there is no such distinction.
+        us: microseconds per call, median over the rounds.
+        gbps: bytes that the op must read and write, per second. None where none are counted.
+        ratios: how many times as long every rival takes, median of the per-round ratios.
+        rival_us: their microseconds.
+        rounds: how many there were.
+        length, retention: for plots.
+        share: of cases that measure memory instead of time, the peak over the bytes of the input cache.
+    """
+
+    op: str
+    mode: str
+    shape: str
+    us: float | None = None
+    gbps: float | None = None
+    ratios: dict[str, float] = field(default_factory=dict)
+    rival_us: dict[str, float] = field(default_factory=dict)
+    rounds: int = 0
+    length: int = 0
+    retention: float = 0.0
+    share: float | None = None
+
+    @property
+    def case(self) -> str:
+        return " ".join(filter(None, (self.op, self.mode, self.shape)))
+
+    def line(self) -> str:
+        head = f"{self.op:<13} {self.mode:<5} {self.shape:<42}"
+        if self.share is not None:
+            return f"{head} {100 * self.share:9.2f} % of the input cache"
+        ratios = dict(self.ratios)
+        speed = "" if self.gbps is None else f"{self.gbps:7.1f} GB/s"
+        memcpy = f"{100 * ratios.pop('memcpy'):5.0f} % of memcpy" if "memcpy" in ratios else ""
+        others = "  ".join(f"{ratio:.2f}x {name}" for name, ratio in ratios.items())
+        return f"{head} {self.us:9.1f} us {speed:>12} {memcpy:>17}  {others}".rstrip()
+
+
+@dataclass
+class Run:
+    """All results of one device, and where they come from."""
+
+    device: str
+    machine: dict[str, object]
+    results: list[Result]
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        results = ",\n  ".join(json.dumps(_rounded(asdict(result))) for result in self.results)
+        head = {"device": self.device, "machine": self.machine}
+        path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "results": [\n  {results}\n ]\n}}\n')
+
+    @staticmethod
+    def read(path: Path) -> Run:
+        data = json.loads(path.read_text())
+        return Run(data["device"], data["machine"], [Result(**result) for result in data["results"]])
+
+    def find(self, case: str) -> Result | None:
+        return next((result for result in self.results if result.case == case), None)
+
+
+def merge(runs: list[Run]) -> Run:
+    """The median of every number over several processes on one machine; cases that all of them have."""
+    if len(runs) == 1:
+        return runs[0]
+    if len({run.device for run in runs}) != 1:
+        raise ValueError(f"expected runs of one device, got {sorted({run.device for run in runs})}")
+    merged = []
+    for first in runs[0].results:
+        same = [result for run in runs if (result := run.find(first.case)) is not None]
+        if len(same) == len(runs):
+            merged.append(_median(same))
+    return Run(runs[0].device, {**runs[-1].machine, "processes": len(runs)}, merged)
+
+
+def _median(same: list[Result]) -> Result:
+    numbers = {}
+    for name in ("us", "gbps", "share"):
+        values = [getattr(result, name) for result in same]
+        numbers[name] = None if None in values else median(values)
+    for name in ("ratios", "rival_us"):
+        keys = [key for key in getattr(same[0], name) if all(key in getattr(result, name) for result in same)]
+        numbers[name] = {key: median(getattr(result, name)[key] for result in same) for key in keys}
+    first = asdict(same[0])
+    return Result(**{**first, **numbers, "rounds": sum(result.rounds for result in same)})
+
+
+def machine(device: str) -> dict[str, object]:
+    """What a reader must know to judge the numbers."""
+    found: dict[str, object] = {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "load": round(os.getloadavg()[0], 1),
+    }
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+    try:
+        from lkv_ext import build_info
+
+        info = build_info()
+        found |= {name: info[name] for name in ("version", "cpu_isa", "cxx_compiler", "cuda_archs")}
+    except ImportError:  # a prebuilt op library stands alone
+        pass
+    return found
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return value

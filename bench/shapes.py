@@ -1,0 +1,103 @@
+"""What is measured: a cache, its scores and its budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+LENGTHS = (4096, 8192, 32768, 131072)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`[batch, heads, length, dim]` of K and of V, keeping `retention` of the rows."""
+
+    length: int
+    heads: int = 8
+    batch: int = 1
+    dim: int = 128
+    retention: float = 0.15
+    dtype: torch.dtype = torch.bfloat16
+    score_dtype: torch.dtype = torch.float32
+    skewed: bool = False  # one head has 40 % of the budget, the others share the rest
+
+    @property
+    def budgets(self) -> int | list[int]:
+        """Host budgets, an int where all heads have the same one."""
+        uniform = max(1, int(self.retention * self.length))
+        if not self.skewed:
+            return uniform
+        total = uniform * self.heads
+        first = min(self.length, int(0.4 * total))
+        each, extra = divmod(total - first, self.heads - 1)
+        return [first] + [each + (head < extra) for head in range(self.heads - 1)]
+
+    @property
+    def kept(self) -> int:
+        """Rows in the output."""
+        budgets = self.budgets
+        return self.batch * (budgets * self.heads if isinstance(budgets, int) else sum(budgets))
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dim * self.dtype.itemsize
+
+    @property
+    def output_bytes(self) -> int:
+        return 2 * self.kept * self.row_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        return 2 * self.batch * self.heads * self.length * self.row_bytes
+
+    @property
+    def score_bytes(self) -> int:
+        return self.batch * self.heads * self.length * self.score_dtype.itemsize
+
+    def __str__(self) -> str:
+        names = [name_of(self.dtype)]
+        if self.score_dtype != torch.float32:
+            names.append(f"{name_of(self.score_dtype)} scores")
+        names.append(f"{100 * self.retention:g}%")
+        if self.skewed:
+            names.append("skewed")
+        return f"[{self.batch}, {self.heads}, {self.length}, {self.dim}] {' '.join(names)}"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16", torch.float8_e4m3fn: "fp8"}[dtype]
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The tensors of a shape on a device."""
+
+    shape: Shape
+    k: Tensor
+    v: Tensor
+    scores: Tensor
+
+    @property
+    def payload(self) -> tuple[Tensor, Tensor]:
+        return self.k, self.v
+
+
+def make_inputs(shape: Shape, device: str) -> Inputs:
+    """Random K, V and scores; the large tensors are shared by calls in a row that differ in budgets alone."""
+    sizes = (shape.batch, shape.heads, shape.length, shape.dim)
+    k, v = _cache(sizes, shape.dtype, device)
+    generator = torch.Generator(device).manual_seed(shape.length)
+    scores = torch.randn(sizes[:3], generator=generator, device=device).to(shape.score_dtype)
+    return Inputs(shape, k, v, scores)
+
+
+@lru_cache(maxsize=1)
+def _cache(sizes: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    # One random block over and over: rows move as bytes, and drawing half a gigabyte would take longer than measuring.
+    count = dtype.itemsize * sizes[0] * sizes[1] * sizes[2] * sizes[3]
+    block = torch.randint(0, 120, (min(count, 1 << 24),), dtype=torch.uint8, device=device)
+    repeated = block.repeat(-(-count // block.numel()))[:count]
+    return repeated.view(dtype).view(sizes), repeated.clone().view(dtype).view(sizes)

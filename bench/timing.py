@@ -1,0 +1,129 @@
+"""Clocks, and rounds in which a subject and its rivals take turns.
+
+Machines drift: the same code varies by a factor of two between minutes. Within one round, drift is common to all, so
+what is judged is the median of the per-round ratios.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+Call = Callable[[], object]
+Clock = Callable[[Call, int], float]  # (call, repeats) -> seconds for one call
+
+
+def wall_clock(call: Call, repeats: int) -> float:
+    """Host time. The result of a lone call is dropped after the clock has stopped."""
+    if repeats == 1:
+        begin = perf_counter()
+        result = call()
+        elapsed = perf_counter() - begin
+        del result
+        return elapsed
+    begin = perf_counter()
+    for _ in range(repeats):
+        call()
+    return (perf_counter() - begin) / repeats
+
+
+class CudaClock:
+    """Device time between events. Cold: the L2 cache is overwritten before each call, outside the measured span.
+
+    The overwriting also keeps the device busy while the host runs ahead, so that launch latency is not counted unless
+    it exceeds that.
+    """
+
+    def __init__(self, cold: bool) -> None:
+        l2 = torch.cuda.get_device_properties(0).L2_cache_size
+        self._flush = torch.empty(4 * l2, dtype=torch.uint8, device="cuda") if cold else None
+
+    def __call__(self, call: Call, repeats: int) -> float:
+        spans = []
+        for _ in range(repeats):
+            if self._flush is not None:
+                self._flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            spans.append((begin, end))
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in spans) / repeats / 1e3
+
+
+def captured(call: Call) -> Call:
+    """The same work as a CUDA graph: what remains is what the device does."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = call()
+
+    def replay() -> object:
+        graph.replay()
+        return held
+
+    return replay
+
+
+@dataclass
+class Samples:
+    """Seconds per call, one entry for each round."""
+
+    subject: list[float] = field(default_factory=list)
+    rivals: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return median(self.subject)
+
+    def ratios(self) -> dict[str, float]:
+        """How many times as long every rival takes."""
+        return {
+            name: median(theirs / ours for theirs, ours in zip(times, self.subject, strict=True))
+            for name, times in self.rivals.items()
+        }
+
+    def rival_us(self) -> dict[str, float]:
+        return {name: 1e6 * median(times) for name, times in self.rivals.items()}
+
+
+def take_turns(benchmark: Any, subject: Call, rivals: dict[str, Call], clock: Clock, seconds: float) -> Samples:
+    """Rounds of about `seconds` in all: pytest-benchmark measures the subject and calls the rivals as its setup.
+
+    The rivals rotate, so that nobody always runs behind the same one and the cache it leaves.
+    """
+    calls = {"": subject, **rivals}
+    for call in calls.values():
+        call()
+    once = {name: clock(call, 1) for name, call in calls.items()}
+    # Short calls repeat within a round until the clock's own cost and jitter do not show.
+    repeats = {name: max(1, min(200, int(2e-4 / max(t, 1e-7)))) for name, t in once.items()}
+    round_seconds = sum(t * repeats[name] for name, t in once.items())
+    rounds = min(max(math.ceil(seconds / round_seconds), 7), 101)
+
+    samples = Samples(rivals={name: [] for name in rivals})
+    order = list(rivals)
+
+    def run_rivals() -> None:
+        for name in order:
+            samples.rivals[name].append(clock(rivals[name], repeats[name]))
+        order.append(order.pop(0))
+
+    def run_subject() -> None:
+        samples.subject.append(clock(subject, repeats[""]))
+
+    benchmark.extra_info["calls_per_round"] = repeats[""]
+    benchmark.pedantic(run_subject, setup=run_rivals if rivals else None, rounds=rounds, iterations=1)
+    return samples
