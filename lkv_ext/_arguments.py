@@ -43,7 +43,7 @@ def integer_shapes(row_sets: RowSets) -> tuple[Shapes, Shapes]:
 
 
 def flatten(values: Sequence, name: str, *, trusted: bool = False) -> tuple[list[int], tuple[int, ...]]:
-    """Integers of nested sequences or of a NumPy array, and their shape. `trusted`: a tracer's integers, taken as such."""
+    """Integers of nested sequences or a NumPy array, and their shape. `trusted`: taken as they are (a tracer's)."""
     if hasattr(values, "ravel"):  # NumPy
         return flatten(values.ravel().tolist(), name, trusted=trusted)[0], tuple(values.shape)
     if isinstance(values, str) or not hasattr(values, "__len__"):

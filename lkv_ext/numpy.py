@@ -2,10 +2,10 @@
 
     out = lkv_ext.numpy.evict(k, v, scores, budgets)
 
-NumPy has no bfloat16: scores of dtype uint16 are bfloat16 by their bits (`.view(numpy.uint16)`); float16 and float32 are
-what they are. K, V and companions move as bytes, whatever their dtype. All integers are on the host, so every size is
-exact. `threads` is how many threads a call may use; default: the environment's LKV_NUM_THREADS, else the cores that this
-process may run on. They start and end with the call, and the result does not depend on them.
+NumPy has no bfloat16: scores of dtype uint16 are bfloat16 by their bits (`.view(numpy.uint16)`). K, V and companions
+move as bytes, whatever their dtype. All integers are on the host, so every size is exact. `threads` is how many threads
+a call may use; default: LKV_NUM_THREADS of the environment, else the cores that this process may run on. They start and
+end with the call, and the result does not depend on them.
 """
 
 from __future__ import annotations
@@ -117,9 +117,9 @@ def evict(
 ) -> RaggedKV:
     """Keeps the `budgets` best rows of every (sequence, KV head) and moves their K and V together.
 
-    Of each row set, with `n = clamp(budget, 0, length)`, the first `min(sink, n)` and the last `min(window, rest)` valid
-    tokens are kept, and of those between the best by score, ties to the lower position; NaN ranks below -inf, -0 equals
-    +0. Kept rows come out in ascending position, bitwise equal to their sources.
+    The same as `lkv_ext.evict`: with `n = clamp(budget, 0, length)`, the first `min(sink, n)` and the last
+    `min(window, rest)` valid tokens of a row set stay, and of those between the best by score, ties to the lower
+    position; NaN ranks below -inf, -0 equals +0. They come out in ascending position, bitwise as they were.
 
     Args:
         k, v: dense `[B, H, L, D]` and `[B, H, L, Dv]`, any strides with contiguous rows; or ragged `[T, D]` and

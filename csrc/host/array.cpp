@@ -70,7 +70,7 @@ RowLayout row_layout(const Named& a, bool ragged) {
   bool contiguous = true;
   for (int64_t i = array.rank; i-- > token + 1; layout.row_bytes *= array.sizes[i])
     contiguous &= array.sizes[i] == 1 || array.stride(i) == layout.row_bytes;
-  if (!contiguous && layout.row_bytes != 0)
+  if (!contiguous && array.numel() != 0)
     fail("ValueError", "expected ", a.name, " contiguous after the token axis, got strides ",
          Shape(array.strides, array.strides + array.rank), " for shape ", array.shape());
   return layout;

@@ -1,0 +1,344 @@
+"""The NumPy front end: exact parity with the reference, bad input, threads, forks, and no torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from lkv import reference
+
+import lkv_ext.numpy as lkv_np
+
+rng = np.random.default_rng
+
+
+def bf16(values: np.ndarray) -> np.ndarray:
+    """float32 as the bits of bfloat16."""
+    return torch.from_numpy(values).bfloat16().view(torch.uint16).numpy()
+
+
+def as_scores(values: np.ndarray, kind: str) -> np.ndarray:
+    return bf16(values) if kind == "bfloat16" else values.astype(kind)
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def ranking(scores: np.ndarray) -> torch.Tensor:
+    tensor = to_torch(scores)
+    return tensor.view(torch.bfloat16) if scores.dtype == np.uint16 else tensor
+
+
+def check(result, payload: list[np.ndarray], scores: np.ndarray, budgets, batch: int, heads: int, **options) -> None:
+    """`result` is what the reference makes of the same call, to the byte."""
+    integers = {
+        name: torch.as_tensor(np.broadcast_to(value if np.ndim(value) != 1 or name == "budgets" else
+                                              np.asarray(value)[:, None], (batch, heads)).copy())
+        for name, value in {"budgets": budgets, **options}.items()
+        if name in ("budgets", "lengths", "starts") and value is not None
+    }  # fmt: skip
+    rest = {k: v for k, v in options.items() if k not in ("lengths", "starts", "threads", "cu_seqlens", "companions")}
+    if options.get("cu_seqlens") is not None:
+        rest["cu_seqlens"] = to_torch(options["cu_seqlens"])
+    expected = reference.evict([to_torch(p) for p in payload], ranking(scores), **integers, **rest)
+    moved = [result.k, *([] if result.v is None else [result.v]), *result.companions]
+    for got, want in zip(moved, expected.tensors, strict=True):
+        assert got.dtype == want.numpy().dtype and got.shape == tuple(want.shape)
+        assert got.tobytes() == want.contiguous().numpy().tobytes()
+    for name in ("positions", "lengths", "cu_seqlens"):
+        got = getattr(result, name)
+        assert got.dtype == np.int32 and np.array_equal(got, getattr(expected, name).numpy()), name
+    assert result.max_length >= result.lengths.max(initial=0)
+    assert result.overflow is None
+
+
+def cache(batch=2, heads=3, tokens=300, width=16, dtype=np.float32, seed=0):
+    r = rng(seed)
+    k = (r.standard_normal((batch, heads, tokens, width)) * 50).astype(dtype)
+    v = (r.standard_normal((batch, heads, tokens, width + 3)) * 50).astype(dtype)
+    return k, v, r.standard_normal((batch, heads, tokens)).astype(np.float32)
+
+
+HOSTILE = {
+    "eight values": lambda r, shape: r.integers(0, 8, shape),
+    "constant": lambda r, shape: np.zeros(shape),
+    "all -inf": lambda r, shape: np.full(shape, -np.inf),
+    "all NaN": lambda r, shape: np.full(shape, np.nan),
+    "specials": lambda r, shape: r.choice([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0], shape),
+    "shares": lambda r, shape: r.random(shape) / shape[-1],
+    "ascending": lambda r, shape: np.broadcast_to(np.arange(shape[-1]), shape),
+}
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_scores(name: str, kind: str) -> None:
+    k, v, _ = cache()
+    scores = as_scores(np.ascontiguousarray(HOSTILE[name](rng(1), (2, 3, 300)), dtype=np.float32), kind)
+    budgets = [[0, 7, 150], [300, 299, 1000]]
+    for sink, window in ((0, 0), (4, 9)):
+        result = lkv_np.evict(k, v, scores, budgets, sink=sink, window=window)
+        check(result, [k, v], scores, budgets, 2, 3, sink=sink, window=window)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.float16, np.float32, np.float64, np.complex64, bool])
+def test_any_dtype_moves(dtype: type) -> None:
+    k, v, scores = cache(dtype=dtype)
+    check(lkv_np.evict(k, v, scores, [5, 40, 0]), [k, v], scores, [5, 40, 0], 2, 3)
+
+
+def test_structured_dtypes_move() -> None:
+    row = np.dtype([("code", "u1"), ("scale", ">f4"), ("name", "S3")])
+    k, _, scores = cache()
+    moved = np.zeros((2, 3, 300, 2), row)
+    moved["code"] = rng(2).integers(0, 256, moved.shape)
+    moved["scale"] = rng(3).standard_normal(moved.shape)
+    out = lkv_np.evict(k, None, scores, 9, companions=[moved])
+    assert out.v is None and out.companions[0].dtype == row
+    for row_set, (b, h) in enumerate(product(range(2), range(3))):
+        begin, end = out.cu_seqlens[row_set : row_set + 2]
+        assert (out.companions[0][begin:end] == moved[b, h, out.positions[begin:end]]).all()
+
+
+LAYOUTS = [
+    dict(),
+    dict(reserve=3),
+    dict(align=16),
+    dict(reserve=5, align=8, max_budget=33),
+    dict(layout="padded"),
+    dict(layout="padded", reserve=2, align=4),
+    dict(layout="padded", capacity=20),
+    dict(capacity=90),
+    dict(capacity=0),
+    dict(capacity=64, align=16, reserve=1),
+]
+VALID = [dict(), dict(lengths=[120, 3]), dict(lengths=[[1, 0, 300], [50, 60, 70]], starts=[7, 250])]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    "valid", [{}, dict(lengths=[120, 3]), dict(lengths=[[1, 0, 300], [50, 60, 70]], starts=[7, 250])]
+)
+def test_layouts(layout: dict, valid: dict) -> None:
+    k, v, scores = cache(seed=4)
+    extra = rng(5).integers(0, 100, (2, 3, 300), dtype=np.int32)
+    budgets = np.array([[40, -3, 11], [0, 80, 500]])
+    result = lkv_np.evict(k, v, scores, budgets, sink=2, window=3, companions=[extra], **layout, **valid)
+    check(result, [k, v, extra], scores, budgets, 2, 3, sink=2, window=3, **layout, **valid)
+    index = lkv_np.select(scores, budgets, sink=2, window=3, **layout, **valid)
+    assert np.array_equal(index.positions, result.positions)
+    for got, want in zip(lkv_np.gather([k, v, extra], index), [result.k, result.v, *result.companions], strict=True):
+        assert np.array_equal(got, want)
+
+
+def test_strided_views_are_read_in_place() -> None:
+    r = rng(6)
+    storage = r.standard_normal((2, 300, 3, 40)).astype(np.float32)
+    k, v = storage[..., :24].transpose(0, 2, 1, 3), storage[..., 24:].transpose(0, 2, 1, 3)[:, :, ::-1]
+    scores = r.standard_normal((300, 3, 4)).astype(np.float32).T[::2, :, ::-1]
+    check(lkv_np.evict(k, v, scores, [9, 100, 31]), [k, v], scores, [9, 100, 31], 2, 3)
+
+
+def test_ragged_goes_in_again() -> None:
+    k, v, scores = cache(seed=7)
+    first = lkv_np.evict(k, v, scores, [90, 200, 4], reserve=2, align=8, companions=[scores])
+    again = dict(cu_seqlens=first.cu_seqlens, lengths=first.lengths)
+    result = lkv_np.evict(first.k, first.v, first.companions[0], [30, 3, 10], window=1, **again)
+    check(result, [first.k, first.v], first.companions[0], [30, 3, 10], 2, 3, window=1, **again)
+    index = lkv_np.select(first.companions[0], [30, 3, 10], window=1, **again)
+    assert np.array_equal(lkv_np.gather([first.k], index, cu_seqlens=first.cu_seqlens)[0], result.k)
+    assert first.block_table.shape[0] == 6 and first.k.shape[0] % 8 == 0
+    pages = first.k.reshape(-1, 8, k.shape[-1])[first.block_table[1]].reshape(-1, k.shape[-1])
+    begin, kept = first.cu_seqlens[1], first.lengths[0, 1]
+    assert np.array_equal(pages[:kept], first.k[begin : begin + kept])
+
+
+def test_broken_offsets_stay_inside() -> None:
+    k = rng(8).standard_normal((50, 4)).astype(np.float32)
+    for offsets in ([0, 90, 20, 50], [-5, 10, 10, 2**31 - 1], [50, 40, 30, 20]):
+        cu_seqlens = np.array(offsets, np.int32)
+        out = lkv_np.evict(k, None, k[:, 0], 7, cu_seqlens=cu_seqlens)
+        assert out.k.shape[0] == out.lengths.sum() and (out.positions >= 0).all()
+
+
+def test_in_place_leaves_the_rest() -> None:
+    r = rng(9)
+    storage = r.integers(0, 256, (2, 3, 300, 40), dtype=np.uint8)
+    before, scores = storage.copy(), r.standard_normal((2, 3, 300)).astype(np.float32)
+    k, v = storage[..., :16], storage[..., 20:39]
+    options = dict(starts=[5, 0], lengths=[250, 300], sink=1, window=2)
+    index = lkv_np.evict_(k, v, scores, [200, 0, 17], **options)
+    expected = lkv_np.evict(before[..., :16], before[..., 20:39], scores, [200, 0, 17], **options)
+    assert np.array_equal(index.positions, expected.positions)
+    for row_set, (b, h) in enumerate(product(range(2), range(3))):
+        begin, end = expected.cu_seqlens[row_set : row_set + 2]
+        before[b, h, : end - begin, :16] = expected.k[begin:end]
+        before[b, h, : end - begin, 20:39] = expected.v[begin:end]
+    assert np.array_equal(storage, before)
+
+
+def test_out_is_written_again() -> None:
+    k, v, scores = cache(seed=10)
+    out = lkv_np.evict(k, v, scores, [9, 8, 7], align=4)
+    k2, v2, scores2 = cache(seed=11)
+    pointers = [a.ctypes.data for a in (out.k, out.v, out.positions)]
+    again = lkv_np.evict(k2, v2, scores2, [7, 9, 8], align=4, out=out)
+    assert again is out and pointers == [a.ctypes.data for a in (out.k, out.v, out.positions)]
+    check(out, [k2, v2], scores2, [7, 9, 8], 2, 3, align=4)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 10, 4), (2, 0, 10, 4), (2, 3, 0, 4), (2, 3, 10, 0), (0, 0, 0, 0)], ids=str)
+def test_empty(shape: tuple[int, ...]) -> None:
+    k, scores = np.zeros(shape, np.float16), np.zeros(shape[:3], np.float32)
+    for layout in ("packed", "padded"):
+        out = lkv_np.evict(k, k, scores, 4, layout=layout)
+        rows = shape[0] * shape[1] * min(4, shape[2])
+        assert out.k.size == rows * shape[3] and out.lengths.shape == shape[:2] and out.positions.size == rows
+    lkv_np.evict_(k, k.copy(), scores, 4)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_threads_do_not_matter(kind: str) -> None:
+    k, v, scores = cache(1, 4, 40000, 64, np.float16, seed=12)
+    scores, budgets = as_scores(scores, kind), [20000, 100, 3000, 9000]
+    results = [lkv_np.evict(k, v, scores, budgets, threads=n) for n in (1, 2, 8)]
+    check(results[0], [k, v], scores, budgets, 1, 4)
+    for result in results[1:]:
+        assert all(np.array_equal(getattr(result, f), getattr(results[0], f)) for f in ("k", "v", "positions"))
+    rows = [a.copy() for a in (k, v)]
+    lkv_np.evict_(*rows, scores, budgets, threads=8)
+    assert np.array_equal(rows[0][0, 3, :9000], results[0].k[results[0].cu_seqlens[3] :])
+
+
+def test_threads_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    k, v, scores = cache()
+    monkeypatch.setenv("LKV_NUM_THREADS", "2")
+    check(lkv_np.evict(k, v, scores, 9), [k, v], scores, 9, 2, 3)
+    for value in ("0", "-1", "many", ""):
+        monkeypatch.setenv("LKV_NUM_THREADS", value)
+        with pytest.raises(ValueError, match="lkv_ext.numpy.evict: expected LKV_NUM_THREADS of at least 1"):
+            lkv_np.evict(k, v, scores, 9)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_works_on() -> None:
+    code = """
+        import os, numpy as np, lkv_ext.numpy as lkv_np
+        k = np.random.default_rng(0).standard_normal((1, 4, 20000, 64)).astype(np.float32)
+        first = lkv_np.evict(k, k, k[..., 0], 5000, threads=4)
+        child = os.fork()
+        if child == 0:
+            again = lkv_np.evict(k, k, k[..., 0], 5000, threads=4)
+            os._exit(0 if np.array_equal(first.k, again.k) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    """
+    run_python(code)
+
+
+def test_works_without_torch() -> None:
+    code = """
+        import sys
+        sys.modules["torch"] = None
+        import numpy as np, lkv_ext, lkv_ext.numpy as lkv_np
+        k = np.arange(2 * 2 * 9 * 4, dtype=np.float32).reshape(2, 2, 9, 4)
+        out = lkv_np.evict(k, k, k[..., 0].copy(), [3, 1])
+        assert out.positions.tolist() == [6, 7, 8, 8] * 2, out
+        lkv_np.evict_(k, k + 1, k[..., 0].copy(), 2)
+        assert lkv_ext.build_info()["cpu_isa"]
+    """
+    run_python(code)
+
+
+def run_python(code: str) -> None:
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
+
+
+evict, evict_ = lkv_np.evict, lkv_np.evict_
+K, V, SCORES = cache(2, 3, 20, 8)
+OUT = lkv_np.evict(K, V, SCORES, 4)
+READ_ONLY = K.copy()
+READ_ONLY.flags.writeable = False
+OFFSETS = np.array([0, 5, 10], np.int32)
+UNALIGNED = np.zeros(2 * 3 * 20 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(2, 3, 20)
+BAD = {
+    "k is a list": (lambda: evict([1], V, SCORES, 4), TypeError, "k as a NumPy array, got list"),
+    "k holds objects": (lambda: evict(K.astype(object), V, SCORES, 4), TypeError, "k of a dtype without Python"),
+    "k of rank 3": (lambda: evict(K[0], V, SCORES, 4), ValueError, "k of shape [B, H, L, D], got [3, 20, 8]"),
+    "v shorter": (lambda: evict(K, V[:, :, :9], SCORES, 4), ValueError, "v of shape [B, H, L, ...] with [2, 3, 20]"),
+    "v strided": (lambda: evict(K, V[..., ::2], SCORES, 4), ValueError, "v contiguous after the token axis"),
+    "scores of other heads": (
+        lambda: evict(K, V, SCORES[:, :1], 4), ValueError, "scores of shape [B, H, L] = [2, 3, 20], got [2, 1, 20]",
+    ),
+    "scores of float64": (lambda: evict(K, V, SCORES.astype(float), 4), TypeError, "scores of dtype float32"),
+    "scores big endian": (lambda: evict(K, V, SCORES.astype(">f4"), 4), TypeError, "scores of dtype float32"),
+    "scores unaligned": (lambda: evict(K, V, UNALIGNED, 4), ValueError, "scores aligned to its dtype"),
+    "budgets of floats": (lambda: evict(K, V, SCORES, [1.5, 2, 3]), TypeError, "budgets of integers"),
+    "budgets of text": (lambda: evict(K, V, SCORES, "4"), TypeError, "budgets as an int"),
+    "budgets of four": (lambda: evict(K, V, SCORES, [1, 2, 3, 4]), ValueError, "budgets of shape [H] = [3] or"),
+    "lengths of heads": (lambda: evict(K, V, SCORES, 4, lengths=[1, 2, 3]), ValueError, "lengths of shape [B] = [2]"),
+    "starts of ragged": (
+        lambda: evict(K[0, 0], None, SCORES[0, 0], 4, cu_seqlens=OFFSETS, starts=1), ValueError, "no starts",
+    ),
+    "cu_seqlens of int64": (
+        lambda: evict(K[0, 0], None, SCORES[0, 0], 4, cu_seqlens=OFFSETS.astype(np.int64)), TypeError, "dtype int32",
+    ),
+    "cu_seqlens of other heads": (
+        lambda: evict(K[0, 0], None, SCORES[0, 0], [1, 2, 3], cu_seqlens=OFFSETS), ValueError, "cu_seqlens of shape",
+    ),
+    "cu_seqlens strided": (
+        lambda: evict(K[0, 0], None, SCORES[0, 0], 4, cu_seqlens=np.repeat(OFFSETS, 2)[::2]), ValueError, "contiguous",
+    ),
+    "layout": (lambda: evict(K, V, SCORES, 4, layout="paged"), ValueError, "layout 'packed' or 'padded'"),
+    "negative sink": (lambda: evict(K, V, SCORES, 4, sink=-1), ValueError, "sink, window and reserve >= 0"),
+    "sink of half": (lambda: evict(K, V, SCORES, 4, sink=0.5), TypeError, "integer"),
+    "align 0": (lambda: evict(K, V, SCORES, 4, align=0), ValueError, "align >= 1"),
+    "capacity unaligned": (lambda: evict(K, V, SCORES, 4, align=4, capacity=6), ValueError, "capacity"),
+    "threads 0": (lambda: evict(K, V, SCORES, 4, threads=0), ValueError, "threads of at least 1"),
+    "companion of other heads": (
+        lambda: evict(K, V, SCORES, 4, companions=[K[:, :2]]), ValueError, "companions[0] of shape",
+    ),
+    "out of another size": (lambda: evict(K, V, SCORES, 5, out=OUT), ValueError, "out[0] contiguous of shape [30, 8]"),
+    "out of another dtype": (
+        lambda: evict(K.astype(np.float16), V, SCORES, 4, out=OUT), TypeError, "out[0] of the dtype of what moves",
+    ),
+    "out is a dict": (lambda: evict(K, V, SCORES, 4, out={}), TypeError, "out as a RaggedKV"),
+    "out overlaps its source": (
+        lambda: evict(OUT.k, OUT.v, OUT.k[:, 0], 4, cu_seqlens=OUT.cu_seqlens, lengths=OUT.lengths, out=OUT),
+        ValueError, "out[0] and k without common memory",
+    ),
+    "read-only in place": (lambda: evict_(READ_ONLY, V, SCORES, 4), ValueError, "k writeable, got a read-only"),
+    "k is v in place": (lambda: evict_(K, K, SCORES, 4), ValueError, "k and v without common memory"),
+    "k reversed is v in place": (lambda: evict_(K, K[:, :, ::-1], SCORES, 4), ValueError, "without common memory"),
+    "broadcast in place": (
+        lambda: evict_(np.lib.stride_tricks.as_strided(K, K.shape, (0, *K.strides[1:])), V, SCORES, 4),
+        ValueError, "memory of its own for every element",
+    ),
+    "scores of the cache in place": (lambda: evict_(K, None, K[..., 0], 4), ValueError, "without common memory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str) -> None:
+    call, error, message = BAD[name]
+    before = [a.copy() for a in (K, V, SCORES, OUT.k, OUT.positions)]
+    with pytest.raises(error) as caught:
+        call()
+    text = str(caught.value)
+    assert text.startswith("lkv_ext.numpy.evict") and message in text, text
+    assert all(np.array_equal(a, b) for a, b in zip(before, (K, V, SCORES, OUT.k, OUT.positions), strict=True))
+
+
+def test_a_foreign_index_gives_zeros() -> None:
+    index = lkv_np.select(SCORES, 4)
+    index.positions[:] = [-1, 20, 2**31 - 1, 3] * 6
+    moved = lkv_np.gather([K], index)[0].reshape(2, 3, 4, 8)
+    assert not moved[:, :, :3].any() and np.array_equal(moved[:, :, 3], K[:, :, 3])
+    with pytest.raises(ValueError, match=r"lkv_ext.numpy.gather: expected arrays\[1\] of shape"):
+        lkv_np.gather([K, K[:, :, :9]], index)
