@@ -26,8 +26,14 @@ struct Avx512 {
   static Vec shift_right(Vec v, int bits) { return _mm512_srl_epi32(v, _mm_cvtsi32_si128(bits)); }
   static Vec fill_sign(Vec v) { return _mm512_srai_epi32(v, 31); }
 
-  static uint32_t above(Vec a, Vec b) { return _mm512_cmpgt_epu32_mask(a, b); }
-  static uint32_t equal(Vec a, Vec b) { return _mm512_cmpeq_epi32_mask(a, b); }
+  // Through a general register: GCC 12 may spill a mask register as 16 bits and count 32 of them.
+  static uint32_t bits(__mmask16 lanes) {
+    uint32_t mask = lanes;
+    asm("" : "+r"(mask));
+    return mask;
+  }
+  static uint32_t above(Vec a, Vec b) { return bits(_mm512_cmpgt_epu32_mask(a, b)); }
+  static uint32_t equal(Vec a, Vec b) { return bits(_mm512_cmpeq_epi32_mask(a, b)); }
   static Vec zero_where_equal(Vec v, Vec a, Vec b) { return _mm512_maskz_mov_epi32(_mm512_cmpneq_epi32_mask(a, b), v); }
   static Vec zero_where_above(Vec v, Vec a, Vec b) { return _mm512_maskz_mov_epi32(_mm512_cmple_epi32_mask(a, b), v); }
 

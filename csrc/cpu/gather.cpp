@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstring>
-#include <memory>
 
 #include "lkv/cpu.h"
 #include "row_kernels.h"
@@ -42,13 +41,10 @@ class Gather {
   void tile(int64_t begin, int64_t end) const {
     while (begin < end) {
       const Segment segment = segment_at(p_, rows_, begin, end);
-      for (int64_t payload = 0; payload < p_.payloads; ++payload) {
-        if (p_.row_bytes[payload] == 0) continue;
-        if (segment.row < 0) {
-          clear(segment, payload);
-        } else {
-          move(segment, payload);
-        }
+      if (segment.row < 0) {
+        clear(segment);
+      } else {
+        move(segment);
       }
       begin = segment.end;
     }
@@ -58,17 +54,22 @@ class Gather {
  private:
   char* output(int64_t payload, int64_t j) const { return p_.outputs[payload] + j * p_.row_bytes[payload]; }
 
-  void clear(const Segment& s, int64_t payload) const {
-    std::memset(output(payload, s.begin), 0, static_cast<size_t>((s.end - s.begin) * p_.row_bytes[payload]));
+  void clear(const Segment& s) const {
+    for (int64_t payload = 0; payload < p_.payloads; ++payload) {
+      std::memset(output(payload, s.begin), 0, static_cast<size_t>((s.end - s.begin) * p_.row_bytes[payload]));
+    }
   }
 
-  void move(const Segment& s, int64_t payload) const {
+  void move(const Segment& s) const {
     const RowSet set = row_set(p_.source, s.row);
-    const Strided& input = p_.inputs[payload * p_.source.layers + set.layer];
-    const int64_t bytes = p_.row_bytes[payload];
-    const CopyRows copy = streamed(payload) ? kernels_.stream_rows(bytes) : kernels_.copy_rows(bytes);
-    copy({output(payload, s.begin), bytes, set.at(input, 0), input.token, p_.positions + s.begin, s.end - s.begin,
-          set.limit, bytes});
+    for (int64_t payload = 0; payload < p_.payloads; ++payload) {
+      const int64_t bytes = p_.row_bytes[payload];
+      if (bytes == 0) continue;
+      const Strided& input = p_.inputs[payload * p_.source.layers + set.layer];
+      const CopyRows copy = streamed(payload) ? kernels_.stream_rows(bytes) : kernels_.copy_rows(bytes);
+      copy({output(payload, s.begin), bytes, set.at(input, 0), input.token, p_.positions + s.begin, s.end - s.begin,
+            set.limit, bytes});
+    }
   }
 
   bool streamed(int64_t payload) const {
@@ -90,8 +91,12 @@ void gather(const GatherParams& p, const Threads& threads) {
   const int64_t workers = useful_workers(threads, p.total, work, kGrain);
   const int64_t tile = std::max<int64_t>(1, std::min(kTile, work / (4 * workers)) / gather.row_bytes());
   const int64_t units = (p.total + tile - 1) / tile;
-  for_each_unit(threads, workers, units,
-                [&](int64_t unit, int64_t) { gather.tile(unit * tile, std::min(p.total, (unit + 1) * tile)); });
+  // Handed out from as many stretches as there are workers: two that meet in one fresh huge page would both clear it.
+  const int64_t stretch = (units + workers - 1) / workers;
+  for_each_unit(threads, workers, stretch * workers, [&](int64_t turn, int64_t) {
+    const int64_t begin = (turn % workers * stretch + turn / workers) * tile;
+    gather.tile(begin, std::min(p.total, begin + tile));
+  });
 }
 
 }  // namespace lkv::cpu

@@ -15,6 +15,10 @@ constexpr int64_t kSearched = 1024;
 // From here on, a sample of the row brackets the pivot and one pass replaces the first digit's two.
 constexpr int64_t kSampledRow = 4096;
 
+int64_t bin_words(int64_t size) {
+  return size > kSearched ? kCopies * kBins : 0;
+}
+
 // Keys among which the pivot is: `size` keys in [low, high], of which it is the rank-th largest.
 struct Range {
   uint32_t low, high;
@@ -24,7 +28,7 @@ struct Range {
 class PivotSearch {
  public:
   PivotSearch(const RowKernels& kernels, const ScoreRow& row, uint32_t* scratch)
-      : kernels_(kernels.keys), row_(row), bins_(scratch), keys_(scratch + kCopies * kBins) {}
+      : kernels_(kernels.keys), row_(row), bins_(scratch), keys_(scratch + bin_words(row.size())) {}
 
   Pivot find(int64_t rank) {
     const Range all = {0, kHighest, row_.size(), rank};

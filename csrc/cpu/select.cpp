@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <numeric>
 
@@ -56,7 +57,7 @@ void select_row(const SelectParams& p, const RowKernels& kernels, int64_t row, u
   count_up(room.begin, sink, set.begin);
   int32_t* end = count_up(out + best, window, set.begin + set.length - window);
   std::fill(end, room.end, -1);
-  if (p.ready != nullptr) __atomic_store_n(&p.ready[row], 1u, __ATOMIC_RELEASE);
+  if (p.ready != nullptr) std::atomic_ref<uint32_t>(p.ready[row]).store(1, std::memory_order_release);
 }
 
 int64_t longest_row(const Source& source) {
