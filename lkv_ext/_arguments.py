@@ -25,7 +25,12 @@ class Options(NamedTuple):
 
 
 def check_options(options: Options) -> None:
-    sink, window, layout, _, _, reserve, align = options
+    sink, window, layout, capacity, max_budget, reserve, align = options
+    counts = {"sink": sink, "window": window, "reserve": reserve, "align": align}
+    bounds = {"capacity": capacity, "max_budget": max_budget}
+    for name, value in (counts | {key: bound for key, bound in bounds.items() if bound is not None}).items():
+        if not isinstance(value, int) and not hasattr(value, "__index__"):
+            raise TypeError(f"expected {name} as an int, got {value!r}")
     if layout not in ("packed", "padded"):
         raise ValueError(f"expected layout 'packed' or 'padded', got {layout!r}")
     if sink < 0 or window < 0 or reserve < 0 or align < 1:
@@ -48,7 +53,7 @@ def flatten(values: Sequence, name: str, *, trusted: bool = False) -> tuple[list
         return flatten(values.ravel().tolist(), name, trusted=trusted)[0], tuple(values.shape)
     if isinstance(values, str) or not hasattr(values, "__len__"):
         raise TypeError(f"expected {name} as an int, a sequence of ints or a tensor, got {values!r}")
-    if len(values) == 0 or not hasattr(values[0], "__len__"):
+    if len(values) == 0 or isinstance(values[0], int) or not hasattr(values[0], "__len__"):
         if trusted:
             return list(values), (len(values),)
         try:

@@ -297,7 +297,7 @@ BAD = {
     ),
     "layout": (lambda: evict(K, V, SCORES, 4, layout="paged"), ValueError, "layout 'packed' or 'padded'"),
     "negative sink": (lambda: evict(K, V, SCORES, 4, sink=-1), ValueError, "sink, window and reserve >= 0"),
-    "sink of half": (lambda: evict(K, V, SCORES, 4, sink=0.5), TypeError, "integer"),
+    "sink of half": (lambda: evict(K, V, SCORES, 4, sink=0.5), TypeError, "sink as an int, got 0.5"),
     "align 0": (lambda: evict(K, V, SCORES, 4, align=0), ValueError, "align >= 1"),
     "capacity unaligned": (lambda: evict(K, V, SCORES, 4, align=4, capacity=6), ValueError, "capacity"),
     "threads 0": (lambda: evict(K, V, SCORES, 4, threads=0), ValueError, "threads of at least 1"),

@@ -5,26 +5,13 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lkv_ext._arguments import Options, check_options, integer_shapes, ragged_heads, ragged_limits, shape_of
 from lkv_ext._sizes import RowSets, size_output
 from lkv_ext.ops.ints import Ints, Plan, split
-
-
-class Options(NamedTuple):
-    """What is kept and how the output is laid out: the keyword arguments that select and evict share."""
-
-    sink: int
-    window: int
-    layout: str
-    capacity: int | None
-    max_budget: int | None
-    reserve: int
-    align: int
 
 
 def find_row_sets(
@@ -44,32 +31,11 @@ def find_row_sets(
         raise ValueError(f"expected cu_seqlens of shape [B * H + 1], got {list(cu_seqlens.shape)}")
     count, tokens = cu_seqlens.numel() - 1, tensor.shape[0]
     lengths, budgets = (t.flatten(0, 1) if isinstance(t, Tensor) and t.dim() == 3 else t for t in (lengths, budgets))
-    of_lengths, of_budgets = _shape(lengths), _shape(budgets)
-    if len(of_lengths) == 2 or len(of_budgets) == 2:
-        batch, heads = of_lengths if len(of_lengths) == 2 else of_budgets
-    elif of_lengths:
-        batch, heads = of_lengths[0], count // max(of_lengths[0], 1)
-    else:
-        heads = of_budgets[0] if of_budgets else count
-        batch = count // max(heads, 1)
-    if batch * heads != count:
-        raise ValueError(f"expected cu_seqlens of shape [B * H + 1] = [{batch * heads + 1}], got [{count + 1}]")
+    of_budgets = budgets.budgets_tensor if isinstance(budgets, Plan) else budgets
+    batch, heads = ragged_heads(count, shape_of(of_budgets), shape_of(lengths))
     if not cu_seqlens.is_cpu or torch.compiler.is_compiling():
         return RowSets(1, batch, heads, (tokens,), shared=True), budgets, lengths
-    begins = [max(0, min(x, tokens)) for x in cu_seqlens.tolist()]
-    limits = [max(0, end - begin) for begin, end in pairwise(begins)]
-    return RowSets(1, batch, heads, limits), budgets, lengths
-
-
-def _shape(values: Ints | Plan | None) -> tuple[int, ...]:
-    if isinstance(values, Plan):
-        values = values.budgets_tensor
-    if values is None or isinstance(values, int):
-        return ()
-    if isinstance(values, Tensor):
-        return tuple(values.shape)
-    nested = len(values) > 0 and hasattr(values[0], "__len__")
-    return (len(values), len(values[0])) if nested else (len(values),)
+    return RowSets(1, batch, heads, ragged_limits(cu_seqlens.tolist(), tokens)), budgets, lengths
 
 
 @dataclass(slots=True)
@@ -114,21 +80,12 @@ def _request(
     starts: Ints | None,
     options: Options,
 ) -> Request:
+    check_options(options)
     sink, window, layout, capacity, max_budget, reserve, align = options
-    if layout not in ("packed", "padded"):
-        raise ValueError(f"expected layout 'packed' or 'padded', got {layout!r}")
-    if sink < 0 or window < 0 or reserve < 0 or align < 1:
-        raise ValueError(
-            f"expected sink, window and reserve >= 0 and align >= 1, got {sink}, {window}, {reserve} and {align}"
-        )
     if cu_seqlens is not None and starts is not None:
         raise ValueError("expected no starts with cu_seqlens: ragged rows begin at their offsets")
     layers, batch, heads = row_sets.layers, row_sets.batch, row_sets.heads
-    if row_sets.stacked:
-        per_head = [(layers, heads), (layers, batch, heads)]
-        per_sequence = [(batch,), (batch, heads), (layers, batch, heads)]
-    else:
-        per_head, per_sequence = [(heads,), (batch, heads)], [(batch,), (batch, heads)]
+    per_head, per_sequence = integer_shapes(row_sets)
     if isinstance(budgets, Plan):
         if lengths is not None:
             raise ValueError("expected no lengths beside a plan, which has its own, got both")

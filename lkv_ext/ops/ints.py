@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lkv_ext._arguments import host_ints, wrong_shape
 
 Ints = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
@@ -25,7 +26,7 @@ class Plan:
         """The host copy and, where the kernels cannot read that, the device copy of `name`."""
         values, tensor = getattr(self, name), getattr(self, f"{name}_tensor")
         if tensor is not None and tensor.dim() and tuple(tensor.shape) not in shapes:
-            raise _wrong_shape(name, shapes, list(tensor.shape))
+            raise wrong_shape(name, shapes, list(tensor.shape))
         return values, None if tensor is None or tensor.is_cpu else tensor
 
 
@@ -63,43 +64,14 @@ def split(values: Ints | None, name: str, shapes: Sequence[tuple[int, ...]]) -> 
     if isinstance(values, (int, torch.SymInt)):
         return (values,), None
     if not isinstance(values, Tensor):
-        flat, shape = _flatten(values, name)
-        if shape not in shapes and shape not in ((), (1,)):
-            raise _wrong_shape(name, shapes, shape)
-        return flat, None
+        return host_ints(values, name, shapes, trusted=torch.compiler.is_compiling()), None
     if values.dtype not in (torch.int32, torch.int64):
         if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
             raise TypeError(f"expected {name} of integers, got {values.dtype}")
         values = values.to(torch.int64)
     if values.dim() and tuple(values.shape) not in shapes:
-        raise _wrong_shape(name, shapes, values.shape)
+        raise wrong_shape(name, shapes, values.shape)
     # The tracer cannot read a tensor: there the values of a CPU tensor count as device values.
     if not values.is_cpu or torch.compiler.is_compiling():
         return (), values
     return values.flatten().tolist(), None
-
-
-def _flatten(values: Sequence, name: str) -> tuple[list[int], tuple[int, ...]]:
-    if hasattr(values, "ravel"):  # NumPy
-        return _flatten(values.ravel().tolist(), name)[0], tuple(values.shape)
-    if isinstance(values, str) or not hasattr(values, "__len__"):
-        raise TypeError(f"expected {name} as an int, a sequence of ints or a tensor, got {values!r}")
-    if len(values) == 0 or not hasattr(values[0], "__len__"):
-        if torch.compiler.is_compiling():
-            return list(values), (len(values),)
-        try:
-            return list(map(operator.index, values)), (len(values),)
-        except TypeError:
-            raise TypeError(f"expected {name} of integers, got {values!r}") from None
-    parts = [_flatten(row, name) for row in values]
-    if any(shape != parts[0][1] for _, shape in parts):
-        raise ValueError(f"expected {name} with rows of one length, got lengths {[len(flat) for flat, _ in parts]}")
-    return [x for flat, _ in parts for x in flat], (len(parts), *parts[0][1])
-
-
-def _wrong_shape(name: str, shapes: Sequence[Sequence[int]], got: Sequence[int]) -> ValueError:
-    form = {1: "[H]", 2: "[B, H]", 3: "[N, B, H]"} if name == "budgets" else {1: "[B]", 2: "[B, H]", 3: "[N, B, H]"}
-    if name == "budgets" and len(shapes[-1]) == 3:
-        form[2] = "[N, H]"
-    expected = " or ".join(f"{form[len(shape)]} = {list(shape)}" for shape in shapes)
-    return ValueError(f"expected {name} of shape {expected}, got {list(got)}")

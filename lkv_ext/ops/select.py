@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lkv_ext._arguments import Options
 from lkv_ext.ops import errors
-from lkv_ext.ops.arguments import Options, Request, find_row_sets, request
+from lkv_ext.ops.arguments import Request, find_row_sets, request
 from lkv_ext.ops.ints import Ints, Plan
 from lkv_ext.ops.library import ops
 from lkv_ext.ops.ragged import RaggedIndex
