@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import pytest
 import rivals
@@ -49,7 +50,9 @@ def race(bench: Bench, mode: str, shape: Shape, others: Callable[[Inputs], dict[
             assert name == "uniform" or same_bytes(call(), pair), f"{name} moves other rows than evict"
     if others is None and shape.dtype != torch.float8_e4m3fn:
         found["naive"] = rivals.naive(inputs)
-    if mode == "fresh":
+    if others is None and bench.device == "cuda" and find_spec("flashinfer") is not None:
+        found["flashinfer"] = rivals.flashinfer(inputs)
+    if mode != "warm":
         bench.time("evict", mode, shape, evict(inputs), {"memcpy": rivals.clone(pair), **found}, moved_bytes(shape))
         return
     if others is None:
@@ -62,6 +65,14 @@ def race(bench: Bench, mode: str, shape: Shape, others: Callable[[Inputs], dict[
 @pytest.mark.parametrize("mode", MODES)
 def test_length(bench: Bench, length: int, mode: str) -> None:
     race(bench, mode, Shape(length))
+
+
+@pytest.mark.parametrize("length", LENGTHS[:2])
+def test_cold_caches(bench: Bench, length: int) -> None:
+    """Short contexts fit in the caches of a CPU; a real cache may just have left them."""
+    if bench.device != "cpu":
+        pytest.skip("the sweep over L has cold caches there")
+    race(bench, "cold", Shape(length))
 
 
 @pytest.mark.parametrize("batch, heads, length", [(1, 2, 32768), (1, 32, 8192), (4, 8, 8192)])

@@ -18,8 +18,9 @@ class Result:
     """What one case showed.
 
     Attributes:
-        op, mode, shape: the case. Modes on the CPU: "fresh", the call allocates its result, and "warm", it writes into
-            memory that is there already; on CUDA "cold" and "warm" L2 cache. "" where there is no such distinction.
+        op, mode, shape: the case. Modes on the CPU: "fresh", the call allocates its result, "warm", it writes into
+            memory that is there already, and "cold", fresh and with overwritten caches; on CUDA "cold" and "warm" L2
+            cache. "" where there is no such distinction.
         us: microseconds per call, median over the rounds.
         gbps: bytes that the op must read and write, per second. None where none are counted.
         ratios: how many times as long every rival takes, median of the per-round ratios.

@@ -1,0 +1,73 @@
+"""The time of evict against L, beside its rivals and the memcpy that bounds them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullLocator
+from results import Result, Run
+
+TITLES = {
+    "fresh": "fresh: the call allocates its result",
+    "warm": "warm: into memory that is there already",
+    "cold": "cold L2 cache",
+}
+NAMES = {
+    "naive": "naive: topk, sort, gather",
+    "best": "best PyTorch composition",
+    "best out=": "best PyTorch composition, out=",
+    "flashinfer": "FlashInfer top_k, index_select",
+    "memcpy": "memcpy of the output",
+}
+STYLES = {
+    "naive": ("#9aa0a6", "s", "-"),
+    "best": ("#d98032", "^", "-"),
+    "best out=": ("#d98032", "^", "-"),
+    "flashinfer": ("#7a5bb5", "D", "-"),
+    "memcpy": ("#5f6368", "", "--"),
+}
+
+
+def draw(run: Run, path: Path) -> None:
+    sweep = [r for r in run.results if r.op == "evict" and r.shape == f"[1, 8, {r.length}, 128] bf16 15%"]
+    modes = [mode for mode in TITLES if any(r.mode == mode for r in sweep)]
+    if not modes:
+        return
+    figure, axes = plt.subplots(1, len(modes), figsize=(5.2 * len(modes), 4.2), sharey=True, squeeze=False)
+    for axis, mode in zip(axes[0], modes, strict=True):
+        _draw_mode(axis, sorted((r for r in sweep if r.mode == mode), key=lambda r: r.length))
+        axis.set_title(TITLES[mode], fontsize=10)
+    axes[0][0].set_ylabel("time of one call")
+    place = run.machine.get("gpu") or f"{run.machine['cpu']}, {run.machine['threads']} threads"
+    figure.suptitle(f"evict, K and V [1, 8, L, 128] in bf16, 15 % kept ({place})", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def _draw_mode(axis: Axes, rows: list[Result]) -> None:
+    lengths = [r.length for r in rows]
+    ours = [r.us or 0.0 for r in rows]
+    for name, label in NAMES.items():
+        if all(name in r.ratios for r in rows):
+            color, marker, line = STYLES[name]
+            # By the ratios, which are medians within rounds, not by the rival's own median, which drifts.
+            times = [r.ratios[name] * us for r, us in zip(rows, ours, strict=True)]
+            axis.plot(lengths, times, color=color, marker=marker, linestyle=line, markersize=5, label=label)
+    axis.plot(lengths, ours, color="#1a73e8", marker="o", linewidth=2.4, markersize=6, label="lkv_ext.evict", zorder=5)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda us, _: f"{us:g} us" if us < 1000 else f"{us / 1000:g} ms"))
+    axis.set_xlabel("L, tokens in the cache")
+    axis.grid(True, which="major", color="#e3e3e3", linewidth=0.8)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    axis.legend(frameon=False, fontsize=8.5, loc="upper left")

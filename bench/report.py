@@ -1,0 +1,109 @@
+"""From the JSON of a run to the README's table and a plot.
+
+python bench/report.py                          prints the tables of bench/results/cpu.json and draws the plot
+python bench/report.py run1.json run2.json      medians over several processes on one machine
+python bench/report.py --readme README.md       replaces what stands between the two markers there
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import targets
+from results import Result, Run, merge
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+# The names of rivals in the order of the columns; several names share one where they play one part.
+COLUMNS = {
+    "naive PyTorch": ("naive", "torch.gather", "topk"),
+    "best PyTorch": ("best", "best out=", "index_select", "unsorted, then sort"),
+    "per-head loop": ("loop",),
+    "FlashInfer": ("flashinfer",),
+    "uniform budgets": ("uniform",),
+}
+HEADLINE = ("evict", "evict_", "select", "gather", "evict_layers 16")
+
+
+def headline(run: Run) -> list[Result]:
+    """What the README shows: the sweep over L at the usual retention, and skewed budgets."""
+    usual = [r for r in run.results if r.op in HEADLINE and " bf16 15%" in r.shape and ", 128]" in r.shape]
+    return [r for r in usual if "[1, 8," in r.shape and "scores" not in r.shape]
+
+
+def speed_table(run: Run) -> str:
+    """Markdown: time, rate, share of memcpy, and how many times as long every rival takes."""
+    rows = headline(run)
+    columns = {name: keys for name, keys in COLUMNS.items() if any(key in r.ratios for r in rows for key in keys)}
+    lines = [f"| op | | shape | time | GB/s | of memcpy | {' | '.join(columns)} |", "|---" * (6 + len(columns)) + "|"]
+    for r in rows:
+        cells = [f"`{r.op}`", r.mode, r.shape, _time(r.us or 0), "" if r.gbps is None else f"{r.gbps:.1f}"]
+        cells.append(f"{100 * r.ratios['memcpy']:.0f} %" if "memcpy" in r.ratios else "")
+        for keys in columns.values():
+            found = [r.ratios[key] for key in keys if key in r.ratios]
+            cells.append(f"{found[0]:.2f}x" if found else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def caption(run: Run) -> str:
+    m = run.machine
+    place = m.get("gpu") or f"{m['cpu']}, {m['threads']} threads"
+    processes = f", medians over {m['processes']} processes" if "processes" in m else ""
+    modes = {
+        "cpu": "Fresh: the call allocates its result. Warm: it writes into memory that is there already (`out=`).",
+        "cuda": "Cold: the L2 cache is overwritten before each call. Warm: a CUDA graph, cache as it was left.",
+    }[run.device]
+    return (
+        f"{place}, torch {m['torch']}, {m['date']}{processes}. Shapes are `[B, H, L, D]`. {modes} "
+        "Columns of rivals say how many times as long they take; of memcpy: its time for the bytes of the output, "
+        "into memory allocated the same way, over ours."
+    )
+
+
+def markdown(run: Run) -> str:
+    parts = [caption(run), speed_table(run)]
+    if run.device == "cpu":
+        parts.append(targets.table(run))
+    return "\n\n".join(parts)
+
+
+def replace_between_markers(path: Path, text: str) -> None:
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{path}: expected the lines {BEGIN} and {END}")
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def _time(us: float) -> str:
+    return f"{us:.0f} us" if us < 1000 else f"{us / 1000:.1f} ms"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="*", default=[HERE / "results" / "cpu.json"])
+    parser.add_argument("--readme", type=Path, help="file with the two markers")
+    parser.add_argument("--write", type=Path, help="also write the merged run as JSON")
+    parser.add_argument("--no-plot", action="store_true")
+    args = parser.parse_args()
+
+    run = merge([Run.read(path) for path in args.runs])
+    text = markdown(run)
+    if args.write:
+        run.write(args.write)
+    if not args.no_plot:
+        from plot import draw
+
+        picture = (args.write or args.runs[0]).with_suffix(".png")
+        draw(run, picture)
+        print(f"plot in {picture}\n")
+    if args.readme:
+        replace_between_markers(args.readme, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What the project promises of the CPU path, as data, and whether a run keeps it.
+
+Shapes are bf16, D=128, B=1, H=8, 15 % kept, fp32 scores, 2 threads; ratios are medians within one run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from results import Run
+from shapes import Shape
+
+SKEW = 1.15
+LINEAR = 1.15
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound of one quantity: a ratio to the rival of this name, or "scratch"."""
+
+    says: str
+    case: str
+    quantity: str
+    bound: float
+
+    def measured(self, run: Run) -> float | None:
+        result = run.find(self.case)
+        if result is None:
+            return None
+        return result.share if self.quantity == "scratch" else result.ratios.get(self.quantity)
+
+    def met(self, value: float) -> bool:
+        return value <= self.bound if self.quantity == "scratch" else value >= self.bound
+
+
+def _evict(mode: str, length: int, skewed: bool = False) -> str:
+    return f"evict {mode} {Shape(length, skewed=skewed)}"
+
+
+def _select(length: int) -> str:
+    return f"select fresh {Shape(length)}"
+
+
+TARGETS = (
+    Target("evict, L=131072, fresh: speed over the naive pipeline", _evict("fresh", 131072), "naive", 10),
+    Target("evict, L=131072, fresh: speed over the best composition", _evict("fresh", 131072), "best", 1.8),
+    Target("evict, L=131072, fresh: speed of clone", _evict("fresh", 131072), "memcpy", 0.9),
+    Target("evict, L=131072, warm: speed over the best composition", _evict("warm", 131072), "best out=", 2.2),
+    Target("evict, L=131072, warm: speed of memcpy", _evict("warm", 131072), "memcpy", 0.4),
+    Target("evict, L=8192: speed over the best composition", _evict("fresh", 8192), "best", 3),
+    Target("select, L=131072: speed over topk", _select(131072), "topk", 10),
+    Target("select, L=131072: speed over topk(sorted=False)", _select(131072), "topk unsorted", 5),
+    Target("select, L=8192: speed over topk", _select(8192), "topk", 3.5),
+    Target("skewed budgets, L=131072: speed of uniform ones", _evict("fresh", 131072, True), "uniform", 1 / SKEW),
+    Target("skewed budgets, L=8192: speed of uniform ones", _evict("fresh", 8192, True), "uniform", 1 / SKEW),
+    Target("ragged budgets, L=131072: speed over the per-head loop", _evict("fresh", 131072, True), "loop", 5),
+    Target("ragged budgets, L=8192: speed over the per-head loop", _evict("fresh", 8192, True), "loop", 5),
+    Target(
+        "[1, 2, 16, 8], host budgets: speed over the naive pipeline",
+        f"evict fresh {Shape(16, heads=2, dim=8, retention=0.5)}",
+        "naive",
+        1.5,
+    ),
+    Target("evict: scratch over the input cache", f"evict scratch {Shape(131072)}", "scratch", 0.02),
+    Target("evict_: scratch over the input cache", f"evict_ scratch {Shape(131072)}", "scratch", 0.02),
+    Target("linear in L: speed of four calls at L/4", f"evict scaling warm {Shape(131072)}", "4 x L/4", 1 / LINEAR),
+    Target(
+        "linear in kept rows: speed of four calls at a quarter of the budget",
+        f"evict scaling warm {Shape(32768, retention=0.6)}",
+        "4 x 15%",
+        1 / LINEAR,
+    ),
+)
+
+
+def table(run: Run) -> str:
+    """Markdown: every target, what was measured, met or missed."""
+    lines = ["| target | bound | measured | |", "|---|---|---|---|"]
+    for target in TARGETS:
+        value = target.measured(run)
+        scratch = target.quantity == "scratch"
+        bound = f"at most {100 * target.bound:.0f} %" if scratch else f"at least {target.bound:.2g}x"
+        said = "" if value is None else f"{100 * value:.2f} %" if scratch else f"{value:.2f}x"
+        verdict = "not measured" if value is None else "met" if target.met(value) else "missed"
+        lines.append(f"| {target.says} | {bound} | {said} | {verdict} |")
+    return "\n".join(lines)
