@@ -61,7 +61,7 @@ void evict_out(Tensors out, Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS
   select_and_gather(problem, sizes, out, count_overflow, true);
 }
 
-Tensors evict_(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> evict_(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
   const host::Sizes sizes = LKV_SIZES;
   const host::Arrays moved = view(payload), ranking = view(scores);
   host::Problem problem(moved, ranking, LKV_LAYOUT(static_cast<int64_t>(scores.size())));
@@ -73,7 +73,7 @@ Tensors evict_(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
   Launch launch(problem, nullptr, scores[0], true);
   launch.select(sizes, where, false);
   launch.compact(where);
-  return index;
+  return {index[0], index[1], index[2], count_overflow ? index[3] : empty_int32({0}, scores[0])};
 }
 
 }  // namespace lkv::torch_ops

@@ -6,7 +6,8 @@ STABLE_TORCH_LIBRARY(lkv_ext, m) {
   m.def("select(Tensor[] scores, " LKV_SIZE_SCHEMA ") -> Tensor[]");
   m.def("evict(Tensor[] payload, Tensor[] scores, " LKV_SIZE_SCHEMA ") -> Tensor[]");
   m.def("evict_out(Tensor(a!)[] out, Tensor[] payload, Tensor[] scores, " LKV_SIZE_SCHEMA ") -> ()");
-  m.def("evict_(Tensor(a!)[] payload, Tensor[] scores, " LKV_SIZE_SCHEMA ") -> Tensor[]");
+  // Four tensors, not a list: torch.compile functionalizes no op that writes and returns a list.
+  m.def("evict_(Tensor(a!)[] payload, Tensor[] scores, " LKV_SIZE_SCHEMA ") -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "gather(Tensor[] tensors, Tensor positions, Tensor cu_seqlens, int layers=1, "
       "Tensor? source_cu_seqlens=None, int batch=0, int heads=0) -> Tensor[]");

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <tuple>
+
 #include "arguments.h"
 
 // The ops of the library, one file each; library.cpp gives them their schemas.
@@ -11,7 +13,8 @@ Tensors select(Tensors scores, LKV_SIZE_PARAMETERS);
 // The moved payload, then the index.
 Tensors evict(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS);
 void evict_out(Tensors out, Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS);
-Tensors evict_(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS);
+// An index; overflow has no element where it is not counted.
+std::tuple<Tensor, Tensor, Tensor, Tensor> evict_(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS);
 Tensors gather(Tensors tensors, Tensor positions, Tensor cu_seqlens, int64_t layers,
                std::optional<Tensor> source_cu_seqlens, int64_t batch, int64_t heads);
 

@@ -12,16 +12,23 @@ from typing import NoReturn
 
 _TYPES = {cls.__name__: cls for cls in (ValueError, TypeError, RuntimeError, MemoryError)}
 _MESSAGE = re.compile(rf"({'|'.join(_TYPES)}): (.*)", re.DOTALL)
+_REFUSED = re.compile(r"Expected a value of type '([^']+)' for argument '(\w+)' but instead found type '([^']+)'")
 
 
-def reraise(op: str, error: Exception, names: Sequence[str] = ()) -> NoReturn:
-    """Raises what an op meant: its type, the public function `op`, and `names[i]` where it says payload[i] or out[i]."""
+def reraise(op: str, error: Exception, names: Sequence[str] = (), out: Sequence[str] = ()) -> NoReturn:
+    """Raises what an op meant: its type and the public function `op`.
+
+    For payload[i] it says `names[i]`; for out[i] the attribute `out[i]`, or else `names[i]`, of out.
+    """
     text = str(error)
+    refused = _REFUSED.search(text)
+    if refused is not None:  # the dispatcher, before the op saw it
+        raise TypeError(f"lkv_ext.{op}: expected {refused[2]} as {refused[1]}, got {refused[3]}") from None
     match = _MESSAGE.match(text)
     if match is None:
-        # The dispatcher refused an argument before the op saw it.
-        cls = TypeError if "Expected a value of type" in text else type(error)
+        cls = TypeError if isinstance(error, AttributeError) else type(error)  # something else than a tensor
         raise cls(f"lkv_ext.{op}: {text}") from None
     cls, message = _TYPES[match[1]], match[2]
     message = re.sub(r"payload\[(\d+)\]", lambda m: names[int(m[1])], message)
+    message = re.sub(r"\bout\[(\d+)\]", lambda m: f"out.{(out or names)[int(m[1])]}", message)
     raise cls(f"lkv_ext.{op}: {message.split(' (originally from')[0]}") from None

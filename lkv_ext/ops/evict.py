@@ -14,7 +14,7 @@ from lkv_ext.ops.arguments import Request, find_row_sets, request
 from lkv_ext.ops.ints import Ints, Plan
 from lkv_ext.ops.library import ops
 from lkv_ext.ops.ragged import RaggedIndex, RaggedKV
-from lkv_ext.ops.select import gather, new_index, select
+from lkv_ext.ops.select import new_index
 
 
 def evict(
@@ -75,18 +75,16 @@ def evict(
     """
     options = Options(sink, window, layout, capacity, max_budget, reserve, align)
     payload = [k, *companions] if v is None else [k, v, *companions]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in payload):
-        if out is not None:
-            raise ValueError("lkv_ext.evict: expected no out where gradients are required, got one")
-        index = select(scores, budgets, lengths=lengths, starts=starts, cu_seqlens=cu_seqlens, **options._asdict())
-        moved = gather(payload, index, cu_seqlens=cu_seqlens)
-        return _ragged(moved, v is not None, index, options)
     try:
         _check_rank(k, v, 4 if cu_seqlens is None else 2)
         row_sets, budgets, lengths = find_row_sets(k, cu_seqlens, budgets, lengths)
         asked = request(row_sets, cu_seqlens, budgets, lengths, starts, options)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (scores, *payload)):
+            if any(t.requires_grad for t in payload):
+                return _select_and_gather(payload, v is not None, scores, row_sets, cu_seqlens, asked, options, out)
+            scores = scores.detach()  # they rank, and a ranking has no gradient
         return _evict(payload, v is not None, [scores], asked, options, out)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("evict", error, _names("k", "v", v is not None, len(companions)))
 
 
@@ -148,10 +146,10 @@ def evict_layers(
             limits = [count for count in tokens for _ in range(batch * heads)]
         asked = request(RowSets(layers, batch, heads, limits, stacked=True), None, budgets, lengths, starts, options)
         if layers == 1 and out is not None:
-            _evict(payload, vs is not None, list(scores), asked, options, out.layer(0))
+            _evict(payload, vs is not None, [s.detach() for s in scores], asked, options, out.layer(0))
             out.max_length, out.reserve, out.align = asked.max_length, reserve, align
             return out
-        result = _evict(payload, vs is not None, list(scores), asked, options, out)
+        result = _evict(payload, vs is not None, [s.detach() for s in scores], asked, options, out)
         if layers == 1:  # the ops know no layer axis for one layer
             result.lengths = result.lengths[None]
             if layout == "padded":
@@ -159,8 +157,8 @@ def evict_layers(
                 result.v = None if result.v is None else result.v[None]
                 result.companions = tuple(c[None] for c in result.companions)
         return result
-    except (RuntimeError, ValueError, TypeError) as error:
-        errors.reraise("evict_layers", error, names)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        errors.reraise("evict_layers", error, names, _names("k", "v", vs is not None, len(companions)))
 
 
 def evict_(
@@ -202,8 +200,9 @@ def evict_(
         _check_rank(k, v, 4 if cu_seqlens is None else 2)
         row_sets, budgets, lengths = find_row_sets(k, cu_seqlens, budgets, lengths)
         asked = request(row_sets, cu_seqlens, budgets, lengths, starts, options)
-        return new_index(ops.evict_(payload, [scores], *asked.arguments), asked)
-    except (RuntimeError, ValueError, TypeError) as error:
+        index = ops.evict_(payload, [scores.detach()], *asked.arguments)
+        return new_index(index if index[3].dim() == 0 else index[:3], asked)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("evict_", error, _names("k", "v", v is not None, len(companions)))
 
 
@@ -219,6 +218,30 @@ def _evict(
     ops.evict_out(moved + index, payload, scores, *asked.arguments)
     out.max_length, out.reserve, out.align = asked.max_length, options.reserve, options.align
     return out
+
+
+def _select_and_gather(
+    payload: list[Tensor],
+    has_v: bool,
+    scores: Tensor,
+    row_sets: RowSets,
+    cu_seqlens: Tensor | None,
+    asked: Request,
+    options: Options,
+    out: RaggedKV | None,
+) -> RaggedKV:
+    """`_evict` with gradients. Neither op sees scores and rows together, so their fit is checked here."""
+    if out is not None:
+        raise ValueError("expected no out where gradients are required, got one")
+    form, leading = ("[B, H, L]", payload[0].shape[:3]) if cu_seqlens is None else ("[T]", payload[0].shape[:1])
+    if scores.shape != leading:
+        raise ValueError(f"expected scores of shape {form} = {list(leading)}, got {list(scores.shape)}")
+    if scores.device != payload[0].device:
+        raise ValueError(f"expected scores on {payload[0].device}, got {scores.device}")
+    index = new_index(ops.select([scores.detach()], *asked.arguments), asked)
+    where = () if cu_seqlens is None else (1, cu_seqlens, row_sets.batch, row_sets.heads)
+    moved = ops.gather(payload, index.positions, index.cu_seqlens, *where)
+    return _ragged(moved, has_v, index, options)
 
 
 def _ragged(moved: list[Tensor], has_v: bool, index: RaggedIndex, options: Options) -> RaggedKV:
@@ -238,6 +261,8 @@ def _ragged(moved: list[Tensor], has_v: bool, index: RaggedIndex, options: Optio
 
 def _check_rank(k: Tensor, v: Tensor | None, rank: int) -> None:
     form = "[B, H, L, D]" if rank == 4 else "[T, D]"
+    if not isinstance(k, Tensor) or not (v is None or isinstance(v, Tensor)):
+        raise TypeError(f"expected k and v as tensors, got {type(k).__name__} and {type(v).__name__}")
     if k.dim() != rank:
         raise ValueError(f"expected k of shape {form}, got {list(k.shape)}")
     if v is not None and v.dim() != rank:

@@ -25,35 +25,51 @@ def _moved(payload: list[Tensor], layers: int, cu_seqlens: Tensor | None, leadin
     return [t.new_empty([*leading, *t.shape[token + 1 :]]) for t in payload[::layers]]
 
 
-# The arguments are those of csrc/torch/arguments.h; what a fake kernel has no use for is in *_.
+def _check_devices(tensors: list[Tensor], name: str, scores: list[Tensor], cu_seqlens: Tensor | None, rest=()) -> None:
+    """As the kernels do: of tensors in two places, one is wrong."""
+    device = (tensors or scores)[0].device
+    named = [(f"{name}[{i}]", t) for i, t in enumerate(tensors)]
+    named += [("scores" if len(scores) == 1 else f"scores[{i}]", t) for i, t in enumerate(scores)]
+    named += [("cu_seqlens", cu_seqlens), *zip(("budgets", "", "lengths", "", "starts"), rest, strict=False)]
+    for called, t in named:
+        if isinstance(t, Tensor) and t.device != device:
+            raise RuntimeError(f"ValueError: expected {called} on {device}, got {t.device}")
+
+
+# The arguments are those of csrc/torch/arguments.h; `rest` begins with the integers.
 
 
 @torch.library.register_fake("lkv_ext::select")
-def _select(scores, budgets, total, padded=-1, count_overflow=False, cu_seqlens=None, batch=0, heads=0, *_):
+def _select(scores, budgets, total, padded=-1, count_overflow=False, cu_seqlens=None, batch=0, heads=0, *rest):
+    _check_devices([], "", scores, cu_seqlens, rest)
     shape = _row_sets(scores, len(scores), cu_seqlens, batch, heads)
     return _index(scores[0], shape, total, padded, count_overflow)
 
 
 @torch.library.register_fake("lkv_ext::evict")
-def _evict(payload, scores, budgets, total, padded=-1, count_overflow=False, cu_seqlens=None, batch=0, heads=0, *_):
+def _evict(payload, scores, budgets, total, padded=-1, count_overflow=False, cu_seqlens=None, batch=0, heads=0, *rest):
+    _check_devices(payload, "payload", scores, cu_seqlens, rest)
     shape = _row_sets(payload, len(scores), cu_seqlens, batch, heads)
     index = _index(payload[0], shape, total, padded, count_overflow)
     return _moved(payload, len(scores), cu_seqlens, list(index[0].shape)) + index
 
 
 @torch.library.register_fake("lkv_ext::evict_")
-def _evict_(payload, scores, budgets, total, padded=-1, count_overflow=False, cu_seqlens=None, batch=0, heads=0, *_):
+def _evict_(payload, scores, budgets, total, padded=-1, count_overflow=False, cu_seqlens=None, batch=0, heads=0, *rest):
+    _check_devices(payload, "payload", scores, cu_seqlens, rest)
     shape = _row_sets(payload, len(scores), cu_seqlens, batch, heads)
-    return _index(payload[0], shape, total, padded, count_overflow)
+    index = _index(payload[0], shape, total, padded, count_overflow)
+    return *index[:3], index[3] if count_overflow else payload[0].new_empty([0], dtype=torch.int32)
 
 
 @torch.library.register_fake("lkv_ext::evict_out")
-def _evict_out(*_):
-    return None
+def _evict_out(out, payload, scores, budgets, total, padded=-1, count_overflow=False, cu_seqlens=None, *rest):
+    _check_devices(payload, "payload", scores, cu_seqlens, rest[2:])
 
 
 @torch.library.register_fake("lkv_ext::gather")
 def _gather(tensors, positions, cu_seqlens, layers=1, source_cu_seqlens=None, *_):
+    _check_devices(tensors, "payload", [], source_cu_seqlens)
     return _moved(tensors, layers, source_cu_seqlens, list(positions.shape))
 
 
@@ -72,6 +88,9 @@ def _gather_backward(ctx, grads: list[Tensor]):
     row_set = torch.searchsorted(cu_seqlens, slots, right=True).sub_(1).clamp_(0, cu_seqlens.numel() - 2)
     results: list[Tensor | None] = []
     for i, shape in enumerate(ctx.shapes):
+        if not ctx.needs_input_grad[0][i]:
+            results.append(None)
+            continue
         layer, tokens = i % ctx.layers, shape[0 if ctx.ragged else 2]
         rows = shape[:1].numel() if ctx.ragged else shape[:3].numel()
         if ctx.ragged:
@@ -86,7 +105,7 @@ def _gather_backward(ctx, grads: list[Tensor]):
         grad = grads[i // ctx.layers].reshape(positions.numel(), -1)
         grad = torch.where(valid[:, None], grad, 0)
         results.append(grad.new_zeros(rows, grad.shape[1]).index_add_(0, target, grad).view(shape))
-    return results, None, None, None, None, None, None
+    return results, *(None for _ in ctx.needs_input_grad[1:])  # arguments left at their defaults are not counted
 
 
 torch.library.register_autograd("lkv_ext::gather", _gather_backward, setup_context=_gather_setup)

@@ -47,7 +47,7 @@ def select(
         options = Options(sink, window, layout, capacity, max_budget, reserve, align)
         asked = request(row_sets, cu_seqlens, budgets, lengths, starts, options)
         return new_index(ops.select([scores.detach()], *asked.arguments), asked)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("select", error)
 
 
@@ -76,7 +76,7 @@ def gather(tensors: Sequence[Tensor], index: RaggedIndex, *, cu_seqlens: Tensor 
         heads = index.lengths.shape[-1]
         batch = index.lengths.numel() // max(heads, 1)
         return ops.gather(tensors, index.positions, index.cu_seqlens, 1, cu_seqlens, batch, heads)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("gather", error, [f"tensors[{i}]" for i in range(len(tensors))])
 
 
