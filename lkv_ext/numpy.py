@@ -360,8 +360,8 @@ def _arrays_of(out: RaggedKV) -> tuple[list[np.ndarray], _C.Index]:
     if not isinstance(out, RaggedKV):
         raise TypeError(f"expected out as a RaggedKV of lkv_ext.numpy, got {type(out).__name__}")
     moved = [out.k, *out.companions] if out.v is None else [out.k, out.v, *out.companions]
-    for i, array in enumerate(moved):
-        _check_array(array, f"out[{i}]")
+    for array, name in zip(moved, _names(out.v is not None, len(out.companions)), strict=True):
+        _check_array(array, f"out.{name}")
     index = [out.positions, out.lengths, out.cu_seqlens]
     for array, name in zip(index, ("positions", "lengths", "cu_seqlens"), strict=True):
         _check_array(array, f"out.{name}", read=True)

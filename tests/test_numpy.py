@@ -304,14 +304,14 @@ BAD = {
     "companion of other heads": (
         lambda: evict(K, V, SCORES, 4, companions=[K[:, :2]]), ValueError, "companions[0] of shape",
     ),
-    "out of another size": (lambda: evict(K, V, SCORES, 5, out=OUT), ValueError, "out[0] contiguous of shape [30, 8]"),
+    "out of another size": (lambda: evict(K, V, SCORES, 5, out=OUT), ValueError, "out.k contiguous of shape [30, 8]"),
     "out of another dtype": (
-        lambda: evict(K.astype(np.float16), V, SCORES, 4, out=OUT), TypeError, "out[0] of the dtype of what moves",
+        lambda: evict(K.astype(np.float16), V, SCORES, 4, out=OUT), TypeError, "out.k of the dtype of what moves",
     ),
     "out is a dict": (lambda: evict(K, V, SCORES, 4, out={}), TypeError, "out as a RaggedKV"),
     "out overlaps its source": (
         lambda: evict(OUT.k, OUT.v, OUT.k[:, 0], 4, cu_seqlens=OUT.cu_seqlens, lengths=OUT.lengths, out=OUT),
-        ValueError, "out[0] and k without common memory",
+        ValueError, "out.k and k without common memory",
     ),
     "read-only in place": (lambda: evict_(READ_ONLY, V, SCORES, 4), ValueError, "k writeable, got a read-only"),
     "k is v in place": (lambda: evict_(K, K, SCORES, 4), ValueError, "k and v without common memory"),

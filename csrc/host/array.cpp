@@ -26,10 +26,10 @@ bool Array::is_contiguous() const {
   return true;
 }
 
-std::vector<Named> named(const Arrays& arrays, const char* list) {
+std::vector<Named> named(const Arrays& arrays, const char* list, bool numbered) {
   std::vector<Named> names;
   names.reserve(arrays.size());
-  for (const Array& array : arrays) names.push_back({array, {list, static_cast<int64_t>(names.size())}});
+  for (const Array& array : arrays) names.push_back({array, {list, numbered ? static_cast<int64_t>(names.size()) : -1}});
   return names;
 }
 

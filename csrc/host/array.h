@@ -55,7 +55,7 @@ struct Named {
   Name name;
 };
 
-std::vector<Named> named(const Arrays& arrays, const char* list);
+std::vector<Named> named(const Arrays& arrays, const char* list, bool numbered = true);
 
 void check_device(const Named& a, Device expected);
 void check_int32(const Named& a, const Shape& expected, const char* dims);

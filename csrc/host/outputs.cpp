@@ -28,7 +28,7 @@ void check_outputs(const Problem& problem, const Sizes& sizes, const Outputs& ou
   check_index(out.cu_seqlens, "out.cu_seqlens", {problem.rows() + 1}, "[B * H + 1]");
   if (out.overflow) check_index(*out.overflow, "out.overflow", {}, "[]");
   std::vector<Named> read = named(payload, "payload");
-  for (const Named& score : named(scores, "scores")) read.push_back(score);
+  for (const Named& score : named(scores, "scores", scores.size() > 1)) read.push_back(score);
   for (const auto& [ints, name] :
        {std::pair(&sizes.budgets, "budgets"), {&sizes.lengths, "lengths"}, {&sizes.starts, "starts"}})
     if (ints->array) read.push_back({*ints->array, name});
@@ -47,7 +47,7 @@ void check_outputs(const Problem& problem, const Sizes& sizes, const Outputs& ou
 }
 
 void check_in_place(const Arrays& payload, const Arrays& scores) {
-  check_disjoint(named(payload, "payload"), named(scores, "scores"));
+  check_disjoint(named(payload, "payload"), named(scores, "scores", scores.size() > 1));
 }
 
 }  // namespace lkv::host
