@@ -90,15 +90,13 @@ def size_output(
         budgets = [max_budget if max_budget is not None else capacity]
     if len(row_sets.limits) == 1 and not lengths and not starts:
         most = row_sets.limits[0] if max_budget is None else min(row_sets.limits[0], max_budget)
-        kept, copies = budgets, count // (len(budgets) or 1)
-        if kept and not (min(kept) >= 0 and max(kept) <= most):
-            kept = [max(0, min(b, most)) for b in budgets]
+        kept, copies = [max(0, min(b, most)) for b in budgets], count // (len(budgets) or 1)
     else:
         limits = row_sets.lengths(lengths, starts)
         if max_budget is not None:
             limits = [min(n, max_budget) for n in limits]
         kept, copies = [max(0, min(b, n)) for b, n in zip(row_sets.spread(budgets), limits, strict=True)], 1
-    longest = max(kept, default=0)
+    longest = max(kept) if kept else 0
     total = copies * (sum(kept) if reserve == 0 and align == 1 else sum([room(n, reserve, align) for n in kept]))
     if row_sets.shared and layout == "packed":
         total = min(total, room(row_sets.limits[0] + count * (reserve + align - 1), 0, align))

@@ -140,8 +140,6 @@ def refuses(op: Callable, arguments: dict, error: type[Exception], says: str) ->
     with pytest.raises(error, match="^" + re.escape(f"lkv_ext.{op.__name__}: {says}")) as raised:
         op(**arguments)
     assert "\n" not in str(raised.value) and raised.type in (ValueError, TypeError)
-    if ", got" not in str(raised.value):
-        assert raised.type is TypeError or "expected no" in str(raised.value) or "contiguous" in str(raised.value)
     assert all(torch.equal(storage_bytes(t), old) for t, old in zip(tensors, before, strict=True))
 
 

@@ -109,7 +109,7 @@ def refuses(out: lkv_ext.RaggedKV, payload: list[Tensor], scores: Tensor, says: 
         ("lengths", torch.zeros(6, dtype=torch.int32), ValueError, "expected out.lengths of shape [B, H] = [2, 3], got [6]"),
         ("lengths", torch.zeros(2, 3, dtype=torch.int64), TypeError, "expected out.lengths of dtype int32"),
         ("cu_seqlens", torch.zeros(6, dtype=torch.int32), ValueError, "expected out.cu_seqlens of shape [B * H + 1] = [7], got [6]"),
-        ("overflow", torch.zeros((), dtype=torch.int32), ValueError, "expected out.overflow"),
+        ("overflow", torch.zeros((), dtype=torch.int32), ValueError, "expected 6 tensors in out, no overflow, got 7"),
     ],
 )  # fmt: skip
 def test_bad_outputs(name: str, value: object, error: type[Exception], says: str) -> None:
@@ -120,7 +120,7 @@ def test_bad_outputs(name: str, value: object, error: type[Exception], says: str
 
 def test_outputs_of_another_call() -> None:
     payload, scores, _ = outputs()
-    refuses(lkv_ext.evict(*payload, scores, 4), payload, scores, "expected 3 tensors in out, got 2")
+    refuses(lkv_ext.evict(*payload, scores, 4), payload, scores, "expected 6 tensors in out, no overflow, got 5")
     fewer = lkv_ext.evict(*payload, scores, 3, companions=[scores])
     refuses(fewer, payload, scores, "expected out.k contiguous of shape [24, 8], got [18, 8]")
     padded = lkv_ext.evict(*payload, scores, 4, companions=[scores], layout="padded")
@@ -136,7 +136,7 @@ def test_outputs_that_overlap() -> None:
     refuses(out, payload, scores, "expected out.k and v without common memory, got overlapping tensors")
     payload, scores, out = outputs()
     out.companions = (scores.flatten()[:24],)
-    refuses(out, payload, scores, "expected out.companions[0] and scores without common memory")
+    refuses(out, payload, scores, "expected out.companions[0] and companions[0] without common memory")
     payload, scores, out = outputs()
     out.positions = out.k.flatten().view(torch.int32)[:24]
     refuses(out, payload, scores, "expected out.k and out.positions without common memory")
