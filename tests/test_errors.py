@@ -38,66 +38,78 @@ def ragged() -> dict:
     )
 
 
+def ints(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
 def columns(*shape: int) -> torch.Tensor:
     """The last dimension is strided."""
     return tensor(*shape, 2)[..., 0]
 
 
+PER_HEAD = "of shape [H] = [3] or [B, H] = [2, 3], got"
+PER_SEQUENCE = "of shape [B] = [2] or [B, H] = [2, 3], got"
+LIKE_K = "of shape [B, H, L, ...] with [2, 3, 10], got"
+RANKED = "expected scores of shape [B, H, L] = [2, 3, 10], got"
+SCORE_TYPES = "expected scores of dtype float32, float16 or bfloat16"
+AT_LEAST = "expected sink, window and reserve >= 0 and align >= 1, got"
 STRIDED = "contiguous after the token axis, got strides"
 # argument(s), what stands in their place, the error, what it says
 BAD_TENSORS = (
+    (dict(k=None), TypeError, "expected k and v as tensors, got NoneType and Tensor"),
+    (dict(v=[[1.0]]), TypeError, "expected k and v as tensors, got Tensor and list"),
     (dict(k=tensor(H, L, D)), ValueError, "expected k of shape [B, H, L, D], got [3, 10, 8]"),
     (dict(k=tensor(1, B, H, L, D)), ValueError, "expected k of shape [B, H, L, D], got [1, 2, 3, 10, 8]"),
     (dict(k=columns(B, H, L, D)), ValueError, f"expected k {STRIDED}"),
     (dict(k=tensor(B, H, L, 1).expand(B, H, L, D)), ValueError, f"expected k {STRIDED}"),
     (dict(k=tensor(B, H, L, D, device="meta")), ValueError, "expected "),
     (dict(v=tensor(B, H, L)), ValueError, "expected v of shape [B, H, L, D], got [2, 3, 10]"),
-    (dict(v=tensor(B, H, L + 1, D)), ValueError, "expected v of shape [B, H, L, ...] with [2, 3, 10], got [2, 3, 11, 8]"),
-    (dict(v=tensor(B, H + 1, L, D)), ValueError, "expected v of shape [B, H, L, ...] with [2, 3, 10], got [2, 4, 10, 8]"),
-    (dict(v=tensor(B + 1, H, L, D)), ValueError, "expected v of shape [B, H, L, ...] with [2, 3, 10], got [3, 3, 10, 8]"),
+    (dict(v=tensor(B, H, L + 1, D)), ValueError, f"expected v {LIKE_K} [2, 3, 11, 8]"),
+    (dict(v=tensor(B, H + 1, L, D)), ValueError, f"expected v {LIKE_K} [2, 4, 10, 8]"),
+    (dict(v=tensor(B + 1, H, L, D)), ValueError, f"expected v {LIKE_K} [3, 3, 10, 8]"),
     (dict(v=columns(B, H, L, D)), ValueError, f"expected v {STRIDED}"),
     (dict(v=tensor(B, H, L, D, device="meta")), ValueError, "expected v on cpu, got "),
-    (dict(scores=tensor(B, L)), ValueError, "expected scores of shape [B, H, L] = [2, 3, 10], got [2, 10]"),
-    (dict(scores=tensor(B, H, L, 1)), ValueError, "expected scores of shape [B, H, L] = [2, 3, 10], got [2, 3, 10, 1]"),
-    (dict(scores=tensor(B, 4 * H, L)), ValueError, "expected scores of shape [B, H, L] = [2, 3, 10], got [2, 12, 10]"),
-    (dict(scores=tensor(B, H, L - 1)), ValueError, "expected scores of shape [B, H, L] = [2, 3, 10], got [2, 3, 9]"),
-    (dict(scores=tensor(B, H, L, dtype=torch.float64)), TypeError, "expected scores of dtype float32, float16 or bfloat16"),
-    (dict(scores=tensor(B, H, L, dtype=torch.int32)), TypeError, "expected scores of dtype float32, float16 or bfloat16"),
+    (dict(scores=tensor(B, L)), ValueError, f"{RANKED} [2, 10]"),
+    (dict(scores=tensor(B, H, L, 1)), ValueError, f"{RANKED} [2, 3, 10, 1]"),
+    (dict(scores=tensor(B, 4 * H, L)), ValueError, f"{RANKED} [2, 12, 10]"),
+    (dict(scores=tensor(B, H, L - 1)), ValueError, f"{RANKED} [2, 3, 9]"),
+    (dict(scores=tensor(B, H, L, dtype=torch.float64)), TypeError, SCORE_TYPES),
+    (dict(scores=tensor(B, H, L, dtype=torch.int32)), TypeError, SCORE_TYPES),
     (dict(scores=tensor(B, H, L, device="meta")), ValueError, "expected scores on cpu, got "),
-    (dict(companions=[tensor(B, H)]), ValueError, "expected companions[0] of shape [B, H, L, ...] with [2, 3, 10], got [2, 3]"),
+    (dict(companions=[tensor(B, H)]), ValueError, f"expected companions[0] {LIKE_K} [2, 3]"),
     (
         dict(companions=[tensor(B, H, L), tensor(B, H, L - 1, 2)]),
         ValueError,
-        "expected companions[1] of shape [B, H, L, ...] with [2, 3, 10], got [2, 3, 9, 2]",
+        f"expected companions[1] {LIKE_K} [2, 3, 9, 2]",
     ),
     (dict(companions=[columns(B, H, L, 4)]), ValueError, f"expected companions[0] {STRIDED}"),
     (dict(companions=[tensor(B, H, L, 4, 2).transpose(3, 4)]), ValueError, f"expected companions[0] {STRIDED}"),
     (dict(companions=[tensor(B, H, L, device="meta")]), ValueError, "expected companions[0] on cpu, got "),
 )  # fmt: skip
 BAD_INTEGERS = (
-    (dict(budgets=[1, 2]), ValueError, "expected budgets of shape [H] = [3] or [B, H] = [2, 3], got [2]"),
-    (dict(budgets=[[1, 2, 3]] * 3), ValueError, "expected budgets of shape [H] = [3] or [B, H] = [2, 3], got [3, 3]"),
+    (dict(budgets=[1, 2]), ValueError, f"expected budgets {PER_HEAD} [2]"),
+    (dict(budgets=[[1, 2, 3]] * 3), ValueError, f"expected budgets {PER_HEAD} [3, 3]"),
     (dict(budgets=[[1, 2, 3], [1, 2]]), ValueError, "expected budgets with rows of one length, got lengths [3, 2]"),
-    (dict(budgets=[]), ValueError, "expected budgets of shape [H] = [3] or [B, H] = [2, 3], got [0]"),
-    (dict(budgets=torch.zeros(4, dtype=torch.int32)), ValueError, "expected budgets of shape [H] = [3] or [B, H] = [2, 3], got [4]"),
-    (dict(budgets=torch.zeros(2, 1, dtype=torch.int32)), ValueError, "expected budgets of shape [H] = [3] or [B, H] = [2, 3], got [2, 1]"),
+    (dict(budgets=[]), ValueError, f"expected budgets {PER_HEAD} [0]"),
+    (dict(budgets=ints(4)), ValueError, f"expected budgets {PER_HEAD} [4]"),
+    (dict(budgets=ints(2, 1)), ValueError, f"expected budgets {PER_HEAD} [2, 1]"),
     (dict(budgets=torch.ones(3)), TypeError, "expected budgets of integers, got torch.float32"),
     (dict(budgets=torch.ones(3, dtype=torch.bool)), TypeError, "expected budgets of integers, got torch.bool"),
     (dict(budgets=[1.0, 2.0, 3.0]), TypeError, "expected budgets of integers, got [1.0, 2.0, 3.0]"),
     (dict(budgets=0.15), TypeError, "expected budgets as an int, a sequence of ints or a tensor, got 0.15"),
     (dict(budgets="all"), TypeError, "expected budgets as an int, a sequence of ints or a tensor, got 'all'"),
     (dict(budgets=None), (TypeError, ValueError), "expected budgets "),
-    (dict(budgets=torch.zeros(3, dtype=torch.int32, device="meta"), max_budget=3), ValueError, "expected budgets on cpu, got "),
-    (dict(lengths=[1, 2, 3]), ValueError, "expected lengths of shape [B] = [2] or [B, H] = [2, 3], got [3]"),
-    (dict(lengths=torch.zeros(2, 2, dtype=torch.int64)), ValueError, "expected lengths of shape [B] = [2] or [B, H] = [2, 3], got [2, 2]"),
+    (dict(budgets=ints(3).to("meta"), max_budget=3), ValueError, "expected budgets on cpu, got "),
+    (dict(lengths=[1, 2, 3]), ValueError, f"expected lengths {PER_SEQUENCE} [3]"),
+    (dict(lengths=torch.zeros(2, 2, dtype=torch.int64)), ValueError, f"expected lengths {PER_SEQUENCE} [2, 2]"),
     (dict(lengths=torch.ones(2)), TypeError, "expected lengths of integers, got torch.float32"),
     (dict(lengths=[0.5, 1]), TypeError, "expected lengths of integers, got [0.5, 1]"),
-    (dict(lengths=torch.zeros(2, dtype=torch.int32, device="meta")), ValueError, "expected lengths on cpu, got "),
-    (dict(starts=[1, 2, 3]), ValueError, "expected starts of shape [B] = [2] or [B, H] = [2, 3], got [3]"),
+    (dict(lengths=ints(2).to("meta")), ValueError, "expected lengths on cpu, got "),
+    (dict(starts=[1, 2, 3]), ValueError, f"expected starts {PER_SEQUENCE} [3]"),
     (dict(starts=torch.ones(2)), TypeError, "expected starts of integers, got torch.float32"),
-    (dict(starts=torch.zeros(2, dtype=torch.int32, device="meta")), ValueError, "expected starts on cpu, got "),
-    (dict(sink=-1), ValueError, "expected sink, window and reserve >= 0 and align >= 1, got -1, 0, 0 and 1"),
-    (dict(window=-2), ValueError, "expected sink, window and reserve >= 0 and align >= 1, got 0, -2, 0 and 1"),
+    (dict(starts=ints(2).to("meta")), ValueError, "expected starts on cpu, got "),
+    (dict(sink=-1), ValueError, f"{AT_LEAST} -1, 0, 0 and 1"),
+    (dict(window=-2), ValueError, f"{AT_LEAST} 0, -2, 0 and 1"),
     (dict(sink=0.5), TypeError, "expected sink"),
     (dict(window="8"), TypeError, "expected window"),
     (dict(max_budget=-1), ValueError, "expected max_budget >= 0, got -1"),
@@ -108,9 +120,9 @@ BAD_ROOMS = (
     (dict(capacity=-4), ValueError, "expected capacity >= 0 and a multiple of align = 1, got -4"),
     (dict(capacity=10, align=4), ValueError, "expected capacity >= 0 and a multiple of align = 4, got 10"),
     (dict(capacity=2.0), TypeError, "expected capacity"),
-    (dict(reserve=-1), ValueError, "expected sink, window and reserve >= 0 and align >= 1, got 0, 0, -1 and 1"),
+    (dict(reserve=-1), ValueError, f"{AT_LEAST} 0, 0, -1 and 1"),
     (dict(reserve=1.5), TypeError, "expected reserve"),
-    (dict(align=0), ValueError, "expected sink, window and reserve >= 0 and align >= 1, got 0, 0, 0 and 0"),
+    (dict(align=0), ValueError, f"{AT_LEAST} 0, 0, 0 and 0"),
     (dict(align=2.5), TypeError, "expected align"),
     (dict(reserve=2**31, budgets=1), ValueError, "expected at most 2**31 - 1 rows in the output, got"),
 )
@@ -121,12 +133,12 @@ BAD_RAGGED = (
     (dict(scores=tensor(31)), ValueError, "expected scores of shape [T] = [30], got [31]"),
     (dict(scores=tensor(1, 30)), ValueError, "expected scores of shape [T] = [30], got [1, 30]"),
     (dict(companions=[tensor(20)]), ValueError, "expected companions[0] of shape [T, ...] with [30], got [20]"),
-    (dict(cu_seqlens=torch.zeros(6, dtype=torch.int32)), ValueError, "expected cu_seqlens of shape [B * H + 1] = [7], got [6]"),
-    (dict(cu_seqlens=torch.zeros(7, 1, dtype=torch.int32)), ValueError, "expected cu_seqlens of shape [B * H + 1], got [7, 1]"),
+    (dict(cu_seqlens=ints(6)), ValueError, "expected cu_seqlens of shape [B * H + 1] = [7], got [6]"),
+    (dict(cu_seqlens=ints(7, 1)), ValueError, "expected cu_seqlens of shape [B * H + 1], got [7, 1]"),
     (dict(cu_seqlens=torch.zeros(7, dtype=torch.int64)), TypeError, "expected cu_seqlens of dtype int32"),
     (dict(cu_seqlens=torch.zeros(7)), TypeError, "expected cu_seqlens of dtype int32"),
-    (dict(cu_seqlens=torch.zeros(14, dtype=torch.int32)[::2]), ValueError, "expected cu_seqlens contiguous"),
-    (dict(cu_seqlens=torch.zeros(7, dtype=torch.int32, device="meta")), ValueError, "expected cu_seqlens on cpu, got "),
+    (dict(cu_seqlens=ints(14)[::2]), ValueError, "expected cu_seqlens contiguous"),
+    (dict(cu_seqlens=ints(7).to("meta")), ValueError, "expected cu_seqlens on cpu, got "),
     (dict(starts=[0, 0]), ValueError, "expected no starts with cu_seqlens"),
     (dict(lengths=[[1, 2], [3, 4]]), ValueError, "expected "),
 )  # fmt: skip
@@ -213,22 +225,22 @@ def test_layer_lists() -> None:
     arguments = dict(ks=[k, k], vs=None, scores=[scores, scores.half()], budgets=1)
     refuses(evict, arguments, TypeError, "expected scores[1] of the same dtype as scores[0]")
     arguments = dict(ks=[k, k[:, :2]], vs=None, scores=[scores, scores[:, :2]], budgets=1)
-    refuses(evict, arguments, ValueError, "expected ks[1] of shape [B, H, L, ...] with [2, 3, 10], got [2, 2, 10, 8]")
+    refuses(evict, arguments, ValueError, f"expected ks[1] {LIKE_K} [2, 2, 10, 8]")
 
 
 @pytest.mark.parametrize(
     "tensors, change, error, says",
     [
         ([tensor(B, H)], {}, ValueError, "expected tensors[0] of shape [B, H, L, ...], got [2, 3]"),
-        ([tensor(B, H, L), tensor(B, H, L + 1)], {}, ValueError, "expected tensors[1] of shape [B, H, L, ...] with [2, 3, 10]"),
+        ([tensor(B, H, L), tensor(B, H, L + 1)], {}, ValueError, f"expected tensors[1] {LIKE_K} [2, 3, 11]"),
         ([tensor(B, H, L), columns(B, H, L, D)], {}, ValueError, f"expected tensors[1] {STRIDED}"),
         ([tensor(B, H, L), tensor(B, H, L, device="meta")], {}, ValueError, "expected tensors[1] on cpu, got "),
         ([tensor(1, H, L)], {}, ValueError, "expected index.cu_seqlens of shape [B * H + 1] = [4], got [7]"),
         ([tensor(B, H, L)], dict(positions=torch.zeros(24)), TypeError, "expected index.positions of dtype int32"),
-        ([tensor(B, H, L)], dict(positions=torch.zeros(24, 1, dtype=torch.int32)), ValueError, "expected index.positions of shape"),
-        ([tensor(B, H, L)], dict(positions=torch.zeros(48, dtype=torch.int32)[::2]), ValueError, "expected index.positions contiguous"),
+        ([tensor(B, H, L)], dict(positions=ints(24, 1)), ValueError, "expected index.positions of shape"),
+        ([tensor(B, H, L)], dict(positions=ints(48)[::2]), ValueError, "expected index.positions contiguous"),
         ([tensor(B, H, L)], dict(cu_seqlens=torch.zeros(7)), TypeError, "expected index.cu_seqlens of dtype int32"),
-        ([tensor(B, H, L)], dict(cu_seqlens=torch.zeros(6, dtype=torch.int32)), ValueError, "expected index.cu_seqlens of shape"),
+        ([tensor(B, H, L)], dict(cu_seqlens=ints(6)), ValueError, "expected index.cu_seqlens of shape"),
     ],
 )  # fmt: skip
 def test_gather(tensors: list, change: dict, error: type[Exception], says: str) -> None:
@@ -245,9 +257,9 @@ def test_plan() -> None:
     with pytest.raises(TypeError, match=r"^lkv_ext.plan: expected lengths of integers, got torch.bool"):
         lkv_ext.plan(3, torch.ones(2, dtype=torch.bool))
     arguments["budgets"] = lkv_ext.plan([1, 2])
-    refuses(evict, arguments, ValueError, "expected budgets of shape [H] = [3] or [B, H] = [2, 3], got [2]")
+    refuses(evict, arguments, ValueError, f"expected budgets {PER_HEAD} [2]")
     arguments["budgets"] = lkv_ext.plan([1, 2, 3], [1, 2, 3])
-    refuses(evict, arguments, ValueError, "expected lengths of shape [B] = [2] or [B, H] = [2, 3], got [3]")
+    refuses(evict, arguments, ValueError, f"expected lengths {PER_SEQUENCE} [3]")
     arguments["budgets"] = lkv_ext.plan([1, 2, 3])
     refuses(evict, arguments | dict(lengths=[1, 2]), ValueError, "expected no lengths beside a plan")
 

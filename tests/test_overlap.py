@@ -82,6 +82,14 @@ def test_reading_may_overlap() -> None:
     check(lkv_ext.evict(k, k, k[..., 0], [1, 2, 3]), expected([k, k], k[..., 0], [1, 2, 3]))
 
 
+def rows(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def ints(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
 def outputs() -> tuple[list[Tensor], Tensor, lkv_ext.RaggedKV]:
     payload = [rows_of([B, H, L, D], torch.bfloat16, 1), rows_of([B, H, L, D], torch.bfloat16, 2)]
     scores = scores_of("normal", [B, H, L])
@@ -99,27 +107,29 @@ def refuses(out: lkv_ext.RaggedKV, payload: list[Tensor], scores: Tensor, says: 
 @pytest.mark.parametrize(
     "name, value, error, says",
     [
-        ("k", torch.zeros(23, D, dtype=torch.bfloat16), ValueError, "expected out.k contiguous of shape [24, 8], got [23, 8]"),
-        ("k", torch.zeros(24, 9, dtype=torch.bfloat16)[:, :8], ValueError, "expected out.k contiguous of shape [24, 8]"),
-        ("k", torch.zeros(24, D), TypeError, "expected out.k of the dtype of what moves into it"),
-        ("v", torch.zeros(24, D + 1, dtype=torch.bfloat16), ValueError, "expected out.v contiguous of shape [24, 8], got [24, 9]"),
-        ("companions", (torch.zeros(24, 1),), ValueError, "expected out.companions[0] contiguous of shape [24], got [24, 1]"),
-        ("positions", torch.zeros(24), TypeError, "expected out.positions of dtype int32"),
-        ("positions", torch.zeros(25, dtype=torch.int32), ValueError, "expected out.positions of shape [T'] = [24], got [25]"),
-        ("lengths", torch.zeros(6, dtype=torch.int32), ValueError, "expected out.lengths of shape [B, H] = [2, 3], got [6]"),
-        ("lengths", torch.zeros(2, 3, dtype=torch.int64), TypeError, "expected out.lengths of dtype int32"),
-        ("cu_seqlens", torch.zeros(6, dtype=torch.int32), ValueError, "expected out.cu_seqlens of shape [B * H + 1] = [7], got [6]"),
-        ("overflow", torch.zeros((), dtype=torch.int32), ValueError, "expected 6 tensors in out, no overflow, got 7"),
+        ("k", rows(23, D), ValueError, "contiguous of shape [24, 8], got [23, 8]"),
+        ("k", rows(24, D + 1)[:, :D], ValueError, "contiguous of shape [24, 8]"),
+        ("k", torch.zeros(24, D), TypeError, "of the dtype of what moves into it"),
+        ("v", rows(24, D + 1), ValueError, "contiguous of shape [24, 8], got [24, 9]"),
+        ("companions", (torch.zeros(24, 1),), ValueError, "contiguous of shape [24], got [24, 1]"),
+        ("positions", torch.zeros(24), TypeError, "of dtype int32"),
+        ("positions", ints(25), ValueError, "of shape [T'] = [24], got [25]"),
+        ("lengths", ints(6), ValueError, "of shape [B, H] = [2, 3], got [6]"),
+        ("lengths", ints(2, 3).long(), TypeError, "of dtype int32"),
+        ("cu_seqlens", ints(6), ValueError, "of shape [B * H + 1] = [7], got [6]"),
     ],
-)  # fmt: skip
+)
 def test_bad_outputs(name: str, value: object, error: type[Exception], says: str) -> None:
     payload, scores, out = outputs()
     setattr(out, name, value)
-    refuses(out, payload, scores, says, error)
+    called = "companions[0]" if name == "companions" else name
+    refuses(out, payload, scores, f"expected out.{called} {says}", error)
 
 
 def test_outputs_of_another_call() -> None:
-    payload, scores, _ = outputs()
+    payload, scores, out = outputs()
+    out.overflow = ints()
+    refuses(out, payload, scores, "expected 6 tensors in out, no overflow, got 7")
     refuses(lkv_ext.evict(*payload, scores, 4), payload, scores, "expected 6 tensors in out, no overflow, got 5")
     fewer = lkv_ext.evict(*payload, scores, 3, companions=[scores])
     refuses(fewer, payload, scores, "expected out.k contiguous of shape [24, 8], got [18, 8]")

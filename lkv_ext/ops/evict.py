@@ -134,10 +134,10 @@ def evict_layers(
         if any(len(part) != len(ks) for part in (*moved, scores)):
             raise ValueError(f"expected one tensor per layer in every list, got {[len(p) for p in (*moved, scores)]}")
         payload = [t for part in moved for t in part]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in payload):
-            raise ValueError("expected tensors that require no gradient, got some: use evict per layer, or no_grad")
         for k, v in zip(ks, vs or [None] * len(ks), strict=True):
             _check_rank(k, v, 4)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in payload):
+            raise ValueError("expected tensors that require no gradient, got some: use evict per layer, or no_grad")
         layers, (batch, heads) = len(ks), ks[0].shape[:2]
         tokens = [k.shape[2] for k in ks]
         if all(count == tokens[0] for count in tokens):
@@ -195,9 +195,9 @@ def evict_(
     options = Options(sink, window, "packed", None, max_budget, 0, 1)
     payload = [k, *companions] if v is None else [k, v, *companions]
     try:
+        _check_rank(k, v, 4 if cu_seqlens is None else 2)
         if torch.is_grad_enabled() and any(t.requires_grad for t in payload):
             raise ValueError("expected tensors that require no gradient, got some: an eviction in place has none")
-        _check_rank(k, v, 4 if cu_seqlens is None else 2)
         row_sets, budgets, lengths = find_row_sets(k, cu_seqlens, budgets, lengths)
         asked = request(row_sets, cu_seqlens, budgets, lengths, starts, options)
         index = ops.evict_(payload, [scores.detach()], *asked.arguments)
