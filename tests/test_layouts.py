@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from itertools import pairwise
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_packed_rows_are_varlen_sequences(evicted: dict) -> None:
     out = lkv_ext.evict(evicted["k"], evicted["v"], evicted["scores"], evicted["budgets"])
     assert out.cu_seqlens.diff().tolist() == out.lengths.flatten().tolist()
     begins = out.cu_seqlens.tolist()
-    rows = [slice(*pair) for pair in zip(begins, begins[1:], strict=False)]
+    rows = [slice(*pair) for pair in pairwise(begins)]
     answers = [attention(q, out.k[r], out.v[r]) for q, r in zip(evicted["query"].flatten(0, 1), rows, strict=True)]
     torch.testing.assert_close(torch.stack(answers).view(2, 3, 16), evicted["dense"])
 

@@ -1,0 +1,185 @@
+"""What only a GPU shows: graphs, streams, devices, and that nothing waits. Parity on the GPU is in the other files."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from cases import bits, check, expected, payload_of, rows_of, scores_of
+from torch import Tensor
+
+import lkv_ext
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+B, H, L, D = 2, 4, 3000, 64
+
+
+def cache(seed: int = 0, device: str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
+    payload = [rows_of([B, H, L, D], torch.bfloat16, seed + i).to(device) for i in range(2)]
+    return *payload, scores_of("normal", [B, H, L], seed).to(device)
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def calls(k: Tensor, v: Tensor, scores: Tensor) -> dict:
+    """Every way in that is documented to be free of synchronisation."""
+    budgets = torch.tensor([[100, 7, 2000, 0], [1, 900, 30, 5000]])
+    lengths, device_budgets = torch.tensor([3000, 1500]).cuda(), budgets.cuda()
+    plan = lkv_ext.plan(budgets, [3000, 1500], device="cuda")
+    layers = ([k, k], [v, v], [scores, scores])
+    out = lkv_ext.evict(k, v, scores, budgets)
+    return {
+        "int": lambda: lkv_ext.evict(k, v, scores, 500),
+        "host": lambda: lkv_ext.evict(k, v, scores, budgets.tolist(), starts=[0, 10]),
+        "host, device lengths": lambda: lkv_ext.evict(k, v, scores, [1, 20, 300, 4000], lengths=lengths),
+        "device, capacity": lambda: lkv_ext.evict(k, v, scores, device_budgets, capacity=5000, reserve=3),
+        "device, max_budget": lambda: lkv_ext.evict(k, v, scores, device_budgets, max_budget=1000, layout="padded"),
+        "plan": lambda: lkv_ext.evict(k, v, scores, plan, align=16),
+        "layers": lambda: lkv_ext.evict_layers(*layers, 300),
+        "out": lambda: lkv_ext.evict(k, v, scores, budgets, out=out),
+        "select": lambda: lkv_ext.select(scores, budgets),
+        "gather": lambda: lkv_ext.gather([k, v], out.index),
+        "in place": lambda: lkv_ext.evict_(k.clone(), v.clone(), scores, plan),
+    }
+
+
+WAYS = ("int", "host", "host, device lengths", "device, capacity", "device, max_budget", "plan", "layers", "out")
+WAYS += ("select", "gather", "in place")
+
+
+def tensors_of(result: object) -> list[Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_waits(way: str) -> None:
+    call = calls(*cache())[way]
+    call()
+    with no_waiting():
+        call()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_graphs_replay_with_new_data(way: str) -> None:
+    """A captured call computes anew at every replay, from what its inputs hold then."""
+    k, v, scores = cache()
+    call = calls(k, v, scores)[way]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for seed in range(1, 4):
+        for t, new in zip((k, v, scores), cache(10 * seed), strict=True):
+            t.copy_(new)
+        for _ in range(3):
+            graph.replay()
+        got = [t.clone() for t in tensors_of(captured)]
+        for mine, theirs in zip(got, tensors_of(call()), strict=True):
+            assert torch.equal(bits(mine), bits(theirs))
+
+
+def test_unbounded_device_budgets_are_read_outside_a_capture_only() -> None:
+    k, v, scores = cache()
+    budgets = torch.tensor([1, 20, 300, 4000]).cuda()
+    out = lkv_ext.evict(k, v, scores, budgets)
+    assert out.overflow is None
+    check(out, expected([k, v], scores, budgets))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), pytest.raises(ValueError, match="expected capacity or max_budget with budgets"):
+        lkv_ext.evict(k, v, scores, budgets)
+
+
+def test_the_current_stream_is_used() -> None:
+    """Inputs that a slow side stream is still writing are read behind it."""
+    k, v, scores = cache()
+    new = cache(5)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for t, value in zip((k, v, scores), new, strict=True):
+            t.copy_(value)
+        out = lkv_ext.evict(k, v, scores, [1, 20, 300, 4000])
+    side.synchronize()
+    check(out, expected(list(new[:2]), new[2], [1, 20, 300, 4000]))
+
+
+def test_two_streams_and_two_threads() -> None:
+    """Back-to-back calls in flight at once share no scratch and no flags."""
+    inputs = [cache(seed) for seed in (1, 2)]
+    budgets = [[1, 20, 300, 4000], [2000, 5, 0, 64]]
+    wanted = [expected([k, v], scores, b) for (k, v, scores), b in zip(inputs, budgets, strict=True)]
+
+    def run(i: int) -> list[lkv_ext.RaggedKV]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(stream):
+            results = [lkv_ext.evict(*inputs[i], budgets[i]) for _ in range(50)]
+        stream.synchronize()
+        return results
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(2) as pool:
+        for results, want in zip(pool.map(run, (0, 1)), wanted, strict=True):
+            for out in results:
+                check(out, want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_the_device_of_the_tensors_is_used() -> None:
+    inputs = cache(device="cuda:1")
+    with torch.cuda.device(0):
+        out = lkv_ext.evict(*inputs, 100)
+        assert torch.cuda.current_device() == 0
+    assert out.k.device == torch.device("cuda:1")
+    check(out, expected(list(inputs[:2]), inputs[2], 100))
+
+
+def test_tensors_in_two_places_are_refused() -> None:
+    k, v, scores = cache()
+    for name, change in {"v": dict(v=v.cpu()), "scores": dict(scores=scores.cpu())}.items():
+        with pytest.raises(ValueError, match=rf"^lkv_ext\.evict: expected {name} on cuda:0, got cpu"):
+            lkv_ext.evict(**(dict(k=k, v=v, scores=scores, budgets=4) | change))
+    with pytest.raises(ValueError, match=r"^lkv_ext\.evict: expected .* on "):
+        lkv_ext.evict(k.cpu(), v, scores, 4)
+
+
+def test_host_and_device_results_are_the_same_bits() -> None:
+    for kind in ("normal", "ties", "nan_and_infinity", "tiny"):
+        payload, scores = list(cache(device="cpu")[:2]), scores_of(kind, [B, H, L])
+        on_host = lkv_ext.evict(*payload, scores, [7, 800, 2999, 50], sink=2, window=9)
+        on_device = lkv_ext.evict(*(t.cuda() for t in payload), scores.cuda(), [7, 800, 2999, 50], sink=2, window=9)
+        assert torch.equal(on_device.positions.cpu(), on_host.positions)
+        for mine, theirs in zip(payload_of(on_device), payload_of(on_host), strict=True):
+            assert torch.equal(bits(mine).cpu(), bits(theirs))
+
+
+def test_gradients() -> None:
+    k = torch.randn(1, 2, 40, 3, dtype=torch.float64, device="cuda", requires_grad=True)
+    scores = torch.randn(1, 2, 40, device="cuda")
+    assert torch.autograd.gradcheck(lambda t: lkv_ext.evict(t, None, scores, [5, 40], reserve=1).k, (k,))
+
+
+def test_compile_with_device_budgets() -> None:
+    """One graph for all budgets, with the real fake kernels of CUDA tensors."""
+    k, v, scores = cache()
+    shrink = torch.compile(lambda budgets: lkv_ext.evict(k, v, scores, budgets, capacity=6000).k, fullgraph=True)
+    for budgets in ([1, 20, 300, 900], [5, 5, 0, 3000]):
+        want = expected([k, v], scores, budgets, capacity=6000, total=6000)
+        assert torch.equal(bits(shrink(torch.tensor(budgets).cuda())), want.tensors[0])

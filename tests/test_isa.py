@@ -1,0 +1,77 @@
+"""The CPU kernels of every instruction set this machine runs, forced one at a time in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Sizes around the widths of vectors and the thresholds of the selection, every kind and dtype of scores, odd rows.
+PARITY = """
+import itertools, sys
+import torch
+from cases import DTYPES, SCORE_DTYPES, SCORES, bits, check, check_index, expected, place, rows_of, scores_of
+from cases import storage_bytes, twins
+import lkv_ext
+
+assert lkv_ext.build_info()["cpu_isa"] == sys.argv[1]
+tokens = (1, 15, 16, 17, 63, 130, 1023, 1025, 4095, 4100, 9000)
+for count, (kind, dtype) in itertools.product(tokens, itertools.product(SCORES, SCORE_DTYPES)):
+    scores = place(scores_of(kind, [1, 3, count]).to(dtype), ("contiguous", "tokens_first")[count % 2])
+    budgets = [count // 7, count // 2, count - 1]
+    check_index(lkv_ext.select(scores, budgets, sink=count % 3), expected([], scores, budgets, sink=count % 3))
+for dim, how in itertools.product((1, 2, 3, 4, 5, 8, 12, 16, 31, 33, 64, 100, 128, 200), ("contiguous", "gapped")):
+    for dtype in (torch.int8, torch.bfloat16, torch.float32, torch.int64):
+        payload = [place(rows_of([2, 2, 60, dim], dtype, i), how) for i in range(2)]
+        scores = scores_of("ties", [2, 2, 60])
+        want = expected(payload, scores, [7, 40], reserve=1)
+        out = lkv_ext.evict(*payload, scores, [7, 40], reserve=1)
+        check(out, want)
+        check(lkv_ext.evict(*payload, scores, [7, 40], reserve=1, out=out), want)
+        mine, theirs = twins(payload), twins(payload)
+        lkv_ext.evict_(*mine, scores, [7, 40])
+        expected(theirs, scores, [7, 40], in_place=True)
+        assert all(torch.equal(storage_bytes(a), storage_bytes(b)) for a, b in zip(mine, theirs))
+k = rows_of([1, 1, 400_000, 64], torch.bfloat16)  # large and warm: non-temporal stores
+scores = scores_of("normal", [1, 1, 400_000])
+out = lkv_ext.evict(k, None, scores, 200_000)
+check(lkv_ext.evict(k, None, -scores, 200_000, out=out), expected([k], -scores, 200_000))
+"""
+
+
+def run(isa: str, code: str, *arguments: str) -> subprocess.CompletedProcess:
+    paths = [str(Path(__file__).parent), *filter(None, sys.path)]
+    environment = os.environ | {"LKV_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_parity(isa: str) -> None:
+    result = run(isa, PARITY, isa)
+    if f"LKV_CPU_ISA={isa} is not available here" in result.stderr:
+        pytest.skip(f"this machine does not run {isa}")
+    assert result.returncode == 0, result.stderr
+
+
+def test_unknown() -> None:
+    result = run("mmx", "import lkv_ext; lkv_ext.build_info()")
+    assert result.returncode != 0 and "LKV_CPU_ISA=mmx is not available here" in result.stderr
+    assert "portable" in result.stderr.splitlines()[-1]
+
+
+def test_unknown_in_an_op() -> None:
+    """An error like any other: the process lives."""
+    code = """
+import torch, lkv_ext
+try:
+    lkv_ext.select(torch.zeros(1, 1, 9), 4)
+except RuntimeError as error:
+    assert "LKV_CPU_ISA=mmx is not available here" in str(error), error
+else:
+    raise AssertionError
+"""
+    result = run("mmx", code)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,61 @@
+"""Calls from several Python threads at once, with different data, on one library."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from cases import bits, check, expected, payload_of, rows_of, scores_of
+
+import lkv_ext
+
+
+def job(device: str, seed: int) -> tuple[list[torch.Tensor], torch.Tensor, list[int], dict]:
+    tokens = 300 + 977 * (seed % 5)
+    payload = [rows_of([2, 3, tokens, 16 + seed], torch.bfloat16, seed + i).to(device) for i in range(2)]
+    scores = scores_of(("ties", "normal")[seed % 2], [2, 3, tokens], seed).to(device)
+    return payload, scores, [tokens // 3, seed, tokens], dict(sink=seed, reserve=seed % 3)
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_evict(device: str, workers: int) -> None:
+    jobs = [job(device, seed) for seed in range(10)]
+    wanted = [expected(payload, scores, budgets, **options) for payload, scores, budgets, options in jobs]
+
+    def run(seed: int) -> lkv_ext.RaggedKV:
+        payload, scores, budgets, options = jobs[seed]
+        out = lkv_ext.evict(*payload, scores, budgets, **options)
+        for _ in range(4):
+            again = lkv_ext.evict(*payload, scores, budgets, **options)
+            for mine, theirs in zip(payload_of(again), payload_of(out), strict=True):
+                assert torch.equal(bits(mine), bits(theirs))
+        return out
+
+    with ThreadPoolExecutor(workers) as pool:
+        for out, want in zip(pool.map(run, range(10)), wanted, strict=True):
+            check(out, want)
+
+
+def test_every_op_at_once(device: str) -> None:
+    """Different ops beside each other: nothing is shared between calls."""
+    payload, scores, budgets, options = job(device, 4)
+    want = expected(payload, scores, budgets, **options)
+
+    def fused(_: int) -> list[torch.Tensor]:
+        return payload_of(lkv_ext.evict(*payload, scores, budgets, **options))
+
+    def in_two(_: int) -> list[torch.Tensor]:
+        return lkv_ext.gather(payload, lkv_ext.select(scores, budgets, **options))
+
+    def in_place(_: int) -> list[torch.Tensor]:
+        copies = [t.clone() for t in payload]
+        lengths = lkv_ext.evict_(*copies, scores, budgets, sink=options["sink"]).lengths
+        moved = lkv_ext.evict(*copies, scores, lengths.cpu(), lengths=lengths.cpu(), reserve=options["reserve"])
+        return payload_of(moved)
+
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(op, i) for i in range(5) for op in (fused, in_two, in_place)]
+        for future in futures:
+            for mine, theirs in zip(future.result(), want.tensors, strict=True):
+                assert torch.equal(bits(mine), theirs)
