@@ -1,6 +1,8 @@
 #include "arrays.h"
 
-#include <type_traits>
+#include <functional>
+#include <memory>
+#include <numeric>
 
 namespace lkv::python {
 
@@ -56,6 +58,16 @@ host::Arrays view_writable(const PyArrays& list, const char* name) {
   for (const py::array& a : list)
     arrays.push_back(view_writable(a, std::string(name) + "[" + std::to_string(arrays.size()) + "]"));
   return arrays;
+}
+
+py::array empty(const py::dtype& dtype, const host::Shape& shape) {
+  constexpr size_t kLine = 64;
+  const size_t bytes =
+      std::accumulate(shape.begin(), shape.end(), static_cast<size_t>(dtype.itemsize()), std::multiplies<>());
+  const py::array_t<char> memory(static_cast<py::ssize_t>(bytes + kLine));
+  void* data = const_cast<char*>(memory.data());
+  size_t space = bytes + kLine;
+  return py::array(dtype, shape, std::align(kLine, bytes, data, space), memory);
 }
 
 }  // namespace lkv::python

@@ -19,4 +19,7 @@ host::Arrays view(const PyArrays& list);
 host::Array view_writable(const py::array& a, const std::string& name);
 host::Arrays view_writable(const PyArrays& list, const char* name);
 
+// Contiguous and not cleared, on a cache line as torch allocates: whole lines can then be written past the cache.
+py::array empty(const py::dtype& dtype, const host::Shape& shape);
+
 }  // namespace lkv::python

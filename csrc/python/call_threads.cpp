@@ -8,7 +8,7 @@
 namespace lkv::python {
 
 CallThreads::CallThreads(int64_t asked, int64_t bytes) {
-  constexpr int64_t kBytesPerThread = 256 << 10;
+  constexpr int64_t kBytesPerThread = 1 << 20;
   count_ = std::clamp<int64_t>(bytes / kBytesPerThread, 1, asked);
 }
 

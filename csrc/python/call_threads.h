@@ -7,7 +7,7 @@
 namespace lkv::python {
 
 // The threads of one call. They start when a kernel asks for them and are gone when it returns, so that nothing of them
-// survives a fork; starting them costs what moving some hundred kilobytes does, and small work stays on the caller's.
+// survives a fork; starting one costs what moving some hundred kilobytes does, so small work stays on the caller's.
 class CallThreads {
  public:
   // At most `asked` threads for a kernel that touches `bytes` of memory.

@@ -21,7 +21,7 @@ host::IndexPointers pointers(const Index& index) {
 PyArrays new_outputs(const host::Problem& problem, const PyArrays& payload, int64_t total, int64_t padded) {
   PyArrays outputs;
   for (size_t p = 0; p < payload.size(); ++p) {
-    py::array out(payload[p].dtype(), problem.output_shape(total, padded, problem.payloads[p].trailing));
+    py::array out = empty(payload[p].dtype(), problem.output_shape(total, padded, problem.payloads[p].trailing));
     cpu::advise_huge_pages(out.mutable_data(), out.nbytes());
     outputs.push_back(std::move(out));
   }
