@@ -27,7 +27,8 @@ fuzz: build
 	HYPOTHESIS_PROFILE=fuzz $(RUN) -m pytest tests -k "property or fuzz"
 
 bench: build
-	$(RUN) -m pytest bench --benchmark-only
+	$(RUN) -m pytest bench -q --benchmark-only --benchmark-quiet
+	$(RUN) bench/report.py
 
 style:
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

@@ -45,6 +45,8 @@ def race(bench: Bench, mode: str, shape: Shape, others: Callable[[Inputs], dict[
     out = lkv_ext.evict(inputs.k, inputs.v, inputs.scores, shape.budgets)
     pair = [out.k, out.v]
     found = {"best": rivals.best(inputs)} if others is None else others(inputs)
+    if others is None and bench.device == "cpu":
+        found["best by mask"] = rivals.best_by_mask(inputs)
     if shape.score_dtype == torch.float32:  # fewer bits tie, and torch.topk keeps any of a tie
         for name, call in found.items():
             assert name == "uniform" or same_bytes(call(), pair), f"{name} moves other rows than evict"

@@ -11,16 +11,17 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 from results import Result, Run
+from targets import BEST
 
 TITLES = {
-    "fresh": "fresh: the call allocates its result",
-    "warm": "warm: into memory that is there already",
     "cold": "cold L2 cache",
+    "fresh": "the call allocates its result",
+    "warm": "the result goes into memory that is there already",
 }
 NAMES = {
     "naive": "naive: topk, sort, gather",
     "best": "best PyTorch composition",
-    "best out=": "best PyTorch composition, out=",
+    "best out=": "best PyTorch composition",
     "flashinfer": "FlashInfer top_k, index_select",
     "memcpy": "memcpy of the output",
 }
@@ -31,17 +32,19 @@ STYLES = {
     "flashinfer": ("#7a5bb5", "D", "-"),
     "memcpy": ("#5f6368", "", "--"),
 }
+RATIO = {"ha": "center", "fontsize": 8.5, "color": "#a85a12"}
 
 
 def draw(run: Run, path: Path) -> None:
     sweep = [r for r in run.results if r.op == "evict" and r.shape == f"[1, 8, {r.length}, 128] bf16 15%"]
-    modes = [mode for mode in TITLES if any(r.mode == mode for r in sweep)]
+    modes = [mode for mode in TITLES if sum(r.mode == mode for r in sweep) > 2]
     if not modes:
         return
     figure, axes = plt.subplots(1, len(modes), figsize=(5.2 * len(modes), 4.2), sharey=True, squeeze=False)
     for axis, mode in zip(axes[0], modes, strict=True):
         _draw_mode(axis, sorted((r for r in sweep if r.mode == mode), key=lambda r: r.length))
         axis.set_title(TITLES[mode], fontsize=10)
+    axes[0][0].legend(frameon=False, fontsize=9, loc="upper left")
     axes[0][0].set_ylabel("time of one call")
     place = run.machine.get("gpu") or f"{run.machine['cpu']}, {run.machine['threads']} threads"
     figure.suptitle(f"evict, K and V [1, 8, L, 128] in bf16, 15 % kept ({place})", fontsize=11)
@@ -57,9 +60,13 @@ def _draw_mode(axis: Axes, rows: list[Result]) -> None:
         if all(name in r.ratios for r in rows):
             color, marker, line = STYLES[name]
             # By the ratios, which are medians within rounds, not by the rival's own median, which drifts.
-            times = [r.ratios[name] * us for r, us in zip(rows, ours, strict=True)]
+            ratios = [_best(r) if name.startswith("best") else r.ratios[name] for r in rows]
+            times = [ratio * us for ratio, us in zip(ratios, ours, strict=True)]
             axis.plot(lengths, times, color=color, marker=marker, linestyle=line, markersize=5, label=label)
     axis.plot(lengths, ours, color="#1a73e8", marker="o", linewidth=2.4, markersize=6, label="lkv_ext.evict", zorder=5)
+    for r, us in zip(rows, ours, strict=True):
+        rival = _best(r)
+        axis.annotate(f"{rival:.1f}x", (r.length, us * rival), (0, 7), textcoords="offset points", **RATIO)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
@@ -70,4 +77,7 @@ def _draw_mode(axis: Axes, rows: list[Result]) -> None:
     axis.set_axisbelow(True)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
-    axis.legend(frameon=False, fontsize=8.5, loc="upper left")
+
+
+def _best(result: Result) -> float:
+    return min(result.ratios[name] for name in (*BEST, "best out=") if name in result.ratios)
