@@ -10,27 +10,15 @@ end with the call, and the result does not depend on them.
 
 from __future__ import annotations
 
-import operator
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lkv_ext import _C
-from lkv_ext._arguments import (
-    Options,
-    check_options,
-    host_ints,
-    integer_shapes,
-    ragged_heads,
-    ragged_limits,
-    shape_of,
-)
-from lkv_ext._sizes import RowSets, size_output
+from lkv_ext._arguments import Options
+from lkv_ext._arrays import Ints, check_array, request, thread_count
 from lkv_ext.ops import errors
-
-Ints = int | Sequence[int] | Sequence[Sequence[int]] | np.ndarray
 
 __all__ = ["RaggedIndex", "RaggedKV", "evict", "evict_", "gather", "select"]
 
@@ -145,7 +133,7 @@ def evict(
     payload = [k, *companions] if v is None else [k, v, *companions]
     names = _names(v is not None, len(companions))
     try:
-        asked, max_length = _request(payload, names, scores, cu_seqlens, budgets, lengths, starts, options, threads)
+        asked, max_length = request(payload, names, scores, cu_seqlens, budgets, lengths, starts, options, threads)
         if out is None:
             moved, index = _C.evict(payload, scores, asked)
         else:
@@ -191,7 +179,7 @@ def evict_(
     payload = [k, *companions] if v is None else [k, v, *companions]
     names = _names(v is not None, len(companions))
     try:
-        asked, max_length = _request(payload, names, scores, cu_seqlens, budgets, lengths, starts, options, threads)
+        asked, max_length = request(payload, names, scores, cu_seqlens, budgets, lengths, starts, options, threads)
         return _ragged_index(_C.evict_(payload, scores, asked), max_length)
     except (RuntimeError, ValueError, TypeError) as error:
         errors.reraise("numpy.evict_", error, names)
@@ -216,7 +204,7 @@ def select(
     """The positions that `evict` would keep, without moving anything; arguments and errors as there."""
     options = Options(sink, window, layout, capacity, max_budget, reserve, align)
     try:
-        asked, max_length = _request([], [], scores, cu_seqlens, budgets, lengths, starts, options, threads)
+        asked, max_length = request([], [], scores, cu_seqlens, budgets, lengths, starts, options, threads)
         return _ragged_index(_C.select(scores, asked), max_length)
     except (RuntimeError, ValueError, TypeError) as error:
         errors.reraise("numpy.select", error)
@@ -245,115 +233,16 @@ def gather(
         if not arrays:
             return []
         for array, name in zip(arrays, names, strict=True):
-            _check_array(array, name)
+            check_array(array, name)
         parts = [index.positions, index.lengths, index.cu_seqlens]
         for array, name in zip(parts, ("positions", "lengths", "cu_seqlens"), strict=True):
-            _check_array(array, f"index.{name}", read=True)
+            check_array(array, f"index.{name}", read=True)
         if cu_seqlens is not None:
-            _check_array(cu_seqlens, "cu_seqlens", read=True)
+            check_array(cu_seqlens, "cu_seqlens", read=True)
         batch, heads = index.lengths.shape
-        return _C.gather(arrays, _C.Index(*parts), _C.Request(batch, heads, cu_seqlens, threads=_threads(threads)))
+        return _C.gather(arrays, _C.Index(*parts), _C.Request(batch, heads, cu_seqlens, threads=thread_count(threads)))
     except (RuntimeError, ValueError, TypeError) as error:
         errors.reraise("numpy.gather", error, names)
-
-
-def _request(
-    payload: list[np.ndarray],
-    names: list[str],
-    scores: np.ndarray,
-    cu_seqlens: np.ndarray | None,
-    budgets: Ints,
-    lengths: Ints | None,
-    starts: Ints | None,
-    options: Options,
-    threads: int | None,
-) -> tuple[_C.Request, int]:
-    """Checks what the extension cannot, sizes the output; the request of the op and a bound for the longest row set."""
-    for array, name in zip(payload, names, strict=True):
-        _check_array(array, name)
-    _check_array(scores, "scores", read=True)
-    if scores.dtype not in (np.float32, np.float16, np.uint16):
-        raise TypeError(f"expected scores of dtype float32, float16 or uint16 (bfloat16), got {scores.dtype}")
-    for array, name in zip(payload, names, strict=True):
-        if name in ("k", "v") and array.ndim != (4 if cu_seqlens is None else 2):
-            form = "[B, H, L, D]" if cu_seqlens is None else "[T, D]"
-            raise ValueError(f"expected {name} of shape {form}, got {list(array.shape)}")
-    check_options(options)
-    row_sets = _row_sets(payload[0] if payload else scores, cu_seqlens, budgets, lengths, starts)
-    per_head, per_sequence = integer_shapes(row_sets)
-    held = {
-        "budgets": host_ints(budgets, "budgets", per_head),
-        "lengths": () if lengths is None else host_ints(lengths, "lengths", per_sequence),
-        "starts": () if starts is None else host_ints(starts, "starts", per_sequence),
-    }
-    sink, window, layout, *bounds = options
-    capacity, max_budget, reserve, align = (None if x is None else operator.index(x) for x in bounds)
-    size = size_output(
-        row_sets,
-        *held.values(),
-        layout=layout,
-        capacity=capacity,
-        max_budget=max_budget,
-        reserve=reserve,
-        align=align,
-    )
-    asked = _C.Request(
-        row_sets.batch,
-        row_sets.heads,
-        cu_seqlens,
-        **held,
-        sink=operator.index(sink),
-        window=operator.index(window),
-        total=size.total,
-        padded=size.padded,
-        max_budget=-1 if max_budget is None else max_budget,
-        reserve=reserve,
-        align=align,
-        threads=_threads(threads),
-    )
-    return asked, size.max_length
-
-
-def _row_sets(
-    array: np.ndarray, cu_seqlens: np.ndarray | None, budgets: Ints, lengths: Ints | None, starts: Ints | None
-) -> RowSets:
-    if cu_seqlens is None:
-        if array.ndim < 3:
-            raise ValueError(f"expected a dense array of shape [B, H, L, ...], got {list(array.shape)}")
-        batch, heads, tokens = array.shape[:3]
-        return RowSets(1, batch, heads, [tokens])
-    if starts is not None:
-        raise ValueError("expected no starts with cu_seqlens: ragged rows begin at their offsets")
-    _check_array(cu_seqlens, "cu_seqlens", read=True)
-    if cu_seqlens.dtype != np.int32:
-        raise TypeError(f"expected cu_seqlens of dtype int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.size < 1 or array.ndim < 1:
-        raise ValueError(f"expected cu_seqlens of shape [B * H + 1], got {list(cu_seqlens.shape)}")
-    batch, heads = ragged_heads(cu_seqlens.size - 1, shape_of(budgets), shape_of(lengths))
-    return RowSets(1, batch, heads, ragged_limits(cu_seqlens.tolist(), array.shape[0]))
-
-
-def _check_array(array: object, name: str, *, read: bool = False) -> None:
-    """`read`: its elements are read or written as numbers, not only moved."""
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"expected {name} as a NumPy array, got {type(array).__name__}")
-    if array.dtype.hasobject:
-        raise TypeError(f"expected {name} of a dtype without Python objects, got {array.dtype}")
-    if read and not array.flags.aligned:
-        raise ValueError(f"expected {name} aligned to its dtype, got an unaligned array")
-
-
-def _threads(threads: int | None) -> int:
-    if threads is None:
-        asked = os.environ.get("LKV_NUM_THREADS")
-        if asked is None:
-            return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if not asked.isdecimal() or int(asked) < 1:
-            raise ValueError(f"expected LKV_NUM_THREADS of at least 1, got {asked!r}")
-        return int(asked)
-    if operator.index(threads) < 1:
-        raise ValueError(f"expected threads of at least 1, got {threads}")
-    return operator.index(threads)
 
 
 def _arrays_of(out: RaggedKV) -> tuple[list[np.ndarray], _C.Index]:
@@ -361,10 +250,10 @@ def _arrays_of(out: RaggedKV) -> tuple[list[np.ndarray], _C.Index]:
         raise TypeError(f"expected out as a RaggedKV of lkv_ext.numpy, got {type(out).__name__}")
     moved = [out.k, *out.companions] if out.v is None else [out.k, out.v, *out.companions]
     for array, name in zip(moved, _names(out.v is not None, len(out.companions)), strict=True):
-        _check_array(array, f"out.{name}")
+        check_array(array, f"out.{name}")
     index = [out.positions, out.lengths, out.cu_seqlens]
     for array, name in zip(index, ("positions", "lengths", "cu_seqlens"), strict=True):
-        _check_array(array, f"out.{name}", read=True)
+        check_array(array, f"out.{name}", read=True)
     return moved, _C.Index(*index)
 
 
