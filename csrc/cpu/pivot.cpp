@@ -159,7 +159,7 @@ class PivotSearch {
 }  // namespace
 
 int64_t pivot_scratch(int64_t longest) {
-  return kCopies * kBins + longest + kSlack;
+  return bin_words(longest) + longest + kSlack;
 }
 
 Pivot find_pivot(const RowKernels& kernels, const ScoreRow& row, int64_t rank, uint32_t* scratch) {

@@ -27,11 +27,9 @@ void select_and_gather(host::Problem& problem, const host::Sizes& sizes, const T
   launch.gather(where.positions, where.cu_seqlens, sizes.total, /*behind_select=*/true, warm);
 }
 
-}  // namespace
-
-Tensors evict(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
-  const host::Sizes sizes = LKV_SIZES;
-  host::Problem problem(view(payload), view(scores), LKV_LAYOUT(static_cast<int64_t>(scores.size())));
+Tensors evict_new(const Tensors& payload, const Tensors& scores, const host::Sizes& sizes, const host::Layout& layout,
+                  bool count_overflow) {
+  host::Problem problem(view(payload), view(scores), layout);
   problem.read_sizes(sizes);
   Tensors out;
   out.reserve(problem.payloads.size() + 4);
@@ -39,6 +37,21 @@ Tensors evict(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
   add_index(out, problem, sizes, scores[0], count_overflow);
   select_and_gather(problem, sizes, out, count_overflow, false);
   return out;
+}
+
+}  // namespace
+
+Tensors evict(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
+  return evict_new(payload, scores, LKV_SIZES, LKV_LAYOUT(static_cast<int64_t>(scores.size())), count_overflow);
+}
+
+Tensors evict_plain(Tensors payload, Tensors scores, std::vector<int64_t> budgets, int64_t total) {
+  host::Sizes sizes{};
+  sizes.budgets.host = std::move(budgets);
+  sizes.total = total;
+  sizes.padded = sizes.max_budget = -1;
+  sizes.align = 1;
+  return evict_new(payload, scores, sizes, {static_cast<int64_t>(scores.size()), 0, 0, std::nullopt}, false);
 }
 
 void evict_out(Tensors out, Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {

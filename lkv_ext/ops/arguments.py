@@ -42,37 +42,50 @@ def find_row_sets(
 class Request:
     """The arguments of an op after its tensors, and what the caller wants to know of the result."""
 
+    row_sets: RowSets
     arguments: tuple
+    plain: bool  # the arguments are budgets and total alone
     max_length: int
+    counted: bool  # overflow is counted on the device
+    reserve: int
+    align: int
 
 
 def request(
-    row_sets: RowSets,
+    tensor: Tensor,
     cu_seqlens: Tensor | None,
     budgets: Ints | Plan,
     lengths: Ints | None,
     starts: Ints | None,
-    options: Options,
+    options: tuple,
 ) -> Request:
-    """Checks the integers of a call, sizes its output, and lays out the arguments that all ops share."""
-    simple = lengths is None and starts is None and cu_seqlens is None and not row_sets.stacked
-    if simple and isinstance(budgets, (int, list, tuple)) and not torch.compiler.is_compiling():
+    """Checks the integers of a call on the row sets of `tensor`, and sizes its output.
+
+    Args:
+        options: the fields of `Options`; a plain tuple, which costs less.
+    """
+    simple = lengths is None and starts is None and cu_seqlens is None and isinstance(budgets, (int, list, tuple))
+    if simple and not torch.compiler.is_compiling():
         try:
             held = budgets if isinstance(budgets, int) else tuple(map(operator.index, budgets))
         except TypeError:
             pass  # nested, or wrong: told apart below
         else:
-            return _remembered(row_sets, held, options)
-    return _request(row_sets, cu_seqlens, budgets, lengths, starts, options)
+            return _remembered(tensor.shape, held, *options)
+    row_sets, budgets, lengths = find_row_sets(tensor, cu_seqlens, budgets, lengths)
+    return request_for(row_sets, cu_seqlens, budgets, lengths, starts, Options(*options))
 
 
 @lru_cache(maxsize=1024)
-def _remembered(row_sets: RowSets, budgets: int | tuple[int, ...], options: Options) -> Request:
+def _remembered(shape: torch.Size, budgets: int | tuple[int, ...], *options: object) -> Request:
     """Engines evict with the same sizes over and over: at decode time this memo is most of what the wrapper saves."""
-    return _request(row_sets, None, budgets, None, None, options)
+    if len(shape) < 3:
+        raise ValueError(f"expected a dense tensor of shape [B, H, L, ...], got {list(shape)}")
+    row_sets = RowSets(1, shape[0], shape[1], (shape[2],))
+    return request_for(row_sets, None, budgets, None, None, Options(*options))
 
 
-def _request(
+def request_for(
     row_sets: RowSets,
     cu_seqlens: Tensor | None,
     budgets: Ints | Plan,
@@ -80,6 +93,7 @@ def _request(
     starts: Ints | None,
     options: Options,
 ) -> Request:
+    """`request` for row sets that are known; lays out the arguments that all ops share."""
     check_options(options)
     sink, window, layout, capacity, max_budget, reserve, align = options
     if cu_seqlens is not None and starts is not None:
@@ -128,7 +142,7 @@ def _request(
             for values, tensor in ((length_list, length_tensor), (start_list, start_tensor))
         )
     )
-    plain = (budget_list, size.total)
+    given = (budget_list, size.total)
     special = (
         size.padded,
         counted,
@@ -145,9 +159,8 @@ def _request(
         reserve,
         align,
     )
-    tensors = (cu_seqlens, budget_tensor, length_tensor, start_tensor)
-    is_plain = all(t is None for t in tensors) and special == _DEFAULTS
-    return Request(plain if is_plain else plain + special, size.max_length)
+    plain = cu_seqlens is budget_tensor is length_tensor is start_tensor is None and special == _DEFAULTS
+    return Request(row_sets, given if plain else given + special, plain, size.max_length, counted, reserve, align)
 
 
 # Of the op schemas, after budgets and total (csrc/torch/arguments.h).

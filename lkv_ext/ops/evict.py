@@ -10,7 +10,7 @@ from torch import Tensor
 from lkv_ext._arguments import Options
 from lkv_ext._sizes import RowSets
 from lkv_ext.ops import errors
-from lkv_ext.ops.arguments import Request, find_row_sets, request
+from lkv_ext.ops.arguments import Request, request, request_for
 from lkv_ext.ops.ints import Ints, Plan
 from lkv_ext.ops.library import ops
 from lkv_ext.ops.ragged import RaggedIndex, RaggedKV
@@ -73,17 +73,16 @@ def evict(
     Gradients flow through k, v and companions where they are required; then this is `select` followed by `gather`.
     CPU tensors count as host values, save under torch.compile, which cannot read them.
     """
-    options = Options(sink, window, layout, capacity, max_budget, reserve, align)
+    options = (sink, window, layout, capacity, max_budget, reserve, align)
     payload = [k, *companions] if v is None else [k, v, *companions]
     try:
         _check_rank(k, v, 4 if cu_seqlens is None else 2)
-        row_sets, budgets, lengths = find_row_sets(k, cu_seqlens, budgets, lengths)
-        asked = request(row_sets, cu_seqlens, budgets, lengths, starts, options)
+        asked = request(k, cu_seqlens, budgets, lengths, starts, options)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (scores, *payload)):
             if any(t.requires_grad for t in payload):
-                return _select_and_gather(payload, v is not None, scores, row_sets, cu_seqlens, asked, options, out)
+                return _select_and_gather(payload, v is not None, scores, cu_seqlens, asked, out)
             scores = scores.detach()  # they rank, and a ranking has no gradient
-        return _evict(payload, v is not None, [scores], asked, options, out)
+        return _evict(payload, v is not None, [scores], asked, out)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("evict", error, _names("k", "v", v is not None, len(companions)))
 
@@ -144,12 +143,14 @@ def evict_layers(
             limits = tokens[:1]
         else:
             limits = [count for count in tokens for _ in range(batch * heads)]
-        asked = request(RowSets(layers, batch, heads, limits, stacked=True), None, budgets, lengths, starts, options)
+        asked = request_for(
+            RowSets(layers, batch, heads, limits, stacked=True), None, budgets, lengths, starts, options
+        )
         if layers == 1 and out is not None:
-            _evict(payload, vs is not None, [s.detach() for s in scores], asked, options, out.layer(0))
+            _evict(payload, vs is not None, [s.detach() for s in scores], asked, out.layer(0))
             out.max_length, out.reserve, out.align = asked.max_length, reserve, align
             return out
-        result = _evict(payload, vs is not None, [s.detach() for s in scores], asked, options, out)
+        result = _evict(payload, vs is not None, [s.detach() for s in scores], asked, out)
         if layers == 1:  # the ops know no layer axis for one layer
             result.lengths = result.lengths[None]
             if layout == "padded":
@@ -192,31 +193,27 @@ def evict_(
     Raises:
         ValueError, TypeError: as `evict`, also for overlapping memory and where a gradient is required.
     """
-    options = Options(sink, window, "packed", None, max_budget, 0, 1)
+    options = (sink, window, "packed", None, max_budget, 0, 1)
     payload = [k, *companions] if v is None else [k, v, *companions]
     try:
         _check_rank(k, v, 4 if cu_seqlens is None else 2)
         if torch.is_grad_enabled() and any(t.requires_grad for t in payload):
             raise ValueError("expected tensors that require no gradient, got some: an eviction in place has none")
-        row_sets, budgets, lengths = find_row_sets(k, cu_seqlens, budgets, lengths)
-        asked = request(row_sets, cu_seqlens, budgets, lengths, starts, options)
+        asked = request(k, cu_seqlens, budgets, lengths, starts, options)
         index = ops.evict_(payload, [scores.detach()], *asked.arguments)
-        return new_index(index if index[3].dim() == 0 else index[:3], asked)
+        return new_index(index, asked)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("evict_", error, _names("k", "v", v is not None, len(companions)))
 
 
-def _evict(
-    payload: list[Tensor], has_v: bool, scores: list[Tensor], asked: Request, options: Options, out: RaggedKV | None
-) -> RaggedKV:
+def _evict(payload: list[Tensor], has_v: bool, scores: list[Tensor], asked: Request, out: RaggedKV | None) -> RaggedKV:
     if out is None:
-        result = ops.evict(payload, scores, *asked.arguments)
-        count = len(payload) // len(scores)
-        return _ragged(result[:count], has_v, new_index(result[count:], asked), options)
+        op = ops.evict_plain if asked.plain else ops.evict
+        return _ragged(op(payload, scores, *asked.arguments), has_v, asked)
     moved = [out.k, *out.companions] if out.v is None else [out.k, out.v, *out.companions]
     index = [out.positions, out.lengths, out.cu_seqlens, *([] if out.overflow is None else [out.overflow])]
     ops.evict_out(moved + index, payload, scores, *asked.arguments)
-    out.max_length, out.reserve, out.align = asked.max_length, options.reserve, options.align
+    out.max_length, out.reserve, out.align = asked.max_length, asked.reserve, asked.align
     return out
 
 
@@ -224,10 +221,8 @@ def _select_and_gather(
     payload: list[Tensor],
     has_v: bool,
     scores: Tensor,
-    row_sets: RowSets,
     cu_seqlens: Tensor | None,
     asked: Request,
-    options: Options,
     out: RaggedKV | None,
 ) -> RaggedKV:
     """`_evict` with gradients. Neither op sees scores and rows together, so their fit is checked here."""
@@ -238,24 +233,25 @@ def _select_and_gather(
         raise ValueError(f"expected scores of shape {form} = {list(leading)}, got {list(scores.shape)}")
     if scores.device != payload[0].device:
         raise ValueError(f"expected scores on {payload[0].device}, got {scores.device}")
-    index = new_index(ops.select([scores.detach()], *asked.arguments), asked)
-    where = () if cu_seqlens is None else (1, cu_seqlens, row_sets.batch, row_sets.heads)
-    moved = ops.gather(payload, index.positions, index.cu_seqlens, *where)
-    return _ragged(moved, has_v, index, options)
+    index = ops.select([scores.detach()], *asked.arguments)
+    where = () if cu_seqlens is None else (1, cu_seqlens, asked.row_sets.batch, asked.row_sets.heads)
+    return _ragged(ops.gather(payload, index[0], index[2], *where) + index, has_v, asked)
 
 
-def _ragged(moved: list[Tensor], has_v: bool, index: RaggedIndex, options: Options) -> RaggedKV:
+def _ragged(result: list[Tensor], has_v: bool, asked: Request) -> RaggedKV:
+    """From what the ops return: the moved payload, positions, lengths, cu_seqlens and, where counted, overflow."""
+    index = len(result) - (4 if asked.counted else 3)
     return RaggedKV(
-        moved[0],
-        moved[1] if has_v else None,
-        tuple(moved[2 if has_v else 1 :]),
-        index.positions,
-        index.lengths,
-        index.cu_seqlens,
-        index.max_length,
-        index.overflow,
-        options.reserve,
-        options.align,
+        result[0],
+        result[1] if has_v else None,
+        tuple(result[2 if has_v else 1 : index]),
+        result[index],
+        result[index + 1],
+        result[index + 2],
+        asked.max_length,
+        result[index + 3] if asked.counted else None,
+        asked.reserve,
+        asked.align,
     )
 
 

@@ -54,6 +54,11 @@ def _evict(payload, scores, budgets, total, padded=-1, count_overflow=False, cu_
     return _moved(payload, len(scores), cu_seqlens, list(index[0].shape)) + index
 
 
+@torch.library.register_fake("lkv_ext::evict_plain")
+def _evict_plain(payload, scores, budgets, total):
+    return _evict(payload, scores, budgets, total)
+
+
 @torch.library.register_fake("lkv_ext::evict_")
 def _evict_(payload, scores, budgets, total, padded=-1, count_overflow=False, cu_seqlens=None, batch=0, heads=0, *rest):
     _check_devices(payload, "payload", scores, cu_seqlens, rest)

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lkv_ext._arguments import Options
 from lkv_ext.ops import errors
-from lkv_ext.ops.arguments import Request, find_row_sets, request
+from lkv_ext.ops.arguments import Request, request
 from lkv_ext.ops.ints import Ints, Plan
 from lkv_ext.ops.library import ops
 from lkv_ext.ops.ragged import RaggedIndex
@@ -43,9 +42,8 @@ def select(
         ValueError, TypeError: as `evict`.
     """
     try:
-        row_sets, budgets, lengths = find_row_sets(scores, cu_seqlens, budgets, lengths)
-        options = Options(sink, window, layout, capacity, max_budget, reserve, align)
-        asked = request(row_sets, cu_seqlens, budgets, lengths, starts, options)
+        options = (sink, window, layout, capacity, max_budget, reserve, align)
+        asked = request(scores, cu_seqlens, budgets, lengths, starts, options)
         return new_index(ops.select([scores.detach()], *asked.arguments), asked)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("select", error)
@@ -81,5 +79,5 @@ def gather(tensors: Sequence[Tensor], index: RaggedIndex, *, cu_seqlens: Tensor 
 
 
 def new_index(result: Sequence[Tensor], asked: Request) -> RaggedIndex:
-    positions, lengths, cu_seqlens, *overflow = result
-    return RaggedIndex(positions, lengths, cu_seqlens, asked.max_length, overflow[0] if overflow else None)
+    """From what select and evict_ return: positions, lengths, cu_seqlens and, where counted, overflow."""
+    return RaggedIndex(*result[:3], asked.max_length, result[3] if asked.counted else None)

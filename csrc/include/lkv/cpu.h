@@ -1,5 +1,7 @@
 #pragma once
 
+#include <type_traits>
+
 #include "lkv/params.h"
 
 // The CPU kernels. They own no threads: the caller lends its own.
@@ -19,7 +21,9 @@ struct Threads {
       if (n > 0) f(int64_t{0}, n);
       return;
     }
-    run(pool, n, grain, [](void* c, int64_t begin, int64_t end) { (*static_cast<F*>(c))(begin, end); }, &f);
+    run(
+        pool, n, grain,
+        [](void* c, int64_t begin, int64_t end) { (*static_cast<std::remove_reference_t<F>*>(c))(begin, end); }, &f);
   }
 };
 
