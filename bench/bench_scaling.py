@@ -1,7 +1,11 @@
-"""Linear in L and in kept rows: one call beside four calls of a quarter of the work, in the same rounds."""
+"""Linear in L and in kept rows: one call beside four calls of a quarter of the work, in the same rounds.
+
+The four share no memory that the one does not touch too, so that caches favour neither side.
+"""
 
 from __future__ import annotations
 
+import torch
 from bench_evict import evict_warm, moved_bytes
 from conftest import Bench
 from shapes import Inputs, Shape, make_inputs
@@ -10,24 +14,26 @@ from timing import Call
 import lkv_ext
 
 
-def four_times(call: Call) -> Call:
-    return lambda: [call() for _ in range(4)]
-
-
 def warm(inputs: Inputs) -> Call:
     return evict_warm(inputs, lkv_ext.evict(inputs.k, inputs.v, inputs.scores, inputs.shape.budgets))
 
 
-def race(bench: Bench, whole: Shape, quarter: Shape, name: str) -> None:
-    rival = four_times(warm(make_inputs(quarter, bench.device)))
-    bench.time(
-        "evict scaling", "warm", whole, warm(make_inputs(whole, bench.device)), {name: rival}, moved_bytes(whole)
-    )
+def race(bench: Bench, whole: Inputs, quarters: list[Inputs], name: str) -> None:
+    calls = [warm(quarter) for quarter in quarters]
+    rivals = {name: lambda: [call() for call in calls]}
+    bench.time("evict scaling", "warm", whole.shape, warm(whole), rivals, moved_bytes(whole.shape))
 
 
 def test_linear_in_length(bench: Bench) -> None:
-    race(bench, Shape(131072), Shape(32768), "4 x L/4")
+    """The four calls take a quarter of the tokens of the same cache each."""
+    whole = make_inputs(Shape(131072), bench.device)
+    parts = zip(*(t.chunk(4, dim=2) for t in (whole.k, whole.v, whole.scores)), strict=True)
+    race(bench, whole, [Inputs(Shape(32768), *part) for part in parts], "4 x L/4")
 
 
 def test_linear_in_kept_rows(bench: Bench) -> None:
-    race(bench, Shape(32768, retention=0.6), Shape(32768, retention=0.15), "4 x 15%")
+    """The four calls keep different rows of the same cache."""
+    whole = make_inputs(Shape(32768, retention=0.6), bench.device)
+    scores = [torch.randn_like(whole.scores) for _ in range(4)]
+    shape = Shape(32768, retention=0.15)
+    race(bench, whole, [Inputs(shape, whole.k, whole.v, s) for s in scores], "4 x 15%")
