@@ -132,6 +132,28 @@ def test_ragged(device: str, room: dict, readable: bool) -> None:
         check(out, expected(payload, scores, budgets, shape=shape, total=total, **options))
 
 
+@pytest.mark.parametrize(
+    "budgets, lengths, shape",
+    [
+        (30, None, (1, 6)),
+        ([30, 3, 200], None, (2, 3)),
+        (torch.tensor([30, 3]), None, (3, 2)),
+        (30, [9, 20], (2, 3)),
+        ([30, 3], [9, 20, 400], (3, 2)),
+        (30, [[9], [20], [1], [0], [5], [7]], (6, 1)),
+        ([[30] * 3] * 2, [9, 20], (2, 3)),
+    ],
+)
+def test_ragged_shapes(device: str, budgets: object, lengths: object, shape: tuple[int, int]) -> None:
+    """B and H of ragged input are those of its integers."""
+    payload, scores, cu_seqlens = ragged_cache(device)
+    out = lkv_ext.evict(*payload, scores, budgets, cu_seqlens=cu_seqlens, lengths=lengths)
+    total = None if device == "cpu" else out.positions.numel()
+    want = expected(payload, scores, budgets, cu_seqlens=cu_seqlens, lengths=lengths, shape=shape, total=total)
+    assert out.lengths.shape == shape
+    check(out, want)
+
+
 @pytest.mark.parametrize("room", ROOMS, ids=str)
 def test_select_then_gather(device: str, room: dict) -> None:
     payload, scores = cache(device), scores_of("normal", [2, 3, 257]).to(device)

@@ -14,6 +14,7 @@ from cases import (
     payload_of,
     rows_of,
     scores_of,
+    spread,
     storage_bytes,
     twins,
     unreadable,
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from strategies import Call, calls, scores, shuffled
 
 import lkv_ext
+from lkv import reference
 
 
 def run(call: Call, **changes: object) -> lkv_ext.RaggedKV:
@@ -70,6 +72,39 @@ def test_in_place_is_the_reference(device: str, call: Call) -> None:
     check_index(index, want)
     for got, wanted in zip(mine, theirs, strict=True):
         assert torch.equal(storage_bytes(got), storage_bytes(wanted))
+
+
+@given(calls(fewest=1, ragged=False))
+def test_layers_are_the_reference(device: str, call: Call) -> None:
+    """Two layers in one launch, the second read backwards, from other strides."""
+    call = call.to(device)
+    second = [bits(t).flip(2).view(t.dtype) for t in call.payload], call.scores.flip(2)
+    shape = (2, *call.shape)
+    budgets = spread(call.budgets, call.shape).expand(shape)
+    budgets = budgets if call.readable else budgets.to(device)
+    payload = [list(layers) for layers in zip(call.payload, second[0], strict=True)]
+    with contextlib.nullcontext() if call.readable else unreadable():
+        if not call.readable and not {"capacity", "max_budget"} & call.options.keys():
+            call.options["capacity"] = 480
+        out = lkv_ext.evict_layers(
+            payload[0],
+            payload[1] if call.has_v else None,
+            [call.scores, second[1]],
+            budgets,
+            companions=payload[2 if call.has_v else 1 :],
+            **call.options,
+        )
+    for name in ("lengths", "starts"):
+        values = spread(call.options[name], call.shape, per_sequence=True)
+        call.options[name] = None if values is None else values.expand(shape)
+    want = reference.evict_layers(
+        [[bits(t) for t in layers] for layers in payload],
+        [call.scores, second[1]],
+        budgets,
+        total=None if call.readable else out.positions.numel(),
+        **call.options,
+    )
+    check(out, want)
 
 
 @given(calls())
