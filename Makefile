@@ -24,7 +24,7 @@ test: build
 	$(RUN) -m pytest
 
 fuzz: build
-	HYPOTHESIS_PROFILE=fuzz $(RUN) -m pytest tests -k "property or fuzz"
+	HYPOTHESIS_PROFILE=fuzz $(RUN) -m pytest tests/test_properties.py tests/test_budgets.py
 
 bench: build
 	$(RUN) -m pytest bench -q --benchmark-only --benchmark-quiet
