@@ -10,6 +10,10 @@ __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t 
 
 namespace lkv::torch_ops {
 
+bool runs_cuda(host::Device device) {
+  return device.kind == host::Device::cuda;
+}
+
 cpu::Threads torch_threads() {
   const auto run = [](void*, int64_t n, int64_t grain, cpu::Threads::Body body, void* context) {
     torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });

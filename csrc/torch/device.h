@@ -8,6 +8,7 @@
 
 namespace lkv::torch_ops {
 
+bool runs_cuda(host::Device device);
 cpu::Threads torch_threads();
 
 // Makes the device current for its lifetime; holds its current stream.

@@ -21,7 +21,7 @@ Launch::Launch(host::Problem& problem, const Tensor* outputs, const Tensor& like
   outputs_ = problem.tables.add(targets);
   tables_ = problem.tables.data();
 #ifdef LKV_WITH_CUDA
-  if (problem.device.kind != host::Device::cuda) return;
+  if (!runs_cuda(problem.device)) return;
   cuda_.emplace(problem.device);
   const int64_t tables = static_cast<int64_t>(problem.tables.size());
   const int64_t flags = selects ? round_up(problem.rows() * sizeof(uint32_t), 16) : 0;

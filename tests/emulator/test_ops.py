@@ -1,0 +1,44 @@
+"""The CUDA half of the op library, from the public functions to the kernels, on the emulated device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness.build import ROOT, SCHEDULES, build_root, checked, locked, missing_tool
+
+pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    if tool := missing_tool():
+        pytest.skip(f"the emulator is built with {tool}, which is not installed")
+    folder = build_root() / "torch"
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_suffix(".lock")):
+        source = ROOT / "tests" / "emulator" / "torch"
+        python = f"-DPython_EXECUTABLE={sys.executable}"
+        checked(["cmake", "-S", source, "-B", folder, "-G", "Ninja", "-DCMAKE_CXX_COMPILER=g++", python])
+        checked(["cmake", "--build", folder])
+    return folder / "_torch_emulated.so"
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_parity_with_the_reference(library: Path, capability: str):
+    environment = {
+        **os.environ,
+        "LKV_LIBRARY": str(library),
+        "LKV_EMULATOR_EAGER": "1",
+        "LKV_EMULATOR_SCHEDULE": SCHEDULES[-1],
+        "LKV_EMULATOR_CAPABILITY": capability,
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not cuda"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "test_parity.py")], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
