@@ -168,7 +168,7 @@ def test_gather_distrusts_the_index(device: str) -> None:
     payload = cache(device)
     index = lkv_ext.select(scores_of("normal", [2, 3, 257]).to(device), 50)
     index.positions = torch.randint(-300, 600, index.positions.shape, dtype=torch.int32).to(device)
-    index.positions[:2] = torch.tensor([2**31 - 1, -(2**31)])
+    index.positions[:6] = torch.tensor([2**31 - 1, -(2**31), 257, 256, -1, 0])
     got = lkv_ext.gather(payload, index)
     for mine, source in zip(got, payload, strict=True):
         rows = [head for sequence in bits(source) for head in sequence]
