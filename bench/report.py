@@ -34,9 +34,15 @@ def headline(run: Run) -> list[Result]:
     return [r for r in usual if "[1, 8," in r.shape and "scores" not in r.shape]
 
 
-def speed_table(run: Run) -> str:
+def brief(run: Run) -> list[Result]:
+    """The lines of the headline that a README has room for."""
+    lengths = ("8192", "32768", "131072")
+    rows = [r for r in headline(run) if r.op in ("evict", "select") and r.mode != "cold"]
+    return [r for r in rows if r.shape.split(", ")[2] in lengths]
+
+
+def speed_table(run: Run, rows: list[Result]) -> str:
     """Markdown: time, rate, share of memcpy, and how many times as long every rival takes."""
-    rows = headline(run)
     columns = {name: keys for name, keys in COLUMNS.items() if any(key in r.ratios for r in rows for key in keys)}
     lines = [f"| op | | shape | time | GB/s | of memcpy | {' | '.join(columns)} |", "|---" * (6 + len(columns)) + "|"]
     for r in rows:
@@ -65,7 +71,7 @@ def caption(run: Run) -> str:
 
 
 def markdown(run: Run) -> str:
-    parts = [caption(run), speed_table(run)]
+    parts = [caption(run), speed_table(run, headline(run))]
     if run.device == "cpu":
         parts.append(targets.table(run))
     return "\n\n".join(parts)
@@ -102,7 +108,7 @@ def main() -> None:
         draw(run, picture)
         print(f"plot in {picture}\n")
     if args.readme:
-        replace_between_markers(args.readme, text)
+        replace_between_markers(args.readme, f"{caption(run)}\n\n{speed_table(run, brief(run))}")
     print(text)
 
 
