@@ -23,6 +23,13 @@ namespace {
 // Rounds in which every live thread looked at its flag and nothing in memory changed.
 constexpr uint64_t hopeless_rounds = 1000;
 
+// Every stack is two mappings of the process, and a Linux process has 65530 of them.
+constexpr uint64_t most_threads = 16 << 10;
+
+uint64_t volume(dim3 d) {
+  return uint64_t{d.x} * d.y * d.z;
+}
+
 void fill(Random& random, char* data, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 8) {
     const uint64_t word = random.next();
@@ -89,9 +96,10 @@ void Scheduler::admit() {
   for (size_t i = 0; i < grids_.size(); ++i) {
     Grid& grid = *grids_[i];
     if (!grid.may_start()) return;
-    const uint64_t size = grid.cluster.x * grid.cluster.y * grid.cluster.z;
+    const uint64_t size = volume(grid.cluster), threads = size * volume(grid.threads);
     while (grid.clusters_started < grid.cluster_count) {
-      if (resident_ != 0 && resident_ + size > static_cast<uint64_t>(options_.resident)) return;
+      const bool full = resident_ + size > static_cast<uint64_t>(options_.resident);
+      if (resident_ != 0 && (full || resident_threads_ + threads > most_threads)) return;
       start_cluster(grid);
     }
   }
@@ -116,13 +124,14 @@ void Scheduler::start_cluster(Grid& grid) {
   cluster->live = static_cast<unsigned>(cluster->blocks.size());
   cluster->barrier.expected = cluster->live * static_cast<unsigned>(cluster->blocks[0]->threads.size());
   resident_ += cluster->live;
+  resident_threads_ += cluster->barrier.expected;
   grid.blocks_live += cluster->live;
   grid.clusters.push_back(std::move(cluster));
 }
 
 void Scheduler::start_block(Block& block) {
   const Grid& grid = *block.cluster->grid;
-  const unsigned threads = grid.threads.x * grid.threads.y * grid.threads.z;
+  const auto threads = static_cast<unsigned>(volume(grid.threads));
   block.threads = std::vector<Thread>(threads);
   block.warps.resize((threads + 31) / 32);
   block.live = block.barrier.expected = threads;
@@ -206,6 +215,7 @@ void Scheduler::finish_block(Block& block) {
   if (!block.triggered) ++grid.blocks_released;
   block.triggered = true;
   --resident_;
+  resident_threads_ -= block.threads.size();
   --grid.blocks_live;
   admission_due_ = true;
   if (--cluster.live > 0) return;

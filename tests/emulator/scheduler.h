@@ -158,7 +158,7 @@ class Scheduler {
   std::vector<Ready> ready_;  // heap
   std::vector<Thread*> spinning_;
   Thread* current_ = nullptr;
-  uint64_t resident_ = 0, sequence_ = 0, progress_ = 0, progress_seen_ = 0, idle_rounds_ = 0;
+  uint64_t resident_ = 0, resident_threads_ = 0, sequence_ = 0, progress_ = 0, progress_seen_ = 0, idle_rounds_ = 0;
   unsigned launches_ = 0;
   bool admission_due_ = false;
 };
