@@ -17,35 +17,37 @@ struct Slices {
 // Moves the slices of one row set's rows. Kept rows only move towards the front, so a tile's stores never reach what a
 // later tile loads: only within a tile all loads must come before the first store.
 template <class Vector, int kBlock>
-__device__ __forceinline__ void move_rows(const RowSet& set, const Strided& payload, int64_t row_bytes,
+__device__ __forceinline__ void move_rows(char* rows, int64_t stride, int64_t limit, int64_t row_bytes,
                                           const int32_t* positions, int64_t keep, const Slices& slices) {
   const int64_t vectors = row_bytes / static_cast<int64_t>(sizeof(Vector));
   const uint32_t lanes = lanes_per_row(vectors, kSliceVectors);
   const int64_t step = kBlock / lanes;
-  const auto at = [&](int64_t position) { return reinterpret_cast<Vector*>(set.at(payload, position)); };
   for (int64_t slice = slices.first; slice * lanes < vectors; slice += slices.step) {
     const int64_t column = slice * lanes + threadIdx.x % lanes;
+    const bool inside = column < vectors;
+    char* slot = rows + column * static_cast<int64_t>(sizeof(Vector));
     for (int64_t tile = 0; tile < keep; tile += step * kInFlight) {
+      const int64_t first = tile + threadIdx.x / lanes;
       Vector moved[kInFlight];
       bool moves[kInFlight];
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) {
-        const int64_t to = tile + k * step + threadIdx.x / lanes;
-        const int64_t from = to < keep && column < vectors ? positions[to] : to;
-        moves[k] = from != to && from >= 0 && from < set.limit;
-        if (moves[k]) moved[k] = at(from)[column];
+        const int64_t to = first + k * step;
+        const int64_t from = inside && to < keep ? positions[to] : to;
+        moves[k] = from != to && from >= 0 && from < limit;
+        if (moves[k]) moved[k] = *reinterpret_cast<const Vector*>(slot + from * stride);
       }
       block_sync();
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) {
-        if (moves[k]) at(tile + k * step + threadIdx.x / lanes)[column] = moved[k];
+        if (moves[k]) *reinterpret_cast<Vector*>(slot + (first + k * step) * stride) = moved[k];
       }
     }
   }
 }
 
 template <int kBlock>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kProductionBlock * 2 / kBlock)
     compact_kernel(const LKV_GRID_CONSTANT CompactParams p, const int64_t slices) {
   const int64_t units = p.source.rows() * p.payloads * slices;
   for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
@@ -55,9 +57,11 @@ __global__ void __launch_bounds__(kBlock)
     const int64_t row_bytes = p.row_bytes[payload];
     const int32_t* positions = p.positions + p.cu_seqlens[row];
     const int64_t keep = clamp(p.lengths[row], 0, set.limit);
-    const uint32_t bits = low_bits(set.at(tokens, 0)) | static_cast<uint32_t>(tokens.token | row_bytes);
+    char* rows = set.at(tokens, 0);
+    const uint32_t bits = low_bits(rows) | static_cast<uint32_t>(tokens.token | row_bytes);
     with_vector(bits, [&](auto vector) {
-      move_rows<decltype(vector), kBlock>(set, tokens, row_bytes, positions, keep, {unit % slices, slices});
+      move_rows<decltype(vector), kBlock>(rows, tokens.token, set.limit, row_bytes, positions, keep,
+                                          {unit % slices, slices});
     });
   }
 }

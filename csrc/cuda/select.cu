@@ -18,40 +18,56 @@ struct Plan {
   size_t shared = 0;
 };
 
-size_t shared_of(int block, uint32_t on_chip) {
-  const size_t base = block == kTestBlock ? sizeof(ClusterShared<kTestBlock>) : sizeof(ClusterShared<kBlock>);
-  return base + on_chip * sizeof(uint32_t);
-}
+// What a plan is made from.
+struct Problem {
+  const Device& device;
+  int64_t rows, longest;
+  const Tuning& tuning;
+
+  int block() const { return tuning.block > 0 ? tuning.block : kBlock; }
+
+  size_t shared(int64_t on_chip) const {
+    const size_t fixed = block() == kTestBlock ? sizeof(ClusterShared<kTestBlock>) : sizeof(ClusterShared<kBlock>);
+    return fixed + on_chip * sizeof(uint32_t);
+  }
+
+  // Keys of one block, and how many of them it could hold on chip.
+  int64_t slice(int cluster) const {
+    const uint32_t warps = block() / kWarp;
+    return int64_t{keys_per_warp(static_cast<uint32_t>(longest), cluster * warps)} * warps;
+  }
+  int64_t fits() const {
+    const int64_t room = (device.shared_per_block - static_cast<int64_t>(shared(0))) / sizeof(uint32_t);
+    return tuning.resident >= 0 ? std::min<int64_t>(tuning.resident, room) : room;
+  }
+
+  Plan with_cluster(int cluster) const {
+    Plan plan = {.block = block(), .cluster = cluster};
+    if (slice(cluster) <= fits()) plan.on_chip = static_cast<uint32_t>(slice(cluster));
+    plan.shared = shared(plan.on_chip);
+    return plan;
+  }
+};
 
 // Blocks are added to a row set until its keys fit on chip, and further while multiprocessors would idle.
-int choose_cluster(const Device& device, int64_t rows, int64_t longest, int64_t fits) {
+int choose_cluster(const Problem& x) {
   int cluster = 1;
-  const auto slice = [&] { return longest / cluster; };
-  while (cluster < kMaxCluster &&
-         (slice() > fits || (slice() > kShortSlice && rows * cluster * 2 <= device.multiprocessors))) {
-    cluster *= 2;
-  }
+  const auto idle = [&] { return x.slice(cluster) > kShortSlice && x.rows * cluster * 2 <= x.device.multiprocessors; };
+  while (cluster < kMaxCluster && (x.slice(cluster) > x.fits() || idle())) cluster *= 2;
   return cluster;
 }
 
-Plan plan_select(const Device& device, int64_t rows, int64_t longest, const Tuning& tuning) {
-  Plan plan;
-  if (tuning.block > 0) plan.block = tuning.block;
-  const int64_t room = (device.shared_per_block - static_cast<int64_t>(shared_of(plan.block, 0))) / sizeof(uint32_t);
-  const int64_t fits = tuning.resident >= 0 ? std::min<int64_t>(tuning.resident, room) : room;
-  if (tuning.splits >= 0) {
-    plan.splits = tuning.splits;
-  } else if (!device.clusters && longest > fits && rows * 2 <= device.multiprocessors) {
-    plan.splits = static_cast<int>(std::clamp<int64_t>(2 * device.multiprocessors / rows, 2, kMaxSplits));
-  }
-  if (plan.splits == 0 && device.clusters) {
-    plan.cluster = tuning.cluster > 0 ? tuning.cluster : choose_cluster(device, rows, longest, fits);
-  }
-  const uint32_t warps = plan.block / kWarp;
-  const int64_t slice = int64_t{keys_per_warp(static_cast<uint32_t>(longest), plan.cluster * warps)} * warps;
-  plan.on_chip = slice <= fits ? static_cast<uint32_t>(slice) : 0;
-  plan.shared = shared_of(plan.block, plan.on_chip);
-  return plan;
+int choose_splits(const Problem& x) {
+  if (x.tuning.splits >= 0) return x.tuning.splits;
+  if (x.device.clusters || x.slice(1) <= x.fits() || x.rows * 2 > x.device.multiprocessors) return 0;
+  return static_cast<int>(std::clamp<int64_t>(2 * x.device.multiprocessors / x.rows, 2, kMaxSplits));
+}
+
+Plan make_plan(const Problem& x) {
+  const int splits = choose_splits(x);
+  if (splits > 0) return {.block = x.block(), .splits = splits};
+  if (!x.device.clusters) return x.with_cluster(1);
+  return x.with_cluster(x.tuning.cluster > 0 ? x.tuning.cluster : choose_cluster(x));
 }
 
 size_t scratch_of(const Plan& plan, int64_t rows) {
@@ -60,28 +76,47 @@ size_t scratch_of(const Plan& plan, int64_t rows) {
 }
 
 template <class Kernel>
-Status allow(Kernel* kernel, cudaFuncAttribute attribute, int value) {
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+Status allow(Kernel* kernel, const Device& device, const Plan& plan) {
+  cudaError_t status = cudaSuccess;
+  if (plan.shared > kDefaultShared) {
+    // Always the same value, as other threads may launch the kernel meanwhile.
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+  }
+  if (status == cudaSuccess && plan.cluster > kPortableCluster) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  return status;
 }
 
 template <ScoreType type, int kBlock>
-Status run_cluster(const SelectParams& p, const Device& device, Plan plan, Stream stream) {
+Status run_cluster(const SelectParams& p, const Problem& x, Plan plan, Stream stream) {
   auto* kernel = select_kernel<type, kBlock>;
-  Status status = cudaSuccess;
-  if (plan.shared > kDefaultShared) {
-    status = allow(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-  }
-  if (status == cudaSuccess && plan.cluster > kPortableCluster) {
-    status = allow(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  const auto grid_of = [&](const Plan& plan) {
+    return Grid{.blocks = std::min(x.rows, kMaxBlocks / plan.cluster) * plan.cluster,
+                .block = kBlock,
+                .shared = plan.shared,
+                .cluster = plan.cluster,
+                .dependent = x.device.clusters};
+  };
+  Status status = allow(kernel, x.device, plan);
+  // Large clusters need as many free multiprocessors next to each other: halved until all row sets run at once, as
+  // long as the keys stay on chip, or until one cluster fits at all.
+  while (status == cudaSuccess && plan.cluster > 1 && x.tuning.cluster == 0) {
+    int active = 0;
+    const LaunchConfig launch(grid_of(plan), stream);
+    if (cudaOccupancyMaxActiveClusters(&active, kernel, &launch.config) != cudaSuccess) {
+      active = 0;
+      cudaGetLastError();
+    }
+    const Plan half = x.with_cluster(plan.cluster / 2);
+    const bool spills = plan.on_chip > 0 && half.on_chip == 0;
+    const bool waits = active < x.rows && plan.cluster > kPortableCluster && !spills;
+    if (active > 0 && !waits) break;
+    plan = half;
+    status = allow(kernel, x.device, plan);
   }
   if (status != cudaSuccess) return status;
-  const int64_t clusters = std::min(p.source.rows(), kMaxBlocks / plan.cluster);
-  const Grid grid = {.blocks = clusters * plan.cluster,
-                     .block = kBlock,
-                     .shared = plan.shared,
-                     .cluster = plan.cluster,
-                     .dependent = device.clusters};
-  return launch(kernel, grid, stream, p, plan.on_chip);
+  return launch(kernel, grid_of(plan), stream, p, plan.on_chip);
 }
 
 template <ScoreType type, int kBlock>
@@ -100,10 +135,11 @@ Status run_split(const SelectParams& p, const Plan& plan, void* scratch, Stream 
 }
 
 template <int kBlock>
-Status run(const SelectParams& p, const Device& device, const Plan& plan, void* scratch, Stream stream) {
+Status run(const SelectParams& p, const Problem& x, void* scratch, Stream stream) {
+  const Plan plan = make_plan(x);
   const auto typed = [&]<ScoreType type> {
     return plan.splits > 0 ? run_split<type, kBlock>(p, plan, scratch, stream)
-                           : run_cluster<type, kBlock>(p, device, plan, stream);
+                           : run_cluster<type, kBlock>(p, x, plan, stream);
   };
   switch (p.type) {
     case ScoreType::f32:
@@ -121,7 +157,7 @@ Status run(const SelectParams& p, const Device& device, const Plan& plan, void* 
 size_t select_scratch(int64_t rows, int64_t longest, const Tuning& tuning) {
   Device device;
   if (rows == 0 || Device::current(device) != cudaSuccess) return 0;
-  return scratch_of(plan_select(device, rows, longest, tuning), rows);
+  return scratch_of(make_plan({device, rows, longest, tuning}), rows);
 }
 
 size_t select_scratch(int64_t rows, int64_t longest) {
@@ -134,9 +170,9 @@ Status select(const SelectParams& p, int64_t longest, void* scratch, Stream stre
   Device device;
   const Status status = Device::current(device);
   if (status != cudaSuccess) return status;
-  const Plan plan = plan_select(device, rows, longest, tuning);
-  return plan.block == kTestBlock ? run<kTestBlock>(p, device, plan, scratch, stream)
-                                  : run<kBlock>(p, device, plan, scratch, stream);
+  const Problem problem = {device, rows, longest, tuning};
+  return problem.block() == kTestBlock ? run<kTestBlock>(p, problem, scratch, stream)
+                                       : run<kBlock>(p, problem, scratch, stream);
 }
 
 Status select(const SelectParams& p, int64_t longest, void* scratch, Stream stream) {

@@ -69,8 +69,8 @@ __device__ __forceinline__ void emit_slack(int32_t* out, int64_t n, int64_t thre
   for (int64_t i = thread; i < n; i += threads) out[i] = -1;
 }
 
-// All positions of a row set that need no scores: sink, window, a middle kept whole, slack, and behind the last row
-// set the rest of the output.
+// All positions of a row set that need no scores: sink, window, a middle kept whole, slack; and its share of what lies
+// behind the last room.
 __device__ __forceinline__ void emit_decided(const SelectParams& p, const RowPlan& plan, int64_t row, int64_t thread,
                                              int64_t threads) {
   int32_t* out = p.positions + plan.out;
@@ -78,10 +78,8 @@ __device__ __forceinline__ void emit_decided(const SelectParams& p, const RowPla
   emit_run(out + plan.keep - plan.window, plan.window, plan.begin + plan.length - plan.window, thread, threads);
   if (plan.decided()) emit_run(out + plan.sink, plan.wanted, plan.begin + plan.sink, thread, threads);
   emit_slack(out + plan.keep, plan.room - plan.keep, thread, threads);
-  if (row + 1 == p.source.rows()) {
-    const int64_t end = plan.out + plan.room;
-    emit_slack(p.positions + end, p.total - end, thread, threads);
-  }
+  const int64_t rows = p.source.rows(), end = clamp(p.cu_seqlens[rows], 0, p.total);
+  emit_slack(p.positions + end, p.total - end, row * threads + thread, rows * threads);
 }
 
 }  // namespace lkv::cuda
