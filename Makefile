@@ -30,9 +30,10 @@ bench: build
 	$(RUN) -m pytest bench -q --benchmark-only --benchmark-quiet
 	$(RUN) bench/report.py
 
-style:
+style: $(VENV)/ready
+	$(RUN) -m pip install -q ruff clang-format
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
-	clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 clean:
 	rm -rf build lkv_ext/*.so $(VENV)

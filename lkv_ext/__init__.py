@@ -1,4 +1,4 @@
-"""lkv_ext: KV cache eviction for real, per-head top-k with a different k for every head, fused with the compaction of K and V.
+"""lkv_ext: KV cache eviction for real, per-head top-k with a k for every head, fused with the compaction of K and V.
 
     out = lkv_ext.evict(k, v, scores, budgets)
 
@@ -48,7 +48,12 @@ def build_info() -> dict[str, object]:
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'lkv_ext' has no attribute {name!r}")
-    value = getattr(import_module(f"lkv_ext.ops.{_HOME[name]}"), name)
+    try:
+        value = getattr(import_module(f"lkv_ext.ops.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(f"lkv_ext.{name} needs torch: pip install torch; lkv_ext.numpy does without") from None
     globals()[name] = value
     return value
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class RowSets(NamedTuple):
-    """The (layer, sequence, KV head) triples of a call, R = layers * batch * heads of them, and how long they may be."""
+    """The (layer, sequence, KV head) triples of a call, R = layers * batch * heads, and how long they may be."""
 
     layers: int
     batch: int

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from unittest import mock
 
 import torch
-from lkv import reference
-from lkv.reference.evict import Evicted
 from torch import Tensor
 
 import lkv_ext
+from lkv import reference
+from lkv.reference.evict import Evicted
 
 SCORES = (
     "normal",

@@ -11,9 +11,9 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from lkv import reference
 
 import lkv_ext.numpy as lkv_np
+from lkv import reference
 
 rng = np.random.default_rng
 

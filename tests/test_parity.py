@@ -21,9 +21,9 @@ from cases import (
     twins,
     unreadable,
 )
-from lkv import reference
 
 import lkv_ext
+from lkv import reference
 
 ROOMS = (
     dict(),

@@ -21,10 +21,10 @@ from cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from lkv import reference
 from strategies import Call, calls, scores, shuffled
 
 import lkv_ext
+from lkv import reference
 
 
 def run(call: Call, **changes: object) -> lkv_ext.RaggedKV:

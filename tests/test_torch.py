@@ -8,12 +8,12 @@ import io
 import pytest
 import torch
 from cases import bits, generator, payload_of, scores_of
-from lkv import reference
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import _pytree as pytree
 
 import lkv_ext
+from lkv import reference
 from lkv_ext.ops import library
 
 B, H, L, D = 2, 3, 12, 4

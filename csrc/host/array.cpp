@@ -29,7 +29,8 @@ bool Array::is_contiguous() const {
 std::vector<Named> named(const Arrays& arrays, const char* list, bool numbered) {
   std::vector<Named> names;
   names.reserve(arrays.size());
-  for (const Array& array : arrays) names.push_back({array, {list, numbered ? static_cast<int64_t>(names.size()) : -1}});
+  for (const Array& array : arrays)
+    names.push_back({array, {list, numbered ? static_cast<int64_t>(names.size()) : -1}});
   return names;
 }
 

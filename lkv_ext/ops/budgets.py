@@ -86,7 +86,7 @@ def budgets_from_shares(
 
 
 def apportion(weights: Tensor, total: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """Integers `[R, n]` near `clamp(t * weights, lower, upper)` that sum to `clamp(total, sum lower, sum upper)` per row.
+    """Integers `[R, n]` near `clamp(t * weights, lower, upper)`, in each row summing to the total as far as they can.
 
     Args:
         weights: float64 `[R, n]`, non-negative.
@@ -129,9 +129,9 @@ def budgets_from_scores(
 ) -> Tensor:
     """Budgets by competition: the best rows of all heads share one total per sequence, and each head gets what it won.
 
-    Protected rows (the first `sink` and last `window` valid tokens of each head) are kept whatever their scores and count
-    in the total. The others compete by score, ties to the lower layer, then head, then position; NaN ranks last. With
-    `across="heads"` this is the allocation of Ada-KV (arXiv 2407.11550), with `across="layers"` that of KVzip and LAVa.
+    Protected rows (the first `sink` and last `window` valid tokens of each head) are kept whatever their scores, and
+    count in the total. The others compete by score, ties to the lower layer, then head, then position; NaN is last. With
+    `across="heads"` this is the allocation of Ada-KV (arXiv 2407.11550), with "layers" that of KVzip and LAVa.
 
     Args:
         scores: `[B, H, L]`, or one such tensor per layer (L may differ).

@@ -38,7 +38,7 @@ def evict(
 ) -> RaggedKV:
     """Keeps the `budgets` best rows of every (sequence, KV head) and moves their K and V together.
 
-    Of each row set, with `n = clamp(budget, 0, length)`, the first `min(sink, n)` and the last `min(window, rest)` valid
+    Of each row set, with `n = clamp(budget, 0, length)`, the first `min(sink, n)` and last `min(window, rest)` valid
     tokens are kept, and of those between the best by score, ties to the lower position; NaN ranks below -inf, -0 equals
     +0. Kept rows come out in ascending position, bitwise equal to their sources. The result of a row set depends on
     nothing else: not on its neighbours, strides, threads, the device or the run.
@@ -55,7 +55,7 @@ def evict(
         cu_seqlens: int32 `[B * H + 1]` of ragged input: where each row set begins. What `evict` returned goes in again.
         sink, window: the first `sink` and last `window` valid tokens are kept before any other, inside the budget.
         layout: "packed", rows of all heads after each other in (b, h) order, `[T', D]`; or "padded", `[B, H, C, D]`.
-        capacity: upper bound of T' (packed) or C (padded). With budgets in a device tensor it is the size itself; without
+        capacity: upper bound of T' (packed) or C (padded). With budgets in a device tensor it is the size; without
             it and without `max_budget` such a call synchronises once to read them, and raises ValueError under
             torch.compile or CUDA-graph capture. Heads that do not fit are cut, see `overflow`.
         max_budget: upper bound for any one head.

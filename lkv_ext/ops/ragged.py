@@ -1,4 +1,4 @@
-"""What evict, select and gather return: rows of every (sequence, KV head) one after the other, a different number each."""
+"""What evict, select and gather return: the rows of every (sequence, KV head), a different number each."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ class RaggedKV:
 
     def __repr__(self) -> str:
         v = "None" if self.v is None else str(list(self.v.shape))
-        return f"RaggedKV(k={list(self.k.shape)}, v={v}, {self.k.dtype}, {len(self.companions)} companions, {_describe(self)})"
+        tensors = f"k={list(self.k.shape)}, v={v}, {self.k.dtype}, {len(self.companions)} companions"
+        return f"RaggedKV({tensors}, {_describe(self)})"
 
 
 def _describe(index: RaggedIndex | RaggedKV) -> str:

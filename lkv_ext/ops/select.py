@@ -55,7 +55,7 @@ def gather(tensors: Sequence[Tensor], index: RaggedIndex, *, cu_seqlens: Tensor 
     Args:
         tensors: dense `[B, H, L, ...]` or, with `cu_seqlens`, ragged `[T, ...]`; any dtypes, contiguous after the token
             axis, one L for all.
-        index: what `select` returned for scores of these row sets. Its values are not trusted: a position that is not in
+        index: what `select` returned for scores of these row sets. Its values are not trusted: a position outside
             the row set gives a row of zeros.
         cu_seqlens: int32 `[B * H + 1]` of ragged input.
 

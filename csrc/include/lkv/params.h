@@ -56,7 +56,9 @@ struct RowSet {
   }
 };
 
-LKV_HD int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+LKV_HD int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
 
 LKV_HD RowSet row_set(const Source& s, int64_t row) {
   RowSet r;
@@ -78,8 +80,8 @@ struct RoomsParams {
   Source source;
   RowInts budgets;
   int64_t max_budget, reserve, align;
-  int64_t padded;  // C of a padded output, 0 when packed
-  int64_t total;   // rows allocated in the output
+  int64_t padded;       // C of a padded output, 0 when packed
+  int64_t total;        // rows allocated in the output
   int32_t* lengths;     // out [R]: rows kept
   int32_t* cu_seqlens;  // out [R + 1]: room offsets
   int32_t* overflow;    // out [1]: rows cut by max_budget, C or total; may be nullptr
@@ -87,7 +89,8 @@ struct RoomsParams {
 };
 
 // The rows to keep, ascending, at positions[cu_seqlens[row] + i]; -1 in the slack of the rooms and after the last room.
-// Of keep rows: the first min(sink, keep), the last min(window, rest), and the best of those between by (score, lower position).
+// Of keep rows: the first min(sink, keep), the last min(window, rest), and the best of those between by (score, lower
+// position).
 struct SelectParams {
   Source source;
   const Strided* scores;  // [layers]
@@ -105,9 +108,9 @@ struct SelectParams {
 struct GatherParams {
   Source source;  // lengths and starts are not used
   int64_t payloads;
-  const Strided* inputs;     // [payloads * layers], payload-major
-  char* const* outputs;      // [payloads] contiguous rows
-  const int64_t* row_bytes;  // [payloads]
+  const Strided* inputs;      // [payloads * layers], payload-major
+  char* const* outputs;       // [payloads] contiguous rows
+  const int64_t* row_bytes;   // [payloads]
   const int32_t* positions;   // [total]
   const int32_t* cu_seqlens;  // [R + 1]
   int64_t total;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def _row_sets(tensor: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
     if cu_seqlens is None:
         return [head for sequence in tensor for head in sequence]
     offsets = cu_seqlens.tolist()
-    return [tensor[begin:end] for begin, end in zip(offsets, offsets[1:], strict=False)]
+    return [tensor[begin:end] for begin, end in pairwise(offsets)]
 
 
 def _spans(

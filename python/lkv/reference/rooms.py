@@ -30,8 +30,8 @@ def rooms(
 ) -> Rooms:
     """`keep = clamp(budget, 0, length)`, at most `max_budget`; `room = keep + reserve`, rounded up to `align`.
 
-    Rooms lie one after the other. A room that would end after `capacity` ends there, and so do its rows. A padded output
-    gives the longest room to all. `total`, where given, is the size of the output (else: what the rooms need).
+    Rooms lie one after the other. A room that would end after `capacity` ends there, and so do its rows. A padded
+    output gives the longest room to all. `total`, where given, is the size of the output (else: what the rooms need).
     """
     wanted = [max(0, min(budget, length)) for budget, length in zip(budgets, lengths, strict=True)]
     kept = [n if max_budget is None else min(n, max_budget) for n in wanted]
