@@ -130,7 +130,7 @@ def budgets_from_scores(
     """Budgets by competition: the best rows of all heads share one total per sequence, and each head gets what it won.
 
     Protected rows (the first `sink` and last `window` valid tokens of each head) are kept whatever their scores, and
-    count in the total. The others compete by score, ties to the lower layer, then head, then position; NaN is last. With
+    count in the total. The others compete by score, ties to the lower layer, then head, then position; NaN last. With
     `across="heads"` this is the allocation of Ada-KV (arXiv 2407.11550), with "layers" that of KVzip and LAVa.
 
     Args:
