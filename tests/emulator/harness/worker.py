@@ -174,7 +174,11 @@ def same(what: str, got: np.ndarray, want: np.ndarray) -> None:
 def main(library: str, first: int, count: int, names: list[str], variant: int) -> int:
     emulator = Emulator(library)
     emulator.configure(Schedule(names[0]), Tuning())
-    check_upload(emulator)
+    try:
+        check_upload(emulator)
+    except AssertionError as error:
+        print(error, file=sys.stderr)
+        return 1
     emulator.free_all()
     for seed in range(first, first + count):
         case, draw = make_case(seed), np.random.default_rng((seed, variant))
