@@ -99,11 +99,6 @@ cudaError_t active_clusters(int* clusters, const cudaLaunchConfig_t& config) {
   return cudaSuccess;
 }
 
-cudaError_t active_blocks(int* blocks, size_t threads, size_t shared_bytes) {
-  *blocks = threads <= 1024 && shared_bytes <= limits().shared_optin ? 1 : 0;
-  return cudaSuccess;
-}
-
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, Body body) {
   auto grid = std::make_shared<Grid>();
   grid->body = std::move(body);
@@ -129,7 +124,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, Body bo
 
 using emulator::Scheduler;
 
-const char* cudaGetErrorName(cudaError_t error) {
+const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
       return "cudaSuccess";
@@ -149,16 +144,9 @@ const char* cudaGetErrorName(cudaError_t error) {
   return "unrecognized error code";
 }
 
-const char* cudaGetErrorString(cudaError_t error) {
-  return cudaGetErrorName(error);
-}
 cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
-cudaError_t cudaPeekAtLastError() {
-  return cudaSuccess;
-}
-
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
@@ -192,19 +180,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
   return emulator::host_task(stream, [=] { std::memset(data, value, bytes); });
-}
-
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
-  return emulator::host_task(stream, [=] { std::memcpy(to, from, bytes); });
-}
-
-cudaError_t cudaStreamSynchronize(cudaStream_t) {
-  return cudaDeviceSynchronize();
-}
-
-cudaError_t cudaDeviceSynchronize() {
-  Scheduler::instance().run();
-  return cudaSuccess;
 }
 
 int emulator_configure(const char* schedule, unsigned long long seed, int resident, int capability, int eager) {

@@ -32,37 +32,9 @@ struct dim3 {
 struct alignas(8) uint2 {
   unsigned x, y;
 };
-struct alignas(8) int2 {
-  int x, y;
-};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(16) ulonglong2 {
-  unsigned long long x, y;
-};
-
-inline uint2 make_uint2(unsigned x, unsigned y) {
-  return {x, y};
-}
-inline int2 make_int2(int x, int y) {
-  return {x, y};
-}
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
-  return {x, y, z, w};
-}
-inline int4 make_int4(int x, int y, int z, int w) {
-  return {x, y, z, w};
-}
-inline ulonglong2 make_ulonglong2(unsigned long long x, unsigned long long y) {
-  return {x, y};
-}
 
 // Set by the scheduler at every switch. Plain variables: as macros they would collide with fields of the same names.
 extern uint3 threadIdx, blockIdx;
@@ -123,25 +95,16 @@ enum cudaDeviceAttr {
   cudaDevAttrClusterLaunch = 120,
 };
 
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
-
 const char* cudaGetErrorString(cudaError_t error);
-const char* cudaGetErrorName(cudaError_t error);
 cudaError_t cudaGetLastError();
-cudaError_t cudaPeekAtLastError();
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream = nullptr);
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
-                            cudaStream_t stream = nullptr);
-cudaError_t cudaStreamSynchronize(cudaStream_t stream);
-cudaError_t cudaDeviceSynchronize();
 
 namespace emulator {
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t active_clusters(int* clusters, const cudaLaunchConfig_t& config);
-cudaError_t active_blocks(int* blocks, size_t threads, size_t shared_bytes);
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, Body body);
 
 }  // namespace emulator
@@ -158,12 +121,6 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute at
 template <class... Parameters>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Parameters...), const cudaLaunchConfig_t* config) {
   return emulator::active_clusters(clusters, *config);
-}
-
-template <class... Parameters>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(Parameters...), int threads,
-                                                          size_t shared_bytes) {
-  return emulator::active_blocks(blocks, static_cast<size_t>(threads), shared_bytes);
 }
 
 // Arguments are copied at the launch, as the real call does: what they were made from may die before the kernel runs.

@@ -122,22 +122,6 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
   return emulator::shuffle("__shfl_up_sync", mask, value, place < delta ? lane : lane - delta, where);
 }
 
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
-                   emulator::Where where = emulator::Where::current()) {
-  const unsigned lane = emulator::lane(), place = lane & (width - 1);
-  const bool inside = place + delta < static_cast<unsigned>(width);
-  return emulator::shuffle("__shfl_down_sync", mask, value, inside ? lane + delta : lane, where);
-}
-
-template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int flip, int width = warpSize,
-                  emulator::Where where = emulator::Where::current()) {
-  const unsigned lane = emulator::lane(), source = lane ^ static_cast<unsigned>(flip);
-  const bool inside = source < (lane & ~static_cast<unsigned>(width - 1)) + width;
-  return emulator::shuffle("__shfl_xor_sync", mask, value, inside ? source : lane, where);
-}
-
 inline unsigned __ballot_sync(unsigned mask, int predicate, emulator::Where where = emulator::Where::current()) {
   const std::array<uint64_t, 32> words = emulator::warp_exchange("__ballot_sync", mask, predicate != 0, where);
   unsigned votes = 0;
@@ -152,14 +136,6 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned value, emulator::Where 
   return bits;
 }
 
-inline int __any_sync(unsigned mask, int predicate, emulator::Where where = emulator::Where::current()) {
-  return __ballot_sync(mask, predicate, where) != 0;
-}
-
-inline int __all_sync(unsigned mask, int predicate, emulator::Where where = emulator::Where::current()) {
-  return __ballot_sync(mask, predicate, where) == mask;
-}
-
 inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Where where = emulator::Where::current()) {
   emulator::warp_exchange("__syncwarp", mask, 0, where);
 }
@@ -167,39 +143,11 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Where where = emul
 inline int __popc(unsigned x) {
   return std::popcount(x);
 }
-inline int __popcll(unsigned long long x) {
-  return std::popcount(x);
-}
-inline int __clz(int x) {
-  return std::countl_zero(static_cast<unsigned>(x));
-}
-inline int __ffs(int x) {
-  return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1;
-}
-
 template <class T>
 T atomicAdd(T* address, std::type_identity_t<T> value) {
   emulator::preemption_point();
   const T before = *address;
   *address = before + value;
   if (value != 0) emulator::progress();
-  return before;
-}
-
-template <class T>
-T atomicOr(T* address, std::type_identity_t<T> value) {
-  emulator::preemption_point();
-  const T before = *address;
-  *address = before | value;
-  if (*address != before) emulator::progress();
-  return before;
-}
-
-template <class T>
-T atomicExch(T* address, std::type_identity_t<T> value) {
-  emulator::preemption_point();
-  const T before = *address;
-  *address = value;
-  if (value != before) emulator::progress();
   return before;
 }
