@@ -184,7 +184,7 @@ def check_index(got: lkv_ext.RaggedIndex | lkv_ext.RaggedKV, want: Evicted) -> N
     assert got.cu_seqlens.tolist() == want.cu_seqlens.tolist()
     assert got.lengths.tolist() == want.lengths.tolist()
     assert torch.equal(got.positions, want.positions)
-    assert got.max_length >= max(got.lengths.flatten().tolist(), default=0)
+    assert max(got.lengths.flatten().tolist(), default=0) <= got.max_length <= got.positions.shape[-1]
     if got.overflow is not None:
         assert got.overflow.dtype == torch.int32 and got.overflow.shape == ()
         assert int(got.overflow) == want.overflow
