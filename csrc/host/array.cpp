@@ -12,6 +12,23 @@ std::ostream& operator<<(std::ostream& out, const Name& name) {
   return name.index < 0 ? out : out << '[' << name.index << ']';
 }
 
+std::string describe_dtype(const Array& a) {
+  switch (a.element) {
+    case Element::f32:
+      return "float32";
+    case Element::f16:
+      return "float16";
+    case Element::bf16:
+      return "bfloat16";
+    case Element::i32:
+      return "int32";
+    case Element::i64:
+      return "int64";
+    default:
+      return "another of " + std::to_string(a.itemsize) + " bytes";
+  }
+}
+
 int64_t Array::numel() const {
   int64_t count = 1;
   for (int64_t i = 0; i < rank; ++i) count *= sizes[i];
@@ -40,7 +57,8 @@ void check_device(const Named& a, Device expected) {
 }
 
 void check_int32(const Named& a, const Shape& expected, const char* dims) {
-  check_type(a.array.element == Element::i32, "expected ", a.name, " of dtype int32");
+  if (a.array.element != Element::i32)
+    fail("TypeError", "expected ", a.name, " of dtype int32, got ", describe_dtype(a.array));
   const Shape shape = a.array.shape();
   check_value(shape == expected, "expected ", a.name, " of shape ", dims, " = ", expected, ", got ", shape);
   check_value(a.array.is_contiguous(), "expected ", a.name, " contiguous");
@@ -55,7 +73,8 @@ ScoreType check_scores_dtype(const Named& scores) {
     case Element::bf16:
       return ScoreType::bf16;
     default:
-      fail("TypeError", "expected ", scores.name, " of dtype float32, float16 or bfloat16, got another");
+      fail("TypeError", "expected ", scores.name, " of dtype float32, float16 or bfloat16, got ",
+           describe_dtype(scores.array));
   }
 }
 
@@ -80,7 +99,8 @@ RowLayout row_layout(const Named& a, bool ragged) {
 RowInts row_ints(const Named& a, int64_t layers, int64_t batch, int64_t heads) {
   const Array& array = a.array;
   const bool wide = array.element == Element::i64;
-  check_type(wide || array.element == Element::i32, "expected ", a.name, " of dtype int32 or int64, got another");
+  if (!wide && array.element != Element::i32)
+    fail("TypeError", "expected ", a.name, " of dtype int32 or int64, got ", describe_dtype(array));
   const int64_t full[3] = {layers, batch, heads};
   int64_t steps[3] = {0, 0, 0};
   bool fits = array.rank <= 3;

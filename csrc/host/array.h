@@ -38,6 +38,8 @@ struct Array {
   bool is_contiguous() const;
 };
 
+std::string describe_dtype(const Array& a);
+
 using Arrays = std::vector<Array>;
 
 // How error messages call an array: "cu_seqlens", "scores[3]". Spelled out only where there is an error.
