@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness.build import ROOT, SCHEDULES, build_root, checked, locked, missing_tool
+from harness.build import ROOT, SCHEDULES, build_root, checked, configure, locked, missing_tool, program
 
 pytest.importorskip("torch")
 
@@ -21,9 +21,8 @@ def library() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_suffix(".lock")):
         source = ROOT / "tests" / "emulator" / "torch"
-        python = f"-DPython_EXECUTABLE={sys.executable}"
-        checked(["cmake", "-S", source, "-B", folder, "-G", "Ninja", "-DCMAKE_CXX_COMPILER=g++", python])
-        checked(["cmake", "--build", folder])
+        checked(configure(source, folder, f"-DPython_EXECUTABLE={sys.executable}"))
+        checked([program("cmake"), "--build", folder, "--parallel", "2"])
     return folder / "_torch_emulated.so"
 
 

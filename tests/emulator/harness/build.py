@@ -21,22 +21,32 @@ def build_root() -> Path:
     return Path(os.environ.get("LKV_EMULATOR_BUILD", ROOT / "build" / "emulator"))
 
 
+def program(name: str) -> str | None:
+    """A build tool: the one installed for this Python first, as the system's may be too old or absent."""
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+
+
 def missing_tool() -> str | None:
     """What this machine lacks to build the emulator; the sanitizers' run time is GCC's."""
-    return next((tool for tool in ("g++", "cmake") if shutil.which(tool) is None), None)
+    return next((tool for tool in ("g++", "cmake") if program(tool) is None), None)
+
+
+def configure(source: Path, folder: Path, *definitions: str) -> list[str | Path]:
+    """The command; a build folder keeps the generator that it began with."""
+    ninja = program("ninja")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    return [program("cmake"), "-S", source, "-B", folder, "-DCMAKE_CXX_COMPILER=g++", *generator, *definitions]
 
 
 def build(name: str, target: str, *, sanitize: bool, kernels: Path = KERNELS) -> Path:
     """Configures once, then builds what changed; returns the build folder. Safe to call from several processes."""
     folder = build_root() / name
     folder.mkdir(parents=True, exist_ok=True)
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     with locked(folder.with_suffix(".lock")):
         if not (folder / "CMakeCache.txt").exists():
             flags = [f"-DLKV_EMULATOR_SANITIZE={'ON' if sanitize else 'OFF'}", "-DLKV_EMULATOR_OPTIMIZE=-O1"]
-            command = ["cmake", "-S", EMULATOR, "-B", folder, "-DCMAKE_CXX_COMPILER=g++", *generator, *flags]
-            checked([*command, f"-DLKV_CUDA_DIR={kernels}"])
-        checked(["cmake", "--build", folder, "--target", target, "--parallel", "2"])
+            checked(configure(EMULATOR, folder, *flags, f"-DLKV_CUDA_DIR={kernels}"))
+        checked([program("cmake"), "--build", folder, "--target", target, "--parallel", "2"])
     return folder
 
 
