@@ -78,7 +78,7 @@ def evict(
     try:
         _check_rank(k, v, 4 if cu_seqlens is None else 2)
         asked = request(k, cu_seqlens, budgets, lengths, starts, options)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (scores, *payload)):
+        if torch.is_grad_enabled() and any([t.requires_grad for t in (scores, *payload)]):
             if any(t.requires_grad for t in payload):
                 return _select_and_gather(payload, v is not None, scores, cu_seqlens, asked, out)
             scores = scores.detach()  # they rank, and a ranking has no gradient
