@@ -86,6 +86,17 @@ def test_composition_keeps_the_same_rows():
     assert torch.equal(kept.k[used], k) and torch.equal(kept.v[used], v)
 
 
+def test_prefill_in_chunks_fills_the_cache_of_plain_attention():
+    model, cache, _, token, _, _ = small_job()
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        plain = model(demo.prompt(TOKENS)[0], use_cache=True)
+    for ours, theirs in zip(cache.layers, plain.past_key_values.layers, strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
+    assert torch.equal(token[0], plain.logits[0, -1:].argmax(-1))
+
+
 def test_window_scores_are_causal_attention_of_the_group():
     queries, keys = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 20, 8)
     logits = torch.einsum("bhqd,bhkd->bhqk", queries, keys.repeat_interleave(2, 1)) * 0.3
