@@ -28,7 +28,7 @@ fuzz: build
 
 bench: build
 	$(RUN) -m pytest bench -q --benchmark-only --benchmark-quiet
-	$(RUN) bench/report.py
+	$(RUN) bench/report.py --readme README.md
 
 style: $(VENV)/ready
 	$(RUN) -m pip install -q ruff clang-format
