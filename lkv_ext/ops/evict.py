@@ -105,7 +105,7 @@ def evict_layers(
     companions: Sequence[Sequence[Tensor]] = (),
     out: RaggedKV | None = None,
 ) -> RaggedKV:
-    """`evict` for all layers of a model at once: one launch, one joint buffer.
+    """`evict` for all layers of a model at once: one call, one joint buffer.
 
     Args:
         ks, vs: one dense tensor per layer, `[B, H, L, D]` and `[B, H, L, Dv]`; L and the strides may differ.
