@@ -1,9 +1,9 @@
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <thread>
 
-#include "lkv/cpu.h"
-#include "row_kernels.h"
-#include "units.h"
+#include "gather_units.h"
 
 namespace lkv::cpu {
 namespace {
@@ -30,73 +30,77 @@ Segment segment_at(const GatherParams& p, int64_t rows, int64_t j, int64_t end) 
   return {i - 1, j, std::min<int64_t>(end, *next)};
 }
 
-class Gather {
- public:
-  explicit Gather(const GatherParams& p) : p_(p), kernels_(row_kernels()), rows_(p.source.rows()) {
-    for (int64_t i = 0; i < p.payloads; ++i) bytes_ += p.row_bytes[i];
+int64_t bytes_of(const GatherParams& p) {
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < p.payloads; ++i) bytes += p.row_bytes[i];
+  return bytes;
+}
+
+char* output(const GatherParams& p, int64_t payload, int64_t j) {
+  return p.outputs[payload] + j * p.row_bytes[payload];
+}
+
+void clear(const GatherParams& p, const Segment& s) {
+  for (int64_t payload = 0; payload < p.payloads; ++payload) {
+    std::memset(output(p, payload, s.begin), 0, static_cast<size_t>((s.end - s.begin) * p.row_bytes[payload]));
   }
+}
 
-  int64_t row_bytes() const { return bytes_; }
-
-  void tile(int64_t begin, int64_t end) const {
-    while (begin < end) {
-      const Segment segment = segment_at(p_, rows_, begin, end);
-      if (segment.row < 0) {
-        clear(segment);
-      } else {
-        move(segment);
-      }
-      begin = segment.end;
-    }
-    if (p_.warm) kernels_.fence();
-  }
-
- private:
-  char* output(int64_t payload, int64_t j) const { return p_.outputs[payload] + j * p_.row_bytes[payload]; }
-
-  void clear(const Segment& s) const {
-    for (int64_t payload = 0; payload < p_.payloads; ++payload) {
-      std::memset(output(payload, s.begin), 0, static_cast<size_t>((s.end - s.begin) * p_.row_bytes[payload]));
-    }
-  }
-
-  void move(const Segment& s) const {
-    const RowSet set = row_set(p_.source, s.row);
-    for (int64_t payload = 0; payload < p_.payloads; ++payload) {
-      const int64_t bytes = p_.row_bytes[payload];
-      if (bytes == 0) continue;
-      const Strided& input = p_.inputs[payload * p_.source.layers + set.layer];
-      const CopyRows copy = streamed(payload) ? kernels_.stream_rows(bytes) : kernels_.copy_rows(bytes);
-      copy({output(payload, s.begin), bytes, set.at(input, 0), input.token, p_.positions + s.begin, s.end - s.begin,
-            set.limit, bytes});
-    }
-  }
-
-  bool streamed(int64_t payload) const {
-    const auto address = reinterpret_cast<uintptr_t>(p_.outputs[payload]);
-    return p_.warm && p_.total * bytes_ >= kStreamed && p_.row_bytes[payload] % 64 == 0 && address % 64 == 0;
-  }
-
-  const GatherParams& p_;
-  const RowKernels& kernels_;
-  int64_t rows_, bytes_ = 0;
-};
+void wait_for(const uint32_t& ready) {
+  while (std::atomic_ref(const_cast<uint32_t&>(ready)).load(std::memory_order_acquire) == 0) std::this_thread::yield();
+}
 
 }  // namespace
 
+int64_t gather_workers(const GatherParams& p, const Threads& threads) {
+  return useful_workers(threads, p.total, p.total * bytes_of(p), kGrain);
+}
+
+GatherUnits::GatherUnits(const GatherParams& p, int64_t workers)
+    : p_(p), kernels_(row_kernels()), bytes_(bytes_of(p)), workers_(workers) {
+  if (p.total == 0 || bytes_ == 0) return;
+  const int64_t work = p.total * bytes_;
+  tile_ = std::max<int64_t>(1, std::min(kTile, work / (4 * workers)) / bytes_);
+  stretch_ = ((p.total + tile_ - 1) / tile_ + workers - 1) / workers;
+}
+
+void GatherUnits::run(int64_t unit) const {
+  int64_t begin = (unit % workers_ * stretch_ + unit / workers_) * tile_;
+  const int64_t end = std::min(p_.total, begin + tile_);
+  while (begin < end) {
+    const Segment segment = segment_at(p_, p_.source.rows(), begin, end);
+    if (segment.row < 0) {
+      clear(p_, segment);
+    } else {
+      if (p_.ready != nullptr) wait_for(p_.ready[segment.row]);
+      move(segment.row, segment.begin, segment.end);
+    }
+    begin = segment.end;
+  }
+  if (p_.warm) kernels_.fence();
+}
+
+void GatherUnits::move(int64_t row, int64_t begin, int64_t end) const {
+  const RowSet set = row_set(p_.source, row);
+  for (int64_t payload = 0; payload < p_.payloads; ++payload) {
+    const int64_t bytes = p_.row_bytes[payload];
+    if (bytes == 0) continue;
+    const Strided& input = p_.inputs[payload * p_.source.layers + set.layer];
+    const CopyRows copy = streamed(payload) ? kernels_.stream_rows(bytes) : kernels_.copy_rows(bytes);
+    copy({output(p_, payload, begin), bytes, set.at(input, 0), input.token, p_.positions + begin, end - begin,
+          set.limit, bytes});
+  }
+}
+
+bool GatherUnits::streamed(int64_t payload) const {
+  const auto address = reinterpret_cast<uintptr_t>(p_.outputs[payload]);
+  return p_.warm && p_.total * bytes_ >= kStreamed && p_.row_bytes[payload] % 64 == 0 && address % 64 == 0;
+}
+
 void gather(const GatherParams& p, const Threads& threads) {
-  const Gather gather(p);
-  if (p.total == 0 || gather.row_bytes() == 0) return;
-  const int64_t work = p.total * gather.row_bytes();
-  const int64_t workers = useful_workers(threads, p.total, work, kGrain);
-  const int64_t tile = std::max<int64_t>(1, std::min(kTile, work / (4 * workers)) / gather.row_bytes());
-  const int64_t units = (p.total + tile - 1) / tile;
-  // Handed out from as many stretches as there are workers: two that meet in one fresh huge page would both clear it.
-  const int64_t stretch = (units + workers - 1) / workers;
-  for_each_unit(threads, workers, stretch * workers, [&](int64_t turn, int64_t) {
-    const int64_t begin = (turn % workers * stretch + turn / workers) * tile;
-    gather.tile(begin, std::min(p.total, begin + tile));
-  });
+  const int64_t workers = gather_workers(p, threads);
+  const GatherUnits units(p, workers);
+  for_each_unit(threads, workers, units.count(), [&](int64_t unit, int64_t) { units.run(unit); });
 }
 
 }  // namespace lkv::cpu

@@ -1,11 +1,9 @@
 #include <algorithm>
 #include <atomic>
-#include <memory>
 #include <numeric>
 
-#include "lkv/cpu.h"
 #include "pivot.h"
-#include "units.h"
+#include "select_units.h"
 
 namespace lkv::cpu {
 namespace {
@@ -61,6 +59,7 @@ void select_row(const SelectParams& p, const RowKernels& kernels, int64_t row, u
 }
 
 int64_t longest_row(const Source& source) {
+  if (source.rows() == 0) return 0;
   if (source.cu_seqlens == nullptr) return *std::max_element(source.tokens, source.tokens + source.layers);
   int64_t longest = 0;
   for (int64_t row = 0; row < source.rows(); ++row) longest = std::max(longest, row_set(source, row).limit);
@@ -69,19 +68,28 @@ int64_t longest_row(const Source& source) {
 
 }  // namespace
 
-void select(const SelectParams& p, const Threads& threads) {
+int64_t select_workers(const SelectParams& p, const Threads& threads) {
   const int64_t rows = p.source.rows();
-  if (rows == 0) {
-    std::fill_n(p.positions, p.total, -1);
-    return;
+  return useful_workers(threads, rows, rows * longest_row(p.source), kGrain);
+}
+
+SelectUnits::SelectUnits(const SelectParams& p, int64_t workers)
+    : p_(p), kernels_(row_kernels()), words_(pivot_scratch(longest_row(p.source))) {
+  scratch_.reset(new uint32_t[static_cast<size_t>(workers * words_)]);
+}
+
+void SelectUnits::run(int64_t unit, int64_t worker) const {
+  if (p_.source.rows() == 0) {
+    std::fill_n(p_.positions, p_.total, -1);
+  } else {
+    select_row(p_, kernels_, unit, scratch_.get() + worker * words_);
   }
-  const RowKernels& kernels = row_kernels();
-  const int64_t longest = longest_row(p.source);
-  const int64_t workers = useful_workers(threads, rows, rows * longest, kGrain);
-  const int64_t words = pivot_scratch(longest);
-  const std::unique_ptr<uint32_t[]> scratch(new uint32_t[static_cast<size_t>(workers * words)]);
-  for_each_unit(threads, workers, rows,
-                [&](int64_t row, int64_t worker) { select_row(p, kernels, row, scratch.get() + worker * words); });
+}
+
+void select(const SelectParams& p, const Threads& threads) {
+  const int64_t workers = select_workers(p, threads);
+  const SelectUnits units(p, workers);
+  for_each_unit(threads, workers, units.count(), [&](int64_t unit, int64_t worker) { units.run(unit, worker); });
 }
 
 }  // namespace lkv::cpu

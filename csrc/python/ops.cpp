@@ -36,26 +36,40 @@ class Run {
 
   void select(const host::IndexPointers& index) const {
     const host::Params params(problem_, problem_.tables.data());
-    const int64_t bytes = problem_.rows() * problem_.longest * static_cast<int64_t>(sizeof(float));
     cpu::rooms(params.rooms(sizes_, index, nullptr));
-    cpu::select(params.select(sizes_, index, nullptr), CallThreads(threads_, bytes));
+    cpu::select(params.select(sizes_, index, nullptr), CallThreads(threads_, read()));
   }
 
-  void gather(const std::vector<char*>& outputs, const host::IndexPointers& index, bool warm) const {
+  void evict(const std::vector<char*>& outputs, const host::IndexPointers& index, bool warm) const {
     const size_t table = problem_.tables.add(outputs);
     const host::Params params(problem_, problem_.tables.data());
-    cpu::gather(params.gather(table, index.positions, index.cu_seqlens, sizes_.total, nullptr, warm), mover());
+    cpu::rooms(params.rooms(sizes_, index, nullptr));
+    cpu::evict(params.select(sizes_, index, nullptr), gather_params(params, table, index, warm),
+               CallThreads(threads_, read() + moved()));
+  }
+
+  void gather(const std::vector<char*>& outputs, const host::IndexPointers& index) const {
+    const size_t table = problem_.tables.add(outputs);
+    const host::Params params(problem_, problem_.tables.data());
+    cpu::gather(gather_params(params, table, index, false), CallThreads(threads_, moved()));
   }
 
   void compact(const host::IndexPointers& index) const {
-    cpu::compact(host::Params(problem_, problem_.tables.data()).compact(index), mover());
+    cpu::compact(host::Params(problem_, problem_.tables.data()).compact(index), CallThreads(threads_, moved()));
   }
 
  private:
-  CallThreads mover() const {
+  GatherParams gather_params(const host::Params& params, size_t outputs, const host::IndexPointers& index,
+                             bool warm) const {
+    return params.gather(outputs, index.positions, index.cu_seqlens, sizes_.total, nullptr, warm);
+  }
+
+  // Bytes of scores, and of rows.
+  int64_t read() const { return problem_.rows() * problem_.longest * static_cast<int64_t>(sizeof(float)); }
+  int64_t moved() const {
     int64_t bytes = 0;
     for (const host::Payload& payload : problem_.payloads) bytes += payload.row_bytes;
-    return CallThreads(threads_, sizes_.total * bytes);
+    return sizes_.total * bytes;
   }
 
   host::Problem& problem_;
@@ -91,7 +105,7 @@ PyArrays gather(const PyArrays& arrays, const Index& index, const Request& reque
   const std::vector<char*> data = data_of(out);
   const host::IndexPointers rows = pointers(index);
   const py::gil_scoped_release released;
-  Run(problem, sizes, request.threads).gather(data, rows, false);
+  Run(problem, sizes, request.threads).gather(data, rows);
   return out;
 }
 
@@ -105,9 +119,7 @@ std::pair<PyArrays, Index> evict(const PyArrays& payload, const py::array& score
   const host::IndexPointers results = pointers(index);
   {
     const py::gil_scoped_release released;
-    const Run run(problem, sizes, request.threads);
-    run.select(results);
-    run.gather(data, results, false);
+    Run(problem, sizes, request.threads).evict(data, results, false);
   }
   return {std::move(out), std::move(index)};
 }
@@ -125,9 +137,7 @@ void evict_out(const PyArrays& out, const Index& index, const PyArrays& payload,
   const std::vector<char*> data = data_of(out);
   const host::IndexPointers results = pointers(index);
   const py::gil_scoped_release released;
-  const Run run(problem, sizes, request.threads);
-  run.select(results);
-  run.gather(data, results, true);
+  Run(problem, sizes, request.threads).evict(data, results, true);
 }
 
 Index evict_in_place(const PyArrays& payload, const py::array& scores, const Request& request) {

@@ -18,13 +18,9 @@ void add_outputs(Tensors& list, const host::Problem& problem, const Tensors& pay
 namespace {
 
 // `out`: the moved payload, then the index.
-void select_and_gather(host::Problem& problem, const host::Sizes& sizes, const Tensors& out, bool count_overflow,
-                       bool warm) {
+void run(host::Problem& problem, const host::Sizes& sizes, const Tensors& out, bool count_overflow, bool warm) {
   const Tensor* const index = out.data() + problem.payloads.size();
-  const host::IndexPointers where = pointers(index, count_overflow);
-  Launch launch(problem, out.data(), *index, true);
-  launch.select(sizes, where, true);
-  launch.gather(where.positions, where.cu_seqlens, sizes.total, /*behind_select=*/true, warm);
+  Launch(problem, out.data(), *index, true).evict(sizes, pointers(index, count_overflow), warm);
 }
 
 Tensors evict_new(const Tensors& payload, const Tensors& scores, const host::Sizes& sizes, const host::Layout& layout,
@@ -35,7 +31,7 @@ Tensors evict_new(const Tensors& payload, const Tensors& scores, const host::Siz
   out.reserve(problem.payloads.size() + 4);
   add_outputs(out, problem, payload, sizes.total, sizes.padded);
   add_index(out, problem, sizes, scores[0], count_overflow);
-  select_and_gather(problem, sizes, out, count_overflow, false);
+  run(problem, sizes, out, count_overflow, false);
   return out;
 }
 
@@ -45,13 +41,15 @@ Tensors evict(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
   return evict_new(payload, scores, LKV_SIZES, LKV_LAYOUT(static_cast<int64_t>(scores.size())), count_overflow);
 }
 
-Tensors evict_plain(Tensors payload, Tensors scores, std::vector<int64_t> budgets, int64_t total) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> evict_plain(Tensor k, Tensor v, Tensor scores,
+                                                               std::vector<int64_t> budgets, int64_t total) {
   host::Sizes sizes{};
   sizes.budgets.host = std::move(budgets);
   sizes.total = total;
   sizes.padded = sizes.max_budget = -1;
   sizes.align = 1;
-  return evict_new(payload, scores, sizes, {static_cast<int64_t>(scores.size()), 0, 0, std::nullopt}, false);
+  Tensors out = evict_new({std::move(k), std::move(v)}, {std::move(scores)}, sizes, {1, 0, 0, std::nullopt}, false);
+  return {std::move(out[0]), std::move(out[1]), std::move(out[2]), std::move(out[3]), std::move(out[4])};
 }
 
 void evict_out(Tensors out, Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
@@ -71,7 +69,7 @@ void evict_out(Tensors out, Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS
                        index[2],
                        count_overflow ? std::optional(index[3]) : std::nullopt},
                       sources, ranking);
-  select_and_gather(problem, sizes, out, count_overflow, true);
+  run(problem, sizes, out, count_overflow, true);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> evict_(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
@@ -84,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evict_(Tensors payload, Tensors score
   add_index(index, problem, sizes, scores[0], count_overflow);
   const host::IndexPointers where = pointers(index.data(), count_overflow);
   Launch launch(problem, nullptr, scores[0], true);
-  launch.select(sizes, where, false);
+  launch.select(sizes, where);
   launch.compact(where);
   return {index[0], index[1], index[2], count_overflow ? index[3] : empty_int32({0}, scores[0])};
 }

@@ -10,8 +10,7 @@ Tensors gather(Tensors tensors, Tensor positions, Tensor cu_seqlens, int64_t lay
   Tensors out;
   add_outputs(out, problem, tensors, positions.numel(), padded);
   Launch(problem, out.data(), tensors[0], false)
-      .gather(data<int32_t>(positions), data<int32_t>(cu_seqlens), positions.numel(), /*behind_select=*/false,
-              /*warm=*/false);
+      .gather(data<int32_t>(positions), data<int32_t>(cu_seqlens), positions.numel());
   return out;
 }
 

@@ -37,29 +37,40 @@ Launch::Launch(host::Problem& problem, const Tensor* outputs, const Tensor& like
 #endif
 }
 
-void Launch::select(const host::Sizes& sizes, const host::IndexPointers& out, bool gathers) {
+void Launch::select(const host::Sizes& sizes, const host::IndexPointers& out) {
   const host::Params params(problem_, tables_);
-  uint32_t* ready = gathers ? ready_ : nullptr;
-  const RoomsParams rooms = params.rooms(sizes, out, ready);
-  const SelectParams select = params.select(sizes, out, ready);
+  const SelectParams select = params.select(sizes, out, nullptr);
+  make_rooms(params.rooms(sizes, out, nullptr));
 #ifdef LKV_WITH_CUDA
   if (cuda_) {
-    cuda_->check(cuda::rooms(rooms, cuda_->stream()), "rooms");
     cuda_->check(cuda::select(select, problem_.longest, scratch_, cuda_->stream()), "select");
     return;
   }
 #endif
-  cpu::rooms(rooms);
   cpu::select(select, torch_threads());
 }
 
-void Launch::gather(const int32_t* positions, const int32_t* cu_seqlens, int64_t total, bool behind_select, bool warm) {
-  const GatherParams gather =
-      host::Params(problem_, tables_)
-          .gather(outputs_, positions, cu_seqlens, total, behind_select ? ready_ : nullptr, warm);
+void Launch::evict(const host::Sizes& sizes, const host::IndexPointers& out, bool warm) {
+  const host::Params params(problem_, tables_);
+  const SelectParams select = params.select(sizes, out, ready_);
+  const GatherParams gather = params.gather(outputs_, out.positions, out.cu_seqlens, sizes.total, ready_, warm);
+  make_rooms(params.rooms(sizes, out, ready_));
 #ifdef LKV_WITH_CUDA
   if (cuda_) {
-    cuda_->check(cuda::gather(gather, behind_select, cuda_->stream()), "gather");
+    cuda_->check(cuda::select(select, problem_.longest, scratch_, cuda_->stream()), "select");
+    cuda_->check(cuda::gather(gather, /*behind_select=*/true, cuda_->stream()), "gather");
+    return;
+  }
+#endif
+  cpu::evict(select, gather, torch_threads());
+}
+
+void Launch::gather(const int32_t* positions, const int32_t* cu_seqlens, int64_t total) {
+  const GatherParams gather =
+      host::Params(problem_, tables_).gather(outputs_, positions, cu_seqlens, total, nullptr, /*warm=*/false);
+#ifdef LKV_WITH_CUDA
+  if (cuda_) {
+    cuda_->check(cuda::gather(gather, /*behind_select=*/false, cuda_->stream()), "gather");
     return;
   }
 #endif
@@ -75,6 +86,16 @@ void Launch::compact(const host::IndexPointers& index) {
   }
 #endif
   cpu::compact(compact, torch_threads());
+}
+
+void Launch::make_rooms(const RoomsParams& rooms) {
+#ifdef LKV_WITH_CUDA
+  if (cuda_) {
+    cuda_->check(cuda::rooms(rooms, cuda_->stream()), "rooms");
+    return;
+  }
+#endif
+  cpu::rooms(rooms);
 }
 
 }  // namespace lkv::torch_ops

@@ -17,12 +17,16 @@ class Launch {
   // `like`: any tensor on the device of the call.
   Launch(host::Problem& problem, const Tensor* outputs, const Tensor& like, bool selects);
 
-  // Rooms, then the positions of the kept rows. With `gathers`, a gather follows at once and may start early.
-  void select(const host::Sizes& sizes, const host::IndexPointers& out, bool gathers);
-  void gather(const int32_t* positions, const int32_t* cu_seqlens, int64_t total, bool behind_select, bool warm);
+  // Rooms, then the positions of the kept rows.
+  void select(const host::Sizes& sizes, const host::IndexPointers& out);
+  // The same, and the rows move as soon as their positions are known. `warm`: see GatherParams.
+  void evict(const host::Sizes& sizes, const host::IndexPointers& out, bool warm);
+  void gather(const int32_t* positions, const int32_t* cu_seqlens, int64_t total);
   void compact(const host::IndexPointers& index);
 
  private:
+  void make_rooms(const RoomsParams& rooms);
+
   const host::Problem& problem_;
   size_t outputs_;
   const char* tables_;  // where the kernels read them

@@ -12,7 +12,9 @@ namespace lkv::torch_ops {
 Tensors select(Tensors scores, LKV_SIZE_PARAMETERS);
 // The moved payload, then the index.
 Tensors evict(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS);
-Tensors evict_plain(Tensors payload, Tensors scores, std::vector<int64_t> budgets, int64_t total);
+// k, v, positions, lengths, cu_seqlens.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> evict_plain(Tensor k, Tensor v, Tensor scores,
+                                                               std::vector<int64_t> budgets, int64_t total);
 void evict_out(Tensors out, Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS);
 // An index; overflow has no element where it is not counted.
 std::tuple<Tensor, Tensor, Tensor, Tensor> evict_(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS);

@@ -16,7 +16,7 @@ Tensors select(Tensors scores, LKV_SIZE_PARAMETERS) {
   problem.read_sizes(sizes);
   Tensors index;
   add_index(index, problem, sizes, scores[0], count_overflow);
-  Launch(problem, nullptr, scores[0], true).select(sizes, pointers(index.data(), count_overflow), false);
+  Launch(problem, nullptr, scores[0], true).select(sizes, pointers(index.data(), count_overflow));
   return index;
 }
 

@@ -208,8 +208,10 @@ def evict_(
 
 def _evict(payload: list[Tensor], has_v: bool, scores: list[Tensor], asked: Request, out: RaggedKV | None) -> RaggedKV:
     if out is None:
-        op = ops.evict_plain if asked.plain else ops.evict
-        return _ragged(op(payload, scores, *asked.arguments), has_v, asked)
+        if asked.plain and has_v and len(payload) == 2:
+            k, v, *index = ops.evict_plain(*payload, *scores, *asked.arguments)
+            return RaggedKV(k, v, (), *index, asked.max_length)
+        return _ragged(ops.evict(payload, scores, *asked.arguments), has_v, asked)
     moved = [out.k, *out.companions] if out.v is None else [out.k, out.v, *out.companions]
     index = [out.positions, out.lengths, out.cu_seqlens, *([] if out.overflow is None else [out.overflow])]
     ops.evict_out(moved + index, payload, scores, *asked.arguments)

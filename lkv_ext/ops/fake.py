@@ -55,8 +55,8 @@ def _evict(payload, scores, budgets, total, padded=-1, count_overflow=False, cu_
 
 
 @torch.library.register_fake("lkv_ext::evict_plain")
-def _evict_plain(payload, scores, budgets, total):
-    return _evict(payload, scores, budgets, total)
+def _evict_plain(k, v, scores, budgets, total):
+    return tuple(_evict([k, v], [scores], budgets, total))
 
 
 @torch.library.register_fake("lkv_ext::evict_")

@@ -30,6 +30,8 @@ struct Threads {
 void rooms(const RoomsParams& p);
 void select(const SelectParams& p, const Threads& threads);
 void gather(const GatherParams& p, const Threads& threads);
+// select, then gather, in one parallel region: a row set moves as soon as its positions are known. `ready` is ours.
+void evict(SelectParams select, GatherParams gather, const Threads& threads);
 void compact(const CompactParams& p, const Threads& threads);
 
 // Asks the kernel for huge pages under a large output that nobody has touched yet; a hint, never an error.
