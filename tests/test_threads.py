@@ -37,6 +37,16 @@ def test_evict(device: str, workers: int) -> None:
             check(out, want)
 
 
+def test_rows_wait_for_their_positions(device: str) -> None:
+    """One row set takes much longer to select than the others: whoever is done with those must not move its rows."""
+    payload = [rows_of([1, 4, 100_000, 16], torch.bfloat16, i).to(device) for i in range(2)]
+    scores = scores_of("normal", [1, 4, 100_000], 3).to(device)
+    budgets, lengths = [50_000, 5, 5, 5], [[100_000, 10, 10, 10]]
+    want = expected(payload, scores, budgets, lengths=lengths)
+    for _ in range(5):
+        check(lkv_ext.evict(*payload, scores, budgets, lengths=lengths), want)
+
+
 def test_every_op_at_once(device: str) -> None:
     """Different ops beside each other: nothing is shared between calls."""
     payload, scores, budgets, options = job(device, 4)
