@@ -33,6 +33,8 @@ void gather(const GatherParams& p, const Threads& threads);
 // select, then gather, in one parallel region: a row set moves as soon as its positions are known. `ready` is ours.
 void evict(SelectParams select, GatherParams gather, const Threads& threads);
 void compact(const CompactParams& p, const Threads& threads);
+void append(const AppendParams& p, const Threads& threads);
+void attend(const AttendParams& p, const Threads& threads);
 
 // Asks the kernel for huge pages under a large output that nobody has touched yet; a hint, never an error.
 void advise_huge_pages(void* data, int64_t bytes);

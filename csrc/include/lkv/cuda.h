@@ -29,4 +29,10 @@ Status select(const SelectParams& p, int64_t longest, void* scratch, Stream stre
 Status gather(const GatherParams& p, bool behind_select, Stream stream);
 Status compact(const CompactParams& p, Stream stream);
 
+Status append(const AppendParams& p, Stream stream);
+
+// Scratch: device bytes, any content, 16-byte aligned.
+size_t attend_scratch(const AttendParams& p);
+Status attend(const AttendParams& p, void* scratch, Stream stream);
+
 }  // namespace lkv::cuda

@@ -130,4 +130,38 @@ struct CompactParams {
   const int32_t* cu_seqlens;
 };
 
+// New tokens at the end of every row set of a ragged cache [T, ...]: of token i of `count`, the row of (b, h) goes to
+// row cu_seqlens[r] + lengths[r] + i, and `positions` there becomes position + i. Sequences padded on the left take
+// only their last `valid` tokens. Rows that do not fit in their room are dropped; lengths count those that did.
+struct AppendParams {
+  int64_t batch, heads, count;
+  RowInts valid;  // per row set, in [0, count]
+  int64_t payloads;
+  const Strided* inputs;      // [payloads] [B, H, count, ...]
+  char* const* outputs;       // [payloads] contiguous rows [T, ...]
+  const int64_t* row_bytes;   // [payloads]
+  int64_t tokens;             // T
+  const int32_t* cu_seqlens;  // [R + 1] rooms
+  int32_t* lengths;           // in and out [R]: rows in use of each room
+  int32_t* positions;         // out [T]
+  int64_t position;
+};
+
+// Attention of queries [B, Hq, q_len, D] over a ragged cache: query heads [h * group, (h + 1) * group) read the rows
+// [cu_seqlens[r], cu_seqlens[r] + lengths[r]) of row set r = b * heads + h. Causal: the last q_len rows are those of
+// the queries themselves, query i sees all but the last q_len - 1 - i. A query that sees no row gets zeros. logit =
+// scale * (q . k), then softcap * tanh(logit / softcap) where softcap > 0. Sums are float32.
+struct AttendParams {
+  int64_t batch, heads, group, queries, dim, dim_v;
+  ScoreType type;             // of q, k, v and out
+  Strided q, out;             // [B, Hq, q_len, ...]: `head` steps over query heads
+  Strided k, v;               // [T, ...]
+  int64_t tokens;             // T
+  const int32_t* cu_seqlens;  // [R + 1]
+  const int32_t* lengths;     // [R]
+  int64_t longest;            // bounds lengths
+  bool causal;
+  float scale, softcap;
+};
+
 }  // namespace lkv
