@@ -1,0 +1,108 @@
+"""What a policy is: how rows are scored, and how many of them every head may keep.
+
+A policy is an object with the attributes and methods of `Policy`. It holds its settings and nothing of a request: all
+that it may look at is the `Observation` of one layer, and the same `score` serves a prefill, a chunk, a later turn and
+a cap in the middle of decoding. Whoever calls it (`lkv.Cache`) owns the rows, the queries and the bookkeeping.
+
+How the methods to come fit:
+
+- A cascade (LAVa, CAKE): scope "cascade". After layer l the caller asks `score` for that layer, and then `budgets` with
+  the list of the scores of layers 0..l, those of earlier layers being what survived (they travel as companions of the
+  rows); a layer whose budget shrank is evicted again. Entropies and shares are functions of these scores.
+- A second pass (KVzip): needs "second_pass". The caller feeds the repeated prompt through the model and gives the
+  queries of that pass as `queries`, at the `query_positions` of that pass; `score` is called once per chunk and the
+  caller takes the maximum. Budgets follow when all scores are there, with scope "model".
+- A threshold for the whole model (KVzip, LKV-H): scope "model". `budgets` gets the list of the scores of all layers and
+  the total of all layers, and returns `[N, B, H]`; all layers are evicted in one `evict_layers`.
+- Learned scores of keys and values (LKV-T): needs nothing but the rows; static shares (LKV-H) ignore the scores.
+- Hidden states or keys before RoPE: named in `needs`, they arrive as further fields of the observation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+NEEDS = frozenset({"queries", "hidden_states", "pre_rope_keys", "second_pass"})
+SCOPES = ("layer", "model", "cascade")
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a policy sees of one layer: its rows, and the last queries.
+
+    The valid rows of a head are `[starts, starts + lengths)`: a dense prefill has left padding, a ragged cache comes
+    right-padded (`RaggedCache.padded`). What lies outside is arbitrary, though finite.
+
+    Attributes:
+        keys, values: `[B, H, L, D]`, `[B, H, L, Dv]`, in ascending position, keys as cached (after RoPE).
+        positions: int `[B, H, L]`, the place of every row in the sequence as appended.
+        lengths, starts: int64 `[B, H]`.
+        queries: `[B, Hq, w, D]` of the last w tokens (after RoPE) where the policy needs them; else None.
+        query_positions: int `[w]`, their places, counted as `positions`: a query sees the rows at or before its own.
+        query_mask: bool `[B, w]`, which of them are tokens of the sequence rather than padding.
+        scaling: of the logits, `queries @ keys * scaling`.
+        softcap: logits are `softcap * tanh(logits / softcap)` where it is given.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    lengths: Tensor
+    starts: Tensor
+    queries: Tensor | None = None
+    query_positions: Tensor | None = None
+    query_mask: Tensor | None = None
+    scaling: float = 1.0
+    softcap: float | None = None
+
+    def ranks(self) -> Tensor:
+        """int64 `[B, H, L]`: 0 for the first valid row of its head; negative, or at least `lengths`, outside."""
+        return torch.arange(self.keys.shape[2], device=self.keys.device) - self.starts[..., None]
+
+    def valid(self) -> Tensor:
+        """bool `[B, H, L]`."""
+        ranks = self.ranks()
+        return (ranks >= 0) & (ranks < self.lengths[..., None])
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """The protocol. `sink` and `window` rows at the ends of every head are kept whatever their scores (`evict`'s own).
+
+    Attributes:
+        needs: what the observation must hold beside the rows, a subset of `NEEDS`.
+        scope: "layer" may evict as soon as a layer is done, "model" after all layers, "cascade" shrinks earlier layers
+            as later ones arrive.
+        sink, window: the first and last rows of every head that are protected, inside its budget.
+    """
+
+    needs: frozenset[str]
+    scope: str
+    sink: int
+    window: int
+
+    def score(self, layer: int, observation: Observation) -> Tensor:
+        """float `[B, H, L]`, higher is kept. Outside the valid rows anything but NaN."""
+        ...
+
+    def budgets(
+        self, scores: Tensor | Sequence[Tensor], lengths: Tensor, total: Tensor, *, starts: Tensor | None = None
+    ) -> Tensor:
+        """Rows that every head keeps.
+
+        Args:
+            scores: `[B, H, L]`; with scope "model" or "cascade" a list of them, one per layer.
+            lengths: int64 `[B, H]` (`[N, B, H]`): valid rows.
+            total: int64 `[B]`, on the host: rows of one sequence over all heads (of all layers).
+            starts: int64 `[B, H]`, where the valid rows begin; None: at 0.
+
+        Returns:
+            int64 `[B, H]` (`[N, B, H]`). A sequence's budgets sum to its total, or to the rows it has if
+            these are fewer.
+        """
+        ...

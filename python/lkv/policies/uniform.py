@@ -1,0 +1,16 @@
+"""The budgets of methods that treat all heads alike."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lkv_ext.ops.budgets import apportion
+
+
+def uniform_budgets(lengths: Tensor, total: Tensor) -> Tensor:
+    """int64 `[B, H]`: an even share of the total for every head of a sequence.
+
+    What a head does not have (`lengths`, int64 `[B, H]`) goes to the others; a remainder to the lower heads.
+    """
+    even = lengths.new_ones(lengths.shape).double()
+    return apportion(even, total.to(lengths.device), lengths.new_zeros(lengths.shape), lengths)
