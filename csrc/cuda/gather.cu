@@ -61,28 +61,6 @@ __device__ __forceinline__ void stage_tile(const GatherParams& p, int64_t first,
   }
 }
 
-template <class Vector, int kBlock>
-__device__ __forceinline__ void copy_rows(const char* const* source, char* out, int64_t row_bytes, int rows) {
-  const int64_t vectors = row_bytes / static_cast<int64_t>(sizeof(Vector));
-  const uint32_t lanes = lanes_per_row(vectors, kWarp);
-  const int step = kBlock / lanes;
-  for (int row = threadIdx.x / lanes; row < rows; row += step * kInFlight) {
-    for (int64_t column = threadIdx.x % lanes; column < vectors; column += lanes) {
-      Vector moved[kInFlight];
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
-        const char* from = row + k * step < rows ? source[row + k * step] : nullptr;
-        moved[k] = from == nullptr ? Vector{} : load_once(reinterpret_cast<const Vector*>(from) + column);
-      }
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
-        const int to = row + k * step;
-        if (to < rows) reinterpret_cast<Vector*>(out + to * row_bytes)[column] = moved[k];
-      }
-    }
-  }
-}
-
 template <int kBlock>
 __device__ __forceinline__ void copy_payload(const GatherParams& p, int64_t first, int64_t payload, int rows,
                                              const char* const* source, const uint32_t* address_bits) {
@@ -91,7 +69,9 @@ __device__ __forceinline__ void copy_payload(const GatherParams& p, int64_t firs
   uint32_t bits = low_bits(out) | static_cast<uint32_t>(row_bytes);
 #pragma unroll
   for (int w = 0; w < kTileRows / kWarp; ++w) bits |= address_bits[w];
-  with_vector(bits, [&](auto vector) { copy_rows<decltype(vector), kBlock>(source, out, row_bytes, rows); });
+  with_vector(bits, [&](auto vector) {
+    copy_rows<decltype(vector), kBlock>([&](int row) { return source[row]; }, out, row_bytes, rows);
+  });
 }
 
 template <int kBlock>

@@ -1,8 +1,9 @@
 #pragma once
 
-#include "primitives.cuh"
+#include "block_scan.cuh"
 
-// What gather and compact share: vectors as wide as the alignment of their addresses allows, and lanes for a row.
+// What gather, compact and append share: vectors as wide as the alignment of their addresses allows, and lanes for a
+// row.
 
 namespace lkv::cuda {
 
@@ -33,6 +34,29 @@ __device__ __forceinline__ uint32_t lanes_per_row(int64_t vectors, uint32_t most
   uint32_t lanes = 1;
   while (lanes < most && lanes < vectors) lanes *= 2;
   return lanes;
+}
+
+// Row i of `out` becomes the row that lies at source(i), zeros where that is nullptr. By all threads of the block.
+template <class Vector, int kBlock, class Source, class Count>
+__device__ __forceinline__ void copy_rows(Source&& source, char* out, int64_t row_bytes, Count rows) {
+  const int64_t vectors = row_bytes / static_cast<int64_t>(sizeof(Vector));
+  const uint32_t lanes = lanes_per_row(vectors, kWarp);
+  const Count step = static_cast<Count>(kBlock / lanes);
+  for (Count row = threadIdx.x / lanes; row < rows; row += step * kInFlight) {
+    for (int64_t column = threadIdx.x % lanes; column < vectors; column += lanes) {
+      Vector moved[kInFlight];
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+        const char* from = row + k * step < rows ? source(row + k * step) : nullptr;
+        moved[k] = from == nullptr ? Vector{} : load_once(reinterpret_cast<const Vector*>(from) + column);
+      }
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+        const Count to = row + k * step;
+        if (to < rows) reinterpret_cast<Vector*>(out + to * row_bytes)[column] = moved[k];
+      }
+    }
+  }
 }
 
 }  // namespace lkv::cuda

@@ -21,5 +21,6 @@ size_t select_scratch(int64_t rows, int64_t longest, const Tuning& tuning);
 Status select(const SelectParams& p, int64_t longest, void* scratch, Stream stream, const Tuning& tuning);
 Status gather(const GatherParams& p, bool behind_select, Stream stream, const Tuning& tuning);
 Status compact(const CompactParams& p, Stream stream, const Tuning& tuning);
+Status append(const AppendParams& p, Stream stream, const Tuning& tuning);
 
 }  // namespace lkv::cuda

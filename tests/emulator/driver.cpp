@@ -14,8 +14,9 @@ extern "C" {
 
 // So that the mirrors of the structs on the other side cannot drift unnoticed.
 void driver_sizes(int64_t* sizes) {
-  const size_t all[] = {sizeof(Strided),      sizeof(RowInts),      sizeof(Source),        sizeof(RoomsParams),
-                        sizeof(SelectParams), sizeof(GatherParams), sizeof(CompactParams), sizeof(cuda::Tuning)};
+  const size_t all[] = {sizeof(Strided),       sizeof(RowInts),      sizeof(Source),
+                        sizeof(RoomsParams),   sizeof(SelectParams), sizeof(GatherParams),
+                        sizeof(CompactParams), sizeof(AppendParams), sizeof(cuda::Tuning)};
   for (size_t size : all) *sizes++ = static_cast<int64_t>(size);
 }
 
@@ -41,6 +42,10 @@ int driver_gather(const GatherParams* p, int behind_select, const cuda::Tuning* 
 
 int driver_compact(const CompactParams* p, const cuda::Tuning* tuning) {
   return cuda::compact(*p, stream, *tuning);
+}
+
+int driver_append(const AppendParams* p, const cuda::Tuning* tuning) {
+  return cuda::append(*p, stream, *tuning);
 }
 
 const char* driver_describe(int status) {

@@ -1,4 +1,4 @@
-"""The real launchers of csrc/cuda against the oracle: upload, rooms, select, gather behind it, compact."""
+"""The real launchers of csrc/cuda against the oracle: upload, rooms, select, gather behind it, compact; append."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ from harness.build import SCHEDULES, run_cases
 
 BATCH = 60
 BATCHES = 4
+RAGGED_CASES = {"append": 150}
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_cases(sanitized: Path, schedule: str, batch: int) -> None:
     repeats = 1 if schedule in ("in_order", "reversed") else 2  # the others differ by seed
-    done = run_cases(sanitized, batch * BATCH, BATCH, (schedule,) * repeats, batch, sanitize=True)
+    done = run_cases(sanitized, "evict", batch * BATCH, BATCH, (schedule,) * repeats, batch, sanitize=True)
+    assert done.returncode == 0, done.stderr[-8000:]
+
+
+@pytest.mark.parametrize("suite", RAGGED_CASES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ragged_cases(sanitized: Path, schedule: str, suite: str) -> None:
+    done = run_cases(sanitized, suite, 0, RAGGED_CASES[suite], (schedule,), 0, sanitize=True)
     assert done.returncode == 0, done.stderr[-8000:]

@@ -15,6 +15,7 @@ TRIED = (
     "last rows of a tile skipped",
     "ties from the end",
     "store before all loads of a tile",
+    "append: length written while others read it",
 )
 
 

@@ -75,9 +75,10 @@ def environment(sanitize: bool) -> dict[str, str]:
 
 
 def run_cases(
-    folder: Path, first: int, count: int, schedules: tuple[str, ...], variant: int, *, sanitize: bool
+    folder: Path, suite: str, first: int, count: int, schedules: tuple[str, ...], variant: int, *, sanitize: bool
 ) -> subprocess.CompletedProcess[str]:
-    arguments = [folder / "libkernels.so", str(first), str(count), ",".join(schedules), str(variant)]
+    """`count` cases of a suite of `harness.worker`, from case `first` on."""
+    arguments = [folder / "libkernels.so", suite, str(first), str(count), ",".join(schedules), str(variant)]
     return subprocess.run(
         [sys.executable, "-m", "harness.worker", *arguments],
         capture_output=True,

@@ -1,104 +1,24 @@
-"""The launchers of csrc/cuda over the emulator, for NumPy: mirrors of the parameter structs and exact-size memory."""
+"""The launchers of csrc/cuda over the emulator, for NumPy, and memory of exact sizes."""
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_bool, c_char_p, c_int, c_int32, c_int64, c_size_t, c_ulonglong, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_ulonglong, c_void_p
 from dataclasses import dataclass
 
 import numpy as np
 
-
-class Strided(ctypes.Structure):
-    _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("token", c_int64)]
-
-
-class RowInts(ctypes.Structure):
-    _fields_ = [
-        ("data", c_void_p),
-        ("layer", c_int64),
-        ("batch", c_int64),
-        ("head", c_int64),
-        ("fallback", c_int64),
-        ("wide", c_bool),
-    ]
-
-
-class Source(ctypes.Structure):
-    _fields_ = [
-        ("layers", c_int64),
-        ("batch", c_int64),
-        ("heads", c_int64),
-        ("tokens", c_void_p),
-        ("cu_seqlens", c_void_p),
-        ("lengths", RowInts),
-        ("starts", RowInts),
-    ]
-
-
-class RoomsParams(ctypes.Structure):
-    _fields_ = [
-        ("source", Source),
-        ("budgets", RowInts),
-        ("max_budget", c_int64),
-        ("reserve", c_int64),
-        ("align", c_int64),
-        ("padded", c_int64),
-        ("total", c_int64),
-        ("lengths", c_void_p),
-        ("cu_seqlens", c_void_p),
-        ("overflow", c_void_p),
-        ("ready", c_void_p),
-    ]
-
-
-class SelectParams(ctypes.Structure):
-    _fields_ = [
-        ("source", Source),
-        ("scores", c_void_p),
-        ("type", c_int32),
-        ("sink", c_int64),
-        ("window", c_int64),
-        ("lengths", c_void_p),
-        ("cu_seqlens", c_void_p),
-        ("total", c_int64),
-        ("positions", c_void_p),
-        ("ready", c_void_p),
-    ]
-
-
-class GatherParams(ctypes.Structure):
-    _fields_ = [
-        ("source", Source),
-        ("payloads", c_int64),
-        ("inputs", c_void_p),
-        ("outputs", c_void_p),
-        ("row_bytes", c_void_p),
-        ("positions", c_void_p),
-        ("cu_seqlens", c_void_p),
-        ("total", c_int64),
-        ("ready", c_void_p),
-        ("warm", c_bool),
-    ]
-
-
-class CompactParams(ctypes.Structure):
-    _fields_ = [
-        ("source", Source),
-        ("payloads", c_int64),
-        ("payload", c_void_p),
-        ("row_bytes", c_void_p),
-        ("positions", c_void_p),
-        ("lengths", c_void_p),
-        ("cu_seqlens", c_void_p),
-    ]
-
-
-class Tuning(ctypes.Structure):
-    _fields_ = [("block", c_int), ("cluster", c_int), ("splits", c_int), ("resident", c_int)]
-
-
-MIRRORS = (Strided, RowInts, Source, RoomsParams, SelectParams, GatherParams, CompactParams, Tuning)
+from harness.params import (
+    MIRRORS,
+    AppendParams,
+    CompactParams,
+    GatherParams,
+    RoomsParams,
+    SelectParams,
+    Source,
+    Strided,
+    Tuning,
+)
 
 
 @dataclass(frozen=True)
@@ -127,6 +47,7 @@ class Emulator:
         lib.driver_select.argtypes = [POINTER(SelectParams), c_int64, c_void_p, POINTER(Tuning)]
         lib.driver_gather.argtypes = [POINTER(GatherParams), c_int, POINTER(Tuning)]
         lib.driver_compact.argtypes = [POINTER(CompactParams), POINTER(Tuning)]
+        lib.driver_append.argtypes = [POINTER(AppendParams), POINTER(Tuning)]
         lib.driver_describe.restype = c_char_p
         self._owned: list[int] = []
         sizes = (c_int64 * len(MIRRORS))()
@@ -178,6 +99,9 @@ class Emulator:
 
     def compact(self, p: CompactParams) -> None:
         self._check(self._lib.driver_compact(p, self._tuning))
+
+    def append(self, p: AppendParams) -> None:
+        self._check(self._lib.driver_append(p, self._tuning))
 
     def synchronize(self) -> None:
         self._lib.emulator_synchronize()

@@ -19,6 +19,7 @@ class Mutation:
     before: str  # occurs in the file; `nth` picks which
     after: str
     nth: int = 0
+    suite: str = "evict"  # whose cases notice
 
 
 MUTATIONS = (
@@ -40,7 +41,7 @@ MUTATIONS = (
     Mutation("gather ends before the select", "gather.cu", "grid_dependency_wait();", ""),
     Mutation("tile copied before it is staged", "gather.cu", "block_sync();", "", 0),
     Mutation("next tile staged too early", "gather.cu", "block_sync();", "", 1),
-    Mutation("last rows of a tile skipped", "gather.cu", "row < rows;", "row + 1 < rows;"),
+    Mutation("last rows of a tile skipped", "rows_copy.cuh", "row < rows;", "row + 1 < rows;"),
     Mutation("store before all loads of a tile", "compact.cu", "block_sync();", ""),
     Mutation("ready flags not cleared", "rooms.cu", "p.ready[row] = 0;", "p.ready[row] = p.ready[row];"),
     Mutation("ties from the end", "select_emit.cuh", "is_tie && ties < pivot.need", "is_tie && ties <= pivot.need"),
@@ -49,6 +50,11 @@ MUTATIONS = (
     Mutation("split: histogram added too early", "select_split.cuh", "block_sync();", "", 0),
     Mutation("split: flag set before the block has written", "select_split.cuh", "block_sync();", "", 1),
     Mutation("upload without its tail", "upload.cu", "i < bytes; i += kBlock", "i < bytes / 16 * 16; i += kBlock"),
+    Mutation("append: length written while others read it", "append.cu", "block_sync();", "", suite="append"),
+    Mutation("append: length counts what was dropped", "append.cu", "room.length + fit)", "room.length + valid)",
+             suite="append"),
+    Mutation("append: last positions not written", "append.cu", "i < added.rows;", "i + 1 < added.rows;",
+             suite="append"),
 )  # fmt: skip
 
 
@@ -75,7 +81,7 @@ def caught_by(mutation: Mutation, cases: int = 40) -> str | None:
         apply(mutation, kernels)
         folder = build.build("mutated", "kernels", sanitize=False, kernels=kernels)
         for schedule in reversed(build.SCHEDULES):
-            done = build.run_cases(folder, 0, cases, (schedule,), 0, sanitize=False)
+            done = build.run_cases(folder, mutation.suite, 0, cases, (schedule,), 0, sanitize=False)
             if done.returncode != 0:
                 lines = done.stderr.splitlines() or [f"ended by signal {-done.returncode}"]
                 return f"{schedule}: {lines[0]}"

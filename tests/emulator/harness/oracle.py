@@ -132,3 +132,10 @@ def compact(sets: RowSets, payload: list[np.ndarray], positions: np.ndarray, out
         kept = positions[out.cu_seqlens[row] :][: out.lengths[row]]
         moved[layer][b, h, origin : origin + kept.size] = payload[layer][b, h, origin + kept]
     return moved
+
+
+def same(what: str, got: np.ndarray, want: np.ndarray) -> None:
+    got, want = np.asarray(got), np.asarray(want)
+    if got.shape != want.shape or not np.array_equal(got, want):
+        first = np.argwhere(got != want)[0] if got.shape == want.shape else ()
+        raise AssertionError(f"{what} differ, first at {tuple(first)}: {got[tuple(first)]} for {want[tuple(first)]}")

@@ -1,4 +1,4 @@
-"""Runs cases in a process of its own: `python -m harness.worker LIBRARY FIRST COUNT SCHEDULES VARIANT`.
+"""Runs cases in a process of its own: `python -m harness.worker LIBRARY SUITE FIRST COUNT SCHEDULES VARIANT`.
 
 Exits with 1 at the first difference. A kernel that touches memory it must not, or that gets stuck, ends the process in
 another way: whoever called counts that too.
@@ -7,187 +7,34 @@ another way: whoever called counts that too.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
-from harness import oracle
-from harness.cases import Case, Placed, make_case
-from harness.device import (
-    CompactParams,
-    Emulator,
-    GatherParams,
-    RoomsParams,
-    RowInts,
-    Schedule,
-    SelectParams,
-    Source,
-    Strided,
-    Tuning,
-    pointer,
-)
+from harness import append, evict
+from harness.device import Emulator, Schedule
+from harness.params import Tuning
+
+SUITES: dict[str, Callable[[Emulator, int, Schedule], None]] = {"evict": evict.run, "append": append.run}
 
 
-class Run:
-    """One case on the device: rooms, select and gather on one stream, then compact of a copy."""
-
-    def __init__(self, emulator: Emulator, case: Case, schedule: Schedule) -> None:
-        self.emulator, self.case = emulator, case
-        cluster = min(case.cluster, 1) if schedule.capability < 90 else case.cluster
-        emulator.configure(schedule, Tuning(case.block, cluster, case.splits, case.resident_keys))
-
-    def table(self, values: np.ndarray) -> np.ndarray:
-        if not self.case.by_upload:
-            return self.emulator.copy(values)
-        memory = self.emulator.empty(values.size, values.dtype)
-        self.emulator.upload(np.ascontiguousarray(values), memory)
-        return memory
-
-    def ints(self, values: np.ndarray | None) -> RowInts:
-        if values is None or (values.size == 1 and not self.case.by_upload):
-            return RowInts(None, 0, 0, 0, 0 if values is None else int(values.flat[0]), False)
-        memory = self.table(values.astype(np.int64 if self.case.wide else np.int32))
-        steps = [s // values.itemsize if n > 1 else 0 for n, s in zip(values.shape, values.strides, strict=True)]
-        return RowInts(pointer(memory), *steps, 0, self.case.wide)
-
-    def strided(self, tensor: Placed, fill: int) -> tuple[Strided, np.ndarray]:
-        """The tensor in memory that ends with its last byte, and the view of its logical bytes there."""
-        memory = self.emulator.empty(tensor.extent(), np.uint8)
-        memory[:] = fill
-        view = tensor.view(memory)
-        view[:] = tensor.data
-        batch, head, token = (0, 0, tensor.strides()[2]) if self.ragged else tensor.strides()
-        return Strided(pointer(memory) + tensor.lead, batch, head, token), view
-
-    @property
-    def ragged(self) -> bool:
-        return self.case.sets.cu_seqlens is not None
-
-    def source(self, ragged_by: np.ndarray | None) -> Source:
-        sets = self.case.sets
-        tokens = self.table(np.array(sets.tokens, np.int64))
-        cu = None if ragged_by is None else self.table(ragged_by)
-        return Source(sets.layers, sets.batch, sets.heads, pointer(tokens), pointer(cu),
-                      self.ints(sets.lengths), self.ints(sets.starts))  # fmt: skip
-
-    def run(self) -> None:
-        case, emulator, sets, layout = self.case, self.emulator, self.case.sets, self.case.layout
-        want = oracle.rooms(sets, layout)
-        source = self.source(sets.cu_seqlens)
-        lengths, cu_seqlens = emulator.empty(sets.count, np.int32), emulator.empty(sets.count + 1, np.int32)
-        overflow, ready = emulator.empty(1, np.int32), emulator.empty(sets.count, np.uint32)
-        emulator.rooms(RoomsParams(source, self.ints(sets.budgets), layout.max_budget, layout.reserve, layout.align,
-                                   layout.padded, layout.total, pointer(lengths), pointer(cu_seqlens),
-                                   pointer(overflow), pointer(ready)))  # fmt: skip
-
-        positions = self.select(source, lengths, cu_seqlens, ready)
-        out = self.gather(source, positions, cu_seqlens, ready if case.behind_select else None)
-        if case.behind_select:
-            # Whoever comes next on the stream may use the select's memory again.
-            emulator.upload(np.full(sets.count, 7, np.uint32), ready)
-        moved = [[self.strided(layer, fill=0x5A) for layer in payload] for payload in case.payloads]
-        buffers = emulator.structs([one for payload in moved for one, _ in payload])
-        row_bytes = self.table(np.array(self.sizes, np.int64))
-        emulator.compact(CompactParams(source, len(self.sizes), pointer(buffers), pointer(row_bytes),
-                                       pointer(positions), pointer(lengths), pointer(cu_seqlens)))  # fmt: skip
-        emulator.synchronize()
-
-        same("lengths", lengths, want.lengths)
-        same("cu_seqlens", cu_seqlens, want.cu_seqlens)
-        same("overflow", overflow[0], want.overflow)
-        chosen = oracle.select(sets, case.score_values, case.sink, case.window, want, layout.total)
-        same("positions", positions, chosen)
-        same("ready", ready, np.full(sets.count, 7 if case.behind_select else 1))
-        for i, payload in enumerate(case.payloads):
-            data = [layer.data for layer in payload]
-            same(f"gathered {i}", out[i], oracle.gather(sets, data, chosen, want.cu_seqlens))
-            for got, right in zip(moved[i], oracle.compact(sets, data, chosen, want), strict=True):
-                same(f"compacted {i}", got[1], right)
-
-    def run_hostile(self, rng: np.random.Generator) -> None:
-        """Positions, lengths and offsets that no select wrote: reads and writes stay inside of the tensors."""
-        case, emulator, sets, total = self.case, self.emulator, self.case.sets, self.case.layout.total
-        source = self.source(sets.cu_seqlens)
-        positions = rng.integers(-4, max(sets.tokens) + 4, total).astype(np.int32)
-        cu_seqlens = np.sort(rng.integers(0, total + 1, sets.count + 1)).astype(np.int32)
-        out = self.gather(source, emulator.copy(positions), emulator.copy(cu_seqlens), None)
-        wild = rng.choice([-(2**31), -1, 0, 3, total, 2**31 - 1], 2 * sets.count + 1).astype(np.int32)
-        anywhere, lengths = emulator.copy(wild[sets.count :]), emulator.copy(wild[: sets.count])
-        source = self.source(wild[sets.count :] if self.ragged else None)
-        self.select(source, lengths, anywhere, None)
-        self.gather(source, emulator.copy(positions), anywhere, None)
-        emulator.synchronize()
-        for i, payload in enumerate(case.payloads):
-            data = [layer.data for layer in payload]
-            same(f"gathered {i} by any positions", out[i], oracle.gather(sets, data, positions, cu_seqlens))
-
-    def select(
-        self, source: Source, lengths: np.ndarray, cu_seqlens: np.ndarray, ready: np.ndarray | None
-    ) -> np.ndarray:
-        case, sets = self.case, self.case.sets
-        # Gaps hold high scores: whoever reads them selects other rows.
-        scores = self.emulator.structs([self.strided(layer, fill=0x7B)[0] for layer in case.scores])
-        positions = self.emulator.empty(case.layout.total, np.int32)
-        longest = max((sets.valid(row)[1] for row in range(sets.count)), default=0)
-        self.emulator.select(SelectParams(source, pointer(scores), case.score_type, case.sink, case.window,
-                                          pointer(lengths), pointer(cu_seqlens), case.layout.total,
-                                          pointer(positions), pointer(ready)), longest)  # fmt: skip
-        return positions
-
-    def gather(
-        self, source: Source, positions: np.ndarray, cu_seqlens: np.ndarray, ready: np.ndarray | None
-    ) -> list[np.ndarray]:
-        total = self.case.layout.total
-        placed = [[self.strided(layer, fill=0x5A) for layer in payload] for payload in self.case.payloads]
-        inputs = self.emulator.structs([one for payload in placed for one, _ in payload])
-        out = [self.emulator.empty(total * size, np.uint8) for size in self.sizes]
-        outputs = self.table(np.array([pointer(o) for o in out], np.uint64))
-        row_bytes = self.table(np.array(self.sizes, np.int64))
-        self.emulator.gather(GatherParams(source, len(out), pointer(inputs), pointer(outputs), pointer(row_bytes),
-                                          pointer(positions), pointer(cu_seqlens), total, pointer(ready), False),
-                             ready is not None)  # fmt: skip
-        return [o.reshape(total, size) for o, size in zip(out, self.sizes, strict=True)]
-
-    @property
-    def sizes(self) -> list[int]:
-        return [payload[0].data.shape[-1] for payload in self.case.payloads]
-
-
-def check_upload(emulator: Emulator) -> None:
-    for size in (1, 15, 16, 17, 3839, 3840, 3841, 10000):
-        for lead in (0, 1, 4, 16):
-            host = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
-            memory = emulator.empty(lead + size, np.uint8)
-            before = memory[:lead].copy()
-            emulator.upload(host, memory[lead:])
-            kept, host[:] = host.copy(), 0
-            emulator.synchronize()
-            same(f"{size} bytes uploaded", memory, np.concatenate([before, kept]))
-
-
-def same(what: str, got: np.ndarray, want: np.ndarray) -> None:
-    got, want = np.asarray(got), np.asarray(want)
-    if got.shape != want.shape or not np.array_equal(got, want):
-        first = np.argwhere(got != want)[0] if got.shape == want.shape else ()
-        raise AssertionError(f"{what} differ, first at {tuple(first)}: {got[tuple(first)]} for {want[tuple(first)]}")
-
-
-def main(library: str, first: int, count: int, names: list[str], variant: int) -> int:
+def main(library: str, suite: str, first: int, count: int, names: list[str], variant: int) -> int:
     emulator = Emulator(library)
-    emulator.configure(Schedule(names[0]), Tuning())
-    try:
-        check_upload(emulator)
-    except AssertionError as error:
-        print(error, file=sys.stderr)
-        return 1
-    emulator.free_all()
+    if suite == "evict":
+        emulator.configure(Schedule(names[0]), Tuning())
+        try:
+            evict.check_upload(emulator)
+        except AssertionError as error:
+            print(error, file=sys.stderr)
+            return 1
+        emulator.free_all()
     for seed in range(first, first + count):
-        case, draw = make_case(seed), np.random.default_rng((seed, variant))
+        draw = np.random.default_rng((seed, variant))
         for name in names:
             resident, capability = int(draw.choice([1, 3, 8, 16, 64])), int(draw.choice([80, 90, 90]))
             schedule = Schedule(name, int(draw.integers(2**32)), resident, capability)
             try:
-                Run(emulator, case, schedule).run()
-                Run(emulator, case, schedule).run_hostile(np.random.default_rng(seed))
+                SUITES[suite](emulator, seed, schedule)
             except (AssertionError, RuntimeError) as error:
                 print(f"case {seed}, {schedule}: {error}", file=sys.stderr)
                 return 1
@@ -196,5 +43,5 @@ def main(library: str, first: int, count: int, names: list[str], variant: int) -
 
 
 if __name__ == "__main__":
-    path, start, cases, schedules, variant = sys.argv[1:]
-    sys.exit(main(path, int(start), int(cases), schedules.split(","), int(variant)))
+    path, what, start, cases, schedules, variant = sys.argv[1:]
+    sys.exit(main(path, what, int(start), int(cases), schedules.split(","), int(variant)))

@@ -1,0 +1,116 @@
+"""Mirrors of the parameter structs of csrc/include/lkv/params.h and csrc/cuda/tuning.h."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_bool, c_int, c_int32, c_int64, c_void_p
+
+
+class Strided(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("token", c_int64)]
+
+
+class RowInts(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("layer", c_int64),
+        ("batch", c_int64),
+        ("head", c_int64),
+        ("fallback", c_int64),
+        ("wide", c_bool),
+    ]
+
+
+class Source(ctypes.Structure):
+    _fields_ = [
+        ("layers", c_int64),
+        ("batch", c_int64),
+        ("heads", c_int64),
+        ("tokens", c_void_p),
+        ("cu_seqlens", c_void_p),
+        ("lengths", RowInts),
+        ("starts", RowInts),
+    ]
+
+
+class RoomsParams(ctypes.Structure):
+    _fields_ = [
+        ("source", Source),
+        ("budgets", RowInts),
+        ("max_budget", c_int64),
+        ("reserve", c_int64),
+        ("align", c_int64),
+        ("padded", c_int64),
+        ("total", c_int64),
+        ("lengths", c_void_p),
+        ("cu_seqlens", c_void_p),
+        ("overflow", c_void_p),
+        ("ready", c_void_p),
+    ]
+
+
+class SelectParams(ctypes.Structure):
+    _fields_ = [
+        ("source", Source),
+        ("scores", c_void_p),
+        ("type", c_int32),
+        ("sink", c_int64),
+        ("window", c_int64),
+        ("lengths", c_void_p),
+        ("cu_seqlens", c_void_p),
+        ("total", c_int64),
+        ("positions", c_void_p),
+        ("ready", c_void_p),
+    ]
+
+
+class GatherParams(ctypes.Structure):
+    _fields_ = [
+        ("source", Source),
+        ("payloads", c_int64),
+        ("inputs", c_void_p),
+        ("outputs", c_void_p),
+        ("row_bytes", c_void_p),
+        ("positions", c_void_p),
+        ("cu_seqlens", c_void_p),
+        ("total", c_int64),
+        ("ready", c_void_p),
+        ("warm", c_bool),
+    ]
+
+
+class CompactParams(ctypes.Structure):
+    _fields_ = [
+        ("source", Source),
+        ("payloads", c_int64),
+        ("payload", c_void_p),
+        ("row_bytes", c_void_p),
+        ("positions", c_void_p),
+        ("lengths", c_void_p),
+        ("cu_seqlens", c_void_p),
+    ]
+
+
+class AppendParams(ctypes.Structure):
+    _fields_ = [
+        ("batch", c_int64),
+        ("heads", c_int64),
+        ("count", c_int64),
+        ("valid", RowInts),
+        ("payloads", c_int64),
+        ("inputs", c_void_p),
+        ("outputs", c_void_p),
+        ("row_bytes", c_void_p),
+        ("tokens", c_int64),
+        ("cu_seqlens", c_void_p),
+        ("lengths", c_void_p),
+        ("positions", c_void_p),
+        ("position", c_int64),
+    ]
+
+
+class Tuning(ctypes.Structure):
+    _fields_ = [("block", c_int), ("cluster", c_int), ("splits", c_int), ("resident", c_int)]
+
+
+MIRRORS = (Strided, RowInts, Source, RoomsParams, SelectParams, GatherParams, CompactParams, AppendParams, Tuning)
