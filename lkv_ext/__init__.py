@@ -11,7 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lkv_ext.ops.attend import attend
     from lkv_ext.ops.budgets import Blend, Minimum, budgets_from_scores, budgets_from_shares
+    from lkv_ext.ops.cache import RaggedCache
     from lkv_ext.ops.evict import evict, evict_, evict_layers
     from lkv_ext.ops.ints import plan
     from lkv_ext.ops.ragged import RaggedIndex, RaggedKV
@@ -29,11 +31,13 @@ _HOME = {
     "Blend": "budgets",
     "Minimum": "budgets",
     "RaggedKV": "ragged",
+    "RaggedCache": "cache",
+    "attend": "attend",
     "RaggedIndex": "ragged",
 }
 
-__all__ = ["Blend", "Minimum", "RaggedIndex", "RaggedKV", "budgets_from_scores", "budgets_from_shares", "build_info"]
-__all__ += ["evict", "evict_", "evict_layers", "gather", "plan", "select"]
+__all__ = ["Blend", "Minimum", "RaggedCache", "RaggedIndex", "RaggedKV", "attend", "budgets_from_scores"]
+__all__ += ["budgets_from_shares", "build_info", "evict", "evict_", "evict_layers", "gather", "plan", "select"]
 
 
 def build_info() -> dict[str, object]:

@@ -55,6 +55,41 @@ struct Avx2 {
     store(p, _mm256_permutevar8x32_epi32(v, lanes));
   }
 
+  using Floats = __m256;
+  static constexpr int chunks = 2;
+
+  static Floats fset(float x) { return _mm256_set1_ps(x); }
+  static Floats fload(const float* p) { return _mm256_loadu_ps(p); }
+  static void fstore(float* p, Floats x) { _mm256_storeu_ps(p, x); }
+  static Floats from_bf16(const uint16_t* p) { return _mm256_castsi256_ps(load(p)); }
+  static Floats from_f16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static Floats fadd(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+  static Floats fmul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+  static Floats fdiv(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+  static Floats fmax(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+  static float sum(Floats x) {
+    return fold(x, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
+  }
+  static float highest(Floats x) {
+    return fold(x, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
+  }
+  static Floats scale_by_exponent(Floats x, Floats n) {
+    return _mm256_castsi256_ps(add(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
+  }
+  static Floats zero_below(Floats x, Floats a, Floats b) { return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ), x); }
+  static Floats copy_sign(Floats x, Floats sign) {
+    return _mm256_or_ps(x, _mm256_and_ps(sign, _mm256_castsi256_ps(set(0x80000000u))));
+  }
+  template <class F>
+  static float fold(Floats x, F f) {
+    __m128 half = f(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = f(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(f(half, _mm_movehdup_ps(half)));
+  }
+
   static void copy_block(char* to, const char* from) {
     store(reinterpret_cast<uint32_t*>(to), load(reinterpret_cast<const uint32_t*>(from)));
   }

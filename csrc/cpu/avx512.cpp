@@ -42,6 +42,33 @@ struct Avx512 {
     _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), v));
   }
 
+  using Floats = __m512;
+  static constexpr int chunks = 4;
+
+  static Floats fset(float x) { return _mm512_set1_ps(x); }
+  static Floats fload(const float* p) { return _mm512_loadu_ps(p); }
+  static void fstore(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+  static Floats from_bf16(const uint16_t* p) { return _mm512_castsi512_ps(load(p)); }
+  static Floats from_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static Floats fadd(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static Floats fmul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats fdiv(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+  static Floats fmax(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+  static float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+  static float highest(Floats x) { return _mm512_reduce_max_ps(x); }
+  static Floats scale_by_exponent(Floats x, Floats n) {
+    return _mm512_castsi512_ps(add(_mm512_castps_si512(x), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+  }
+  static Floats zero_below(Floats x, Floats a, Floats b) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ), x);
+  }
+  static Floats copy_sign(Floats x, Floats sign) {
+    return _mm512_or_ps(x, _mm512_and_ps(sign, _mm512_castsi512_ps(set(0x80000000u))));
+  }
+
   static void copy_block(char* to, const char* from) { _mm512_storeu_si512(to, _mm512_loadu_si512(from)); }
   static void stream_block(char* to, const char* from) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));

@@ -1,3 +1,7 @@
+#include <bit>
+#include <cmath>
+
+#include "lkv/floats.h"
 #include "table_impl.h"
 
 namespace lkv::cpu {
@@ -34,6 +38,27 @@ struct Portable {
   static Vec zero_where_above(Vec v, Vec a, Vec b) { return a > b ? 0 : v; }
 
   static void compress(uint32_t* p, Vec v, uint32_t) { *p = v; }
+
+  using Floats = float;
+  static constexpr int chunks = 1;
+
+  static Floats fset(float x) { return x; }
+  static Floats fload(const float* p) { return *p; }
+  static void fstore(float* p, Floats x) { *p = x; }
+  static Floats from_bf16(const uint16_t* p) { return to_float<ScoreType::bf16>(*p); }
+  static Floats from_f16(const uint16_t* p) { return to_float<ScoreType::f16>(*p); }
+  static Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
+  static Floats fadd(Floats a, Floats b) { return a + b; }
+  static Floats fmul(Floats a, Floats b) { return a * b; }
+  static Floats fdiv(Floats a, Floats b) { return a / b; }
+  static Floats fmax(Floats a, Floats b) { return a > b ? a : b; }
+  static float sum(Floats x) { return x; }
+  static float highest(Floats x) { return x; }
+  static Floats scale_by_exponent(Floats x, Floats n) {
+    return std::bit_cast<float>(std::bit_cast<uint32_t>(x) + (std::bit_cast<uint32_t>(n) << 23));
+  }
+  static Floats zero_below(Floats x, Floats a, Floats b) { return a < b ? 0.0f : x; }
+  static Floats copy_sign(Floats x, Floats sign) { return std::copysign(x, sign); }
 
   static void copy_block(char* to, const char* from) { memcpy(to, from, block); }
   static void stream_block(char* to, const char* from) { copy_block(to, from); }

@@ -54,6 +54,28 @@ struct RowCopy {
 
 using CopyRows = void (*)(const RowCopy&);
 
+// Rows that are attended to at a time: their keys and values stay in the first-level cache for all queries.
+inline constexpr int64_t kAttendRows = 64;
+
+// Queries of one KV head over `rows` consecutive rows. Running softmax: acc and sum are those of e^(logit - highest).
+struct AttendTile {
+  const float* queries;  // [count, query_stride], scaled; zeros behind dim
+  int64_t count, query_stride;
+  const int64_t* visible;  // [count] how many of the rows, from the first, each query sees; may be negative
+  const char *k, *v;
+  int64_t k_stride, v_stride;  // bytes
+  int64_t rows, dim, dim_v;
+  float softcap;
+  float *highest, *sum;  // in and out [count]
+  float* acc;            // in and out [count, acc_stride]
+  int64_t acc_stride;    // a multiple of kAttendStep, at least dim_v
+};
+
+// Strides of queries and acc are multiples of this many floats, so that vectors may be read and written whole.
+inline constexpr int64_t kAttendStep = 64;
+
+using AttendRows = void (*)(const AttendTile&);
+
 struct RowKernels {
   const char* name;
   KeyKernels scores[3];  // by ScoreType
@@ -61,6 +83,7 @@ struct RowKernels {
   CopyRows (*copy_rows)(int64_t bytes);
   CopyRows (*stream_rows)(int64_t bytes);  // non-temporal; rows aligned to 64 bytes at both ends of `to`
   void (*fence)();                         // after the last stream_rows of a tile
+  AttendRows attend[3];                    // by ScoreType
 };
 
 #if defined(__x86_64__)

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "attend_kernels_impl.h"
 #include "copy_kernels_impl.h"
 #include "key_kernels_impl.h"
 
@@ -16,6 +17,8 @@ constexpr RowKernels make_row_kernels(const char* name) {
       pick_copy<S>,
       pick_stream<S>,
       S::fence,
+      {Attend<S, Elements<ScoreType::f32>>::run, Attend<S, Elements<ScoreType::f16>>::run,
+       Attend<S, Elements<ScoreType::bf16>>::run},
   };
 }
 

@@ -71,4 +71,17 @@ CompactParams Params::compact(const IndexPointers& index) const {
   return compact;
 }
 
+AppendParams Params::append(size_t outputs, const IntTable& valid) const {
+  AppendParams append{};
+  append.batch = problem_.batch;
+  append.heads = problem_.heads;
+  append.count = problem_.longest;
+  append.valid = valid.at(tables_);
+  append.payloads = static_cast<int64_t>(problem_.payloads.size());
+  append.inputs = table<const Strided>(problem_.inputs);
+  append.outputs = table<char* const>(outputs);
+  append.row_bytes = table<const int64_t>(problem_.row_bytes);
+  return append;
+}
+
 }  // namespace lkv::host

@@ -76,6 +76,8 @@ class Problem {
  public:
   Problem(const Arrays& payload, const Arrays& scores, const Layout& layout);
   void read_sizes(const Sizes& sizes);
+  // `per_head`: the short form is one value per head, else one per sequence. `fallback`: what no value means.
+  IntTable read_ints(const Ints& values, const char* name, const char* shapes, bool per_head, int64_t fallback);
   // Checks an index that select made for these row sets; returns the C of its rooms, negative when packed.
   int64_t check_index(const Array& positions, const Array& cu_seqlens) const;
 
@@ -96,7 +98,6 @@ class Problem {
  private:
   void read_shape(const Named& first);
   std::vector<Strided> read_rows(const Arrays& list, const char* name, std::vector<int64_t>& tokens);
-  IntTable read_ints(const Ints& values, const char* name, const char* shapes, bool per_head, int64_t fallback);
 };
 
 }  // namespace lkv::host

@@ -88,6 +88,20 @@ void Launch::compact(const host::IndexPointers& index) {
   cpu::compact(compact, torch_threads());
 }
 
+AppendParams Launch::append_params(const host::IntTable& valid) const {
+  return host::Params(problem_, tables_).append(outputs_, valid);
+}
+
+void Launch::append(const AppendParams& append) {
+#ifdef LKV_WITH_CUDA
+  if (cuda_) {
+    cuda_->check(cuda::append(append, cuda_->stream()), "append");
+    return;
+  }
+#endif
+  cpu::append(append, torch_threads());
+}
+
 void Launch::make_rooms(const RoomsParams& rooms) {
 #ifdef LKV_WITH_CUDA
   if (cuda_) {

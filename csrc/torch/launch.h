@@ -23,6 +23,8 @@ class Launch {
   void evict(const host::Sizes& sizes, const host::IndexPointers& out, bool warm);
   void gather(const int32_t* positions, const int32_t* cu_seqlens, int64_t total);
   void compact(const host::IndexPointers& index);
+  AppendParams append_params(const host::IntTable& valid) const;
+  void append(const AppendParams& append);
 
  private:
   void make_rooms(const RoomsParams& rooms);

@@ -15,6 +15,12 @@ STABLE_TORCH_LIBRARY(lkv_ext, m) {
   m.def(
       "gather(Tensor[] tensors, Tensor positions, Tensor cu_seqlens, int layers=1, "
       "Tensor? source_cu_seqlens=None, int batch=0, int heads=0) -> Tensor[]");
+  m.def(
+      "append_(Tensor(a!)[] cache, Tensor(b!) positions, Tensor(c!) lengths, Tensor cu_seqlens, Tensor[] rows, "
+      "SymInt position, SymInt[]? valid=None, Tensor? valid_tensor=None) -> ()");
+  m.def(
+      "attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, SymInt longest, bool causal, "
+      "float scale, float softcap=0.) -> Tensor");
 }
 
 namespace {
@@ -26,6 +32,8 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("evict_out", TORCH_BOX(&lkv::torch_ops::evict_out));
   m.impl("evict_", TORCH_BOX(&lkv::torch_ops::evict_));
   m.impl("gather", TORCH_BOX(&lkv::torch_ops::gather));
+  m.impl("append_", TORCH_BOX(&lkv::torch_ops::append_));
+  m.impl("attend", TORCH_BOX(&lkv::torch_ops::attend));
 }
 
 }  // namespace

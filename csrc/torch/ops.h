@@ -21,6 +21,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evict_(Tensors payload, Tensors score
 Tensors gather(Tensors tensors, Tensor positions, Tensor cu_seqlens, int64_t layers,
                std::optional<Tensor> source_cu_seqlens, int64_t batch, int64_t heads);
 
+// New rows [B, H, n, ...] at the end of every row set of a ragged cache.
+void append_(Tensors cache, Tensor positions, Tensor lengths, Tensor cu_seqlens, Tensors rows, int64_t position,
+             std::optional<std::vector<int64_t>> valid, std::optional<Tensor> valid_tensor);
+// q [B, Hq, n, D] over a ragged cache: [B, n, Hq, Dv].
+Tensor attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, int64_t longest, bool causal,
+              double scale, double softcap);
+
 // Outputs of an op, allocated on the device of its tensors and added to `list`.
 void add_index(Tensors& list, const host::Problem& problem, const host::Sizes& sizes, const Tensor& like,
                bool count_overflow);

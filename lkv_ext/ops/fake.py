@@ -78,6 +78,16 @@ def _gather(tensors, positions, cu_seqlens, layers=1, source_cu_seqlens=None, *_
     return _moved(tensors, layers, source_cu_seqlens, list(positions.shape))
 
 
+@torch.library.register_fake("lkv_ext::append_")
+def _append_(cache, positions, lengths, cu_seqlens, rows, *_):
+    _check_devices(rows, "payload", [], cu_seqlens)
+
+
+@torch.library.register_fake("lkv_ext::attend")
+def _attend(q, k, v, *_):
+    return q.new_empty([q.shape[0], q.shape[2], q.shape[1], v.shape[1]])
+
+
 def _gather_setup(ctx, inputs, output) -> None:
     tensors, positions, cu_seqlens, ctx.layers, source_cu_seqlens, _, _ = inputs
     ctx.shapes = [t.shape for t in tensors]

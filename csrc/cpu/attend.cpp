@@ -1,0 +1,177 @@
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "lkv/floats.h"
+#include "row_kernels.h"
+#include "units.h"
+
+// Units of work are pieces of rows times tiles of queries, so that one long head does not set the time. Whoever is
+// done with the last piece of a tile merges them all, in order: the result depends on the shape alone, not on threads.
+
+namespace lkv::cpu {
+namespace {
+
+constexpr int64_t kQueryTile = 64;
+constexpr int64_t kPieceRows = 1024;  // at least
+constexpr int64_t kPieces = 256;      // of all tiles together, about
+
+// Multiply-adds that are worth a thread of their own.
+constexpr int64_t kGrain = 256 << 10;
+
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+int64_t stride_of(int64_t dim) {
+  return divide_up(dim, kAttendStep) * kAttendStep;
+}
+
+// Of one unit: highest, sum and acc of every query of its tile.
+struct Partial {
+  float *highest, *sum, *acc;
+};
+
+class Attention {
+ public:
+  explicit Attention(const AttendParams& p)
+      : p_(p), row_sets_(p.batch * p.heads), queries_(p.group * p.queries), acc_stride_(stride_of(p.dim_v)) {
+    if (row_sets_ == 0 || queries_ == 0) return;
+    tile_ = std::min(queries_, kQueryTile);
+    tiles_ = divide_up(queries_, tile_);
+    const int64_t most = std::max<int64_t>(1, kPieces / (row_sets_ * tiles_));
+    piece_ = std::max(kPieceRows, divide_up(p.longest, most));
+    pieces_ = std::max<int64_t>(1, divide_up(p.longest, piece_));
+    partials_.reset(new float[static_cast<size_t>(units() * partial_size())]);
+    left_ = std::vector<std::atomic<int64_t>>(static_cast<size_t>(row_sets_ * tiles_));
+    for (int64_t i = 0; i < row_sets_ * tiles_; ++i) left_[i] = pieces_of(length_of(i / tiles_));
+  }
+
+  int64_t units() const { return row_sets_ * tiles_ * pieces_; }
+
+  int64_t work() const {
+    int64_t rows = 0;
+    for (int64_t row = 0; row < row_sets_; ++row) rows += length_of(row);
+    return rows * queries_ * (p_.dim + p_.dim_v);
+  }
+
+  void run(int64_t unit) {
+    const int64_t tile = unit / pieces_, piece = unit % pieces_, row = tile / tiles_;
+    const int64_t pieces = pieces_of(length_of(row));
+    if (piece >= pieces) return;
+    attend(row, tile % tiles_ * tile_, piece, partial(unit));
+    if (left_[tile].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(row, tile % tiles_ * tile_, tile, pieces);
+  }
+
+ private:
+  int64_t begin_of(int64_t row) const { return clamp(p_.cu_seqlens[row], 0, p_.tokens); }
+  int64_t length_of(int64_t row) const {
+    const int64_t begin = begin_of(row), room = clamp(p_.cu_seqlens[row + 1], begin, p_.tokens) - begin;
+    return clamp(p_.lengths[row], 0, std::min(room, p_.longest));
+  }
+  int64_t pieces_of(int64_t length) const { return std::max<int64_t>(1, divide_up(length, piece_)); }
+  int64_t partial_size() const { return tile_ * (2 + acc_stride_); }
+  Partial partial(int64_t unit) const {
+    float* at = partials_.get() + unit * partial_size();
+    return {at, at + tile_, at + 2 * tile_};
+  }
+
+  // Query i of a row set is head i % group of the group at token i / group: neighbours see about the same rows.
+  template <ScoreType type>
+  void load_query(int64_t row, int64_t i, float* to) const {
+    const int64_t head = row % p_.heads * p_.group + i % p_.group;
+    const char* from = p_.q.data + row / p_.heads * p_.q.batch + head * p_.q.head + i / p_.group * p_.q.token;
+    typename ScoreTraits<type>::Bits bits;
+    for (int64_t d = 0; d < p_.dim; ++d) {
+      std::memcpy(&bits, from + d * static_cast<int64_t>(sizeof(bits)), sizeof(bits));
+      to[d] = to_float<type>(bits) * p_.scale;
+    }
+    std::fill(to + p_.dim, to + stride_of(p_.dim), 0.0f);
+  }
+
+  template <ScoreType type>
+  void store(int64_t row, int64_t i, const float* from) const {
+    const int64_t head = row % p_.heads * p_.group + i % p_.group;
+    char* to = p_.out.data + row / p_.heads * p_.out.batch + head * p_.out.head + i / p_.group * p_.out.token;
+    for (int64_t d = 0; d < p_.dim_v; ++d) {
+      const auto bits = from_float<type>(from[d]);
+      std::memcpy(to + d * static_cast<int64_t>(sizeof(bits)), &bits, sizeof(bits));
+    }
+  }
+
+  template <class F>
+  void with_type(F&& f) const {
+    switch (p_.type) {
+      case ScoreType::f32:
+        return f.template operator()<ScoreType::f32>();
+      case ScoreType::f16:
+        return f.template operator()<ScoreType::f16>();
+      case ScoreType::bf16:
+        return f.template operator()<ScoreType::bf16>();
+    }
+  }
+
+  void attend(int64_t row, int64_t query, int64_t piece, const Partial& to) const {
+    const int64_t count = std::min(tile_, queries_ - query), stride = stride_of(p_.dim);
+    const int64_t length = length_of(row), first = piece * piece_, rows = clamp(length - first, 0, piece_);
+    std::fill_n(to.highest, count, -std::numeric_limits<float>::infinity());
+    std::fill_n(to.sum, count, 0.0f);
+    std::fill_n(to.acc, count * acc_stride_, 0.0f);
+    std::vector<float> queries(static_cast<size_t>(count * stride));
+    int64_t visible[kQueryTile];
+    with_type([&]<ScoreType type>() {
+      for (int64_t i = 0; i < count; ++i) load_query<type>(row, query + i, queries.data() + i * stride);
+    });
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t behind = p_.causal ? p_.queries - 1 - (query + i) / p_.group : 0;
+      visible[i] = length - behind - first;
+    }
+    const int64_t last = clamp(*std::max_element(visible, visible + count), 0, rows);
+    const char* k = p_.k.data + (begin_of(row) + first) * p_.k.token;
+    const char* v = p_.v.data + (begin_of(row) + first) * p_.v.token;
+    row_kernels().attend[static_cast<int>(p_.type)]({queries.data(), count, stride, visible, k, v, p_.k.token,
+                                                     p_.v.token, last, p_.dim, p_.dim_v, p_.softcap, to.highest, to.sum,
+                                                     to.acc, acc_stride_});
+  }
+
+  void merge(int64_t row, int64_t query, int64_t tile, int64_t pieces) const {
+    const Partial into = partial(tile * pieces_);
+    for (int64_t i = 0; i < std::min(tile_, queries_ - query); ++i) {
+      float highest = into.highest[i];
+      for (int64_t piece = 1; piece < pieces; ++piece)
+        highest = std::max(highest, partial(tile * pieces_ + piece).highest[i]);
+      float* acc = into.acc + i * acc_stride_;
+      float sum = 0;
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const Partial part = partial(tile * pieces_ + piece);
+        const float scale = highest == part.highest[i] ? 1.0f : std::exp(part.highest[i] - highest);
+        const float* more = part.acc + i * acc_stride_;
+        sum += scale * part.sum[i];
+        for (int64_t d = 0; d < p_.dim_v; ++d) acc[d] = (piece > 0 ? acc[d] : 0.0f) + scale * more[d];
+      }
+      const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
+      for (int64_t d = 0; d < p_.dim_v; ++d) acc[d] *= inverse;
+      with_type([&]<ScoreType type>() { store<type>(row, query + i, acc); });
+    }
+  }
+
+  const AttendParams& p_;
+  int64_t row_sets_, queries_, acc_stride_;
+  int64_t tile_ = 1, tiles_ = 0, piece_ = 1, pieces_ = 0;
+  std::unique_ptr<float[]> partials_;
+  std::vector<std::atomic<int64_t>> left_;  // pieces of each tile that are not done
+};
+
+}  // namespace
+
+void attend(const AttendParams& p, const Threads& threads) {
+  Attention attention(p);
+  const int64_t workers = useful_workers(threads, attention.units(), attention.work(), kGrain);
+  for_each_unit(threads, workers, attention.units(), [&](int64_t unit, int64_t) { attention.run(unit); });
+}
+
+}  // namespace lkv::cpu

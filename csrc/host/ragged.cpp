@@ -1,0 +1,77 @@
+#include "ragged.h"
+
+#include "overlap.h"
+
+namespace lkv::host {
+
+int64_t check_append(const Problem& problem, const Ragged& cache, const Arrays& rows) {
+  check_value(cache.rows.size() == problem.payloads.size(), "expected ", cache.rows.size(),
+              " tensors of new rows, one for each of the cache, got ", problem.payloads.size());
+  const int64_t tokens = cache.positions->numel();
+  std::vector<Named> written;
+  for (size_t p = 0; p < cache.rows.size(); ++p) {
+    const Payload& like = problem.payloads[p];
+    const Name fresh("payload", static_cast<int64_t>(p));
+    const Array& array = cache.rows[p];
+    written.push_back({array, {"cache", static_cast<int64_t>(p)}});
+    check_device(written.back(), problem.device);
+    check_type(array.dtype == like.dtype, "expected ", fresh, " of the cache's dtype ", describe_dtype(array), ", got ",
+               describe_dtype(rows[p]));
+    Shape expected = problem.output_shape(tokens, -1, like.trailing);
+    check_value(array.shape() == expected && array.is_contiguous(), "expected ", fresh,
+                " with rows like those of the cache, ", array.shape(), ", got ", rows[p].shape());
+  }
+  const auto check_index = [&](const Array& array, const char* name, const Shape& expected, const char* dims) {
+    check_device({array, name}, problem.device);
+    check_int32({array, name}, expected, dims);
+  };
+  check_index(*cache.positions, "cache.positions", {tokens}, "[T]");
+  check_index(cache.lengths, "cache.lengths", problem.lengths_shape(), "[B, H]");
+  check_index(cache.cu_seqlens, "cache.cu_seqlens", {problem.rows() + 1}, "[B * H + 1]");
+  written.push_back({*cache.positions, "cache.positions"});
+  written.push_back({cache.lengths, "cache.lengths"});
+  std::vector<Named> read = named(rows, "payload");
+  read.push_back({cache.cu_seqlens, "cache.cu_seqlens"});
+  check_disjoint(written, read);
+  return tokens;
+}
+
+AttendParams check_attend(const Array& q, const Ragged& cache) {
+  const Named query{q, "q"}, k{cache.rows[0], "k"}, v{cache.rows[1], "v"};
+  check_value(q.rank == 4, "expected q of shape [B, Hq, n, D], got ", q.shape());
+  check_value(cache.lengths.rank == 2, "expected lengths of shape [B, H], got ", cache.lengths.shape());
+  AttendParams p{};
+  p.batch = cache.lengths.sizes[0];
+  p.heads = cache.lengths.sizes[1];
+  const int64_t query_heads = q.sizes[1];
+  p.group = p.heads == 0 ? 0 : query_heads / p.heads;
+  check_value(q.sizes[0] == p.batch && p.group * p.heads == query_heads,
+              "expected q of shape [B, Hq, n, D] with B = ", p.batch, " and Hq a multiple of H = ", p.heads, ", got ",
+              q.shape());
+  p.queries = q.sizes[2];
+  p.dim = q.sizes[3];
+  p.type = check_scores_dtype(query);
+  for (const Named& rows : {k, v}) {
+    check_device(rows, q.device);
+    check_type(rows.array.dtype == q.dtype, "expected ", rows.name, " of q's dtype ", describe_dtype(q), ", got ",
+               describe_dtype(rows.array));
+    check_value(rows.array.rank == 2, "expected ", rows.name, " of shape [T, D], got ", rows.array.shape());
+  }
+  check_value(k.array.sizes[1] == p.dim, "expected q with rows of D = ", k.array.sizes[1], " as in k, got ", q.shape());
+  check_value(v.array.sizes[0] == k.array.sizes[0], "expected v of shape [T, Dv] with T = ", k.array.sizes[0], ", got ",
+              v.array.shape());
+  p.tokens = k.array.sizes[0];
+  p.dim_v = v.array.sizes[1];
+  const Named offsets{cache.cu_seqlens, "cu_seqlens"}, lengths{cache.lengths, "lengths"};
+  for (const Named& index : {offsets, lengths}) check_device(index, q.device);
+  check_int32(offsets, {p.batch * p.heads + 1}, "[B * H + 1]");
+  check_int32(lengths, {p.batch, p.heads}, "[B, H]");
+  p.q = row_layout(query, false).strided;
+  p.k = row_layout(k, true).strided;
+  p.v = row_layout(v, true).strided;
+  p.cu_seqlens = reinterpret_cast<const int32_t*>(cache.cu_seqlens.data);
+  p.lengths = reinterpret_cast<const int32_t*>(cache.lengths.data);
+  return p;
+}
+
+}  // namespace lkv::host

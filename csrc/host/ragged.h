@@ -1,0 +1,21 @@
+#pragma once
+
+#include "problem.h"
+
+// A ragged cache as append and attend see it: rows [T, ...] in rooms, some of each room in use.
+
+namespace lkv::host {
+
+struct Ragged {
+  Arrays rows;  // [T, ...], contiguous
+  Array cu_seqlens, lengths;
+  std::optional<Array> positions;
+};
+
+// Raises unless the new rows of `problem` ([B, H, n, ...]) fit what they are appended to. Returns T.
+int64_t check_append(const Problem& problem, const Ragged& cache, const Arrays& rows);
+
+// Raises unless q [B, Hq, n, D] can attend to k, v. `pointers` of the result are those of the arrays; `out` is not set.
+AttendParams check_attend(const Array& q, const Ragged& cache);
+
+}  // namespace lkv::host

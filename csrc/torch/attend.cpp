@@ -1,0 +1,30 @@
+#include "host/ragged.h"
+#include "ops.h"
+
+namespace lkv::torch_ops {
+
+Tensor attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, int64_t longest, bool causal,
+              double scale, double softcap) {
+  AttendParams params = host::check_attend(view(q), {{view(k), view(v)}, view(cu_seqlens), view(lengths), {}});
+  params.longest = longest;
+  params.causal = causal;
+  params.scale = static_cast<float>(scale);
+  params.softcap = static_cast<float>(softcap);
+  // Tokens before heads, as the layer behind an attention reads them.
+  const int64_t query_heads = params.heads * params.group;
+  Tensor out = empty({params.batch, params.queries, query_heads, params.dim_v}, view(q).dtype, q);
+  const int64_t row = params.dim_v * view(q).itemsize;
+  params.out = {data<char>(out), params.queries * query_heads * row, row, query_heads * row};
+#ifdef LKV_WITH_CUDA
+  if (runs_cuda(view(q).device)) {
+    const CudaScope scope(view(q).device);
+    const Tensor scratch = empty_bytes(static_cast<int64_t>(cuda::attend_scratch(params)), q);
+    scope.check(cuda::attend(params, scratch.data_ptr(), scope.stream()), "attend");
+    return out;
+  }
+#endif
+  cpu::attend(params, torch_threads());
+  return out;
+}
+
+}  // namespace lkv::torch_ops

@@ -1,0 +1,329 @@
+"""One layer's cache of which every (sequence, KV head) keeps a number of rows of its own, made to be decoded from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+
+import torch
+from torch import Tensor
+
+from lkv_ext.ops import errors
+from lkv_ext.ops.attend import attend
+from lkv_ext.ops.evict import evict
+from lkv_ext.ops.ints import Ints, Plan, split
+from lkv_ext.ops.library import ops
+from lkv_ext.ops.ragged import RaggedKV
+
+RESERVE = 64  # rows of slack behind every head, unless told otherwise
+_PARTS = ("k", "v", "positions", "lengths", "cu_seqlens")
+_COUNTS = ("seen", "max_length", "_free", "_tail", "_reserve")
+
+
+class RaggedCache:
+    """K and V of one layer, packed, with slack behind every head into which new tokens are written in place.
+
+    Attributes:
+        k, v: `[T, D]`, `[T, Dv]`. Rows of (b, h) are `[cu_seqlens[r], cu_seqlens[r] + lengths[b, h])`, r = b * H + h;
+            what lies behind them in a room is slack, with any content.
+        companions: more tensors `[T, ...]` that move with the rows.
+        positions: int32 `[T]`, the place of a row's token among all that were appended, those of padding and those
+            evicted since included.
+        lengths: int32 `[B, H]`, rows in use. cu_seqlens: int32 `[B * H + 1]`, where the rooms begin.
+        max_length: host bound of `lengths`.
+        seen: tokens appended so far, padding and evicted ones included: the logical length.
+
+    What changes a cache changes it in place; where it raises, the cache is as it was.
+    """
+
+    __slots__ = ("_free", "_reserve", "_tail", "companions", "cu_seqlens", "k", "lengths", "max_length", "positions",
+                 "seen", "v")  # fmt: skip
+
+    def __init__(self, kv: RaggedKV, seen: int, *, free: int | None = None) -> None:
+        """Takes over what `evict` returned for dense input of `seen` tokens.
+
+        Args:
+            kv: packed and of one layer, with v; `reserve` of that call is the slack.
+            free: rows that every room is known to have left. Default: read from the rooms, which synchronises on CUDA.
+
+        Raises:
+            ValueError: for a padded kv, or one without v.
+        """
+        if kv.v is None or kv.k.dim() != 2 or kv.lengths.dim() != 2:
+            raise ValueError(f"lkv_ext.RaggedCache: expected packed k and v of one layer, got {kv!r}")
+        self.k, self.v, self.companions = kv.k, kv.v, kv.companions
+        self.positions, self.lengths, self.cu_seqlens = kv.positions, kv.lengths, kv.cu_seqlens
+        self.max_length, self.seen = kv.max_length, seen
+        if free is None:
+            slack = kv.cu_seqlens.diff() - kv.lengths.flatten()
+            free = int(slack.min()) if slack.numel() else 0
+        self._free = free
+        self._reserve = max(kv.reserve, 1)
+        self._tail = 0  # tokens at the end that every head still has: those that crop may drop
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        heads: int,
+        dim: int,
+        *,
+        dim_v: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        reserve: int = RESERVE,
+    ) -> RaggedCache:
+        """A cache without rows, with room for `reserve` tokens."""
+        rows = batch * heads
+        k = torch.zeros(rows * reserve, dim, dtype=dtype, device=device)
+        v = k.new_zeros(rows * reserve, dim if dim_v is None else dim_v)
+        positions = torch.full((rows * reserve,), -1, dtype=torch.int32, device=device)
+        lengths = torch.zeros(batch, heads, dtype=torch.int32, device=device)
+        rooms = torch.arange(rows + 1, dtype=torch.int32, device=device) * reserve
+        return cls(RaggedKV(k, v, (), positions, lengths, rooms, 0, reserve=reserve), 0, free=reserve)
+
+    @property
+    def batch(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.lengths.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.k.device
+
+    def append(
+        self, k: Tensor, v: Tensor, companions: Sequence[Tensor] = (), *, valid: Ints | None = None
+    ) -> None:
+        """Writes n new tokens behind the rows of every head, in place.
+
+        Only where the slack is used up are the buffers reallocated, with twice the slack they had.
+
+        Args:
+            k, v: `[B, H, n, D]` and `[B, H, n, Dv]`, any strides with contiguous rows.
+            companions: `[B, H, n, ...]`, one for each of the cache's.
+            valid: `[B]`, on the host or on the device: of sequence b, only the last `valid[b]` tokens are real and kept
+                (padding on the left). Such tokens cannot be cropped.
+
+        Raises:
+            ValueError, TypeError: for another shape, dtype or device than the cache's.
+        """
+        names = ["k", "v", *(f"companions[{i}]" for i in range(len(companions)))]
+        try:
+            rows = [k, v, *companions]
+            self._check_rows(rows, names)
+            counts = (None, None) if valid is None else split(valid, "valid", [(self.batch,)])
+            count = k.shape[2]
+            if count > self._free:
+                self._grow(count)
+            buffers = [self.k, self.v, *self.companions]
+            valid_host, valid_tensor = counts
+            column = None if valid_tensor is None else valid_tensor[:, None]
+            ops.append_(
+                buffers, self.positions, self.lengths, self.cu_seqlens, rows, self.seen, valid_host or None, column
+            )
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            errors.reraise("RaggedCache.append", error, names)
+        self._free -= count
+        self._tail = self._tail + count if valid is None else 0
+        self.max_length += count
+        self.seen += count
+
+    def evict(
+        self,
+        scores: Tensor,
+        budgets: Ints | Plan,
+        *,
+        sink: int = 0,
+        window: int = 0,
+        max_budget: int | None = None,
+        reserve: int | None = None,
+    ) -> None:
+        """Keeps the `budgets` best rows of every head; `lkv_ext.evict` says which.
+
+        Args:
+            scores: `[T]`, one per row of the buffers; see `packed`. A companion that carries scores will do.
+            budgets: rows to keep per head, slack not counted; `[H]` or `[B, H]`. In a device tensor they need
+                `max_budget`, or the call synchronises once.
+            reserve: new slack; default: what the cache began with.
+
+        Raises:
+            ValueError, TypeError: as `lkv_ext.evict`.
+        """
+        reserve = RESERVE if reserve is None else reserve
+        self._take(self._evicted(scores, budgets, sink, window, max_budget, reserve), reserve)
+        self._tail = 0
+
+    def attend(
+        self, q: Tensor, *, causal: bool = True, scale: float | None = None, softcap: float | None = None
+    ) -> Tensor:
+        """`lkv_ext.attend(q, self)`: q `[B, Hq, n, D]` to `[B, Hq, n, Dv]`."""
+        return attend(q, self, causal, scale=scale, softcap=softcap)
+
+    def crop(self, tokens: int) -> None:
+        """Drops the last `tokens` tokens.
+
+        Raises:
+            ValueError: where some head may not have them: past an eviction, or past tokens appended with padding.
+        """
+        if not 0 <= tokens <= self._tail:
+            raise ValueError(
+                f"lkv_ext.RaggedCache.crop: expected at most the {self._tail} tokens appended since the last eviction, "
+                f"got {tokens}"
+            )
+        self.lengths = self.lengths - tokens
+        self.max_length -= tokens
+        self.seen -= tokens
+        self._tail -= tokens
+        self._free += tokens
+
+    def select_batch(self, indices: Tensor | Sequence[int]) -> None:
+        """Keeps the sequences `indices`, in that order; one may occur twice. Copies the rows; synchronises on CUDA."""
+        chosen = torch.as_tensor(indices, device=self.device, dtype=torch.int64)
+        if chosen.dim() != 1 or (chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.batch):
+            raise ValueError(
+                f"lkv_ext.RaggedCache.select_batch: expected indices of sequences in [0, {self.batch}), got {indices}"
+            )
+        row_sets = (chosen[:, None] * self.heads + torch.arange(self.heads, device=self.device)).flatten()
+        begins = self.cu_seqlens[:-1].long()[row_sets]
+        rooms = self.cu_seqlens.diff().long()[row_sets]
+        ends = rooms.cumsum(0)
+        total = int(ends[-1]) if ends.numel() else 0
+        rows = (begins - ends + rooms).repeat_interleave(rooms, output_size=total)
+        rows += torch.arange(total, device=self.device)
+        for name in ("k", "v", "positions"):
+            setattr(self, name, getattr(self, name).index_select(0, rows))
+        self.companions = tuple(c.index_select(0, rows) for c in self.companions)
+        self.lengths = self.lengths[chosen]
+        self.cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
+
+    def reorder(self, beams: Tensor | Sequence[int]) -> None:
+        """Beam search: sequence b goes on from sequence `beams[b]`. As `select_batch`."""
+        self.select_batch(beams)
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """`[T, ...]` as `[B, H, C, ...]` with C = max_length; behind a head's rows there is any content."""
+        steps = torch.arange(self.max_length, device=self.device)
+        index = self.cu_seqlens[:-1].long().view(self.batch, self.heads, 1) + steps
+        return rows[index.clamp_(max=max(rows.shape[0] - 1, 0))]
+
+    def packed(self, scores: Tensor) -> Tensor:
+        """`[B, H, C]` as `[T]`, the inverse of `padded`; slack takes any content."""
+        columns = scores.shape[2]
+        if columns == 0 or scores.numel() == 0:
+            return scores.new_zeros(self.k.shape[0])
+        rows = torch.arange(self.k.shape[0], device=self.device)
+        row_set = torch.searchsorted(self.cu_seqlens[1:], rows.int(), right=True).clamp_(max=self.lengths.numel() - 1)
+        column = (rows - self.cu_seqlens[row_set]).clamp_(max=columns - 1)
+        return scores.reshape(-1)[row_set * columns + column]
+
+    def to(self, device: torch.device | str) -> RaggedCache:
+        """Moves the cache; returns it."""
+        for name in _PARTS:
+            setattr(self, name, getattr(self, name).to(device))
+        self.companions = tuple(c.to(device) for c in self.companions)
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Of K, V and companions, slack included."""
+        return sum(t.nbytes for t in (self.k, self.v, *self.companions))
+
+    @property
+    def retained_bytes(self) -> int:
+        """Of the rows in use; synchronises on CUDA."""
+        return int(self.lengths.sum()) * sum(t[:1].nbytes for t in (self.k, self.v, *self.companions) if t.shape[0])
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the cache as safetensors."""
+        tensors = {name: getattr(self, name).contiguous() for name in _PARTS}
+        tensors |= {f"companions.{i}": c.contiguous() for i, c in enumerate(self.companions)}
+        _safetensors().save_file(tensors, path, {name: str(getattr(self, name)) for name in _COUNTS})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], device: torch.device | str = "cpu") -> RaggedCache:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: where the file holds something else.
+        """
+        with _safetensors().safe_open(path, "pt", device=str(device)) as file:
+            names, counts = set(file.keys()), file.metadata() or {}
+            companions = [name for name in (f"companions.{i}" for i in range(len(names))) if name in names]
+            if not names == {*_PARTS, *companions} or not counts.keys() >= set(_COUNTS):
+                raise ValueError(f"lkv_ext.RaggedCache.load: expected a saved cache, got tensors {sorted(names)}")
+            parts = {name: file.get_tensor(name) for name in _PARTS}
+            kv = RaggedKV(**parts, companions=tuple(map(file.get_tensor, companions)), max_length=0)
+        cache = cls(kv, 0, free=0)
+        for name in _COUNTS:
+            setattr(cache, name, int(counts[name]))
+        return cache
+
+    def __repr__(self) -> str:
+        k, v = list(self.k.shape), list(self.v.shape)
+        return (
+            f"RaggedCache(k={k}, v={v}, {self.k.dtype}, lengths={list(self.lengths.shape)}, "
+            f"max_length={self.max_length}, seen={self.seen}, {self.device})"
+        )
+
+    def _check_rows(self, rows: Sequence[Tensor], names: Sequence[str]) -> None:
+        buffers = (self.k, self.v, *self.companions)
+        if len(rows) != len(buffers):
+            raise ValueError(f"expected {len(buffers) - 2} companions, got {len(rows) - 2}")
+        for row, buffer, name in zip(rows, buffers, names, strict=True):
+            expected = (self.batch, self.heads, rows[0].shape[2] if rows[0].dim() > 2 else 0, *buffer.shape[1:])
+            if tuple(row.shape) != expected:
+                raise ValueError(f"expected {name} of shape [B, H, n, ...] = {list(expected)}, got {list(row.shape)}")
+            if row.dtype != buffer.dtype:
+                raise TypeError(f"expected {name} of dtype {buffer.dtype}, got {row.dtype}")
+            if row.device != buffer.device:
+                raise ValueError(f"expected {name} on {buffer.device}, got {row.device}")
+            if torch.is_grad_enabled() and row.requires_grad:
+                raise ValueError(f"expected {name} that requires no gradient: a cache has none")
+
+    def _grow(self, count: int) -> None:
+        """Reallocates with the rows as they are and twice the slack, `count` rows at least."""
+        reserve = max(2 * self._reserve, count)
+        scores = self.k.new_zeros((), dtype=torch.float32).expand(self.k.shape[0])  # nobody competes, so nobody reads
+        self._take(self._evicted(scores, self.max_length, 0, 0, None, reserve), reserve)
+
+    def _evicted(
+        self, scores: Tensor, budgets: Ints | Plan, sink: int, window: int, max_budget: int | None, reserve: int
+    ) -> RaggedKV:
+        return evict(
+            self.k,
+            self.v,
+            scores,
+            budgets,
+            cu_seqlens=self.cu_seqlens,
+            lengths=self.lengths,
+            sink=sink,
+            window=window,
+            max_budget=max_budget,
+            reserve=reserve,
+            companions=(self.positions, *self.companions),
+        )
+
+    def _take(self, kv: RaggedKV, reserve: int) -> None:
+        self.k, self.v = kv.k, kv.v
+        self.positions, *companions = kv.companions
+        self.companions = tuple(companions)
+        self.lengths, self.cu_seqlens, self.max_length = kv.lengths, kv.cu_seqlens, kv.max_length
+        self._free = self._reserve = reserve
+
+
+def _safetensors() -> object:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ModuleNotFoundError:
+        raise ImportError("lkv_ext.RaggedCache: saving and loading need: pip install safetensors") from None
+
+    class Library:
+        safe_open = staticmethod(safetensors.safe_open)
+        save_file = staticmethod(safetensors.torch.save_file)
+
+    return Library
