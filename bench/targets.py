@@ -41,6 +41,10 @@ def _evict(mode: str, length: int, skewed: bool = False) -> str:
     return f"evict {mode} {Shape(length, skewed=skewed)}"
 
 
+def _attend(quantity: str, says: str, bound: float) -> Target:
+    return Target(f"attend, 32768 tokens, skewed: {says}", f"attend warm {Shape(32768, skewed=True)}", quantity, bound)
+
+
 def _select(length: int) -> str:
     return f"select fresh {Shape(length)}"
 
@@ -64,6 +68,15 @@ TARGETS = (
         f"evict fresh {Shape(16, heads=2, dim=8, retention=0.5)}",
         "naive",
         1.5,
+    ),
+    _attend("dense", "speed over SDPA on the dense cache", 5),
+    _attend("padded", "speed over SDPA on the padded cache", 2),
+    _attend("memcpy", "read rate over that of memcpy", 0.6),
+    Target(
+        "append of a token at 100k kept rows: speed of a bare write of its rows",
+        f"append warm {Shape(12500, retention=1.0)}",
+        "bare write",
+        1 / 3,
     ),
     Target("evict: scratch over the input cache", f"evict scratch {Shape(131072)}", "scratch", 0.02),
     Target("evict_: scratch over the input cache", f"evict_ scratch {Shape(131072)}", "scratch", 0.02),

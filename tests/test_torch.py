@@ -43,7 +43,7 @@ def op_calls() -> list[tuple[str, tuple]]:
     flat = [t.flatten(0, 2) for t in (k, v, scores)]
     budgets = torch.tensor([[1, 2, 3], [40, 0, 5]])
     patch = pytest.MonkeyPatch()
-    for module in ("evict", "select"):
+    for module in ("evict", "select", "cache", "attend"):
         patch.setattr(f"lkv_ext.ops.{module}.ops", Recorder())
     try:
         for room in ROOMS:
@@ -58,6 +58,10 @@ def op_calls() -> list[tuple[str, tuple]]:
         out = lkv_ext.evict(k, v, scores, 4)
         lkv_ext.evict(k, v, scores, 4, out=out)
         lkv_ext.evict_(k.clone(), v.clone(), scores, [1, 2, 3])
+        rows = lkv_ext.RaggedCache.empty(B, H, D, dim_v=D + 1, reserve=2 * L)
+        rows.append(k, v)
+        rows.append(k, v, valid=[3, L])
+        rows.attend(torch.ones(B, 2 * H, 5, D))
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         lkv_ext.evict(k, v, scores, budgets, capacity=9)
     finally:

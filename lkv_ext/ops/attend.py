@@ -80,14 +80,16 @@ def _reader(q: Tensor, cache: RaggedCache | RaggedKV, softcap: float | None, bac
     if backend not in (None, *_READERS):
         raise ValueError(f"expected backend 'lkv', 'flash_attn' or 'torch', got {backend!r}")
     fits = softcap is None and cache.v.shape[-1] == q.shape[-1] <= 256 and q.dtype in (torch.float16, torch.bfloat16)
-    for name in _READERS if backend is None else [backend]:
-        reader = _READERS[name]()
-        if reader is not None and fits:
-            return reader
-    if backend is None:
-        return None
-    wrong = "does not fit: it takes float16 or bfloat16, Dv = D <= 256 and no softcap" if fits is False else "is missing"
-    raise ValueError(f"expected a backend for this call, got {backend!r}, which {wrong}")
+    readers = {name: _READERS[name]() for name in (_READERS if backend is None else [backend])}
+    found = [reader for reader in readers.values() if reader is not None and fits]
+    if found or backend is None:
+        return found[0] if found else None
+    if fits:
+        raise ValueError(f"expected a backend that is installed, got {backend!r}")
+    raise ValueError(
+        f"expected float16 or bfloat16, Dv = D <= 256 and no softcap for backend {backend!r}, got {q.dtype}, "
+        f"D = {q.shape[-1]}, Dv = {cache.v.shape[-1]}, softcap {softcap}"
+    )
 
 
 def _read(reader: Reader, q: Tensor, cache: RaggedCache | RaggedKV, causal: bool, scale: float) -> Tensor:
@@ -110,7 +112,7 @@ def _flash_attn() -> Reader | None:
     except ImportError:
         return None
 
-    def read(q, k, v, starts, rooms, lengths, n, longest, causal, scale):  # noqa: ANN001
+    def read(q, k, v, starts, rooms, lengths, n, longest, causal, scale):
         out = flash_attn_varlen_func(
             q, k, v, starts, rooms, n, longest, seqused_k=lengths, softmax_scale=scale, causal=causal
         )
@@ -130,7 +132,7 @@ def _torch_varlen() -> Reader | None:
     if "seqused_k" not in inspect.signature(varlen_attn).parameters:
         return None
 
-    def read(q, k, v, starts, rooms, lengths, n, longest, causal, scale):  # noqa: ANN001
+    def read(q, k, v, starts, rooms, lengths, n, longest, causal, scale):
         sides = (-1, 0) if causal else (-1, -1)
         options = dict(scale=scale, window_size=sides, enable_gqa=True, seqused_k=lengths)
         return varlen_attn(q, k, v, starts, rooms, n, longest, **options)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from os import PathLike
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -95,9 +97,7 @@ class RaggedCache:
     def device(self) -> torch.device:
         return self.k.device
 
-    def append(
-        self, k: Tensor, v: Tensor, companions: Sequence[Tensor] = (), *, valid: Ints | None = None
-    ) -> None:
+    def append(self, k: Tensor, v: Tensor, companions: Sequence[Tensor] = (), *, valid: Ints | None = None) -> None:
         """Writes n new tokens behind the rows of every head, in place.
 
         Only where the slack is used up are the buffers reallocated, with twice the slack they had.
@@ -148,7 +148,7 @@ class RaggedCache:
             scores: `[T]`, one per row of the buffers; see `packed`. A companion that carries scores will do.
             budgets: rows to keep per head, slack not counted; `[H]` or `[B, H]`. In a device tensor they need
                 `max_budget`, or the call synchronises once.
-            reserve: new slack; default: what the cache began with.
+            reserve: new slack, default 64 rows.
 
         Raises:
             ValueError, TypeError: as `lkv_ext.evict`.
@@ -315,15 +315,8 @@ class RaggedCache:
         self._free = self._reserve = reserve
 
 
-def _safetensors() -> object:
+def _safetensors() -> ModuleType:
     try:
-        import safetensors
-        import safetensors.torch
+        return import_module("safetensors.torch")
     except ModuleNotFoundError:
         raise ImportError("lkv_ext.RaggedCache: saving and loading need: pip install safetensors") from None
-
-    class Library:
-        safe_open = staticmethod(safetensors.safe_open)
-        save_file = staticmethod(safetensors.torch.save_file)
-
-    return Library

@@ -3,6 +3,7 @@
 It is the specification in code, and slow. It imports nothing compiled and runs on CPU and CUDA tensors.
 """
 
+from lkv.reference.attend import attend
 from lkv.reference.budgets import budgets_from_scores, budgets_from_shares
 from lkv.reference.evict import evict, evict_, evict_layers
 from lkv.reference.gather import gather
@@ -11,6 +12,7 @@ from lkv.reference.select import select, select_row
 
 __all__ = [
     "Rooms",
+    "attend",
     "budgets_from_scores",
     "budgets_from_shares",
     "evict",

@@ -1,0 +1,65 @@
+"""Decoding over what an eviction left: attend beside PyTorch's attention, append beside a bare write of its rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import rivals
+import torch
+import torch.nn.functional as F
+from conftest import Bench
+from shapes import Shape, make_inputs
+from torch import Tensor
+
+import lkv_ext
+
+GROUP = 4  # query heads per KV head
+
+
+def query(shape: Shape, device: str) -> Tensor:
+    generator = torch.Generator(device).manual_seed(1)
+    sizes = (shape.batch, shape.heads * GROUP, 1, shape.dim)
+    return torch.randn(sizes, generator=generator, device=device).to(shape.dtype)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(8192, skewed=True), Shape(32768, skewed=True), Shape(32768), Shape(32768, skewed=True, dtype=torch.float32)],
+    ids=str,
+)
+def test_attend(bench: Bench, shape: Shape) -> None:
+    inputs = make_inputs(replace(shape, skewed=False), bench.device)
+    # Any bytes make rows that move; to be attended to they must be numbers.
+    k, v = (torch.randn(t.shape, device=t.device).to(t.dtype) for t in inputs.payload)
+    q = query(shape, bench.device)
+    kept = lkv_ext.evict(k, v, inputs.scores, shape.budgets, reserve=64)
+    padded = lkv_ext.evict(k, v, inputs.scores, shape.budgets, layout="padded")
+    inside = torch.arange(padded.k.shape[2], device=bench.device) < padded.lengths[..., None]
+    mask = inside.repeat_interleave(GROUP, 1)[:, :, None]
+    others = {
+        "memcpy": rivals.copy_warm([kept.k, kept.v]),
+        "dense": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        "padded": lambda: F.scaled_dot_product_attention(q, padded.k, padded.v, attn_mask=mask, enable_gqa=True),
+    }
+    torch.testing.assert_close(lkv_ext.attend(q, kept), others["padded"](), rtol=0.02, atol=0.02)
+    bench.time("attend", "warm", shape, lambda: lkv_ext.attend(q, kept), others, shape.output_bytes)
+
+
+def test_append(bench: Bench) -> None:
+    """One token behind 100k kept rows, beside index_copy_ of its rows to places known beforehand."""
+    shape = Shape(100_000 // 8, retention=1.0)
+    inputs = make_inputs(shape, bench.device)
+    # Slack for every round: what is measured is a step, and one step in thousands reallocates.
+    kept = lkv_ext.evict(inputs.k, inputs.v, inputs.scores, shape.budgets, reserve=40_000)
+    cache = lkv_ext.RaggedCache(kept, shape.length)
+    k, v = (t[:, :, :1] for t in inputs.payload)
+    ends = kept.cu_seqlens[1:].long() - 1
+    fresh = [t.flatten(0, 2) for t in (k, v)]
+
+    def write() -> list[Tensor]:
+        return [rows.index_copy_(0, ends, new) for rows, new in zip((cache.k, cache.v), fresh, strict=True)]
+
+    bench.time(
+        "append", "warm", shape, lambda: cache.append(k, v), {"bare write": write}, 2 * cache.heads * shape.row_bytes
+    )

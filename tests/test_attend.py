@@ -1,0 +1,209 @@
+"""attend against float64, over shapes, types, masks and instruction sets."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import generator
+from test_isa import run
+from torch import Tensor
+
+import lkv_ext
+from lkv import reference
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# B, H, query heads per KV head, queries, D, Dv, longest head
+SHAPES = [
+    (1, 8, 4, 1, 128, 128, 700),
+    (2, 3, 7, 5, 64, 64, 300),
+    (1, 2, 1, 33, 80, 40, 200),
+    (2, 2, 3, 70, 20, 24, 150),
+    (1, 1, 2, 3, 256, 256, 90),
+    (1, 2, 4, 1, 7, 3, 65),
+    (1, 1, 5, 2, 576, 512, 64),
+    (1, 2, 2, 1, 16, 16, 5000),
+]
+
+
+def ragged(batch: int, heads: int, dim: int, dim_v: int, longest: int, dtype: torch.dtype) -> lkv_ext.RaggedKV:
+    """Heads of 0 to `longest` rows in rooms with NaN for slack, so that a read behind a head shows."""
+    g = generator(longest + dim)
+    lengths = torch.randint(longest + 1, (batch, heads), generator=g, dtype=torch.int32)
+    lengths[0, 0], lengths[-1, -1] = 0 if batch > 1 else longest, longest
+    rooms = lengths.flatten() + torch.randint(5, (batch * heads,), generator=g, dtype=torch.int32)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int32), rooms.cumsum(0).int()])
+    k, v = (torch.randn(int(offsets[-1]), d, generator=g).to(dtype) for d in (dim, dim_v))
+    for begin, end, length in zip(offsets[:-1], offsets[1:], lengths.flatten(), strict=True):
+        k[begin + length : end] = v[begin + length : end] = torch.nan
+    return lkv_ext.RaggedKV(k, v, (), torch.zeros(len(k), dtype=torch.int32), lengths, offsets, longest)
+
+
+def queries(batch: int, heads: int, n: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """`[B, Hq, n, D]` as models hand them over: a transposed view."""
+    return torch.randn(batch, n, heads, dim, generator=generator(n)).to(dtype).transpose(1, 2)
+
+
+def error_of(q: Tensor, kv: lkv_ext.RaggedKV, got: Tensor, **options) -> float:
+    want = reference.attend(q, kv.k, kv.v, kv.cu_seqlens, kv.lengths, **options)
+    return float((got.double().cpu() - want).abs().max())
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attend(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, heads, group, n, dim, dim_v, longest = shape
+    kv = ragged(batch, heads, dim, dim_v, longest, dtype)
+    q = queries(batch, heads * group, n, dim, dtype)
+    there = SimpleNamespace(
+        **{name: getattr(kv, name).to(device) for name in ("k", "v", "cu_seqlens", "lengths")}, max_length=longest
+    )
+    for options in (dict(causal=True), dict(causal=False, scale=0.3), dict(causal=True, softcap=2.0)):
+        got = lkv_ext.attend(q.to(device), there, backend="lkv", **options)
+        assert got.shape == (batch, heads * group, n, dim_v) and got.dtype == dtype
+        assert got.transpose(1, 2).is_contiguous()
+        assert error_of(q, kv, got, **options) <= TOLERANCE[dtype]
+
+
+ON_ISA = """
+import sys
+import torch
+import lkv_ext
+from test_attend import SHAPES, TOLERANCE, error_of, queries, ragged
+
+assert lkv_ext.build_info()["cpu_isa"] == sys.argv[1]
+for batch, heads, group, n, dim, dim_v, longest in SHAPES:
+    for dtype, tolerance in TOLERANCE.items():
+        kv, q = ragged(batch, heads, dim, dim_v, longest, dtype), queries(batch, heads * group, n, dim, dtype)
+        for options in (dict(causal=True), dict(causal=False, softcap=2.0)):
+            assert error_of(q, kv, lkv_ext.attend(q, kv, **options), **options) <= tolerance
+"""
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_instruction_sets(isa: str) -> None:
+    result = run(isa, ON_ISA, isa)
+    if f"LKV_CPU_ISA={isa} is not available here" in result.stderr:
+        pytest.skip(f"this machine does not run {isa}")
+    assert result.returncode == 0, result.stderr
+
+
+def test_far_logits_do_not_overflow() -> None:
+    """Running softmax over pieces whose logits lie far apart, ascending and descending, and -inf among them."""
+    logits = torch.cat(
+        [torch.linspace(-400, 400, 3000), torch.full((200,), -torch.inf), torch.linspace(300, -900, 3000)]
+    )
+    k, v = logits[:, None].clone(), torch.randn(len(logits), 4, generator=generator(1))
+    lengths = torch.tensor([[len(logits)]], dtype=torch.int32)
+    kv = lkv_ext.RaggedKV(k, v, (), lengths, lengths, torch.tensor([0, len(logits)], dtype=torch.int32), len(logits))
+    q = torch.ones(1, 1, 1, 1)
+    assert error_of(q, kv, lkv_ext.attend(q, kv, scale=1.0), scale=1.0) <= 2e-5
+
+
+def test_nan_stays_with_its_query() -> None:
+    kv = ragged(1, 2, 16, 16, 300, torch.float32)
+    q = queries(1, 4, 9, 16, torch.float32).clone()
+    want = lkv_ext.attend(q, kv)
+    q[0, 1, 4] = torch.nan
+    got = lkv_ext.attend(q, kv)
+    assert got[0, 1, 4].isnan().all()
+    got[0, 1, 4] = want[0, 1, 4]
+    assert torch.equal(got, want)
+
+
+def test_result_does_not_depend_on_threads() -> None:
+    kv, q = ragged(1, 3, 64, 64, 9000, torch.float32), queries(1, 6, 3, 64, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(lkv_ext.attend(q, kv))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_empty() -> None:
+    for batch, heads, n in ((0, 2, 1), (1, 0, 1), (1, 2, 0)):
+        cache = lkv_ext.RaggedCache.empty(batch, heads, 8)
+        assert lkv_ext.attend(torch.zeros(batch, heads, n, 8), cache).shape == (batch, heads, n, 8)
+    cache = lkv_ext.RaggedCache.empty(1, 2, 8, reserve=0)
+    assert torch.equal(lkv_ext.attend(torch.ones(1, 2, 3, 8), cache), torch.zeros(1, 2, 3, 8))
+
+
+def wrong(**changes: object) -> dict[str, object]:
+    kv = ragged(2, 2, 8, 8, 20, torch.float32)
+    return dict(q=torch.zeros(2, 4, 1, 8), k=kv.k, v=kv.v, cu_seqlens=kv.cu_seqlens, lengths=kv.lengths) | changes
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(q=torch.zeros(2, 4, 8)), r"expected q of shape \[B, Hq, n, D\], got \[2, 4, 8\]"),
+        (dict(q=3), r"expected q of shape \[B, Hq, n, D\], got int"),
+        (dict(q=torch.zeros(2, 3, 1, 8)), r"Hq a multiple of H = 2, got \[2, 3, 1, 8\]"),
+        (dict(q=torch.zeros(1, 4, 1, 8)), "with B = 2"),
+        (dict(q=torch.zeros(2, 4, 1, 9)), "expected q with rows of D = 8"),
+        (dict(q=torch.zeros(2, 4, 1, 8).half()), "expected k of q's dtype float16, got float32"),
+        (dict(q=torch.zeros(2, 4, 1, 8).int()), "expected q of dtype float32, float16 or bfloat16, got int32"),
+        (dict(q=torch.zeros(2, 4, 1, 16)[..., ::2]), "expected q contiguous after the token axis"),
+        (dict(q=torch.zeros(2, 4, 1, 8, requires_grad=True)), "require no gradient"),
+        (dict(v=None), "expected a cache with v"),
+        (dict(v=torch.zeros(3, 8)), r"expected v of shape \[T, Dv\]"),
+        (dict(lengths=torch.zeros(2, 2)), "expected lengths of dtype int32"),
+        (dict(lengths=torch.zeros(4, dtype=torch.int32)), r"expected lengths of shape \[B, H\]"),
+        (dict(cu_seqlens=torch.zeros(4, dtype=torch.int32)), r"expected cu_seqlens of shape \[B \* H \+ 1\]"),
+    ],
+)
+def test_errors(changes: dict[str, object], message: str) -> None:
+    arguments = wrong(**changes)
+    q = arguments.pop("q")
+    with pytest.raises((ValueError, TypeError), match=f"lkv_ext.attend: .*{message}"):
+        lkv_ext.attend(q, SimpleNamespace(**arguments, max_length=20))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(softcap=0), "softcap above 0"),
+        (dict(backend="cudnn"), "expected backend 'lkv'"),
+        (dict(backend="torch"), "expected float16 or bfloat16"),
+    ],
+)
+def test_wrong_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lkv_ext.attend(torch.zeros(1, 1, 1, 8), lkv_ext.RaggedCache.empty(1, 1, 8), **options)
+
+
+def test_lengths_beyond_the_room_are_cut() -> None:
+    kv = ragged(1, 2, 8, 8, 20, torch.float32)
+    q = torch.ones(1, 2, 1, 8)
+    kv.lengths = torch.tensor([[1000, -5]], dtype=torch.int32)
+    got = lkv_ext.attend(q, kv)
+    assert torch.equal(got[0, 1], torch.zeros(1, 8))
+
+
+def test_flash_attention_gets_heads_as_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What FlashAttention 3 is told, read by a stand-in of its signature that runs the reference."""
+    kv = ragged(2, 3, 16, 16, 40, torch.bfloat16)
+    q = queries(2, 6, 4, 16, torch.bfloat16)
+
+    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, seqused_k, softmax_scale, causal):
+        assert (max_q, max_k) == (4, 40) and cu_q.tolist() == list(range(0, 25, 4))
+        rows = q.view(6, 4, 2, 16).transpose(1, 2)  # six sequences of one KV head
+        lengths = seqused_k.view(6, 1)
+        out = reference.attend(rows, k[:, 0], v[:, 0], cu_k, lengths, causal=causal, scale=softmax_scale)
+        return out.transpose(1, 2).reshape(24, 2, 16).bfloat16()
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_varlen_func=varlen))
+    from lkv_ext.ops import attend as module
+
+    module._flash_attn.cache_clear()
+    try:
+        got = lkv_ext.attend(q, kv, backend="flash_attn")
+    finally:
+        module._flash_attn.cache_clear()
+    assert error_of(q, kv, got) <= TOLERANCE[torch.bfloat16]

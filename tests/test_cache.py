@@ -1,0 +1,281 @@
+"""RaggedCache against a model of it: a list of rows for every head."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from cases import generator, scores_of
+from torch import Tensor
+
+import lkv_ext
+from lkv_ext import RaggedCache
+
+BATCH, HEADS, DIM, DIM_V = 2, 3, 8, 4
+
+
+class Model:
+    """What a cache should hold: per row set, (position, k, v) in order."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(BATCH * HEADS)]
+        self.seen = 0
+
+    def append(self, k: Tensor, v: Tensor, valid: list[int] | None = None) -> None:
+        n = k.shape[2]
+        for r, rows in enumerate(self.rows):
+            b, h = divmod(r, HEADS)
+            skip = n - (n if valid is None else valid[b])
+            rows += [(self.seen + i, k[b, h, i], v[b, h, i]) for i in range(skip, n)]
+        self.seen += n
+
+    def evict(self, scores: list[Tensor], budgets: list[int]) -> None:
+        for r, rows in enumerate(self.rows):
+            order = scores[r].sort(descending=True, stable=True).indices[: budgets[r % HEADS]]
+            self.rows[r] = [rows[i] for i in sorted(order.tolist())]
+
+    def check(self, cache: RaggedCache) -> None:
+        assert cache.seen == self.seen
+        lengths = [len(rows) for rows in self.rows]
+        assert cache.lengths.flatten().tolist() == lengths and cache.max_length >= max(lengths)
+        for r, rows in enumerate(self.rows):
+            begin = int(cache.cu_seqlens[r])
+            span = slice(begin, begin + len(rows))
+            assert span.stop <= int(cache.cu_seqlens[r + 1])
+            assert cache.positions[span].tolist() == [position for position, _, _ in rows]
+            for mine, i in ((cache.k, 1), (cache.v, 2)):
+                assert all(torch.equal(a.cpu(), row[i]) for a, row in zip(mine[span], rows, strict=True))
+
+
+def tokens(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = generator(100 * n + seed)
+    k, v = (torch.randn(BATCH, n, HEADS, d, generator=g).transpose(1, 2) for d in (DIM, DIM_V))
+    return k, v
+
+
+def filled(device: str = "cpu", reserve: int = 4) -> tuple[RaggedCache, Model]:
+    cache, model = RaggedCache.empty(BATCH, HEADS, DIM, dim_v=DIM_V, device=device, reserve=reserve), Model()
+    for seed, n in enumerate((3, 1, 20, 1)):
+        k, v = tokens(n, seed)
+        cache.append(k.to(device), v.to(device))
+        model.append(k, v)
+    return cache, model
+
+
+def evict(cache: RaggedCache, model: Model, budgets: list[int], **options) -> None:
+    scores = scores_of("normal", [BATCH, HEADS, cache.max_length]).to(cache.device)
+    used = [scores[r // HEADS, r % HEADS, : len(rows)].cpu() for r, rows in enumerate(model.rows)]
+    cache.evict(cache.packed(scores), budgets, **options)
+    model.evict(used, budgets)
+
+
+def test_append_grows(device: str) -> None:
+    cache, model = filled(device)
+    model.check(cache)
+
+
+def test_append_in_place(device: str) -> None:
+    """Within the slack nothing is reallocated; beyond it, reallocations become rare."""
+    cache = RaggedCache.empty(BATCH, HEADS, DIM, dim_v=DIM_V, device=device, reserve=2)
+    places = []
+    k, v = (t.to(device) for t in tokens(1))
+    for _ in range(1000):
+        cache.append(k, v)
+        places.append(cache.k.data_ptr())
+    moves = sum(a != b for a, b in pairwise(places))
+    assert moves <= 9  # 2, 4, 8, ... rows of slack
+    assert cache.lengths.unique().tolist() == [1000]
+
+
+def test_evict_again_and_again(device: str) -> None:
+    cache, model = filled(device)
+    for budgets in ([10, 3, 20], [4, 0, 9], [50, 50, 50]):
+        evict(cache, model, budgets, reserve=1)
+        model.check(cache)
+        for seed in range(2):
+            k, v = tokens(3, seed)
+            cache.append(k.to(device), v.to(device))
+            model.append(k, v)
+            model.check(cache)
+
+
+def test_takes_over_an_eviction(device: str) -> None:
+    k, v = (t.to(device) for t in tokens(30))
+    scores = scores_of("ties", [BATCH, HEADS, 30]).to(device)
+    cache = RaggedCache(lkv_ext.evict(k, v, scores, [5, 9, 30], reserve=2), 30)
+    model = Model()
+    model.append(k.cpu(), v.cpu())
+    model.evict([scores[r // HEADS, r % HEADS].cpu() for r in range(BATCH * HEADS)], [5, 9, 30])
+    model.check(cache)
+    more = tokens(2, 7)
+    before = cache.k.data_ptr()
+    cache.append(*(t.to(device) for t in more))
+    model.append(*more)
+    model.check(cache)
+    assert cache.k.data_ptr() == before
+
+
+def test_rooms_cut_by_capacity_have_no_slack() -> None:
+    k, v = tokens(30)
+    kv = lkv_ext.evict(k, v, k[..., 0], [9, 9, 9], reserve=4, capacity=70)
+    cache, lengths = RaggedCache(kv, 30), kv.lengths.clone()
+    cache.append(*tokens(1))
+    assert torch.equal(cache.lengths, lengths + 1)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_padding_on_the_left(device: str, on_device: bool) -> None:
+    cache, model = RaggedCache.empty(BATCH, HEADS, DIM, dim_v=DIM_V, device=device, reserve=8), Model()
+    for n, valid in ((4, [0, 3]), (5, [2, 5]), (1, None)):
+        k, v = tokens(n)
+        given = None if valid is None else torch.tensor(valid, device=device) if on_device else valid
+        cache.append(k.to(device), v.to(device), valid=given)
+        model.append(k, v, valid)
+    model.check(cache)
+    q = torch.randn(BATCH, HEADS, 5, DIM, generator=generator(3)).to(device)
+    assert cache.attend(q).isfinite().all()
+
+
+def test_companions_move_along(device: str) -> None:
+    k, v = (t.to(device) for t in tokens(12))
+    mark = torch.arange(12, device=device, dtype=torch.float64).expand(BATCH, HEADS, 12).contiguous()
+    kv = lkv_ext.evict(k, v, k[..., 0], [3, 12, 0], reserve=1, companions=[mark])
+    cache = RaggedCache(kv, 12)
+    for place in (12, 13, 14):  # the second one outgrows the slack
+        cache.append(k[:, :, :1], v[:, :, :1], [torch.full_like(mark[:, :, :1], place)])
+    cache.evict(cache.companions[0].float(), [4, 5, 6])  # scores carried along
+    for r in range(BATCH * HEADS):
+        begin = int(cache.cu_seqlens[r])
+        span = slice(begin, begin + int(cache.lengths.flatten()[r]))
+        assert torch.equal(cache.companions[0][span].int(), cache.positions[span])
+        assert cache.positions[span][-3:].tolist() == [12, 13, 14]
+
+
+def test_crop(device: str) -> None:
+    cache, model = filled(device)
+    cache.crop(2)
+    for rows in model.rows:
+        del rows[-2:]
+    model.seen -= 2
+    model.check(cache)
+    evict(cache, model, [4, 4, 4])
+    more = tokens(3)
+    cache.append(*(t.to(device) for t in more))
+    cache.crop(3)
+    model.check(cache)
+    with pytest.raises(ValueError, match=r"RaggedCache.crop: expected at most the 0 tokens .* got 1"):
+        cache.crop(1)
+    model.check(cache)
+
+
+def test_select_batch_and_reorder(device: str) -> None:
+    cache, model = filled(device)
+    evict(cache, model, [7, 2, 11])
+    cache.reorder([1, 1])
+    model.rows = [list(model.rows[HEADS + h]) for _ in range(2) for h in range(HEADS)]
+    model.check(cache)
+    more = tokens(70)
+    cache.append(*(t.to(device) for t in more))
+    model.append(*more)
+    model.check(cache)
+    cache.select_batch(torch.tensor([1], device=device))
+    assert cache.batch == 1 and cache.lengths.flatten().tolist() == [len(rows) for rows in model.rows[HEADS:]]
+    with pytest.raises(ValueError, match=r"expected indices of sequences in \[0, 1\)"):
+        cache.select_batch([1])
+
+
+def test_attend_sees_what_was_kept(device: str) -> None:
+    cache, model = filled(device)
+    evict(cache, model, [7, 2, 11])
+    q = torch.randn(BATCH, 2 * HEADS, 1, DIM, generator=generator(5))
+    got = cache.attend(q.to(device)).cpu()
+    for b in range(BATCH):
+        for head in range(2 * HEADS):
+            rows = model.rows[b * HEADS + head // 2]
+            k, v = (torch.stack([row[i] for row in rows]) for i in (1, 2))
+            want = (k @ q[b, head, 0] * DIM**-0.5).softmax(0) @ v
+            torch.testing.assert_close(got[b, head, 0], want, rtol=0, atol=2e-6)
+
+
+def test_padded_and_packed(device: str) -> None:
+    cache, model = filled(device)
+    evict(cache, model, [7, 2, 11])
+    dense = cache.padded(cache.k)
+    assert dense.shape == (BATCH, HEADS, cache.max_length, DIM)
+    for r, rows in enumerate(model.rows):
+        for i, (_, k, _) in enumerate(rows):
+            assert torch.equal(dense[r // HEADS, r % HEADS, i].cpu(), k)
+    back = cache.packed(dense[..., 0])
+    for r, rows in enumerate(model.rows):
+        begin = int(cache.cu_seqlens[r])
+        assert torch.equal(back[begin : begin + len(rows)], cache.k[begin : begin + len(rows), 0])
+
+
+def test_bytes() -> None:
+    cache, model = filled()
+    evict(cache, model, [7, 2, 11], reserve=3)
+    row = 4 * (DIM + DIM_V)
+    assert cache.retained_bytes == 2 * 20 * row and cache.nbytes == (2 * 20 + 6 * 3) * row
+
+
+def test_save_and_load(device: str, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    cache, model = filled(device)
+    evict(cache, model, [7, 2, 11])
+    cache.save(tmp_path / "cache.safetensors")
+    again = RaggedCache.load(tmp_path / "cache.safetensors", device)
+    model.check(again)
+    more = tokens(100)
+    again.append(*(t.to(device) for t in more))
+    model.append(*more)
+    model.check(again)
+
+
+def test_load_refuses_other_files(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="expected a saved cache"):
+        RaggedCache.load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda k, v: (k[:1], v[:1]), r"expected k of shape \[B, H, n, ...\] = \[2, 3, 70, 8\], got \[1, 3, 70, 8\]"),
+        (lambda k, v: (k, v[:, :, :1]), r"expected v of shape"),
+        (lambda k, v: (k[..., :4], v), r"expected k of shape"),
+        (lambda k, v: (k.double(), v), r"expected k of dtype torch.float32, got torch.float64"),
+        (lambda k, v: (k, v.to("meta")), r"expected v on cpu, got meta"),
+        (lambda k, v: (k.requires_grad_(), v), r"requires no gradient"),
+        (lambda k, v: (k, v, [k]), r"expected 0 companions, got 1"),
+        (lambda k, v: (k[0, 0], v), r"expected k of shape"),
+        (lambda k, v: (k.transpose(2, 3).contiguous().transpose(2, 3), v), r"contiguous after the token axis"),
+    ],
+)
+def test_append_refuses(change, message: str) -> None:
+    cache, model = filled()
+    with pytest.raises((ValueError, TypeError), match=f"lkv_ext.RaggedCache.append: .*{message}"):
+        cache.append(*change(*tokens(70)))
+    model.check(cache)
+
+
+def test_append_refuses_wrong_valid() -> None:
+    cache, model = filled()
+    with pytest.raises(ValueError, match=r"expected valid of shape \[B\] = \[2\], got \[3\]"):
+        cache.append(*tokens(1), valid=[1, 1, 1])
+    model.check(cache)
+
+
+def test_evict_refuses_wrong_scores() -> None:
+    cache, model = filled()
+    with pytest.raises(ValueError, match="expected scores of shape"):
+        cache.evict(torch.zeros(3), 4)
+    model.check(cache)
+
+
+def test_padded_rooms_are_refused() -> None:
+    k, v = tokens(5)
+    with pytest.raises(ValueError, match="expected packed k and v of one layer"):
+        RaggedCache(lkv_ext.evict(k, v, k[..., 0], 2, layout="padded"), 5)
