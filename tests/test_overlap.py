@@ -76,6 +76,16 @@ def test_what_is_read_may_not_be_written() -> None:
         lkv_ext.evict_(k, None, scores, 4, companions=[scores])
 
 
+def test_offsets_may_not_be_written() -> None:
+    """The offsets of ragged input in the memory of the rows that are evicted in place."""
+    k = torch.zeros(24, 8)
+    offsets = k.view(torch.int32).view(-1)[:4]
+    offsets.copy_(torch.tensor([0, 8, 16, 24]))
+    with pytest.raises(ValueError, match=r"^lkv_ext.evict_: expected k and cu_seqlens without common memory"):
+        lkv_ext.evict_(k, None, torch.zeros(24), 4, cu_seqlens=offsets)
+    assert offsets.tolist() == [0, 8, 16, 24]
+
+
 def test_reading_may_overlap() -> None:
     """Out of place nothing that is given is written: K = V, shared heads and scores inside K are legal."""
     k = rows_of([B, 1, L, D], torch.float32).expand(B, H, L, D)

@@ -4,6 +4,20 @@
 
 namespace lkv::host {
 
+namespace {
+
+// What an op reads beside the payload.
+std::vector<Named> read_beside(const Problem& problem, const Sizes& sizes, const Arrays& scores) {
+  std::vector<Named> read = named(scores, "scores", scores.size() > 1);
+  for (const auto& [ints, name] :
+       {std::pair(&sizes.budgets, "budgets"), {&sizes.lengths, "lengths"}, {&sizes.starts, "starts"}})
+    if (ints->array) read.push_back({*ints->array, name});
+  if (problem.offsets) read.push_back({*problem.offsets, "cu_seqlens"});
+  return read;
+}
+
+}  // namespace
+
 void check_outputs(const Problem& problem, const Sizes& sizes, const Outputs& out, const Arrays& payload,
                    const Arrays& scores) {
   std::vector<Named> written = named(out.moved, "out");
@@ -27,27 +41,13 @@ void check_outputs(const Problem& problem, const Sizes& sizes, const Outputs& ou
   check_index(out.lengths, "out.lengths", problem.lengths_shape(), "[B, H]");
   check_index(out.cu_seqlens, "out.cu_seqlens", {problem.rows() + 1}, "[B * H + 1]");
   if (out.overflow) check_index(*out.overflow, "out.overflow", {}, "[]");
-  std::vector<Named> read = named(payload, "payload");
-  for (const Named& score : named(scores, "scores", scores.size() > 1)) read.push_back(score);
-  for (const auto& [ints, name] :
-       {std::pair(&sizes.budgets, "budgets"), {&sizes.lengths, "lengths"}, {&sizes.starts, "starts"}})
-    if (ints->array) read.push_back({*ints->array, name});
-  const int64_t offsets = problem.rows() + 1, step = sizeof(int32_t);
-  const Array cu_seqlens{const_cast<char*>(reinterpret_cast<const char*>(problem.cu_seqlens)),
-                         &offsets,
-                         &step,
-                         1,
-                         1,
-                         step,
-                         Element::i32,
-                         0,
-                         problem.device};
-  if (problem.cu_seqlens != nullptr) read.push_back({cu_seqlens, "cu_seqlens"});
+  std::vector<Named> read = read_beside(problem, sizes, scores);
+  for (const Named& rows : named(payload, "payload")) read.push_back(rows);
   check_disjoint(written, read);
 }
 
-void check_in_place(const Arrays& payload, const Arrays& scores) {
-  check_disjoint(named(payload, "payload"), named(scores, "scores", scores.size() > 1));
+void check_in_place(const Problem& problem, const Sizes& sizes, const Arrays& payload, const Arrays& scores) {
+  check_disjoint(named(payload, "payload"), read_beside(problem, sizes, scores));
 }
 
 }  // namespace lkv::host

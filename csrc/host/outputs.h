@@ -17,6 +17,6 @@ void check_outputs(const Problem& problem, const Sizes& sizes, const Outputs& ou
                    const Arrays& scores);
 
 // The same of a payload that is rewritten in place.
-void check_in_place(const Arrays& payload, const Arrays& scores);
+void check_in_place(const Problem& problem, const Sizes& sizes, const Arrays& payload, const Arrays& scores);
 
 }  // namespace lkv::host

@@ -11,7 +11,7 @@ Name indexed(const char* name, size_t i, bool many) {
 }  // namespace
 
 Problem::Problem(const Arrays& payload, const Arrays& score_list, const Layout& layout)
-    : layers(layout.layers), batch(layout.batch), heads(layout.heads) {
+    : layers(layout.layers), batch(layout.batch), heads(layout.heads), offsets(layout.cu_seqlens) {
   const bool from_payload = !payload.empty();
   const Arrays& first = from_payload ? payload : score_list;
   check_value(layers > 0 && !first.empty() && payload.size() % layers == 0 &&
@@ -19,8 +19,8 @@ Problem::Problem(const Arrays& payload, const Arrays& score_list, const Layout& 
               "expected one tensor per layer in every list, got ", payload.size(), " payload and ", score_list.size(),
               " score tensors for ", layers, " layers");
   device = first[0].device;
-  if (layout.cu_seqlens) {
-    const Named cu{*layout.cu_seqlens, "cu_seqlens"};
+  if (offsets) {
+    const Named cu{*offsets, "cu_seqlens"};
     check_device(cu, device);
     check_int32(cu, {rows() + 1}, "[B * H + 1]");
     cu_seqlens = reinterpret_cast<const int32_t*>(cu.array.data);

@@ -87,8 +87,9 @@ class Problem {
 
   Device device;
   int64_t layers, batch, heads;
-  int64_t longest = 0;  // bounds the length of every row set
-  const int32_t* cu_seqlens = nullptr;
+  int64_t longest = 0;                  // bounds the length of every row set
+  std::optional<Array> offsets;         // cu_seqlens of ragged input
+  const int32_t* cu_seqlens = nullptr;  // their data
   ScoreType score_type = ScoreType::f32;
   std::vector<Payload> payloads;
   Tables tables;

@@ -145,7 +145,7 @@ Index evict_in_place(const PyArrays& payload, const py::array& scores, const Req
   const host::Arrays moved = view_writable(payload, "payload"), ranking = {view(scores)};
   host::Problem problem(moved, ranking, request.layout());
   problem.read_sizes(sizes);
-  host::check_in_place(moved, ranking);
+  host::check_in_place(problem, sizes, moved, ranking);
   Index index = new_index(problem, sizes);
   const host::IndexPointers results = pointers(index);
   const py::gil_scoped_release released;

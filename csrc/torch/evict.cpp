@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evict_(Tensors payload, Tensors score
   const host::Arrays moved = view(payload), ranking = view(scores);
   host::Problem problem(moved, ranking, LKV_LAYOUT(static_cast<int64_t>(scores.size())));
   problem.read_sizes(sizes);
-  host::check_in_place(moved, ranking);
+  host::check_in_place(problem, sizes, moved, ranking);
   Tensors index;
   add_index(index, problem, sizes, scores[0], count_overflow);
   const host::IndexPointers where = pointers(index.data(), count_overflow);
