@@ -41,8 +41,8 @@ void check_outputs(const Problem& problem, const Sizes& sizes, const Outputs& ou
   check_index(out.lengths, "out.lengths", problem.lengths_shape(), "[B, H]");
   check_index(out.cu_seqlens, "out.cu_seqlens", {problem.rows() + 1}, "[B * H + 1]");
   if (out.overflow) check_index(*out.overflow, "out.overflow", {}, "[]");
-  std::vector<Named> read = read_beside(problem, sizes, scores);
-  for (const Named& rows : named(payload, "payload")) read.push_back(rows);
+  std::vector<Named> read = named(payload, "payload");
+  for (const Named& beside : read_beside(problem, sizes, scores)) read.push_back(beside);
   check_disjoint(written, read);
 }
 
