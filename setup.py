@@ -49,7 +49,7 @@ def _program(name: str) -> str | None:
 
 
 setup(
-    packages=["lkv_ext", "lkv_ext.ops", "lkv", "lkv.policies", "lkv.reference"],
+    packages=["lkv_ext", "lkv_ext.ops", "lkv", "lkv.hf", "lkv.policies", "lkv.reference"],
     package_dir={"lkv_ext": "lkv_ext", "lkv": "python/lkv"},
     package_data={"lkv_ext": ["py.typed"]},
     ext_modules=[Extension("lkv_ext._C", sources=[])],

@@ -35,7 +35,7 @@ def observe(length: int, window: int, seed: int = 0, batch: int = B, softcap: fl
         lengths=torch.full((batch, H), length),
         starts=torch.zeros(batch, H, dtype=torch.long),
         queries=torch.randn(batch, H * G, window, D, generator=g),
-        query_positions=torch.arange(length - window, length),
+        query_positions=torch.arange(length - window, length).expand(batch, -1),
         query_mask=torch.ones(batch, window, dtype=torch.bool),
         scaling=0.7,
         softcap=softcap,
@@ -72,7 +72,7 @@ def snapkv_by_loops(policy: SnapKV, o: Observation) -> Tensor:
             for g in range(group):
                 mean = [0.0] * length
                 for j, q in enumerate(o.queries[b, h * group + g].double()):
-                    seen = [i for i in range(length) if o.positions[b, h, i] <= o.query_positions[j]]
+                    seen = [i for i in range(length) if o.positions[b, h, i] <= o.query_positions[b, j]]
                     logits = [float(q @ o.keys[b, h, i].double()) * o.scaling for i in seen]
                     if o.softcap is not None:
                         logits = [o.softcap * math.tanh(x / o.softcap) for x in logits]
@@ -151,7 +151,7 @@ def test_a_prompt_shorter_than_the_window_in_a_padded_batch(policy):
         lengths=torch.cat([alone.lengths, long.lengths]),
         starts=torch.cat([padded.starts, long.starts]),
         queries=torch.cat([torch.cat([lost, alone.queries], 2), long.queries]),
-        query_positions=long.query_positions,
+        query_positions=long.query_positions.expand(2, -1),
         query_mask=torch.tensor([[False] * lost.shape[2] + [True] * alone.queries.shape[2], [True] * width]),
         scaling=alone.scaling,
     )

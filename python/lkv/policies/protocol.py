@@ -43,8 +43,8 @@ class Observation:
         positions: int `[B, H, L]`, the place of every row in the sequence as appended.
         lengths, starts: int64 `[B, H]`.
         queries: `[B, Hq, w, D]` of the last w tokens (after RoPE) where the policy needs them; else None.
-        query_positions: int `[w]`, their places, counted as `positions`: a query sees the rows at or before its own.
-        query_mask: bool `[B, w]`, which of them are tokens of the sequence rather than padding.
+        query_positions: int `[B, w]`, their places, counted as `positions`: a query sees the rows at or before its own.
+        query_mask: bool `[B, w]`, which of them are there: a sequence may have had fewer tokens.
         scaling: of the logits, `queries @ keys * scaling`.
         softcap: logits are `softcap * tanh(logits / softcap)` where it is given.
     """

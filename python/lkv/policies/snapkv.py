@@ -72,7 +72,7 @@ class SnapKV:
 def window_attention(observation: Observation, head: int) -> Tensor:
     """float32 `[B, G, L]`: the mean attention that the last queries pay to the rows of one KV head.
 
-    G query heads share the KV head. Queries that are padding do not count, nor do rows outside the valid ones; a
+    G query heads share the KV head. Queries that are not there do not count, nor do rows outside the valid ones; a
     sequence without any real query has zeros.
     """
     keys = observation.keys[:, head]
@@ -85,9 +85,9 @@ def window_attention(observation: Observation, head: int) -> Tensor:
     logits = logits.mul_(observation.scaling).view(batch, group, window, length)
     if observation.softcap is not None:
         logits = logits.div_(observation.softcap).tanh_().mul_(observation.softcap)
-    visible = observation.positions[:, head, None, :] <= observation.query_positions[:, None]
+    visible = observation.positions[:, head, None, :] <= observation.query_positions[..., None]
     visible = visible & observation.valid()[:, head, None] & observation.query_mask[..., None]
-    # Of a query that sees nothing, such as padding, a softmax would make NaN: it is counted out instead.
+    # Of a query that sees nothing a softmax would make NaN: it is counted out instead.
     logits.masked_fill_(~visible[:, None], torch.finfo(torch.float32).min)
     weights = logits.softmax(-1).mul_(visible[:, None])
     count = observation.query_mask.sum(1).clamp(min=1)

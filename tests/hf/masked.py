@@ -1,0 +1,82 @@
+"""The reference: the whole sequence at once through plain attention, what the cache did not show masked.
+
+While a cache is in use, a `Recorder` writes down which positions every query of every head had before it. Afterwards
+one forward of the same tokens without any cache, with exactly these masks, must give the same logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from families import places
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+import lkv
+import lkv_ext
+from lkv.hf.attention import own_attention, softcap_of
+
+
+class Recorder:
+    """`visible[layer]`: bool `[B, H, L, L]`, the keys that each query attended to."""
+
+    def __init__(self, cache: lkv.Cache, batch: int, length: int) -> None:
+        self.cache = cache
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        heads = 2
+        self.visible = {layer.index: causal.repeat(batch, heads, 1, 1) for layer in cache.ragged}
+
+    def note(self, rows: lkv_ext.RaggedCache, count: int) -> None:
+        (layer,) = (layer for layer in self.cache.ragged if layer.rows is rows)
+        positions = rows.padded(rows.positions).long()
+        used = torch.arange(positions.shape[2]) < rows.lengths[..., None]
+        visible = self.visible[layer.index]
+        held = torch.zeros(*visible.shape[:2], visible.shape[3] + 1, dtype=torch.bool)
+        held.scatter_(2, torch.where(used, positions, visible.shape[3]), True)
+        for place in range(rows.seen - count, rows.seen):
+            visible[:, :, place, : place + 1] = held[:, :, : place + 1]
+
+
+@contextmanager
+def recorded(cache: lkv.Cache, batch: int, length: int) -> Iterator[Recorder]:
+    recorder, attend = Recorder(cache, batch, length), lkv_ext.RaggedCache.attend
+
+    def noted(rows: lkv_ext.RaggedCache, query: Tensor, **options: object) -> Tensor:
+        recorder.note(rows, query.shape[2])
+        return attend(rows, query, **options)
+
+    lkv_ext.RaggedCache.attend = noted
+    try:
+        yield recorder
+    finally:
+        lkv_ext.RaggedCache.attend = attend
+
+
+def masked_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, visible: dict[int, Tensor]) -> Tensor:
+    """Logits `[B, L, V]` of all tokens; `mask` `[B, L]` says which are no padding."""
+    config = model.get_decoder().config
+    own = config._attn_implementation
+    seen = {layer: shown & mask.bool()[:, None, None] for layer, shown in visible.items()}
+    diagonal = torch.eye(ids.shape[1], dtype=torch.bool)  # padding sees itself, lest it be NaN
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        if module.layer_idx not in seen:
+            return own_attention(own, module)(module, query, key, value, attention_mask, **kwargs)
+        group = query.shape[1] // key.shape[1]
+        key, value, shown = (t.repeat_interleave(group, 1) for t in (key, value, seen[module.layer_idx] | diagonal))
+        logits = query @ key.transpose(2, 3) * kwargs["scaling"]
+        cap = softcap_of(own, kwargs)
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        weights = logits.masked_fill(~shown, -torch.inf).softmax(-1)
+        return (weights @ value).transpose(1, 2), None
+
+    AttentionInterface.register("masked_reference", attention)
+    AttentionMaskInterface.register("masked_reference", ALL_MASK_ATTENTION_FUNCTIONS[own])
+    config._attn_implementation = "masked_reference"
+    try:
+        return model(ids, attention_mask=mask, position_ids=places(mask), use_cache=False).logits
+    finally:
+        config._attn_implementation = own

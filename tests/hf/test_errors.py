@@ -1,0 +1,205 @@
+"""Bad input: what was expected and what came, and a cache that is as it was."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import transformers
+from families import SMALL, build, call, tokens
+from torch import nn
+
+import lkv
+from lkv.hf.attention import check_arguments
+from lkv.policies import SnapKV
+
+
+@pytest.fixture
+def model():
+    return build("llama")
+
+
+@dataclass(frozen=True)
+class Wrong(SnapKV):
+    """A policy whose answers have another shape, from the second question on if asked so."""
+
+    window: int = 4
+    what: str = "scores"
+
+    def score(self, layer, observation):
+        scores = super().score(layer, observation)
+        return scores[..., 1:] if self.what == "scores" else scores
+
+    def budgets(self, scores, lengths, total, *, starts=None):
+        budgets = super().budgets(scores, lengths, total)
+        return {"budgets": budgets[:, :1], "fractions": budgets / 2}.get(self.what, budgets)
+
+
+def untouched(cache: lkv.Cache, length: int = 0) -> bool:
+    return cache.get_seq_length() == length and all(layer.get_seq_length() == length for layer in cache.layers)
+
+
+@pytest.mark.parametrize(
+    "what, says",
+    [
+        ("scores", r"expected scores of .* of shape \[B, H, L\] = \[2, 2, 30\], got \[2, 2, 29\]"),
+        ("budgets", r"expected whole budgets of .* of shape \[B, H\] = \[2, 2\], got torch.int64 \[2, 1\]"),
+        ("fractions", r"expected whole budgets of .*, got torch.float"),
+    ],
+)
+def test_policies_of_another_shape(model, what, says):
+    with torch.no_grad(), lkv.Cache(model, Wrong(what=what), budget=9) as cache:
+        with pytest.raises(ValueError, match=f"lkv.Cache: {says}"):
+            call(model, tokens(2, 30), None, cache)
+        assert untouched(cache)
+
+
+@pytest.mark.parametrize("seen", ["whole", "rows"])
+def test_tokens_of_another_shape(model, seen):
+    with torch.no_grad(), lkv.Cache(model, SnapKV(window=4), budget=9, chunks="last") as cache:
+        call(model, tokens(2, 30), None, cache)
+        if seen == "rows":
+            call(model, tokens(2, 1), None, cache)
+        length = cache.get_seq_length()
+        with pytest.raises(ValueError, match=r"lkv.Cache: expected keys .* = \[2, 2, n, 8\], got \[3, 2, 4, 8\]"):
+            call(model, tokens(3, 4), None, cache)
+        assert untouched(cache, length)
+        layer = cache.layers[0]
+        keys = torch.zeros(2, 2, 1, 8)
+        for wrong in (keys.double(), keys.to("meta")):
+            with pytest.raises(ValueError, match=r"lkv.Cache: expected keys of torch.float32 on cpu, got torch.float"):
+                layer.update(wrong, wrong)
+        call(model, tokens(2, 4), None, cache)
+        assert untouched(cache, length + 4)
+
+
+def test_padding_behind_tokens(model):
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[0, -3:] = 0
+    with torch.no_grad(), lkv.Cache(model, SnapKV(window=4), budget=9) as cache:
+        with pytest.raises(ValueError, match="lkv.Cache: expected padding on the left of a sequence, got some behind"):
+            call(model, tokens(2, 30), mask, cache)
+        assert untouched(cache)
+
+
+def test_gradients(model):
+    with lkv.Cache(model, retention=0.5) as cache:
+        with pytest.raises(ValueError, match=r"lkv.Cache: expected a model run under torch.no_grad"):
+            call(model, tokens(1, 8), None, cache)
+        assert untouched(cache)
+
+
+def test_attention_that_never_comes(model):
+    other = copy.deepcopy(model)
+    with torch.no_grad(), lkv.Cache(model, retention=0.5) as cache:
+        with pytest.raises(ValueError, match=r"lkv.Cache: expected layer 0 of LlamaForCausalLM to attend through"):
+            call(other, tokens(1, 8), None, cache)
+        assert untouched(cache)
+        call(model, tokens(1, 8), None, cache)
+        assert untouched(cache, 8)
+
+
+def test_a_closed_cache(model):
+    cache = lkv.Cache(model, retention=0.5)
+    cache.close()
+    with torch.no_grad(), pytest.raises(ValueError, match="lkv.Cache: expected an open cache, got one that was closed"):
+        call(model, tokens(1, 8), None, cache)
+
+
+def test_attention_weights(model):
+    with torch.no_grad(), lkv.Cache(model, retention=0.5) as cache:
+        with pytest.raises(ValueError, match="lkv.Cache: expected attention without output_attentions"):
+            model(tokens(1, 8), past_key_values=cache, output_attentions=True)
+        assert untouched(cache)
+
+
+@pytest.mark.parametrize(
+    "kwargs, says",
+    [
+        (dict(s_aux=torch.ones(4)), "expected attention without s_aux"),
+        (dict(position_bias=1, head_mask=1), "expected attention without head_mask, position_bias"),
+        (dict(sliding_window=512), "expected full attention in layer 3, got a sliding window of 512"),
+        (dict(is_causal=False), "expected causal attention"),
+        (dict(dropout=0.1), "expected a model in eval mode, got one with dropout"),
+    ],
+)
+def test_attention_of_another_kind(kwargs, says):
+    module = nn.Module()
+    module.layer_idx = 3
+    with pytest.raises(ValueError, match=f"lkv.Cache: {says}"):
+        check_arguments(module, kwargs)
+    check_arguments(module, dict(dropout=0.0, scaling=1.0, softcap=3.0, sliding_window=None, s_aux=None))
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (dict(), "expected retention, budget or cap, got none"),
+        (dict(retention=0.5, budget=3), "expected one of retention and budget, got both"),
+        (dict(retention=0), r"expected retention in \(0, 1\], got 0"),
+        (dict(retention=1.5), r"expected retention in \(0, 1\], got 1.5"),
+        (dict(budget=0), "expected budget >= 1, got 0"),
+        (dict(budget=3, chunks="first"), "expected chunks 'each' or 'last', got 'first'"),
+        (dict(cap=8, interval=8), r"expected interval in \[1, cap\) = \[1, 8\), got 8"),
+        (dict(cap=1), "expected interval in"),
+        (dict(budget=3, reserve=0), "expected reserve >= 1, got 0"),
+        (dict(budget=3, policy="h2o"), "expected one of adakv, snapkv, streaming_llm, got 'h2o'"),
+    ],
+)
+def test_settings(model, options, says):
+    own = model.config._attn_implementation
+    with pytest.raises(ValueError, match=says):
+        lkv.Cache(model, **options)
+    assert model.config._attn_implementation == own
+
+
+def test_policies_that_need_more_than_there_is(model):
+    class Cascade(SnapKV):
+        scope = "cascade"
+
+    class Hidden(SnapKV):
+        needs = frozenset({"hidden_states", "queries"})
+
+    with pytest.raises(ValueError, match="lkv.Cache: expected a policy of scope 'layer', got 'cascade'"):
+        lkv.Cache(model, Cascade(), retention=0.5)
+    with pytest.raises(ValueError, match="lkv.Cache: expected a policy that needs at most queries, got hidden_states"):
+        lkv.Cache(model, Hidden(), retention=0.5)
+    with pytest.raises(TypeError, match=r"expected a name or a policy"):
+        lkv.Cache(model, 3, retention=0.5)
+
+
+def test_models_that_cannot_be_routed(model):
+    with pytest.raises(TypeError, match="lkv.Cache: expected a transformers model, got Linear"):
+        lkv.Cache(nn.Linear(2, 2), retention=0.5)
+    unsupported = copy.deepcopy(model)
+    unsupported.model._supports_attention_backend = False
+    with pytest.raises(ValueError, match="lkv.Cache: expected a decoder whose attention goes through"):
+        lkv.Cache(unsupported, retention=0.5)
+    flex = copy.deepcopy(model)
+    flex.config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="expected a model with eager, sdpa or flash attention, got 'flex_att"):
+        lkv.Cache(flex, retention=0.5)
+    assert flex.config._attn_implementation == "flex_attention"
+    sliding = transformers.MistralForCausalLM(transformers.MistralConfig(**{**SMALL, "sliding_window": 16}))
+    with pytest.raises(ValueError, match="lkv.Cache: expected a model with full-attention layers, got none"):
+        lkv.Cache(sliding, retention=0.5)
+
+
+@pytest.mark.parametrize("left", [0, 2])
+@pytest.mark.parametrize("reserve", [1, 64])
+def test_a_policy_that_fails_later_leaves_its_turn_out(model, reserve, left):
+    """The rows of a turn whose scores fail are taken back."""
+    mask = torch.ones(2, 35, dtype=torch.long)
+    mask[1, 30 : 30 + left] = 0
+    with torch.no_grad(), lkv.Cache(model, SnapKV(window=4), budget=9, reserve=reserve) as cache:
+        call(model, tokens(2, 30), None, cache)
+        twin = copy.deepcopy(cache)
+        session = cache._session
+        session.settings = replace(session.settings, policy=Wrong())
+        with pytest.raises(ValueError, match="expected scores of"):
+            call(model, tokens(2, 5), mask, cache)
+        assert untouched(cache, 30)
+        session.settings = replace(session.settings, policy=SnapKV(window=4))
+        assert torch.equal(call(model, tokens(2, 5), mask, cache), call(model, tokens(2, 5), mask, twin))
