@@ -1,8 +1,8 @@
 #pragma once
 
 // The device primitives that are not plain C++. Kernels use nothing else but these, threadIdx, blockIdx, blockDim and
-// gridDim, __shfl_sync, __shfl_up_sync, __reduce_or_sync and atomicAdd on uint32_t, so that the sources also compile
-// against the emulator. Architecture guards live in here: before sm_90 a cluster is one block, and dependent launches
+// gridDim, __shfl_sync, __shfl_up_sync, __reduce_or_sync, atomicAdd on uint32_t, expf, tanhf, fmaf and fmaxf, so that
+// the sources also compile against the emulator. Architecture guards live in here: before sm_90 a cluster is one block, and dependent launches
 // do not exist.
 
 #if defined(LKV_EMULATOR)
@@ -12,6 +12,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+#include "lkv/keys.h"
 
 #define LKV_GRID_CONSTANT __grid_constant__
 
@@ -110,6 +112,35 @@ __device__ __forceinline__ void trigger_dependents() {
 template <class T>
 __device__ __forceinline__ T load_once(const T* p) {
   return __ldcs(p);
+}
+
+// Scores' types as float32 and back, by their bits; to 16 bits rounds to nearest, ties to even.
+template <ScoreType type>
+__device__ __forceinline__ float to_float(typename ScoreTraits<type>::Bits bits) {
+  if constexpr (type == ScoreType::f32) {
+    return __uint_as_float(bits);
+  } else if constexpr (type == ScoreType::bf16) {
+    return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+  } else {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+  }
+}
+
+template <ScoreType type>
+__device__ __forceinline__ typename ScoreTraits<type>::Bits from_float(float value) {
+  if constexpr (type == ScoreType::f32) {
+    return __float_as_uint(value);
+  } else {
+    uint16_t bits;
+    if constexpr (type == ScoreType::bf16) {
+      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    } else {
+      asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    }
+    return bits;
+  }
 }
 
 }  // namespace lkv::cuda

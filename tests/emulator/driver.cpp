@@ -16,7 +16,8 @@ extern "C" {
 void driver_sizes(int64_t* sizes) {
   const size_t all[] = {sizeof(Strided),       sizeof(RowInts),      sizeof(Source),
                         sizeof(RoomsParams),   sizeof(SelectParams), sizeof(GatherParams),
-                        sizeof(CompactParams), sizeof(AppendParams), sizeof(cuda::Tuning)};
+                        sizeof(CompactParams), sizeof(AppendParams), sizeof(AttendParams),
+                        sizeof(cuda::Tuning)};
   for (size_t size : all) *sizes++ = static_cast<int64_t>(size);
 }
 
@@ -46,6 +47,14 @@ int driver_compact(const CompactParams* p, const cuda::Tuning* tuning) {
 
 int driver_append(const AppendParams* p, const cuda::Tuning* tuning) {
   return cuda::append(*p, stream, *tuning);
+}
+
+size_t driver_attend_scratch(const AttendParams* p, const cuda::Tuning* tuning) {
+  return cuda::attend_scratch(*p, *tuning);
+}
+
+int driver_attend(const AttendParams* p, void* scratch, const cuda::Tuning* tuning) {
+  return cuda::attend(*p, scratch, stream, *tuning);
 }
 
 const char* driver_describe(int status) {

@@ -1,4 +1,4 @@
-"""The real launchers of csrc/cuda against the oracle: upload, rooms, select, gather behind it, compact; append."""
+"""The launchers of csrc/cuda against the oracle: upload, rooms, select, gather behind it, compact, append, attend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from harness.build import SCHEDULES, run_cases
 
 BATCH = 60
 BATCHES = 4
-RAGGED_CASES = {"append": 150}
+RAGGED_CASES = {"append": 150, "attend": 60}
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))

@@ -16,6 +16,8 @@ TRIED = (
     "ties from the end",
     "store before all loads of a tile",
     "append: length written while others read it",
+    "attend: K read before it is staged",
+    "attend: causal limit one row late",
 )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from harness.params import (
     MIRRORS,
     AppendParams,
+    AttendParams,
     CompactParams,
     GatherParams,
     RoomsParams,
@@ -48,6 +49,9 @@ class Emulator:
         lib.driver_gather.argtypes = [POINTER(GatherParams), c_int, POINTER(Tuning)]
         lib.driver_compact.argtypes = [POINTER(CompactParams), POINTER(Tuning)]
         lib.driver_append.argtypes = [POINTER(AppendParams), POINTER(Tuning)]
+        lib.driver_attend_scratch.argtypes = [POINTER(AttendParams), POINTER(Tuning)]
+        lib.driver_attend_scratch.restype = c_size_t
+        lib.driver_attend.argtypes = [POINTER(AttendParams), c_void_p, POINTER(Tuning)]
         lib.driver_describe.restype = c_char_p
         self._owned: list[int] = []
         sizes = (c_int64 * len(MIRRORS))()
@@ -102,6 +106,10 @@ class Emulator:
 
     def append(self, p: AppendParams) -> None:
         self._check(self._lib.driver_append(p, self._tuning))
+
+    def attend(self, p: AttendParams) -> None:
+        scratch = self.empty(self._lib.driver_attend_scratch(p, self._tuning), np.uint8)
+        self._check(self._lib.driver_attend(p, pointer(scratch), self._tuning))
 
     def synchronize(self) -> None:
         self._lib.emulator_synchronize()

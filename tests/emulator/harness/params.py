@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_bool, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_bool, c_float, c_int, c_int32, c_int64, c_void_p
 
 
 class Strided(ctypes.Structure):
@@ -109,8 +109,42 @@ class AppendParams(ctypes.Structure):
     ]
 
 
+class AttendParams(ctypes.Structure):
+    _fields_ = [
+        ("batch", c_int64),
+        ("heads", c_int64),
+        ("group", c_int64),
+        ("queries", c_int64),
+        ("dim", c_int64),
+        ("dim_v", c_int64),
+        ("type", c_int32),
+        ("q", Strided),
+        ("out", Strided),
+        ("k", Strided),
+        ("v", Strided),
+        ("tokens", c_int64),
+        ("cu_seqlens", c_void_p),
+        ("lengths", c_void_p),
+        ("longest", c_int64),
+        ("causal", c_bool),
+        ("scale", c_float),
+        ("softcap", c_float),
+    ]
+
+
 class Tuning(ctypes.Structure):
-    _fields_ = [("block", c_int), ("cluster", c_int), ("splits", c_int), ("resident", c_int)]
+    _fields_ = [("block", c_int), ("cluster", c_int), ("splits", c_int), ("resident", c_int), ("pieces", c_int)]
 
 
-MIRRORS = (Strided, RowInts, Source, RoomsParams, SelectParams, GatherParams, CompactParams, AppendParams, Tuning)
+MIRRORS = (
+    Strided,
+    RowInts,
+    Source,
+    RoomsParams,
+    SelectParams,
+    GatherParams,
+    CompactParams,
+    AppendParams,
+    AttendParams,
+    Tuning,
+)

@@ -11,11 +11,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from harness import append, evict
+from harness import append, attend, evict
 from harness.device import Emulator, Schedule
 from harness.params import Tuning
 
-SUITES: dict[str, Callable[[Emulator, int, Schedule], None]] = {"evict": evict.run, "append": append.run}
+SUITES: dict[str, Callable[[Emulator, int, Schedule], None]] = {
+    "evict": evict.run,
+    "append": append.run,
+    "attend": attend.run,
+}
 
 
 def main(library: str, suite: str, first: int, count: int, names: list[str], variant: int) -> int:

@@ -3,11 +3,13 @@
 #include <cuda_runtime.h>
 
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
 #include "emulator/device.h"
+#include "lkv/floats.h"
 
 // The twin of csrc/cuda/primitives.cuh: the same names over the emulator. Call sites travel along in default arguments,
 // so that a report can name the barrier somebody waits at.
@@ -78,6 +80,9 @@ template <class T>
 T load_once(const T* p) {
   return *p;
 }
+
+using lkv::from_float;
+using lkv::to_float;
 
 }  // namespace lkv::cuda
 

@@ -1,0 +1,78 @@
+#include "attend_kernels.cuh"
+#include "launch.h"
+#include "tuning.h"
+
+namespace lkv::cuda {
+namespace {
+
+constexpr int kProductionBlock = 128;
+constexpr int64_t kPieceRows = 256;  // below which a piece costs more than it saves
+constexpr int64_t kUnits = 1024;     // enough to fill any device, as the plan must not depend on it
+
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+int block_of(const Tuning& tuning) {
+  return tuning.block == kTestBlock ? kTestBlock : kProductionBlock;
+}
+
+int64_t row_sets(const AttendParams& p) {
+  return p.batch * p.heads;
+}
+
+AttendPlan make_plan(const AttendParams& p, void* scratch, const Tuning& tuning) {
+  const int64_t tiles = divide_up(p.group * p.queries, kQueries), slices = divide_up(p.dim_v, kSlice);
+  const int64_t most = std::max<int64_t>(1, kUnits / std::max<int64_t>(1, row_sets(p) * tiles * slices));
+  const int64_t rows =
+      tuning.pieces > 0 ? divide_up(p.longest, tuning.pieces) : std::max(kPieceRows, divide_up(p.longest, most));
+  const int64_t piece_rows = std::max<int64_t>(1, divide_up(rows, block_of(tuning))) * block_of(tuning);
+  const int64_t pieces = std::max<int64_t>(1, divide_up(p.longest, piece_rows));
+  return {tiles, slices, pieces, piece_rows, static_cast<AttendPartial*>(scratch)};
+}
+
+template <ScoreType type, int kBlock>
+Status run(const AttendParams& p, const AttendPlan& plan, Stream stream) {
+  constexpr size_t shared = sizeof(AttendShared<type, kBlock>);
+  static_assert(shared <= kDefaultShared);
+  const int64_t units = plan.unit(row_sets(p), 0, 0, 0), outputs = row_sets(p) * p.group * p.queries * plan.slices;
+  if (std::max(units, outputs) > kMaxBlocks) return cudaErrorInvalidConfiguration;
+  const Grid grid = {.blocks = units, .block = kBlock, .shared = shared};
+  const Status status = launch(attend_kernel<type, kBlock>, grid, stream, p, plan);
+  if (status != cudaSuccess || plan.pieces == 1) return status;
+  return launch(attend_merge_kernel<type, kBlock>, {.blocks = outputs, .block = kBlock}, stream, p, plan);
+}
+
+}  // namespace
+
+size_t attend_scratch(const AttendParams& p, const Tuning& tuning) {
+  const AttendPlan plan = make_plan(p, nullptr, tuning);
+  return plan.pieces == 1 ? 0 : plan.unit(row_sets(p), 0, 0, 0) * sizeof(AttendPartial);
+}
+
+size_t attend_scratch(const AttendParams& p) {
+  return attend_scratch(p, {});
+}
+
+Status attend(const AttendParams& p, void* scratch, Stream stream, const Tuning& tuning) {
+  const AttendPlan plan = make_plan(p, scratch, tuning);
+  const auto typed = [&]<ScoreType type> {
+    return block_of(tuning) == kTestBlock ? run<type, kTestBlock>(p, plan, stream)
+                                          : run<type, kProductionBlock>(p, plan, stream);
+  };
+  switch (p.type) {
+    case ScoreType::f32:
+      return typed.template operator()<ScoreType::f32>();
+    case ScoreType::f16:
+      return typed.template operator()<ScoreType::f16>();
+    case ScoreType::bf16:
+      return typed.template operator()<ScoreType::bf16>();
+  }
+  return cudaErrorInvalidValue;
+}
+
+Status attend(const AttendParams& p, void* scratch, Stream stream) {
+  return attend(p, scratch, stream, {});
+}
+
+}  // namespace lkv::cuda

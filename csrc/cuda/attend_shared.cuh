@@ -1,0 +1,84 @@
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "block_scan.cuh"
+#include "room.cuh"
+
+// How attention is cut: a unit is one tile of queries of a row set over one piece of its rows, for one slice of the
+// columns of V. Query i of a row set is head i % group of the group at token i / group: neighbours see about the same
+// rows.
+
+namespace lkv::cuda {
+
+inline constexpr int kQueries = 8;   // of a tile: what is read of K and V serves them all
+inline constexpr int kChunk = 64;    // columns that are staged at once
+inline constexpr int kResident = 2;  // chunks of the queries that are kept, if that is all of them
+inline constexpr int kChunksPerSlice = 2;
+inline constexpr int kSlice = kChunk * kChunksPerSlice;            // columns of V that a block has registers for
+inline constexpr int kQuad = 4;                                    // rows or columns that a thread takes at once
+inline constexpr int kPair = 2;                                    // queries that a thread multiplies V with
+inline constexpr int kTeam = kChunk / kQuad * (kQueries / kPair);  // threads that multiply a row of V
+
+// What a unit found: acc is the sum over its rows of e^(logit - highest) V.
+struct AttendPartial {
+  float highest[kQueries], sum[kQueries], acc[kQueries][kSlice];
+};
+
+struct AttendPlan {
+  int64_t tiles, slices, pieces;
+  int64_t piece_rows;
+  AttendPartial* partials;  // [unit]; not used when there is one piece
+
+  LKV_HD int64_t unit(int64_t row, int64_t piece, int64_t tile, int64_t slice) const {
+    return ((row * pieces + piece) * tiles + tile) * slices + slice;
+  }
+  // How many pieces of a row set have a result: at least one, as a query that sees nothing gets zeros.
+  LKV_HD int64_t pieces_of(int64_t length) const { return clamp((length + piece_rows - 1) / piece_rows, 1, pieces); }
+};
+
+template <ScoreType type, int kBlock>
+struct AttendShared {
+  using Item = typename ScoreTraits<type>::Bits;
+  static constexpr int kPitch = kChunk + 16 / sizeof(Item);  // rows of a tile begin in different banks
+
+  union {
+    Item tile[kBlock][kPitch];                     // of K or V: as many rows as threads
+    float sums[kBlock / kTeam][kQueries][kSlice];  // at the end: acc of each team
+  };
+  float queries[kResident][kQueries][kChunk];  // scaled
+  float weights[kQueries][kBlock + kQuad];     // of the rows of the tile; logits first
+  float highest[kQueries], sum[kQueries], factor[kQueries];
+  const char* query[kQueries];  // nullptr: there is none
+  char* out[kQueries];
+  int64_t end[kQueries];  // rows of the row set that the query sees
+};
+
+// The rows that a row set has in use, as far as `longest` allows.
+__device__ __forceinline__ Room attended_rows(const AttendParams& p, int64_t row) {
+  Room room = room_of(p.cu_seqlens, p.lengths, p.tokens, row);
+  room.length = clamp(room.length, 0, p.longest);
+  return room;
+}
+
+// Where a query of a row set, or what becomes of it, lies.
+__device__ __forceinline__ char* query_at(const AttendParams& p, const Strided& t, int64_t row, int64_t i) {
+  const int64_t head = row % p.heads * p.group + i % p.group;
+  return t.data + row / p.heads * t.batch + head * t.head + i / p.group * t.token;
+}
+
+// kCount floats from as many items at an aligned address.
+template <ScoreType type, int kCount>
+__device__ __forceinline__ void load_floats(const void* from, float (&to)[kCount]) {
+  using Item = typename ScoreTraits<type>::Bits;
+  using Vector = std::conditional_t<kCount * sizeof(Item) == sizeof(uint4), uint4, uint2>;
+  static_assert(sizeof(Vector) == kCount * sizeof(Item));
+  const Vector vector = *static_cast<const Vector*>(from);
+  Item items[kCount];
+  memcpy(items, &vector, sizeof vector);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) to[i] = to_float<type>(items[i]);
+}
+
+}  // namespace lkv::cuda
