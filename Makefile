@@ -5,7 +5,13 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 export LKV_TORCH ?= ON
 
-.PHONY: build demo test fuzz bench style clean
+# The oldest transformers that lkv.Cache runs on and one between; the newest is in the environment. Each lies in a
+# folder of its own, with what it needs in other versions than the environment has.
+HF_VERSIONS := 4.56.2 5.2.0
+HF_NEEDS_4.56.2 := "huggingface_hub>=0.34,<1" "tokenizers>=0.22,<=0.23.0" requests urllib3 charset-normalizer certifi idna
+HF_NEEDS_5.2.0 := "huggingface_hub>=1.3,<2" "tokenizers>=0.22,<=0.23.0" typer-slim httpx httpcore h11 anyio certifi idna
+
+.PHONY: build demo test test-hf fuzz bench style clean
 
 # Without isolation, so that the op library is built against the torch just installed.
 $(VENV)/ready: pyproject.toml Makefile
@@ -22,6 +28,18 @@ demo: build
 
 test: build
 	$(RUN) -m pytest
+	$(MAKE) test-hf
+
+test-hf: build $(HF_VERSIONS:%=build/transformers-%/ready)
+	$(MAKE) -j2 -Otarget $(HF_VERSIONS:%=run-hf-%)
+
+run-hf-%:
+	PYTHONPATH=build/transformers-$* $(RUN) -m pytest -q -p no:cacheprovider tests/hf
+
+build/transformers-%/ready: $(VENV)/ready
+	rm -rf $(@D)
+	$(RUN) -m pip install -q --no-deps --target $(@D) transformers==$* $(HF_NEEDS_$*)
+	touch $@
 
 fuzz: build
 	HYPOTHESIS_PROFILE=fuzz $(RUN) -m pytest tests/test_properties.py tests/test_budgets.py

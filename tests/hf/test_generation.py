@@ -100,7 +100,9 @@ def capped(model: PreTrainedModel, turns: list[Turn], policy: lkv.policies.Polic
     assert 2 * (cap - 16) <= min(cache.counts[len(cache.counts) // 2 :]) and max(cache.counts) == 2 * cap
     assert sum(a > b for a, b in pairwise(cache.counts[:: len(cache.ragged)])) >= turns[0].steps // 17
     expected = masked_logits(model, said.ids, said.mask, recorder.visible)
-    torch.testing.assert_close(real(said), expected[said.mask.bool()], rtol=2e-4, atol=2e-4)
+    wanted = expected[said.mask.bool()]
+    torch.testing.assert_close(real(said), wanted, rtol=1e-3, atol=1e-3)  # a few of many, after 2000 steps
+    assert (real(said) - wanted).abs().mean() < 1e-5
 
 
 def test_a_padded_sequence_goes_on_as_if_alone(model):

@@ -1,0 +1,69 @@
+"""The scripts of examples/, with a tiny model and a tokenizer of words, both made here."""
+
+from __future__ import annotations
+
+import io
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from families import VOCABULARY, build
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ROW_BYTES = 2 * 2 * 2 * 8 * 4  # K and V, two layers, two heads of 8 floats
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    words = {"<unk>": 0} | {f"word{i}": i for i in range(1, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = ["input_ids", "attention_mask"]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", model_input_names=names).save_pretrained(
+        folder
+    )
+    build("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(saved, monkeypatch, capsys):
+    def script(name: str, *arguments: object, stdin: str = "") -> tuple[list[str], list[str]]:
+        monkeypatch.setattr("sys.argv", [name, str(saved), *map(str, arguments)])
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        printed = capsys.readouterr()
+        return printed.out.splitlines(), printed.err.splitlines()
+
+    return script
+
+
+def numbers(line: str) -> list[int]:
+    return [int(n.replace(",", "")) for n in re.findall(r"\d[\d,]*", line)]
+
+
+def test_generate(run, tmp_path):
+    (tmp_path / "text").write_text(" ".join(f"word{i % 60 + 1}" for i in range(400)))
+    said, *_, last = run("generate.py", tmp_path / "text")[0]
+    assert len(said.split()) == 64
+    kept = 60 + 63  # 15 % of the text, and the answer but for its last token
+    assert numbers(last) == [463, kept * ROW_BYTES]
+
+
+def test_chat(run):
+    said, counts = run("chat.py", stdin="word1 word2 word3\nword4\nword5 word6\n")
+    assert len(said) == 3 and all(len(answer.split()) >= 32 for answer in said)
+    lengths = [numbers(line) for line in counts if line.startswith("[")]
+    assert len(lengths) == 3 and lengths[0][0] < lengths[1][0] < lengths[2][0]
+    assert all(size < length * ROW_BYTES for length, size in lengths)
+
+
+def test_endless(run):
+    *_, last = run("endless.py", 700)[0]
+    tokens, size = numbers(last)
+    assert tokens == 4 + 699 and 448 * ROW_BYTES <= size <= 512 * ROW_BYTES
