@@ -68,8 +68,23 @@ class Bench:
         self._reporter = request.config.pluginmanager.get_plugin("terminalreporter")
         self._capture = request.config.pluginmanager.get_plugin("capturemanager")
 
-    def time(self, op: str, mode: str, shape: Shape, subject: Call, rivals: dict[str, Call], moved: int) -> Result:
-        """Times `subject` beside its rivals; `moved` counts the bytes that the op must read and write, 0: none said."""
+    def time(
+        self,
+        op: str,
+        mode: str,
+        shape: Shape,
+        subject: Call,
+        rivals: dict[str, Call],
+        moved: int,
+        *,
+        note: Callable[[dict[str, float]], str] | None = None,
+    ) -> Result:
+        """Times `subject` beside its rivals.
+
+        Args:
+            moved: bytes that the op must read and write; 0: none said.
+            note: from the ratios to what else is to be said.
+        """
         clock: Clock = WallClock(cold=mode == "cold")
         if self.device == "cuda":
             # The caching allocator gives warm memory to everybody: what differs is the L2 cache.
@@ -90,6 +105,8 @@ class Bench:
             length=shape.length,
             retention=shape.retention,
         )
+        if note is not None:
+            result.note = note(result.ratios)
         self.report(result)
         return result
 

@@ -28,6 +28,7 @@ class Result:
         rounds: how many there were.
         length, retention: for plots.
         share: of cases that measure memory instead of time, the peak over the bytes of the input cache.
+        note: what else a reader should know.
     """
 
     op: str
@@ -41,12 +42,17 @@ class Result:
     length: int = 0
     retention: float = 0.0
     share: float | None = None
+    note: str = ""
 
     @property
     def case(self) -> str:
         return " ".join(filter(None, (self.op, self.mode, self.shape)))
 
     def line(self) -> str:
+        line = self._line()
+        return f"{line}  {self.note}" if self.note else line
+
+    def _line(self) -> str:
         head = f"{self.op:<13} {self.mode:<5} {self.shape:<42}"
         if self.share is not None:
             return f"{head} {100 * self.share:9.2f} % of the input cache"

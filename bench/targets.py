@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from results import Run
 from shapes import Shape
 
@@ -45,6 +46,10 @@ def _attend(quantity: str, says: str, bound: float) -> Target:
     return Target(f"attend, 32768 tokens, skewed: {says}", f"attend warm {Shape(32768, skewed=True)}", quantity, bound)
 
 
+def _generate(what: str) -> str:
+    return f"generate 8 {what} {Shape(16384, dim=64, dtype=torch.float32)}"
+
+
 def _select(length: int) -> str:
     return f"select fresh {Shape(length)}"
 
@@ -78,6 +83,11 @@ TARGETS = (
         "bare write",
         1 / 3,
     ),
+    Target(
+        "generate, 16k prompt: speed of a decoding step over the dense cache", _generate("step"), "dense cache", 2.5
+    ),
+    # One of eight layers in full, and the rows kept of all.
+    Target("generate, 16k prompt: peak of the cache over the dense one", _generate("peak"), "scratch", 1 / 8 + 0.15),
     Target("evict: scratch over the input cache", f"evict scratch {Shape(131072)}", "scratch", 0.02),
     Target("evict_: scratch over the input cache", f"evict_ scratch {Shape(131072)}", "scratch", 0.02),
     Target("linear in L: speed of four calls at L/4", f"evict scaling warm {Shape(131072)}", "4 x L/4", 1 / LINEAR),

@@ -1,0 +1,70 @@
+"""A whole model behind lkv.Cache: decoding beside transformers' dense cache, and the memory that a prefill takes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Bench
+from results import Result
+from shapes import Shape
+
+pytest.importorskip("transformers")
+
+import decoder
+from transformers import DynamicCache
+
+import lkv
+
+LENGTH = 16384
+SHAPE = Shape(LENGTH, heads=decoder.HEADS, dim=decoder.DIM, retention=decoder.RETENTION, dtype=torch.float32)
+OP = f"generate {decoder.LAYERS}"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_decoding(bench: Bench) -> None:
+    """One token: over what is left of the prompt, over all of it, and over next to nothing, which is all but attention.
+
+    The dense cache holds random rows, as many as the prompt has: its time does not depend on them.
+    """
+    model, ids = decoder.build(LENGTH, bench.device), decoder.prompt(LENGTH, bench.device)
+    token = ids[:, :1]
+    dense, brief = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    for layer in range(decoder.LAYERS):
+        rows = torch.randn(1, decoder.HEADS, LENGTH, decoder.DIM, device=bench.device)
+        dense.update(rows, rows.clone(), layer)
+    model(token, past_key_values=brief)
+    with lkv.Cache(model, decoder.POLICY, retention=decoder.RETENTION) as cache:
+        model(ids, past_key_values=cache, logits_to_keep=1)
+        others = {
+            "dense cache": lambda: model(token, past_key_values=dense),
+            "without rows": lambda: model(token, past_key_values=brief),
+        }
+        bench.time(
+            f"{OP} step", "", SHAPE, lambda: model(token, past_key_values=cache), others, 0, note=attention_share
+        )
+
+
+def attention_share(ratios: dict[str, float]) -> str:
+    share = 1 - ratios["without rows"] / ratios["dense cache"]
+    return f"attention: {share:.0%} of a step over the dense cache"
+
+
+def test_peak(bench: Bench) -> None:
+    """What a prefill takes beyond the same one without a cache, and the layer that this holds as well."""
+
+    # Blocks that malloc keeps after they were freed are no peak: with a fixed threshold they go back at once.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+
+    def peak(cache: str) -> int:
+        command = [sys.executable, str(Path(__file__).with_name("decoder.py")), cache, str(LENGTH), bench.device]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+
+    layer = SHAPE.cache_bytes
+    peaks = bench.once(lambda: [peak("ours"), peak("none")])
+    share = (peaks[0] - peaks[1] + layer) / (decoder.LAYERS * layer)
+    bench.report(Result(f"{OP} peak", "", str(SHAPE), share=share, length=LENGTH))
