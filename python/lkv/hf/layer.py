@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lkv_ext
 from lkv.hf.attention import LAYER, check_arguments, own_attention, softcap_of
+from lkv.hf.checks import ask, check_tokens
 from lkv.hf.modes import keeps_tensors
 from lkv.hf.queries import LastQueries
 from lkv.hf.versions import CacheLayerMixin, new_tokens, tokens_to_drop
@@ -57,12 +58,13 @@ class RaggedLayer(CacheLayerMixin):
 
     # What transformers calls.
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """New keys and values `[B, H, n, D]`; returned is what the model's attention function shall be given."""
         self.session.expect_idle()
-        self._check(key_states, value_states)
+        check_tokens(self, key_states, value_states)
         self.is_initialized = True
         if self.due and key_states.shape[2] == 1:
             self.evict()
@@ -253,7 +255,7 @@ class RaggedLayer(CacheLayerMixin):
         if totals == self.held:
             scores, budgets = observed.keys.new_zeros(observed.keys.shape[:3], dtype=torch.float32), observed.lengths
         else:
-            scores, budgets = self._ask(observed, totals)
+            scores, budgets = ask(policy, self.index, observed, totals)
         if self.rows is None:
             self._pack(observed, scores, budgets, totals)
         else:
@@ -261,22 +263,6 @@ class RaggedLayer(CacheLayerMixin):
                 self.rows.packed(scores), budgets, sink=policy.sink, window=policy.window, reserve=settings.reserve
             )
         self.held, self.evicted, self.due = totals, seen, False
-
-    def _ask(self, observed: Observation, totals: list[int]) -> tuple[Tensor, Tensor]:
-        """The policy's scores and budgets, checked."""
-        policy = self.session.settings.policy
-        scores = policy.score(self.index, observed)
-        expected = observed.keys.shape[:3]
-        if not isinstance(scores, Tensor) or scores.shape != expected:
-            got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(f"lkv.Cache: expected scores of {policy} of shape [B, H, L] = {list(expected)}, got {got}")
-        budgets = policy.budgets(scores, observed.lengths, torch.tensor(totals), starts=observed.starts)
-        if not isinstance(budgets, Tensor) or budgets.shape != expected[:2] or budgets.is_floating_point():
-            got = f"{budgets.dtype} {list(budgets.shape)}" if isinstance(budgets, Tensor) else type(budgets).__name__
-            raise ValueError(
-                f"lkv.Cache: expected whole budgets of {policy} of shape [B, H] = {list(expected[:2])}, got {got}"
-            )
-        return scores, budgets
 
     def _pack(self, observed: Observation, scores: Tensor, budgets: Tensor, totals: Sequence[int]) -> None:
         """From whole rows to packed ones; the whole ones are let go."""
@@ -314,24 +300,3 @@ class RaggedLayer(CacheLayerMixin):
 
     def _heads(self) -> int:
         return self.keys.shape[1] if self.rows is None else self.rows.heads
-
-    def _check(self, keys: Tensor, values: Tensor) -> None:
-        """Refuses what does not fit the rows that are here."""
-        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-            raise ValueError("lkv.Cache: expected a model run under torch.no_grad, got keys that require a gradient")
-        if self.rows is None and self.keys is None:
-            return
-        for name, new in (("keys", keys), ("values", values)):
-            if self.rows is None:
-                old = getattr(self, name)
-                expected = (old.shape[0], old.shape[1], old.shape[3])
-            else:
-                old = self.rows.k if name == "keys" else self.rows.v
-                expected = (self.rows.batch, self.rows.heads, old.shape[1])
-            if (new.shape[0], new.shape[1], new.shape[3]) != expected:
-                form = f"[{expected[0]}, {expected[1]}, n, {expected[2]}]"
-                raise ValueError(f"lkv.Cache: expected {name} of shape [B, H, n, D] = {form}, got {list(new.shape)}")
-            if new.device != old.device or new.dtype != old.dtype:
-                raise ValueError(
-                    f"lkv.Cache: expected {name} of {old.dtype} on {old.device}, got {new.dtype} on {new.device}"
-                )
