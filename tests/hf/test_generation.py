@@ -150,3 +150,13 @@ def test_generate_in_turns(model):
         again = torch.cat([answer(first.ids, past_key_values=cache), turn([15], 0, seed=2).ids], 1)
         ours = answer(again, past_key_values=cache)
     assert torch.equal(ours, answer(again))
+
+
+@pytest.mark.parametrize("chunks", ["each", "last"])
+def test_generate_in_chunks(model, chunks):
+    """transformers' own chunks, beside its own cache in the same chunks."""
+    ids = turn(ONE, 0).ids
+    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, prefill_chunk_size=16)
+    with lkv.Cache(model, retention=1.0, chunks=chunks) as cache:
+        ours = model.generate(ids, past_key_values=cache, **options)
+    assert torch.equal(ours, model.generate(ids, past_key_values=own_cache(model), **options))
