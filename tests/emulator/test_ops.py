@@ -27,7 +27,8 @@ def library() -> Path:
 
 
 @pytest.mark.parametrize("capability", ["80", "90"])
-def test_parity_with_the_reference(library: Path, capability: str):
+@pytest.mark.parametrize("suite", ["test_parity.py", "test_cache.py"])
+def test_parity_with_the_reference(library: Path, suite: str, capability: str):
     environment = {
         **os.environ,
         "LKV_LIBRARY": str(library),
@@ -37,7 +38,7 @@ def test_parity_with_the_reference(library: Path, capability: str):
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not cuda"]
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "test_parity.py")], env=environment, capture_output=True, text=True, cwd=ROOT
+        [*command, str(ROOT / "tests" / suite)], env=environment, capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
