@@ -50,6 +50,14 @@ def test_demo_prints_what_it_kept(capsys, device):
     assert everything[1] == total == int(kept.lengths.sum())
     assert float(re.search(r"differ by (\S+)", printed)[1]) <= demo.TOLERANCE
 
+    dense, evicted = (
+        float(re.search(rf"generate, {name}: (\S+) MiB", printed)[1]) for name in ("dense cache", "lkv.Cache")
+    )
+    rows = TOKENS + demo.NEW_TOKENS - 1
+    assert dense == pytest.approx(LAYERS * 8 * rows * row_bytes / 2**20, abs=0.05)
+    slack = LAYERS * 8 * 64 * row_bytes / 2**20
+    assert evicted <= RETENTION * dense + slack + 0.05
+
 
 def test_demo_says_when_the_logits_differ(capsys, monkeypatch):
     evict = demo.evict

@@ -3,6 +3,7 @@
 A Llama with random weights reads source code of Python's library. What the last tokens attend to gives scores, all
 heads of all layers compete for one budget, `lkv_ext.evict_layers` keeps the winners, and one more token is decoded from
 the rows that are left. Its logits are compared with those of the whole cache in which the evicted positions are masked.
+Then `generate` does the same through `lkv.Cache`, layer by layer, beside the dense cache.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import sysconfig
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +21,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+import lkv
 import lkv_ext
 from lkv_ext import RaggedKV
 
@@ -34,14 +37,17 @@ except ModuleNotFoundError as error:
 SINK, WINDOW = 4, 32  # tokens that every head keeps: the first, and those whose attention gives the scores
 CHUNK = 512  # tokens of one prefill step
 WARM_UP, ROUNDS = 3, 15
+NEW_TOKENS = 32  # that generate makes
 TOLERANCE = 2e-5  # of float32 logits of about 2, after sums in another order
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    # The newest transformers calls it `cache`, which older ones do not know.
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
     device = torch.device(options.device)
     text, name = prompt(options.tokens)
-    model = build_model(options.layers, options.tokens + 1, options.seed, device)
+    model = build_model(options.layers, options.tokens + NEW_TOKENS, options.seed, device)
     print(describe(model, options.tokens, name))
     with torch.inference_mode():
         cache, scores, token = prefill(model, text.to(device))
@@ -51,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(cache, kept))
         print(race(cache, scores, budgets, total))
         difference, largest = compare(model, token, cache, kept)
+    print(generation(model, text.to(device), options.retention))
     print(f"next token: ragged rows and masked dense cache differ by {difference:.1e} (largest logit {largest:.1f})")
     if not difference <= TOLERANCE:
         print(f"lkv.demo: expected logits that differ by at most {TOLERANCE}, got {difference:.2e}", file=sys.stderr)
@@ -188,6 +195,51 @@ def race(cache: DynamicCache, scores: list[Tensor], budgets: Tensor, total: int)
     ours, theirs = (1e3 * median(times) for times in zip(*rounds, strict=True))
     ratio = median(b / a for a, b in rounds)
     return f"eviction of all layers: lkv_ext {ours:.2f} ms, best PyTorch composition {theirs:.2f} ms, {ratio:.1f}x"
+
+
+class Clock:
+    """A streamer that notes when tokens come: first the prompt, then one at a time."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def step(self) -> float:
+        """Seconds per token, those of the prompt not counted."""
+        return median(b - a for a, b in pairwise(self.times[1:]))
+
+
+def generation(model: LlamaForCausalLM, text: Tensor, retention: float) -> str:
+    """`generate` with the dense cache and with one that evicts: bytes of the cache, seconds per token."""
+    model.set_attn_implementation("sdpa")
+    lines = []
+    for name, cache in (
+        ("dense cache", DynamicCache()),
+        ("lkv.Cache", lkv.Cache(model, "adakv", retention=retention)),
+    ):
+        clock = Clock()
+        model.generate(
+            text,
+            attention_mask=torch.ones_like(text),
+            past_key_values=cache,
+            streamer=clock,
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        size = (
+            cache.nbytes if isinstance(cache, lkv.Cache) else sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+        )
+        lines.append(
+            f"generate, {name}: {size / 2**20:.1f} MiB of keys and values, {1e3 * clock.step():.1f} ms a token"
+        )
+    return "\n".join(lines)
 
 
 def describe(model: LlamaForCausalLM, tokens: int, name: str) -> str:
