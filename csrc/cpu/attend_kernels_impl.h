@@ -18,32 +18,17 @@ namespace {
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 template <ScoreType type>
-struct Elements;
-
-template <>
-struct Elements<ScoreType::f32> {
-  using Item = float;
+struct Elements {
+  using Item = typename ScoreTraits<type>::Bits;
   template <class S>
   static auto load(const Item* p) {
-    return S::fload(p);
-  }
-};
-
-template <>
-struct Elements<ScoreType::f16> {
-  using Item = uint16_t;
-  template <class S>
-  static auto load(const Item* p) {
-    return S::from_f16(p);
-  }
-};
-
-template <>
-struct Elements<ScoreType::bf16> {
-  using Item = uint16_t;
-  template <class S>
-  static auto load(const Item* p) {
-    return S::from_bf16(p);
+    if constexpr (type == ScoreType::f32) {
+      return S::fload(reinterpret_cast<const float*>(p));
+    } else if constexpr (type == ScoreType::f16) {
+      return S::from_f16(p);
+    } else {
+      return S::from_bf16(p);
+    }
   }
 };
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from os import PathLike
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from lkv_ext.ops import errors
+from lkv_ext.ops import cache_file, errors
 from lkv_ext.ops.attend import attend
 from lkv_ext.ops.evict import evict
 from lkv_ext.ops.ints import Ints, Plan, split
@@ -18,8 +16,6 @@ from lkv_ext.ops.library import ops
 from lkv_ext.ops.ragged import RaggedKV
 
 RESERVE = 64  # rows of slack behind every head, unless told otherwise
-_PARTS = ("k", "v", "positions", "lengths", "cu_seqlens")
-_COUNTS = ("seen", "max_length", "_free", "_tail", "_reserve")
 
 
 class RaggedCache:
@@ -222,7 +218,7 @@ class RaggedCache:
 
     def to(self, device: torch.device | str) -> RaggedCache:
         """Moves the cache; returns it."""
-        for name in _PARTS:
+        for name in cache_file.PARTS:
             setattr(self, name, getattr(self, name).to(device))
         self.companions = tuple(c.to(device) for c in self.companions)
         return self
@@ -239,9 +235,7 @@ class RaggedCache:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the cache as safetensors."""
-        tensors = {name: getattr(self, name).contiguous() for name in _PARTS}
-        tensors |= {f"companions.{i}": c.contiguous() for i, c in enumerate(self.companions)}
-        _safetensors().save_file(tensors, path, {name: str(getattr(self, name)) for name in _COUNTS})
+        cache_file.save(self, path)
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: torch.device | str = "cpu") -> RaggedCache:
@@ -250,17 +244,7 @@ class RaggedCache:
         Raises:
             ValueError: where the file holds something else.
         """
-        with _safetensors().safe_open(path, "pt", device=str(device)) as file:
-            names, counts = set(file.keys()), file.metadata() or {}
-            companions = [name for name in (f"companions.{i}" for i in range(len(names))) if name in names]
-            if not names == {*_PARTS, *companions} or not counts.keys() >= set(_COUNTS):
-                raise ValueError(f"lkv_ext.RaggedCache.load: expected a saved cache, got tensors {sorted(names)}")
-            parts = {name: file.get_tensor(name) for name in _PARTS}
-            kv = RaggedKV(**parts, companions=tuple(map(file.get_tensor, companions)), max_length=0)
-        cache = cls(kv, 0, free=0)
-        for name in _COUNTS:
-            setattr(cache, name, int(counts[name]))
-        return cache
+        return cache_file.load(cls, path, device)
 
     def __repr__(self) -> str:
         k, v = list(self.k.shape), list(self.v.shape)
@@ -313,10 +297,3 @@ class RaggedCache:
         self.companions = tuple(companions)
         self.lengths, self.cu_seqlens, self.max_length = kv.lengths, kv.cu_seqlens, kv.max_length
         self._free = self._reserve = reserve
-
-
-def _safetensors() -> ModuleType:
-    try:
-        return import_module("safetensors.torch")
-    except ModuleNotFoundError:
-        raise ImportError("lkv_ext.RaggedCache: saving and loading need: pip install safetensors") from None
