@@ -23,9 +23,11 @@ COLUMNS = {
     "per-head loop": ("loop",),
     "FlashInfer": ("flashinfer",),
     "evict, uniform": ("uniform",),
+    "SDPA, all rows": ("dense",),
+    "SDPA, padded": ("padded",),
     "evict per layer": ("evict per layer",),
 }
-HEADLINE = ("evict", "evict_", "select", "gather", "evict_layers 16")
+HEADLINE = ("evict", "evict_", "select", "gather", "evict_layers 16", "attend")
 
 
 def headline(run: Run) -> list[Result]:
@@ -37,7 +39,7 @@ def headline(run: Run) -> list[Result]:
 def brief(run: Run) -> list[Result]:
     """The lines of the headline that a README has room for."""
     lengths = ("8192", "32768", "131072")
-    rows = [r for r in headline(run) if r.op in ("evict", "select") and r.mode != "cold"]
+    rows = [r for r in headline(run) if r.op in ("evict", "select", "attend") and r.mode != "cold"]
     return [r for r in rows if r.shape.split(", ")[2] in lengths]
 
 
