@@ -35,14 +35,15 @@ def test_attend(bench: Bench, shape: Shape) -> None:
     q = query(shape, bench.device)
     kept = lkv_ext.evict(k, v, inputs.scores, shape.budgets, reserve=64)
     padded = lkv_ext.evict(k, v, inputs.scores, shape.budgets, layout="padded")
-    inside = torch.arange(padded.k.shape[2], device=bench.device) < padded.lengths[..., None]
-    mask = inside.repeat_interleave(GROUP, 1)[:, :, None]
+    mask = (torch.arange(padded.k.shape[2], device=bench.device) < padded.lengths[..., None])[:, :, None]
+    # The query heads of a group as queries of their KV head: many times faster here than enable_gqa.
+    grouped = q.view(shape.batch, shape.heads, GROUP, shape.dim)
     others = {
         "memcpy": rivals.copy_warm([kept.k, kept.v]),
-        "dense": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
-        "padded": lambda: F.scaled_dot_product_attention(q, padded.k, padded.v, attn_mask=mask, enable_gqa=True),
+        "dense": lambda: F.scaled_dot_product_attention(grouped, k, v),
+        "padded": lambda: F.scaled_dot_product_attention(grouped, padded.k, padded.v, attn_mask=mask),
     }
-    torch.testing.assert_close(lkv_ext.attend(q, kept), others["padded"](), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(lkv_ext.attend(q, kept).view_as(grouped), others["padded"](), rtol=0.02, atol=0.02)
     bench.time("attend", "warm", shape, lambda: lkv_ext.attend(q, kept), others, shape.output_bytes)
 
 
