@@ -91,6 +91,24 @@ def test_competition_matches_a_full_sort(data):
         assert single[b].tolist() == expected(scores[:1], b)
 
 
+@pytest.mark.parametrize("across", ["heads", "layers"])
+def test_lengths_of_every_layer(across):
+    """`[N, B, H]`: a later turn, when layers have kept different numbers of rows."""
+    g = torch.Generator().manual_seed(0)
+    scores = [torch.rand(2, 3, n, generator=g) for n in (20, 12)]
+    lengths = torch.stack([torch.randint(0, n + 1, (2, 3), generator=g) for n in (20, 12)])
+    starts = torch.stack([torch.randint(0, 4, (2, 3), generator=g) for _ in range(2)])
+    lengths = lengths.minimum(torch.tensor([20, 12])[:, None, None] - starts)
+    options = dict(across=across, lengths=lengths, starts=starts, sink=1, window=2)
+    got = lkv_ext.budgets_from_scores(scores, [17, 9], **options)
+    for b, total in enumerate([17, 9]):
+        for layers in [(0, 1)] if across == "layers" else [(0,), (1,)]:
+            rows = [scores[n][b, h] for n in layers for h in range(3)]
+            spans = [(int(starts[n, b, h]), int(lengths[n, b, h])) for n in layers for h in range(3)]
+            expected = reference.budgets_from_scores(rows, total, spans=spans, sink=1, window=2)
+            assert got[list(layers), b].flatten().tolist() == expected
+
+
 def test_published_example_of_blend_and_minimum():
     """The worked Ada-KV case: two heads, ten rows each, a window of two, seven rows a head on average."""
     h0 = [0.30, 0.22, 0.15, 0.09, 0.05, 0.04, 0.03, 0.02, 0.01, 0.005]

@@ -170,6 +170,22 @@ def test_crop(device: str) -> None:
     model.check(cache)
 
 
+@pytest.mark.parametrize("reserve", [1, 64])
+def test_restore(device: str, reserve: int) -> None:
+    """Appends are taken back, those with padding too, whether or not the buffers had to grow for them."""
+    cache, model = filled(device, reserve)
+    mark = cache.mark()
+    k, v = (t.to(device) for t in tokens(5, 7))
+    cache.append(k, v, valid=[2, 0])
+    cache.append(k, v)
+    with pytest.raises(ValueError, match="restore: expected a mark of at most 35 tokens and rows of 2 sequences"):
+        cache.restore(mark, [7])
+    cache.restore(mark, [7, 5])
+    model.check(cache)
+    cache.crop(25)
+    assert cache.seen == 0 and cache.max_length == 0
+
+
 def test_select_batch_and_reorder(device: str) -> None:
     cache, model = filled(device)
     evict(cache, model, [7, 2, 11])

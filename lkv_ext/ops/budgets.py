@@ -139,7 +139,7 @@ def budgets_from_scores(
             every layer has this total to itself.
         across: "heads" of a layer compete, or those of all "layers".
         floor: None, `Blend(alpha)` or `Minimum(rows)`.
-        lengths, starts: `[B]` or `[B, H]`, as in `evict`, the same for all layers.
+        lengths, starts: `[B]` or `[B, H]`, as in `evict`, the same for all layers; or `[N, B, H]`.
         sink, window: as in `evict`.
 
     Returns:
@@ -163,7 +163,10 @@ def budgets_from_scores(
     if not layers:
         raise ValueError("lkv_ext.budgets_from_scores: expected at least one layer of scores, got none")
     if across == "heads":
-        won = [_compete([s], total, floor, lengths, starts, sink, window)[0] for s in layers]
+        won = [
+            _compete([s], total, floor, _of_layer(lengths, n), _of_layer(starts, n), sink, window)[0]
+            for n, s in enumerate(layers)
+        ]
     else:
         won = _compete(layers, total, floor, lengths, starts, sink, window)
     return won[0] if single else torch.stack(list(won))
@@ -183,9 +186,9 @@ def _compete(
     device = layers[0].device
     total = torch.as_tensor(total, device=device).long().broadcast_to(batch).clamp(min=0)
     masks, protected, available = [], [], []
-    for s in layers:
-        begin = _per_head(starts, 0, s).clamp(0, s.shape[2])
-        length = torch.minimum(_per_head(lengths, s.shape[2], s).clamp(min=0), s.shape[2] - begin)
+    for n, s in enumerate(layers):
+        begin = _per_head(_of_layer(starts, n), 0, s).clamp(0, s.shape[2])
+        length = torch.minimum(_per_head(_of_layer(lengths, n), s.shape[2], s).clamp(min=0), s.shape[2] - begin)
         first = length.clamp(max=sink)
         last = (length - first).clamp(max=window)
         position = torch.arange(s.shape[2], device=device)
@@ -218,6 +221,10 @@ def _compete(
     even = apportion(torch.ones_like(sure, dtype=torch.float64), total, torch.zeros_like(sure), sure)
     budgets = torch.where((total >= sure.sum(1))[:, None], sure + won, even)
     return budgets.view(batch, len(layers), heads).transpose(0, 1)
+
+
+def _of_layer(values: Ints | None, layer: int) -> Ints | None:
+    return values[layer] if isinstance(values, Tensor) and values.dim() == 3 else values
 
 
 def _per_head(values: Ints | None, default: int, scores: Tensor) -> Tensor:

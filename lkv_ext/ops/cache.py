@@ -176,6 +176,32 @@ class RaggedCache:
         self._tail -= tokens
         self._free += tokens
 
+    def mark(self) -> tuple[int, int]:
+        """What `restore` needs to take back later appends."""
+        return self.seen, self._tail
+
+    def restore(self, mark: tuple[int, int], rows: Sequence[int]) -> None:
+        """Takes back all appends since `mark`, between which and now nothing was evicted, cropped or selected.
+
+        Args:
+            rows: `[B]`, how many tokens of each sequence were kept since: all, or the sums of `valid`.
+
+        Raises:
+            ValueError: where there are fewer tokens than at the mark.
+        """
+        tokens = self.seen - mark[0]
+        if tokens < 0 or len(rows) != self.batch:
+            raise ValueError(
+                f"lkv_ext.RaggedCache.restore: expected a mark of at most {self.seen} tokens and rows of {self.batch} "
+                f"sequences, got {mark[0]} and {len(rows)}"
+            )
+        if tokens:
+            back = torch.as_tensor(rows, dtype=torch.int32, device=self.device)
+            self.lengths = self.lengths - back[:, None]
+            self.max_length -= tokens
+            self._free += tokens
+        self.seen, self._tail = mark
+
     def select_batch(self, indices: Tensor | Sequence[int]) -> None:
         """Keeps the sequences `indices`, in that order; one may occur twice. Copies the rows; synchronises on CUDA."""
         chosen = torch.as_tensor(indices, device=self.device, dtype=torch.int64)

@@ -163,7 +163,7 @@ def test_policies_that_need_more_than_there_is(model):
     class Hidden(SnapKV):
         needs = frozenset({"hidden_states", "queries"})
 
-    with pytest.raises(ValueError, match="lkv.Cache: expected a policy of scope 'layer', got 'cascade'"):
+    with pytest.raises(ValueError, match="lkv.Cache: expected a policy of scope 'layer' or 'model', got 'cascade'"):
         lkv.Cache(model, Cascade(), retention=0.5)
     with pytest.raises(ValueError, match="lkv.Cache: expected a policy that needs at most queries, got hidden_states"):
         lkv.Cache(model, Hidden(), retention=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,21 +40,17 @@ def check_tokens(layer: RaggedLayer, keys: Tensor, values: Tensor) -> None:
             )
 
 
-def ask(policy: Policy, layer: int, observed: Observation, totals: list[int]) -> tuple[Tensor, Tensor]:
-    """The policy's scores `[B, H, L]` and its budgets `[B, H]` for these totals.
-
-    Raises:
-        ValueError: for answers of another shape, and budgets that are not whole.
-    """
-    scores = policy.score(layer, observed)
+def check_scores(policy: Policy, scores: Tensor, observed: Observation) -> None:
+    """Raises ValueError for scores that are not one for every row that was observed."""
     expected = observed.keys.shape[:3]
     if not isinstance(scores, Tensor) or scores.shape != expected:
         got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"lkv.Cache: expected scores of {policy} of shape [B, H, L] = {list(expected)}, got {got}")
-    budgets = policy.budgets(scores, observed.lengths, torch.tensor(totals), starts=observed.starts)
-    if not isinstance(budgets, Tensor) or budgets.shape != expected[:2] or budgets.is_floating_point():
+
+
+def check_budgets(policy: Policy, budgets: Tensor, expected: Sequence[int]) -> None:
+    """Raises ValueError for budgets of another shape than `[B, H]` (`[N, B, H]`), and for such as are not whole."""
+    if not isinstance(budgets, Tensor) or budgets.shape != expected or budgets.is_floating_point():
         got = f"{budgets.dtype} {list(budgets.shape)}" if isinstance(budgets, Tensor) else type(budgets).__name__
-        raise ValueError(
-            f"lkv.Cache: expected whole budgets of {policy} of shape [B, H] = {list(expected[:2])}, got {got}"
-        )
-    return scores, budgets
+        form = "[B, H]" if len(expected) == 2 else "[N, B, H]"
+        raise ValueError(f"lkv.Cache: expected whole budgets of {policy} of shape {form} = {list(expected)}, got {got}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,24 +10,36 @@ from torch import Tensor, nn
 
 import lkv_ext
 from lkv.hf.attention import LAYER, check_arguments, own_attention, softcap_of
-from lkv.hf.checks import ask, check_tokens
+from lkv.hf.checks import check_tokens
 from lkv.hf.modes import keeps_tensors
 from lkv.hf.queries import LastQueries
+from lkv.hf.settings import Settings
 from lkv.hf.versions import CacheLayerMixin, new_tokens, tokens_to_drop
-from lkv.policies import Observation
 
 if TYPE_CHECKING:
+    from lkv.hf.eviction import Choice
     from lkv.hf.session import Session
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A layer before a call, as far as it is not the rows themselves: what a call appends lies behind them."""
+
+    length: int
+    counts: dict[str, object]
+    rows: tuple[int, int] | None
 
 
 class RaggedLayer(CacheLayerMixin):
     """`update` hands the new keys on with a note whose they are; `attend` does the work, as it also sees the queries.
 
     Attributes:
-        rows: `lkv_ext.RaggedCache`, or None while the rows are whole, in `keys` and `values` `[B, H, L, D]`.
+        rows: `lkv_ext.RaggedCache`, or None while the rows are whole, in `keys` and `values` `[B, H, L, D]`. Whole rows
+            are never written to: copies of a cache may share them.
         real: per sequence, tokens appended so far without padding: its logical length.
         held: per sequence, rows of all heads together.
         evicted: logical length, padding included, at the last eviction: what came before cannot be cropped.
+        due: tokens of a prompt have come since the last eviction.
     """
 
     is_sliding = False
@@ -47,14 +57,19 @@ class RaggedLayer(CacheLayerMixin):
         self.rows: lkv_ext.RaggedCache | None = None
         self.real: list[int] = []
         self.held: list[int] = []
-        self.evicted = 0
-        self.due = False  # tokens of a prompt have come since the last eviction
+        self.evicted = self.evictions = 0
+        self.due = False
         self.scaling, self.softcap = 1.0, None
-        policy = self.session.settings.policy
-        self.queries = LastQueries(max(policy.window, 1)) if "queries" in policy.needs else None
+        settings = self.session.settings
+        self.queries = LastQueries(settings.observe_window) if "queries" in settings.observe else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         self.is_initialized = True
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.keys.shape[1] if self.rows is None else self.rows.heads
 
     # What transformers calls.
 
@@ -63,11 +78,8 @@ class RaggedLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """New keys and values `[B, H, n, D]`; returned is what the model's attention function shall be given."""
-        self.session.expect_idle()
         check_tokens(self, key_states, value_states)
         self.is_initialized = True
-        if self.due and key_states.shape[2] == 1:
-            self.evict()
         keys, values = key_states, value_states
         if self.rows is None and self.keys is not None:
             keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
@@ -118,7 +130,7 @@ class RaggedLayer(CacheLayerMixin):
         else:
             self.keys, self.values = self.keys[:, :, :-tokens], self.values[:, :, :-tokens]
         self.real = [count - tokens for count in self.real]
-        self.held = [count - tokens * self._heads() for count in self.held]
+        self.held = [count - tokens * self.heads for count in self.held]
         if self.queries is not None:
             self.queries.crop(tokens)
 
@@ -160,143 +172,100 @@ class RaggedLayer(CacheLayerMixin):
             own: the model's own attention, which runs while the rows are whole.
             key, value: what `update` returned.
         """
-        self.session.taken_over()
-        check_arguments(module, kwargs)
-        scaling = kwargs.get("scaling")
-        self.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        self.softcap = softcap_of(own, kwargs)
-        batch, _, count, _ = query.shape
-        valid = self.session.real_tokens(mask, batch, count)
-        if self.rows is None:
-            return self._attend_whole(own, module, query, key, value, mask, valid, kwargs)
-        return self._attend_rows(query, key, value, valid), None
-
-    def _attend_whole(
-        self,
-        own: str,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        valid: list[int] | None,
-        kwargs: dict[str, object],
-    ) -> tuple[Tensor, None]:
-        out, _ = own_attention(own, module)(module, query, key, value, mask, **kwargs)
-        with self._taken_back_on_error():
-            self.keys, self.values = key.view_as(key), value
-            self._count(query, valid)
-            if self.session.settings.chunks == "each":
-                self.evict()
+        with self.session.all_or_nothing():
+            self.session.taken_over()
+            check_arguments(module, kwargs)
+            scaling = kwargs.get("scaling")
+            self.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            self.softcap = softcap_of(own, kwargs)
+            batch, _, count, _ = query.shape
+            valid = self.session.real_tokens(mask, batch, count)
+            if self.rows is None:
+                out, _ = own_attention(own, module)(module, query, key, value, mask, **kwargs)
+                self.keys, self.values, self.due = key.view_as(key), value, True
+                self._count(query, valid)
             else:
-                self.due = True
+                out = self._attend_rows(query, key, value, valid)
+                self.due = self.due or count > 1
+            self.session.leave(self.index)
         return out, None
 
     @keeps_tensors
     def _attend_rows(self, query: Tensor, key: Tensor, value: Tensor, valid: list[int] | None) -> Tensor:
-        settings, count = self.session.settings, query.shape[2]
-        if count == 1:
-            if settings.cap is not None and max(self.held) + self._heads() > settings.cap * self._heads():
-                self.evict(settings.cap - settings.interval)
-            return self._append(query, key, value, valid)
-        with self._taken_back_on_error():
-            out = self._append(query, key, value, valid)
-            if settings.chunks == "each":
-                self.evict()
-            else:
-                self.due = True
-        return out
-
-    def _append(self, query: Tensor, key: Tensor, value: Tensor, valid: list[int] | None) -> Tensor:
         self.rows.append(key, value, valid=valid)
-        out = self.rows.attend(query, scale=self.scaling, softcap=self.softcap)
         self._count(query, valid)
         if valid is not None:
             self.evicted = self.rows.seen
+        out = self.rows.attend(query, scale=self.scaling, softcap=self.softcap)
         return out.transpose(1, 2).contiguous()
-
-    @contextmanager
-    def _taken_back_on_error(self) -> Iterator[None]:
-        """Several tokens come whole or not at all: what they write lies behind the rows that were there."""
-        before = dict(vars(self), rows=copy.copy(self.rows), queries=copy.copy(self.queries))
-        if self.rows is not None:
-            before["rows"].lengths = self.rows.lengths.clone()
-        try:
-            yield
-        except Exception:
-            vars(self).update(before)
-            raise
 
     def _count(self, query: Tensor, valid: list[int] | None) -> None:
         batch, _, count, _ = query.shape
         new = [count] * batch if valid is None else valid
         real, held = self.real or [0] * batch, self.held or [0] * batch
-        heads = self._heads()
         self.real = [a + b for a, b in zip(real, new, strict=True)]
-        self.held = [a + b * heads for a, b in zip(held, new, strict=True)]
+        self.held = [a + b * self.heads for a, b in zip(held, new, strict=True)]
         if self.queries is not None:
             self.queries.push(query, valid)
 
-    # Eviction.
+    # What the session and an eviction call.
+
+    def mark(self) -> Mark:
+        """For `restore`."""
+        names = ("real", "held", "evicted", "evictions", "due", "scaling", "softcap", "is_initialized")
+        counts = {name: getattr(self, name) for name in names}
+        counts["queries"] = None if self.queries is None else self.queries.mark()
+        return Mark(self.get_seq_length(), counts, None if self.rows is None else self.rows.mark())
 
     @keeps_tensors
-    def evict(self, rows: int | None = None) -> None:
-        """Brings every sequence to `rows` per head, or to what the settings say of its logical length."""
-        settings, heads = self.session.settings, self._heads()
-        totals = [
-            min(held, heads * (settings.target(real) if rows is None else rows))
-            for real, held in zip(self.real, self.held, strict=True)
-        ]
-        policy, seen = settings.policy, self.get_seq_length()
-        if totals == self.held and self.rows is not None:
-            self.due = False
-            return
-        observed = self._observe()
-        if totals == self.held:
-            scores, budgets = observed.keys.new_zeros(observed.keys.shape[:3], dtype=torch.float32), observed.lengths
+    def restore(self, mark: Mark) -> bool:
+        """Takes the tokens back that came since; False where rows were evicted, which do not come back."""
+        if self.evictions != mark.counts["evictions"] and mark.length > 0:
+            return False
+        if mark.length == 0:
+            self.keys = self.values = self.rows = None
+        elif self.rows is not None:
+            new = [now - before for now, before in zip(self.real, mark.counts["real"], strict=True)]
+            self.rows.restore(mark.rows, new)
         else:
-            scores, budgets = ask(policy, self.index, observed, totals)
-        if self.rows is None:
-            self._pack(observed, scores, budgets, totals)
-        else:
-            self.rows.evict(
-                self.rows.packed(scores), budgets, sink=policy.sink, window=policy.window, reserve=settings.reserve
-            )
-        self.held, self.evicted, self.due = totals, seen, False
+            self.keys, self.values = self.keys[:, :, : mark.length], self.values[:, :, : mark.length]
+        vars(self).update(mark.counts)
+        return True
 
-    def _pack(self, observed: Observation, scores: Tensor, budgets: Tensor, totals: Sequence[int]) -> None:
-        """From whole rows to packed ones; the whole ones are let go."""
-        policy, reserve = self.session.settings.policy, self.session.settings.reserve
-        # Budgets made on a GPU stay there: what they add up to is known here.
-        capacity = None if budgets.is_cpu else sum(totals) + budgets.numel() * reserve
-        kept = lkv_ext.evict(
-            self.keys,
-            self.values,
-            scores,
-            budgets,
-            lengths=observed.lengths,
-            starts=observed.starts,
-            sink=policy.sink,
-            window=policy.window,
-            capacity=capacity,
-            reserve=reserve,
-        )
-        self.rows = lkv_ext.RaggedCache(kept, self.get_seq_length())
-        self.keys = self.values = None
-
-    def _observe(self) -> Observation:
-        queries = (None, None, None) if self.queries is None else self.queries.read()
+    def keep(self, choice: Choice, settings: Settings) -> None:
+        """Evicts what was not chosen; whole rows are packed, and the whole ones let go."""
+        policy, reserve, everything = settings.policy, settings.reserve, choice.scores is None
         if self.rows is None:
             batch, heads, length = self.keys.shape[:3]
-            device = self.keys.device
-            lengths = torch.tensor(self.real, device=device)[:, None].expand(batch, heads)
-            keys, values, starts = self.keys, self.values, length - lengths
-            positions = torch.arange(length, device=device).expand(batch, heads, length)
+            lengths = torch.tensor(self.real)[:, None].expand(batch, heads)
+            scores = self.keys.new_zeros(self.keys.shape[:3], dtype=torch.float32) if everything else choice.scores
+            budgets = lengths if everything else choice.budgets
+            # Budgets made on a GPU stay there: what they add up to is known here.
+            capacity = None if budgets.is_cpu else sum(choice.held) + budgets.numel() * reserve
+            kept = lkv_ext.evict(
+                self.keys,
+                self.values,
+                scores,
+                budgets,
+                lengths=lengths,
+                starts=length - lengths,
+                sink=policy.sink,
+                window=policy.window,
+                capacity=capacity,
+                reserve=reserve,
+            )
+            self.rows = lkv_ext.RaggedCache(kept, length, free=reserve)
+            self.keys = self.values = None
+        elif not everything:
+            self.rows.evict(
+                self.rows.packed(choice.scores),
+                choice.budgets,
+                sink=policy.sink,
+                window=policy.window,
+                reserve=reserve,
+            )
         else:
-            keys, values, positions = map(self.rows.padded, (self.rows.k, self.rows.v, self.rows.positions))
-            lengths = self.rows.lengths.long()
-            starts = torch.zeros_like(lengths)
-        return Observation(keys, values, positions, lengths, starts, *queries, self.scaling, self.softcap)
-
-    def _heads(self) -> int:
-        return self.keys.shape[1] if self.rows is None else self.rows.heads
+            self.due = False
+            return
+        self.held, self.evicted, self.due = choice.held, self.get_seq_length(), False
+        self.evictions += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -13,11 +14,13 @@ from lkv.hf.modes import keeps_tensors
 class LastQueries:
     """The queries of the last `window` tokens of every sequence, padding not counted.
 
-    A ring, so that a decoding step writes one slot; several tokens at once put it in order.
+    A ring, so that a decoding step writes one slot; several tokens at once put it in order. It has a slot more than the
+    window, so that a step that is taken back has overwritten nothing.
     """
 
     def __init__(self, window: int) -> None:
         self.window = window
+        self._slots = window + 1
         self.seen = 0  # tokens, padding included
         self._oldest = 0  # slot
         self._queries: Tensor | None = None  # [B, Hq, w, D]
@@ -29,23 +32,26 @@ class LastQueries:
         """Adds the queries of the next n tokens, `[B, Hq, n, D]`, the last `valid[b]` of them real."""
         batch, heads, count, dim = queries.shape
         if self._queries is None:
-            self._queries = queries.new_zeros(batch, heads, self.window, dim)
-            self._places = torch.zeros(batch, self.window, dtype=torch.int64, device=queries.device)
+            self._queries = queries.new_zeros(batch, heads, self._slots, dim)
+            self._places = torch.zeros(batch, self._slots, dtype=torch.int64, device=queries.device)
             self._real = torch.zeros_like(self._places, dtype=torch.bool)
         if count == 1 and valid is None:
             slot = self._oldest
             self._queries[:, :, slot] = queries[:, :, 0]
             self._places[:, slot] = self.seen
             self._real[:, slot] = True
-            self._oldest = (slot + 1) % self.window
+            self._oldest = (slot + 1) % self._slots
         else:
             self._rebuild(queries, valid)
         self.seen += count
 
-    def read(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[B, Hq, w, D]`, their places `[B, w]`, and which slots hold one, bool `[B, w]`; in order."""
-        slots = (torch.arange(self.window, device=self._places.device) + self._oldest) % self.window
-        return self._queries[:, :, slots], self._places[:, slots], self._real[:, slots]
+    def read(self, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The last w queries `[B, Hq, w, D]`, their places `[B, w]`, which slots hold one, bool `[B, w]`; in order."""
+        return self._in_order(self.window if last is None else min(last, self.window))
+
+    def mark(self) -> LastQueries:
+        """What to go on with instead of this if what is pushed from now on shall not have been."""
+        return copy.copy(self)
 
     @keeps_tensors
     def crop(self, tokens: int) -> None:
@@ -54,26 +60,32 @@ class LastQueries:
             return
         self.seen -= tokens
         self._real &= self._places < self.seen
-        self._oldest = (self._oldest - tokens) % self.window
+        self._oldest = (self._oldest - tokens) % self._slots
 
     @keeps_tensors
     def select(self, indices: Tensor) -> None:
         """Sequences `indices`, in that order."""
         if self._queries is not None:
-            with torch.inference_mode(False):
-                chosen = indices.to(self._queries.device).clone()
-                self._queries, self._places, self._real = (t[chosen] for t in (self._queries, self._places, self._real))
+            chosen = indices.to(self._queries.device).clone()
+            self._queries, self._places, self._real = (t[chosen] for t in (self._queries, self._places, self._real))
+
+    def _in_order(self, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        slots = torch.arange(self._slots - last, self._slots, device=self._places.device)
+        slots = (slots + self._oldest) % self._slots
+        places = self._places[:, slots]
+        # A step that was taken back may have left its query in a slot, but no place of now.
+        return self._queries[:, :, slots], places, self._real[:, slots] & (places < self.seen)
 
     def _rebuild(self, queries: Tensor, valid: Sequence[int] | None) -> None:
         batch, heads, count, dim = queries.shape
-        taken, device = min(count, self.window), queries.device
-        old, places, real = self.read()
+        taken, device = min(count, self._slots), queries.device
+        old, places, real = self._in_order(self._slots)
         new = torch.arange(self.seen + count - taken, self.seen + count, device=device)
         behind = torch.arange(taken, 0, -1, device=device)
         limit = torch.tensor([[count]] * batch if valid is None else [[n] for n in valid], device=device)
         queries = torch.cat([old, queries[:, :, count - taken :]], 2)
         places, real = torch.cat([places, new.expand(batch, -1)], 1), torch.cat([real, behind <= limit], 1)
-        order = real.byte().argsort(dim=1, stable=True)[:, -self.window :]  # what holds no token comes first
+        order = real.byte().argsort(dim=1, stable=True)[:, -self._slots :]  # what holds no token comes first
         self._queries = queries.gather(2, order[:, None, :, None].expand(-1, heads, -1, dim))
         self._places, self._real = places.gather(1, order), real.gather(1, order)
         self._oldest = 0

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from lkv.policies import Policy
 
-SUPPORTED = frozenset({"queries"})  # needs that the adapter can meet
+OBSERVED = frozenset({"queries"})  # needs that the adapter can meet
+SCOPES = ("layer", "model")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Settings:
     cap: int | None
     interval: int
     reserve: int
+    observe: frozenset[str]
+    observe_window: int
 
     def __post_init__(self) -> None:
         def expect(condition: bool, says: str, got: object) -> None:
@@ -35,9 +38,23 @@ class Settings:
         expect(self.reserve >= 1, "reserve >= 1", self.reserve)
         if self.cap is not None:
             expect(1 <= self.interval < self.cap, f"interval in [1, cap) = [1, {self.cap})", self.interval)
-        expect(self.policy.scope == "layer", "a policy of scope 'layer'", repr(self.policy.scope))
-        missing = self.policy.needs - SUPPORTED
-        expect(not missing, f"a policy that needs at most {', '.join(SUPPORTED)}", ", ".join(sorted(missing)))
+        expect(self.policy.scope in SCOPES, "a policy of scope 'layer' or 'model'", repr(self.policy.scope))
+        for says, needs in (("a policy that needs", self.policy.needs), ("observe of", self.observe)):
+            missing = needs - OBSERVED
+            expect(not missing, f"{says} at most {_names(OBSERVED)}", _names(missing))
+        missing = self.policy.needs - self.observe
+        expect(
+            not missing,
+            f"a policy that needs what was observed, {_names(self.observe) or 'nothing'}",
+            f"one that needs {_names(missing)}: observe= of lkv.Cache says what to hold",
+        )
+        expect(self.observe_window >= 1, "observe_window >= 1", self.observe_window)
+        if "queries" in self.policy.needs:
+            expect(
+                self.policy.window <= self.observe_window,
+                f"a policy of a window of at most the observed {self.observe_window} queries",
+                f"{self.policy.window}: observe_window= of lkv.Cache says how many to hold",
+            )
 
     def target(self, length: int) -> int:
         """Rows per head to keep of a prompt or turn, given the logical length of the sequence, padding not counted."""
@@ -46,3 +63,7 @@ class Settings:
         else:
             rows = length if self.budget is None else self.budget
         return rows if self.cap is None else min(rows, self.cap)
+
+
+def _names(words: frozenset[str]) -> str:
+    return ", ".join(sorted(words))

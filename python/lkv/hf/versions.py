@@ -34,4 +34,17 @@ def is_full_attention(layer: CacheLayerMixin) -> bool:
     return type(layer) is DynamicLayer
 
 
-__all__ = ["CacheLayerMixin", "HFCache", "is_full_attention", "new_tokens", "own_layers", "tokens_to_drop"]
+def is_appended_by_copy(layer: CacheLayerMixin) -> bool:
+    """Whether new tokens make new tensors, so that whoever holds the old ones still has what was there."""
+    return isinstance(layer, DynamicLayer)
+
+
+__all__ = [
+    "CacheLayerMixin",
+    "HFCache",
+    "is_appended_by_copy",
+    "is_full_attention",
+    "new_tokens",
+    "own_layers",
+    "tokens_to_drop",
+]

@@ -12,8 +12,9 @@ How the methods to come fit:
 - A second pass (KVzip): needs "second_pass". The caller feeds the repeated prompt through the model and gives the
   queries of that pass as `queries`, at the `query_positions` of that pass; `score` is called once per chunk and the
   caller takes the maximum. Budgets follow when all scores are there, with scope "model".
-- A threshold for the whole model (KVzip, LKV-H): scope "model". `budgets` gets the list of the scores of all layers and
-  the total of all layers, and returns `[N, B, H]`; all layers are evicted in one `evict_layers`.
+- A threshold for the whole model (KVzip, LKV-H): scope "model". When the last layer of a call has attended, `score` is
+  called for every layer, and `budgets` once, with the list of their scores, `lengths` `[N, B, H]` and the total of all
+  layers; it returns `[N, B, H]`. Before anything is evicted all layers are there in full: scope "layer" holds one.
 - Learned scores of keys and values (LKV-T): needs nothing but the rows; static shares (LKV-H) ignore the scores.
 - Hidden states or keys before RoPE: named in `needs`, they arrive as further fields of the observation.
 """
@@ -99,7 +100,7 @@ class Policy(Protocol):
             scores: `[B, H, L]`; with scope "model" or "cascade" a list of them, one per layer.
             lengths: int64 `[B, H]` (`[N, B, H]`): valid rows.
             total: int64 `[B]`, on the host: rows of one sequence over all heads (of all layers).
-            starts: int64 `[B, H]`, where the valid rows begin; None: at 0.
+            starts: int64 `[B, H]`, where the valid rows begin, the same in all layers; None: at 0.
 
         Returns:
             int64 `[B, H]` (`[N, B, H]`). A sequence's budgets sum to its total, or to the rows it has if

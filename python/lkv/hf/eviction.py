@@ -1,0 +1,101 @@
+"""What is kept of the layers of a cache: first all that may fail is asked and checked, then every layer is evicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lkv.hf.checks import check_budgets, check_scores
+from lkv.hf.modes import keeps_tensors
+from lkv.hf.observe import observe
+from lkv.hf.settings import Settings
+
+if TYPE_CHECKING:
+    from lkv.hf.layer import RaggedLayer
+
+
+@dataclass
+class Choice:
+    """What one layer keeps.
+
+    Attributes:
+        scores: float `[B, H, L]`; None: all rows stay.
+        budgets: int `[B, H]`; None with the scores.
+        held: per sequence, rows of all heads together that will be left.
+    """
+
+    scores: Tensor | None
+    budgets: Tensor | None
+    held: list[int]
+
+
+@keeps_tensors
+def evict(layers: Sequence[RaggedLayer], settings: Settings, rows: int | None = None) -> None:
+    """Brings every sequence to `rows` per head, or to what the settings say of its logical length.
+
+    With scope "layer" every layer has its own total, with scope "model" they share one.
+
+    Raises:
+        ValueError: for answers of the policy that do not fit; no layer is evicted then.
+    """
+    if settings.policy.scope == "model":
+        choices = _choose_together(layers, settings, rows)
+    else:
+        choices = [_choose(layer, settings, rows) for layer in layers]
+    for layer, choice in zip(layers, choices, strict=True):
+        layer.keep(choice, settings)
+        choice.scores = None  # a layer's are gone with its rows
+
+
+def _wanted(layer: RaggedLayer, settings: Settings, rows: int | None) -> list[int]:
+    return [layer.heads * (settings.target(real) if rows is None else rows) for real in layer.real]
+
+
+def _choose(layer: RaggedLayer, settings: Settings, rows: int | None) -> Choice:
+    totals = list(map(min, layer.held, _wanted(layer, settings, rows)))
+    if totals == layer.held:
+        return Choice(None, None, totals)
+    policy, observed = settings.policy, observe(layer, settings.policy)
+    scores = policy.score(layer.index, observed)
+    check_scores(policy, scores, observed)
+    budgets = policy.budgets(scores, observed.lengths, torch.tensor(totals), starts=observed.starts)
+    check_budgets(policy, budgets, observed.lengths.shape)
+    return Choice(scores, budgets if budgets.is_cpu else _within(budgets, totals), totals)
+
+
+def _within(budgets: Tensor, totals: list[int]) -> Tensor:
+    """Budgets on a GPU, where nobody reads them, cut so that they do not pass the totals that memory is made for."""
+    left = torch.tensor(totals, device=budgets.device)[:, None]
+    budgets = budgets.clamp(min=0)
+    return budgets.minimum((left + budgets - budgets.cumsum(1)).clamp(min=0))
+
+
+def _choose_together(layers: Sequence[RaggedLayer], settings: Settings, rows: int | None) -> list[Choice]:
+    policy = settings.policy
+    held = [sum(each) for each in zip(*(layer.held for layer in layers), strict=True)]
+    wanted = [sum(each) for each in zip(*(_wanted(layer, settings, rows) for layer in layers), strict=True)]
+    totals = list(map(min, held, wanted))
+    if totals == held:
+        return [Choice(None, None, layer.held) for layer in layers]
+    if len({layer.heads for layer in layers}) > 1:
+        raise ValueError(
+            "lkv.Cache: expected layers of the same number of KV heads for a policy of scope 'model', got "
+            f"{[layer.heads for layer in layers]}"
+        )
+    scores, lengths, starts = [], [], None
+    for layer in layers:
+        observed = observe(layer, policy)
+        scores.append(policy.score(layer.index, observed))
+        check_scores(policy, scores[-1], observed)
+        lengths.append(observed.lengths)
+        starts = observed.starts  # the same for all: padding while rows are whole, then 0
+    stacked = torch.stack([each.to(lengths[0].device) for each in lengths])
+    budgets = policy.budgets(scores, stacked, torch.tensor(totals), starts=starts)
+    check_budgets(policy, budgets, stacked.shape)
+    budgets = budgets.clamp(min=0).minimum(stacked.to(budgets.device))
+    counts = budgets.sum(2).tolist()  # what a layer is left with is the policy's choice: a synchronisation on CUDA
+    return [Choice(s, b, n) for s, b, n in zip(scores, budgets.unbind(0), counts, strict=True)]
