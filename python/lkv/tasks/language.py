@@ -76,6 +76,9 @@ class Words:
         words = self.SPECIAL + self.STRUCTURE + self.ATTRIBUTES + self.NUMBERS + self.NAMES + self.FILLER
         self.vocabulary = {word: i for i, word in enumerate(words)}
 
+    def encode(self, text: str) -> list[int]:
+        return [self.vocabulary[word] for word in text.split()]
+
     def names(self, rng: random.Random, count: int) -> list[str]:
         return rng.sample(self.NAMES, count)
 

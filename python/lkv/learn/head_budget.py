@@ -1,0 +1,133 @@
+"""LKV-H: how much of the cache every head may keep, learned (arXiv 2605.06676; shapes are our reconstruction).
+
+All kinds map a retention to shares of the heads' lengths, or to masks of the tokens; one set of weights serves every
+retention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lkv_ext import soft_topk
+
+KINDS = ("capped", "softmax", "threshold", "uniform")
+
+
+class HeadLogits(nn.Module):
+    """An embedding per (layer, KV head), and one MLP for all of them: a number each, zero at first."""
+
+    def __init__(self, layers: int, heads: int, dim: int = 32, hidden: int = 64) -> None:
+        super().__init__()
+        self.shape = (layers, heads)
+        self.embedding = nn.Embedding(layers * heads, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+        nn.init.zeros_(self.mlp[2].weight)
+        nn.init.zeros_(self.mlp[2].bias)
+
+    def forward(self) -> Tensor:
+        """float32 `[N, H]`."""
+        return self.mlp(self.embedding.weight).view(self.shape)
+
+
+class HeadBudget(nn.Module):
+    """Shares of all heads of all layers, whose mean is the retention.
+
+    Args:
+        layers, heads: N and KV heads H of the model.
+        kind: "capped": `sigmoid((a - nu) / T)` with nu such that the sum is exact, which is the capped simplex as
+            `soft_topk` relaxes it; "softmax": softmax of a times the total, what is above a head's length poured over
+            the others; "threshold": a is added to the (standardised) scores of the head, and all tokens of all heads
+            compete for the total, so that budgets depend on the input; "uniform": nothing is learned.
+        floor: the least share of a head, or the retention where that is less.
+        temperature: T of "capped".
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        heads: int,
+        kind: str = "capped",
+        *,
+        floor: float = 0.01,
+        temperature: float = 1.0,
+        dim: int = 32,
+        hidden: int = 64,
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"lkv.HeadBudget: expected a kind of {', '.join(KINDS)}, got {kind!r}")
+        if not 0 <= floor < 1:
+            raise ValueError(f"lkv.HeadBudget: expected floor in [0, 1), got {floor}")
+        self.kind, self.floor, self.temperature = kind, floor, temperature
+        self.layers, self.heads = layers, heads
+        self.logits = None if kind == "uniform" else HeadLogits(layers, heads, dim, hidden)
+
+    @property
+    def static(self) -> bool:
+        """Whether the shares are known before the scores are."""
+        return self.kind != "threshold"
+
+    def bias(self) -> Tensor:
+        """float32 `[N, H]`: what "threshold" adds to the scores."""
+        return self.logits()
+
+    def forward(self, retention: Tensor | float) -> Tensor:
+        """Shares `[..., N, H]` in [0, 1] for retentions `[...]`; their mean over heads and layers is the retention."""
+        if not self.static:
+            raise ValueError("lkv.HeadBudget: expected a kind with shares, got 'threshold'")
+        retention = torch.as_tensor(retention, dtype=torch.float32)
+        if not ((retention > 0) & (retention <= 1)).all():
+            raise ValueError(f"lkv.HeadBudget: expected retention in (0, 1], got {retention.tolist()}")
+        count = self.layers * self.heads
+        shape = (*retention.shape, self.layers, self.heads)
+        if self.logits is None:
+            return retention[..., None, None].expand(shape)
+        a = self.logits().flatten()
+        retention = retention.to(a.device)
+        floor = retention.clamp(max=self.floor)
+        # What is above the floors is shared out among what heads have above theirs.
+        rest = (retention - floor) / (1 - floor)
+        rows = a.expand(*retention.shape, count)
+        if self.kind == "capped":
+            above = soft_topk(rows, rest * count, self.temperature)
+        else:
+            above = pour(rows.softmax(-1), rest * count)
+        return (floor[..., None] + (1 - floor[..., None]) * above).view(shape)
+
+    def log_masks(self, scores: Tensor, retention: Tensor, temperature: float, lengths: Tensor) -> Tensor:
+        """The relaxed eviction as a log-mask on attention.
+
+        Args:
+            scores: float32 `[N, B, H, n]`, standardised.
+            retention: `[B]`.
+            temperature: in units of the scores' deviation.
+            lengths: int `[B]`, valid tokens, which come first.
+
+        Returns:
+            `[N, B, H, n]`, log of the share of every token that is kept; they sum to the budgets.
+        """
+        layers, batch, heads, n = scores.shape
+        if self.static:
+            budgets = self(retention).permute(1, 0, 2) * lengths[:, None]
+            return soft_topk(scores, budgets, temperature, lengths=lengths[:, None].expand(layers, -1, heads), log=True)
+        joint = (scores + self.bias()[:, None, :, None]).permute(1, 3, 0, 2).reshape(batch, -1)
+        count = layers * heads * lengths
+        masks = soft_topk(joint, retention * count, temperature, lengths=count, log=True)
+        return masks.view(batch, n, layers, heads).permute(2, 0, 3, 1)
+
+
+def pour(shares: Tensor, total: Tensor) -> Tensor:
+    """`[..., n]` in proportion to shares, of this sum `[...]`, none above 1: the excess goes to the others.
+
+    Differentiable in the shares and the total wherever no share is exactly at the cap.
+    """
+    capped = torch.zeros_like(shares, dtype=torch.bool)
+    for _ in range(shares.shape[-1]):
+        free = shares.masked_fill(capped, 0)
+        level = (total - capped.sum(-1)) / free.sum(-1).clamp(min=1e-30)
+        more = (free * level[..., None] > 1) & ~capped
+        if not more.any():
+            break
+        capped |= more
+    return torch.where(capped, 1.0, free * level[..., None])

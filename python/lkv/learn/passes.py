@@ -1,0 +1,142 @@
+"""Forward passes of a frozen model over a question and its answer, on a context that was read before.
+
+The teacher sees the context's keys and values as they are. The student sees them through a log-mask, which is added to
+the attention logits of every query behind the context, the same for all query heads of a KV head. Gradients reach
+nothing but that mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+
+NAME = "lkv_passes"
+Watcher = Callable[[int, Tensor, Tensor, float], None]  # layer, query [B, Hq, m, D], keys [B, H, M, D], scaling
+
+
+@dataclass(frozen=True)
+class Context:
+    """Keys and values of all layers, `[B, H, n, D]` each; of sequence b the first `lengths[b]` are there."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    lengths: Tensor
+
+    @property
+    def batch(self) -> int:
+        return self.lengths.numel()
+
+    @property
+    def size(self) -> int:
+        """n, padding included."""
+        return self.keys[0].shape[2]
+
+    def repeat(self, times: int) -> Context:
+        """Every sequence `times` times in a row."""
+        if times == 1:
+            return self
+        keys, values = ([t.repeat_interleave(times, 0) for t in part] for part in (self.keys, self.values))
+        return Context(tuple(keys), tuple(values), self.lengths.repeat_interleave(times))
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Context:
+    """Prefills `[B, n]` tokens, padded on the right, with the model's own attention."""
+    cache = DynamicCache()
+    # What is behind the last token of a sequence is computed as well; no token before sees it.
+    model.get_decoder()(tokens, past_key_values=cache, use_cache=True)
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    return Context(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), lengths)
+
+
+def follow(
+    model: PreTrainedModel,
+    context: Context,
+    tokens: Tensor,
+    *,
+    log_masks: Tensor | Sequence[Tensor] | None = None,
+    watch: Watcher | None = None,
+) -> Tensor:
+    """Hidden states `[B, m, hidden]` of the tokens `[B, m]` that come after a context.
+
+    Args:
+        tokens: padded on the right with anything.
+        log_masks: per layer `[B, H, n]`, added to the logits of the context's keys.
+        watch: called in every layer with the queries and all keys.
+    """
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(zip(context.keys, context.values, strict=True)):
+        cache.update(keys, values, layer)
+    count = tokens.shape[1]
+    places = context.lengths[:, None] + torch.arange(count, device=tokens.device)
+    with using(model):
+        output = model.get_decoder()(
+            tokens,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+            lkv_context=context,
+            lkv_masks=log_masks,
+            lkv_watch=watch,
+        )
+    return output.last_hidden_state
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    lkv_context: Context,
+    lkv_masks: Sequence[Tensor] | None = None,
+    lkv_watch: Watcher | None = None,
+    softcap: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """`[B, Hq, m, D]` against the context and the m tokens themselves: `[B, m, Hq, Dv]`."""
+    layer, (batch, heads, count, dim) = module.layer_idx, query.shape
+    groups, size = key.shape[1], lkv_context.size
+    if lkv_watch is not None:
+        lkv_watch(layer, query, key, scaling)
+    grouped = (query * scaling).reshape(batch, groups, -1, dim)
+    logits = (grouped @ key.transpose(2, 3)).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    bias = logits.new_zeros(batch, groups, 1, size + count)
+    bias[..., :size] = visible(lkv_context, query.device)[:, None, None]
+    if lkv_masks is not None:
+        bias = torch.cat([bias[..., :size] + lkv_masks[layer][:, :, None], bias[..., size:]], -1)
+    logits = logits.view(batch, groups, heads // groups, count, -1) + bias[:, :, None]
+    future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
+    logits = torch.cat([logits[..., :size], logits[..., size:].masked_fill(future, -torch.inf)], -1)
+    weights = logits.softmax(-1).to(value.dtype)
+    out = weights.view(batch, groups, -1, size + count) @ value
+    return out.view(batch, heads, count, -1).transpose(1, 2), None
+
+
+def visible(context: Context, device: torch.device) -> Tensor:
+    """float32 `[B, n]`: 0 where the context has a token, -inf in its padding."""
+    there = torch.arange(context.size, device=device) < context.lengths[:, None].to(device)
+    return torch.zeros(there.shape, device=device).masked_fill(~there, -torch.inf)
+
+
+@contextmanager
+def using(model: PreTrainedModel) -> Iterator[None]:
+    """The model with the attention of this file, and with its own again afterwards."""
+    config = model.get_decoder().config
+    own = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+
+
+AttentionInterface.register(NAME, attention)

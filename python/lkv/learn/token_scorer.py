@@ -1,0 +1,76 @@
+"""LKV-T: what a token is worth to a head, from its own key and value alone (arXiv 2605.06676; our reconstruction)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INPUTS = ("kv", "hidden")
+CHUNK = 16384  # tokens whose hidden activations are in memory at once, where no gradient is asked for
+
+
+class TokenScorer(nn.Module):
+    """A two-layer MLP for every head of every layer; all heads of a layer are one batched matmul.
+
+    Args:
+        layers, heads: N and KV heads H of the model.
+        features: width of the input: D + Dv for "kv", the model's width for "hidden".
+        input: "kv": the key before RoPE and the value of the head; "hidden": what the attention of the layer reads.
+        hidden: width of the MLP.
+    """
+
+    def __init__(self, layers: int, heads: int, features: int, input: str = "kv", hidden: int = 64) -> None:
+        super().__init__()
+        if input not in INPUTS:
+            raise ValueError(f"lkv.TokenScorer: expected an input of {', '.join(INPUTS)}, got {input!r}")
+        self.input, self.layers, self.heads, self.features = input, layers, heads, features
+        self.register_buffer("mean", torch.zeros(layers, heads, features))
+        self.register_buffer("deviation", torch.ones(layers, heads, features))
+        self.up = nn.Parameter(torch.randn(layers, heads, features, hidden) * features**-0.5)
+        self.up_bias = nn.Parameter(torch.zeros(layers, heads, hidden))
+        self.down = nn.Parameter(torch.randn(layers, heads, hidden) * hidden**-0.5)
+
+    def forward(self, layer: int, features: Tensor, valid: Tensor) -> Tensor:
+        """Scores of one layer, of mean 0 and deviation 1 over the valid tokens of a head.
+
+        Args:
+            features: `[B, H, n, F]` ("hidden": `[B, 1, n, F]`), any floating dtype.
+            valid: bool `[B, H, n]`.
+
+        Returns:
+            float32 `[B, H, n]`; 0 outside the valid tokens.
+        """
+        return standardise(self.raw(layer, features), valid)
+
+    def raw(self, layer: int, features: Tensor) -> Tensor:
+        """float32 `[B, H, n]`: what the MLP says."""
+        if features.shape[-1] != self.features or features.shape[1] not in (1, self.heads):
+            raise ValueError(
+                f"lkv.TokenScorer: expected features [B, {self.heads}, n, {self.features}], got {list(features.shape)}"
+            )
+        pieces = features.split(features.shape[2] if torch.is_grad_enabled() else CHUNK, 2)
+        return torch.cat([self._piece(layer, piece) for piece in pieces], 2)
+
+    def _piece(self, layer: int, features: Tensor) -> Tensor:
+        # The standardised input, (x - mean) / deviation, is folded into the first matmul.
+        up = self.up[layer] / self.deviation[layer][..., None]
+        bias = self.up_bias[layer] - (self.mean[layer][:, None] @ up)[:, 0]
+        hidden = F.silu(features.float() @ up + bias[:, None])
+        return (hidden @ self.down[layer][..., None])[..., 0]
+
+    @torch.no_grad()
+    def fit_input(self, layer: int, features: Tensor, valid: Tensor) -> None:
+        """Takes mean and deviation of the input from a sample, `[B, H, n, F]` and bool `[B, H, n]`."""
+        for head in range(self.heads):
+            rows = features[:, min(head, features.shape[1] - 1)][valid[:, head]].float()
+            self.mean[layer, head] = rows.mean(0)
+            self.deviation[layer, head] = rows.std(0).clamp(min=1e-3)
+
+
+def standardise(scores: Tensor, valid: Tensor) -> Tensor:
+    """`[..., n]` of mean 0 and deviation 1 over the valid ones, the others 0."""
+    weights = valid.to(scores.dtype)
+    count = weights.sum(-1, keepdim=True).clamp(min=1)
+    centred = (scores - (scores * weights).sum(-1, keepdim=True) / count) * weights
+    return centred / ((centred**2).sum(-1, keepdim=True) / count + 1e-6).sqrt()
