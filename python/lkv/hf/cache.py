@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lkv import policies
+from lkv.hf.capture import HOOKED, ROTATED
 from lkv.hf.eviction import evict
 from lkv.hf.layer import RaggedLayer
 from lkv.hf.routing import route
@@ -45,7 +46,9 @@ class Cache(HFCache):
             `interval` rows are evicted, however long it goes on. Without a cap generated tokens are kept.
         interval: default: an eighth of the cap.
         reserve: rows of slack behind every head, into which tokens are written in place.
-        observe: what to hold for `evict` with other policies, beside what this one needs: "queries".
+        observe: what to hold for `evict` with other policies, beside what this one needs: "queries", "pre_rope_keys"
+            (the rotations of all tokens are held, once for all layers) and "hidden_states" (held of all tokens in every
+            layer, those that were evicted too: more memory than keys and values of grouped heads).
         observe_window: how many of the last queries. Default: the policy's window.
 
     A call that fails leaves the cache as it was. Where it had already evicted rows of earlier turns in some layers,
@@ -76,6 +79,11 @@ class Cache(HFCache):
         window = max(policy.window, 1) if observe_window is None else observe_window
         settings = Settings(policy, retention, budget, chunks, cap, interval, reserve, observe, window)
         self._config, self._route = config, _ = route(model)
+        if "pre_rope_keys" in observe and config.model_type not in ROTATED:
+            raise ValueError(
+                f"lkv.Cache: expected one of {', '.join(sorted(ROTATED))} where keys before RoPE are needed, got "
+                f"{config.model_type}"
+            )
         self._session = Session(settings, type(model).__name__)
         layers = [
             RaggedLayer(self._session, i) if is_full_attention(layer) else layer
@@ -88,8 +96,9 @@ class Cache(HFCache):
 
     def _begin(self) -> None:
         self._session.attach(self.layers)
-        self._route.acquire()
-        self._close = weakref.finalize(self, self._route.release)
+        observes = bool(self.settings.observe & HOOKED)
+        self._route.acquire(observes)
+        self._close = weakref.finalize(self, self._route.release, observes)
 
     def close(self) -> None:
         """Gives the model its own attention back, unless another cache still needs ours. The rows stay."""
@@ -181,15 +190,16 @@ class Cache(HFCache):
         return super().get_mask_sizes(*args, **kwargs)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._session.settle()
+        self._session.select(beam_idx)
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._session.settle()
+        batch = max((len(layer.real) for layer in self.ragged), default=0)
+        self._session.select(torch.arange(batch).repeat_interleave(repeats))
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._session.settle()
+        self._session.select(indices)
         super().batch_select_indices(indices)
 
     def crop(self, tokens: int) -> None:

@@ -12,7 +12,7 @@ import lkv_ext
 from lkv.hf.attention import LAYER, check_arguments, own_attention, softcap_of
 from lkv.hf.checks import check_tokens
 from lkv.hf.modes import keeps_tensors
-from lkv.hf.queries import LastQueries
+from lkv.hf.observe import Witness
 from lkv.hf.settings import Settings
 from lkv.hf.versions import CacheLayerMixin, new_tokens, tokens_to_drop
 
@@ -28,6 +28,7 @@ class Mark:
     length: int
     counts: dict[str, object]
     rows: tuple[int, int] | None
+    witness: object
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -60,8 +61,7 @@ class RaggedLayer(CacheLayerMixin):
         self.evicted = self.evictions = 0
         self.due = False
         self.scaling, self.softcap = 1.0, None
-        settings = self.session.settings
-        self.queries = LastQueries(settings.observe_window) if "queries" in settings.observe else None
+        self.witness = Witness(self.session)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         self.is_initialized = True
@@ -131,8 +131,7 @@ class RaggedLayer(CacheLayerMixin):
             self.keys, self.values = self.keys[:, :, :-tokens], self.values[:, :, :-tokens]
         self.real = [count - tokens for count in self.real]
         self.held = [count - tokens * self.heads for count in self.held]
-        if self.queries is not None:
-            self.queries.crop(tokens)
+        self.witness.crop(tokens, self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -151,8 +150,7 @@ class RaggedLayer(CacheLayerMixin):
             return
         order = indices.tolist()  # one synchronisation on CUDA
         self.real, self.held = [self.real[b] for b in order], [self.held[b] for b in order]
-        if self.queries is not None:
-            self.queries.select(indices)
+        self.witness.select(indices)
 
     # What the attention function calls.
 
@@ -183,30 +181,31 @@ class RaggedLayer(CacheLayerMixin):
             if self.rows is None:
                 out, _ = own_attention(own, module)(module, query, key, value, mask, **kwargs)
                 self.keys, self.values, self.due = key.view_as(key), value, True
-                self._count(query, valid)
+                self._count(module, query, valid)
             else:
-                out = self._attend_rows(query, key, value, valid)
+                out = self._attend_rows(module, query, key, value, valid)
                 self.due = self.due or count > 1
             self.session.leave(self.index)
         return out, None
 
     @keeps_tensors
-    def _attend_rows(self, query: Tensor, key: Tensor, value: Tensor, valid: list[int] | None) -> Tensor:
+    def _attend_rows(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, valid: list[int] | None
+    ) -> Tensor:
         self.rows.append(key, value, valid=valid)
-        self._count(query, valid)
+        self._count(module, query, valid)
         if valid is not None:
             self.evicted = self.rows.seen
         out = self.rows.attend(query, scale=self.scaling, softcap=self.softcap)
         return out.transpose(1, 2).contiguous()
 
-    def _count(self, query: Tensor, valid: list[int] | None) -> None:
+    def _count(self, module: nn.Module, query: Tensor, valid: list[int] | None) -> None:
         batch, _, count, _ = query.shape
         new = [count] * batch if valid is None else valid
         real, held = self.real or [0] * batch, self.held or [0] * batch
         self.real = [a + b for a, b in zip(real, new, strict=True)]
         self.held = [a + b * self.heads for a, b in zip(held, new, strict=True)]
-        if self.queries is not None:
-            self.queries.push(query, valid)
+        self.witness.push(module, self.get_seq_length() - count, query, valid)
 
     # What the session and an eviction call.
 
@@ -214,8 +213,8 @@ class RaggedLayer(CacheLayerMixin):
         """For `restore`."""
         names = ("real", "held", "evicted", "evictions", "due", "scaling", "softcap", "is_initialized")
         counts = {name: getattr(self, name) for name in names}
-        counts["queries"] = None if self.queries is None else self.queries.mark()
-        return Mark(self.get_seq_length(), counts, None if self.rows is None else self.rows.mark())
+        rows = None if self.rows is None else self.rows.mark()
+        return Mark(self.get_seq_length(), counts, rows, self.witness.mark())
 
     @keeps_tensors
     def restore(self, mark: Mark) -> bool:
@@ -230,6 +229,7 @@ class RaggedLayer(CacheLayerMixin):
         else:
             self.keys, self.values = self.keys[:, :, : mark.length], self.values[:, :, : mark.length]
         vars(self).update(mark.counts)
+        self.witness.restore(mark.witness, mark.length)
         return True
 
     def keep(self, choice: Choice, settings: Settings) -> None:

@@ -1,15 +1,88 @@
-"""What a policy is shown of one layer."""
+"""What is held of one layer beside its rows, and what a policy is shown of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
+from lkv.hf.capture import HOOKED, Captured
+from lkv.hf.queries import LastQueries
+from lkv.hf.tape import Rotary, Tape
 from lkv.policies import Observation, Policy
 
 if TYPE_CHECKING:
     from lkv.hf.layer import RaggedLayer
+    from lkv.hf.session import Session
+
+
+class Witness:
+    """What policies need beside the rows, as far as the settings say that it is held.
+
+    Attributes:
+        captured: what the layer's attention module was called with, on the way from its hook.
+    """
+
+    def __init__(self, session: Session) -> None:
+        settings = session.settings
+        self.session = session
+        self.hooked = bool(settings.observe & HOOKED)
+        self.captured: Captured | None = None
+        self.queries = LastQueries(settings.observe_window) if "queries" in settings.observe else None
+        self.hidden_states = Tape() if "hidden_states" in settings.observe else None
+        self.rotary: Rotary | None = None  # shared with other layers
+        self.rotates = "pre_rope_keys" in settings.observe
+
+    def push(self, module: nn.Module, before: int, queries: Tensor, valid: Sequence[int] | None) -> None:
+        """Of the next n tokens: queries `[B, Hq, n, D]`, the last `valid[b]` of them real, and what was captured.
+
+        Raises:
+            ValueError: where no hook of this module was called.
+        """
+        if self.queries is not None:
+            self.queries.push(queries, valid)
+        if not self.hooked:
+            return
+        captured, self.captured = self.captured, None
+        if captured is None or captured.module is not module:
+            raise ValueError(
+                f"lkv.Cache: expected {type(module).__name__} {module.layer_idx} to be called with hooks, as hidden "
+                "states or keys before RoPE are observed, got none: was the model compiled before?"
+            )
+        if self.hidden_states is not None:
+            self.hidden_states.push(captured.hidden_states)
+        if self.rotates:
+            cos, sin = captured.rotary
+            if self.rotary is None:
+                self.rotary = self.session.rotary(cos)
+            self.rotary.push(before, cos, sin)
+
+    def crop(self, tokens: int, length: int) -> None:
+        """Forgets the last tokens; `length` are left."""
+        if self.queries is not None:
+            self.queries.crop(tokens)
+        self._truncate(length)
+
+    def select(self, indices: Tensor) -> None:
+        """Sequences `indices`, in that order. The rotations are the session's to select."""
+        for part in (self.queries, self.hidden_states):
+            if part is not None:
+                part.select(indices)
+
+    def mark(self) -> LastQueries | None:
+        """For `restore`."""
+        return None if self.queries is None else self.queries.mark()
+
+    def restore(self, mark: LastQueries | None, length: int) -> None:
+        self.queries = mark
+        self._truncate(length)
+
+    def _truncate(self, length: int) -> None:
+        for part in (self.hidden_states, self.rotary):
+            if part is not None:
+                part.truncate(length)
 
 
 def observe(layer: RaggedLayer, policy: Policy) -> Observation:
@@ -25,7 +98,15 @@ def observe(layer: RaggedLayer, policy: Policy) -> Observation:
         keys, values, positions = map(rows.padded, (rows.k, rows.v, rows.positions))
         lengths = rows.lengths.long()
         starts = torch.zeros_like(lengths)
+    witness, needs = layer.witness, policy.needs
     queries = (None, None, None)
-    if "queries" in policy.needs:
-        queries = layer.queries.read(max(policy.window, 1))
-    return Observation(keys, values, positions, lengths, starts, *queries, layer.scaling, layer.softcap)
+    if "queries" in needs:
+        queries = witness.queries.read(max(policy.window, 1))
+    pre_rope = hidden = None
+    if "pre_rope_keys" in needs:
+        pre_rope = witness.rotary.undo(keys, None if layer.rows is None else positions)
+    if "hidden_states" in needs:
+        hidden = witness.hidden_states.read()
+    return Observation(
+        keys, values, positions, lengths, starts, *queries, layer.scaling, layer.softcap, hidden, pre_rope
+    )

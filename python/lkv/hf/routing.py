@@ -8,14 +8,17 @@ in use is not ours, so that the name may stay while other caches are used beside
 from __future__ import annotations
 
 import threading
+import weakref
 from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lkv.hf.attention import make_attention
+from lkv.hf.capture import install
 
 PREFIX = "lkv_"
 _lock = threading.Lock()
@@ -23,15 +26,20 @@ _routes: WeakKeyDictionary[nn.Module, Route] = WeakKeyDictionary()
 
 
 class Route:
-    """The configs of one decoder, switched while `users` > 0."""
+    """The configs of one decoder, switched while `users` > 0, and hooks on its modules while `observers` > 0."""
 
-    def __init__(self, configs: list[PretrainedConfig]) -> None:
+    def __init__(self, decoder: nn.Module, configs: list[PretrainedConfig]) -> None:
+        self.decoder = weakref.ref(decoder)
         self.configs = configs
         self.own: list[str] = []
-        self.users = 0
+        self.hooks: list[RemovableHandle] = []
+        self.users = self.observers = 0
 
-    def acquire(self) -> None:
+    def acquire(self, observes: bool) -> None:
         with _lock:
+            if observes and self.observers == 0:
+                self.hooks = install(self.decoder())
+            self.observers += observes
             if self.users == 0:
                 self.own = [config._attn_implementation.removeprefix(PREFIX) for config in self.configs]
                 names = [_register(own) for own in self.own]
@@ -39,8 +47,13 @@ class Route:
                     config._attn_implementation = name
             self.users += 1
 
-    def release(self) -> None:
+    def release(self, observes: bool) -> None:
         with _lock:
+            self.observers -= observes
+            if self.observers == 0:
+                for hook in self.hooks:
+                    hook.remove()
+                self.hooks = []
             self.users -= 1
             if self.users == 0:
                 for config, own in zip(self.configs, self.own, strict=True):
@@ -66,7 +79,8 @@ def route(model: PreTrainedModel) -> tuple[PretrainedConfig, Route]:
     with _lock:
         if decoder not in _routes:
             layers = [m.config for m in decoder.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
-            _routes[decoder] = Route(list({id(config): config for config in [decoder.config, *layers]}.values()))
+            configs = {id(config): config for config in [decoder.config, *layers]}
+            _routes[decoder] = Route(decoder, list(configs.values()))
         return decoder.config, _routes[decoder]
 
 

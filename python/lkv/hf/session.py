@@ -11,6 +11,7 @@ from torch import Tensor
 from lkv.hf import attention, eviction
 from lkv.hf.layer import RaggedLayer
 from lkv.hf.settings import Settings
+from lkv.hf.tape import Rotary
 from lkv.hf.versions import CacheLayerMixin, is_appended_by_copy
 
 
@@ -32,6 +33,7 @@ class Session:
         self._padding: tuple[weakref.ref[Tensor] | None, list[int] | None] = (None, None)
         self._layers: list[weakref.ref[CacheLayerMixin]] = []
         self._before: dict[int, object] = {}  # marks of the layers that the call has reached
+        self._rotaries: list[Rotary] = []
 
     def attach(self, layers: Sequence[CacheLayerMixin]) -> None:
         """All layers of the cache. They know the session, so it must not keep them alive."""
@@ -113,6 +115,21 @@ class Session:
     def reset(self) -> None:
         self.waiting = self.broken = None
         self._before.clear()
+        self._rotaries.clear()
+
+    def rotary(self, cos: Tensor) -> Rotary:
+        """The one of the layers that have come with these very rotations, or a new one."""
+        for rotary in self._rotaries:
+            if rotary.last is not None and rotary.last() is cos:
+                return rotary
+        self._rotaries.append(Rotary())
+        return self._rotaries[-1]
+
+    def select(self, indices: Tensor) -> None:
+        """Before all layers go on with the sequences `indices`: what they share does."""
+        self.settle()
+        for rotary in self._rotaries:
+            rotary.select(indices)
 
     def real_tokens(self, mask: Tensor | None, batch: int, count: int) -> list[int] | None:
         """`attention.real_tokens`, read once for all layers of a call: they are given the same mask."""

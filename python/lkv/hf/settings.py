@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lkv.policies import Policy
 
-OBSERVED = frozenset({"queries"})  # needs that the adapter can meet
+OBSERVED = frozenset({"hidden_states", "pre_rope_keys", "queries"})  # needs that the adapter can meet
 SCOPES = ("layer", "model")
 
 

@@ -16,7 +16,9 @@ How the methods to come fit:
   called for every layer, and `budgets` once, with the list of their scores, `lengths` `[N, B, H]` and the total of all
   layers; it returns `[N, B, H]`. Before anything is evicted all layers are there in full: scope "layer" holds one.
 - Learned scores of keys and values (LKV-T): needs nothing but the rows; static shares (LKV-H) ignore the scores.
-- Hidden states or keys before RoPE: named in `needs`, they arrive as further fields of the observation.
+- Hidden states or keys before RoPE: named in `needs`, they arrive as further fields of the observation. Hidden states
+  are of tokens, not of rows: `hidden_states[b, positions[b, h, i]]` is that of a row, and a policy that scores tokens
+  does so once and gathers the scores by `positions`.
 """
 
 from __future__ import annotations
@@ -48,6 +50,11 @@ class Observation:
         query_mask: bool `[B, w]`, which of them are there: a sequence may have had fewer tokens.
         scaling: of the logits, `queries @ keys * scaling`.
         softcap: logits are `softcap * tanh(logits / softcap)` where it is given.
+        hidden_states: `[B, P, hidden]` where the policy needs them: what the layer's attention was called with (after
+            its norm), of all P tokens appended so far, those of padding and those evicted since included; `positions`
+            index them.
+        pre_rope_keys: `[B, H, L, D]` where the policy needs them: the keys as they were before RoPE (after a norm of
+            keys, if the model has one), to the rounding of the cache.
     """
 
     keys: Tensor
@@ -60,6 +67,8 @@ class Observation:
     query_mask: Tensor | None = None
     scaling: float = 1.0
     softcap: float | None = None
+    hidden_states: Tensor | None = None
+    pre_rope_keys: Tensor | None = None
 
     def ranks(self) -> Tensor:
         """int64 `[B, H, L]`: 0 for the first valid row of its head; negative, or at least `lengths`, outside."""

@@ -1,0 +1,107 @@
+"""What is held of every token beside its rows, for policies that need it: `[B, L, ...]`, evicted tokens included."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from lkv.hf.modes import keeps_tensors
+
+
+class Tape:
+    """Grows by the tokens of every call; put together when it is read, not at every step.
+
+    Tensors are never written to, so that copies of a tape share them. A batch of 1 may stand for any batch.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self.length = 0
+
+    def push(self, part: Tensor) -> None:
+        """`[B, n, ...]`, of the next n tokens."""
+        self._parts.append(part.detach())
+        self.length += part.shape[1]
+
+    @keeps_tensors
+    def read(self) -> Tensor:
+        if len(self._parts) > 1:
+            batch = max(part.shape[0] for part in self._parts)
+            self._parts = [torch.cat([part.expand(batch, *part.shape[1:]) for part in self._parts], 1)]
+        return self._parts[0]
+
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens from place `length` on."""
+        if length < self.length:
+            self._parts = [self.read()[:, :length]] if length else []
+            self.length = length
+
+    @keeps_tensors
+    def select(self, indices: Tensor) -> None:
+        """Sequences `indices`, in that order."""
+        self._parts = [p if p.shape[0] == 1 else p[indices.to(p.device).clone()] for p in self._parts]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Tape:
+        other = type(self)()
+        other._parts, other.length = list(self._parts), self.length
+        return other
+
+
+class Rotary:
+    """The rotations of all tokens, one for all layers that were given the same."""
+
+    def __init__(self) -> None:
+        self.cos, self.sin = Tape(), Tape()
+        self.last: weakref.ref[Tensor] | None = None
+
+    def push(self, before: int, cos: Tensor, sin: Tensor) -> None:
+        """`[B, n, R]` of the tokens behind the first `before`; each layer comes with the same.
+
+        Raises:
+            ValueError: where a layer comes with others.
+        """
+        if self.cos.length == before:
+            self.cos.push(cos)
+            self.sin.push(sin)
+            self.last = weakref.ref(cos)
+        elif self.last is None or self.last() is not cos:
+            known = [tape.read()[:, before:] for tape in (self.cos, self.sin)]  # a copy for each layer, perhaps
+            if not all(map(torch.equal, known, (cos.expand_as(known[0]), sin.expand_as(known[1])))):
+                raise ValueError(
+                    "lkv.Cache: expected one rotary embedding in layers that had the same before, got different ones"
+                )
+
+    def truncate(self, length: int) -> None:
+        self.cos.truncate(length)
+        self.sin.truncate(length)
+
+    def select(self, indices: Tensor) -> None:
+        self.cos.select(indices)
+        self.sin.select(indices)
+
+    def undo(self, keys: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Keys as they were before they were rotated.
+
+        A pair of numbers (x, y) came out as (x cos - y sin, y cos + x sin), with cos and sin scaled by some models
+        (YaRN, LongRoPE); what undoes it exactly, scale and rounding of cos and sin included, is its transpose over
+        cos^2 + sin^2. Numbers behind the first R were not rotated.
+
+        Args:
+            keys: `[B, H, L, D]`.
+            positions: int `[B, H, L]`, clamped; None: rows are whole, and L is all.
+        """
+        cos, sin = self.cos.read(), self.sin.read()
+        rotated = cos.shape[-1]
+        out = keys.clone()
+        for head in range(keys.shape[1]):  # one at a time: in float32 all would be twice the layer's keys
+            c, s = cos.float(), sin.float()
+            if positions is not None:
+                at = positions[:, head].long().clamp(0, cos.shape[1] - 1)[..., None].expand(-1, -1, rotated)
+                c, s = (t.expand(len(at), -1, -1).gather(1, at).float() for t in (cos, sin))
+            turned = keys[:, head, :, :rotated].float()
+            first, second = turned.chunk(2, -1)
+            back = turned * c - torch.cat([-second, first], -1) * s
+            out[:, head, :, :rotated] = back / (c * c + s * s)
+        return out
