@@ -202,6 +202,59 @@ def test_select_batch_and_reorder(device: str) -> None:
         cache.select_batch([1])
 
 
+@pytest.mark.parametrize("align", [4, 16])
+def test_rooms_stay_aligned(device: str, align: int, tmp_path: Path) -> None:
+    """Whatever happens to a cache, its buffers are pages of `align` rows, and the block table names those of a head."""
+
+    def check(cache: RaggedCache, model: Model) -> None:
+        model.check(cache)
+        assert cache.align == align and not (cache.cu_seqlens % align).any() and len(cache.k) % align == 0
+        pools, table = cache.k.view(-1, align, 1, DIM), cache.block_table
+        assert table.shape == (BATCH * HEADS, -(-cache.max_length // align)) and table.dtype == torch.int32
+        for r, rows in enumerate(model.rows):
+            mine = pools[table[r].long()].flatten(0, 1)[: len(rows), 0].cpu()
+            assert torch.equal(mine, torch.stack([k for _, k, _ in rows])) if rows else True
+
+    cache, model = RaggedCache.empty(BATCH, HEADS, DIM, dim_v=DIM_V, device=device, reserve=3, align=align), Model()
+    for seed, n in enumerate((3, 1, 20, 1)):
+        k, v = tokens(n, seed)
+        cache.append(k.to(device), v.to(device))
+        model.append(k, v)
+        check(cache, model)
+    for budgets in ([10, 3, 20], [4, 0, 9]):
+        evict(cache, model, budgets, reserve=1)
+        check(cache, model)
+    k, v = tokens(5)
+    cache.append(k.to(device), v.to(device))
+    model.append(k, v)
+    cache.select_batch([1, 0])
+    model.rows = model.rows[HEADS:] + model.rows[:HEADS]
+    check(cache, model)
+    pytest.importorskip("safetensors")
+    cache.save(tmp_path / "cache.safetensors")
+    check(RaggedCache.load(tmp_path / "cache.safetensors", device), model)
+    assert filled(device)[0].block_table is None
+
+
+def test_inference_mode_may_change(device: str) -> None:
+    """What was made in inference mode can be written to outside, and the other way round."""
+    k, v = (t.to(device) for t in tokens(30))
+    with torch.inference_mode():
+        made = RaggedCache.empty(BATCH, HEADS, DIM, dim_v=DIM_V, device=device, reserve=1)
+        made.append(k.clone(), v.clone())
+        taken = RaggedCache(lkv_ext.evict(k, v, k[..., 0], [5, 9, 30], reserve=40, companions=[k]), 30)
+    taken.append(k[:, :, :2], v[:, :, :2], companions=[k[:, :, :2]])
+    for cache in (made, taken):
+        more = [k[:, :, :3]] if cache.companions else []
+        with torch.inference_mode():
+            cache.append(k[:, :, :3], v[:, :, :3], companions=more)
+            cache.crop(1)
+            cache.evict(cache.packed(torch.rand(BATCH, HEADS, cache.max_length, device=device)), 4)
+            cache.select_batch([1, 0])
+        cache.append(k[:, :, :3], v[:, :, :3], companions=more)
+        assert cache.lengths.tolist() == [[7] * HEADS] * BATCH
+
+
 def test_attend_sees_what_was_kept(device: str) -> None:
     cache, model = filled(device)
     evict(cache, model, [7, 2, 11])

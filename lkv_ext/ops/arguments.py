@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -174,3 +175,19 @@ def _read(budgets: Tensor) -> list[int]:
             "expected capacity or max_budget with budgets in a tensor under torch.compile or graph capture"
         )
     return budgets.flatten().tolist()
+
+
+def check_rows(rows: Sequence[Tensor], buffers: Sequence[Tensor], names: Sequence[str], batch: int, heads: int) -> None:
+    """Refuses new rows `[B, H, n, ...]`, k and v first, that do not fit the buffers `[T, ...]` of a cache."""
+    if len(rows) != len(buffers):
+        raise ValueError(f"expected {len(buffers) - 2} companions, got {len(rows) - 2}")
+    for row, buffer, name in zip(rows, buffers, names, strict=True):
+        expected = (batch, heads, rows[0].shape[2] if rows[0].dim() > 2 else 0, *buffer.shape[1:])
+        if tuple(row.shape) != expected:
+            raise ValueError(f"expected {name} of shape [B, H, n, ...] = {list(expected)}, got {list(row.shape)}")
+        if row.dtype != buffer.dtype:
+            raise TypeError(f"expected {name} of dtype {buffer.dtype}, got {row.dtype}")
+        if row.device != buffer.device:
+            raise ValueError(f"expected {name} on {buffer.device}, got {row.device}")
+        if torch.is_grad_enabled() and row.requires_grad:
+            raise ValueError(f"expected {name} that requires no gradient: a cache has none")

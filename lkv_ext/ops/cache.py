@@ -8,11 +8,13 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from lkv_ext.ops import cache_file, errors
+from lkv_ext.ops import cache_file, errors, rooms
+from lkv_ext.ops.arguments import check_rows
 from lkv_ext.ops.attend import attend
 from lkv_ext.ops.evict import evict
 from lkv_ext.ops.ints import Ints, Plan, split
 from lkv_ext.ops.library import ops
+from lkv_ext.ops.modes import keeps_tensors, plain
 from lkv_ext.ops.ragged import RaggedKV
 
 RESERVE = 64  # rows of slack behind every head, unless told otherwise
@@ -30,18 +32,21 @@ class RaggedCache:
         lengths: int32 `[B, H]`, rows in use. cu_seqlens: int32 `[B * H + 1]`, where the rooms begin.
         max_length: host bound of `lengths`.
         seen: tokens appended so far, padding and evicted ones included: the logical length.
+        align: every room is a multiple of it, through all that happens to the cache; see `block_table`.
 
     What changes a cache changes it in place; where it raises, the cache is as it was.
     """
 
-    __slots__ = ("_free", "_reserve", "_tail", "companions", "cu_seqlens", "k", "lengths", "max_length", "positions",
-                 "seen", "v")  # fmt: skip
+    __slots__ = ("_free", "_reserve", "_table", "_tail", "align", "companions", "cu_seqlens", "k", "lengths",
+                 "max_length", "positions", "seen", "v")  # fmt: skip
 
+    @keeps_tensors
     def __init__(self, kv: RaggedKV, seen: int, *, free: int | None = None) -> None:
         """Takes over what `evict` returned for dense input of `seen` tokens.
 
         Args:
-            kv: packed and of one layer, with v; `reserve` of that call is the slack.
+            kv: packed and of one layer, with v; `reserve` of that call is the slack, `align` stays. Tensors made in
+                inference mode are copied, as they could not be appended to outside of it.
             free: rows that every room is known to have left. Default: read from the rooms, which synchronises on CUDA.
 
         Raises:
@@ -49,17 +54,19 @@ class RaggedCache:
         """
         if kv.v is None or kv.k.dim() != 2 or kv.lengths.dim() != 2:
             raise ValueError(f"lkv_ext.RaggedCache: expected packed k and v of one layer, got {kv!r}")
-        self.k, self.v, self.companions = kv.k, kv.v, kv.companions
-        self.positions, self.lengths, self.cu_seqlens = kv.positions, kv.lengths, kv.cu_seqlens
-        self.max_length, self.seen = kv.max_length, seen
+        self.k, self.v, self.companions = plain(kv.k), plain(kv.v), tuple(map(plain, kv.companions))
+        self.positions, self.lengths, self.cu_seqlens = map(plain, (kv.positions, kv.lengths, kv.cu_seqlens))
+        self.max_length, self.seen, self.align = kv.max_length, seen, kv.align
         if free is None:
             slack = kv.cu_seqlens.diff() - kv.lengths.flatten()
             free = int(slack.min()) if slack.numel() else 0
         self._free = free
         self._reserve = max(kv.reserve, 1)
+        self._table: tuple[Tensor, int, Tensor] | None = None  # the rooms and pages of the last block table, and it
         self._tail = 0  # tokens at the end that every head still has: those that crop may drop
 
     @classmethod
+    @keeps_tensors
     def empty(
         cls,
         batch: int,
@@ -70,15 +77,16 @@ class RaggedCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         reserve: int = RESERVE,
+        align: int = 1,
     ) -> RaggedCache:
-        """A cache without rows, with room for `reserve` tokens."""
-        rows = batch * heads
+        """A cache without rows, with room for `reserve` tokens, rounded up to `align`."""
+        rows, reserve = batch * heads, -(-reserve // align) * align
         k = torch.zeros(rows * reserve, dim, dtype=dtype, device=device)
         v = k.new_zeros(rows * reserve, dim if dim_v is None else dim_v)
         positions = torch.full((rows * reserve,), -1, dtype=torch.int32, device=device)
         lengths = torch.zeros(batch, heads, dtype=torch.int32, device=device)
-        rooms = torch.arange(rows + 1, dtype=torch.int32, device=device) * reserve
-        return cls(RaggedKV(k, v, (), positions, lengths, rooms, 0, reserve=reserve), 0, free=reserve)
+        ends = torch.arange(rows + 1, dtype=torch.int32, device=device) * reserve
+        return cls(RaggedKV(k, v, (), positions, lengths, ends, 0, reserve=reserve, align=align), 0, free=reserve)
 
     @property
     def batch(self) -> int:
@@ -92,6 +100,17 @@ class RaggedCache:
     @property
     def device(self) -> torch.device:
         return self.k.device
+
+    @property
+    def block_table(self) -> Tensor | None:
+        """int32 `[B * H, pages]` of the pools `k.view(-1, align, 1, D)`, as of `RaggedKV`; None where `align` is 1."""
+        if self.align == 1:
+            return None
+        pages = -(-self.max_length // self.align)
+        if self._table is None or self._table[0] is not self.cu_seqlens or self._table[1] != pages:
+            table = rooms.block_table(self.cu_seqlens, self.align, self.max_length, self.k.shape[0])
+            self._table = self.cu_seqlens, pages, table
+        return self._table[2]
 
     def append(self, k: Tensor, v: Tensor, companions: Sequence[Tensor] = (), *, valid: Ints | None = None) -> None:
         """Writes n new tokens behind the rows of every head, in place.
@@ -110,7 +129,7 @@ class RaggedCache:
         names = ["k", "v", *(f"companions[{i}]" for i in range(len(companions)))]
         try:
             rows = [k, v, *companions]
-            self._check_rows(rows, names)
+            check_rows(rows, [self.k, self.v, *self.companions], names, self.batch, self.heads)
             counts = (None, None) if valid is None else split(valid, "valid", [(self.batch,)])
             count = k.shape[2]
             if count > self._free:
@@ -128,6 +147,7 @@ class RaggedCache:
         self.max_length += count
         self.seen += count
 
+    @keeps_tensors
     def evict(
         self,
         scores: Tensor,
@@ -159,6 +179,7 @@ class RaggedCache:
         """`lkv_ext.attend(q, self)`: q `[B, Hq, n, D]` to `[B, Hq, n, Dv]`."""
         return attend(q, self, causal, scale=scale, softcap=softcap)
 
+    @keeps_tensors
     def crop(self, tokens: int) -> None:
         """Drops the last `tokens` tokens.
 
@@ -180,6 +201,7 @@ class RaggedCache:
         """What `restore` needs to take back later appends."""
         return self.seen, self._tail
 
+    @keeps_tensors
     def restore(self, mark: tuple[int, int], rows: Sequence[int]) -> None:
         """Takes back all appends since `mark`, between which and now nothing was evicted, cropped or selected.
 
@@ -202,6 +224,7 @@ class RaggedCache:
             self._free += tokens
         self.seen, self._tail = mark
 
+    @keeps_tensors
     def select_batch(self, indices: Tensor | Sequence[int]) -> None:
         """Keeps the sequences `indices`, in that order; one may occur twice. Copies the rows; synchronises on CUDA."""
         chosen = torch.as_tensor(indices, device=self.device, dtype=torch.int64)
@@ -210,17 +233,12 @@ class RaggedCache:
                 f"lkv_ext.RaggedCache.select_batch: expected indices of sequences in [0, {self.batch}), got {indices}"
             )
         row_sets = (chosen[:, None] * self.heads + torch.arange(self.heads, device=self.device)).flatten()
-        begins = self.cu_seqlens[:-1].long()[row_sets]
-        rooms = self.cu_seqlens.diff().long()[row_sets]
-        ends = rooms.cumsum(0)
-        total = int(ends[-1]) if ends.numel() else 0
-        rows = (begins - ends + rooms).repeat_interleave(rooms, output_size=total)
-        rows += torch.arange(total, device=self.device)
+        rows, ends = rooms.rows_of(self.cu_seqlens, row_sets)
         for name in ("k", "v", "positions"):
             setattr(self, name, getattr(self, name).index_select(0, rows))
         self.companions = tuple(c.index_select(0, rows) for c in self.companions)
         self.lengths = self.lengths[chosen]
-        self.cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
+        self.cu_seqlens = ends
 
     def reorder(self, beams: Tensor | Sequence[int]) -> None:
         """Beam search: sequence b goes on from sequence `beams[b]`. As `select_batch`."""
@@ -228,20 +246,13 @@ class RaggedCache:
 
     def padded(self, rows: Tensor) -> Tensor:
         """`[T, ...]` as `[B, H, C, ...]` with C = max_length; behind a head's rows there is any content."""
-        steps = torch.arange(self.max_length, device=self.device)
-        index = self.cu_seqlens[:-1].long().view(self.batch, self.heads, 1) + steps
-        return rows[index.clamp_(max=max(rows.shape[0] - 1, 0))]
+        return rooms.padded(rows, self.cu_seqlens, self.batch, self.max_length)
 
     def packed(self, scores: Tensor) -> Tensor:
         """`[B, H, C]` as `[T]`, the inverse of `padded`; slack takes any content."""
-        columns = scores.shape[2]
-        if columns == 0 or scores.numel() == 0:
-            return scores.new_zeros(self.k.shape[0])
-        rows = torch.arange(self.k.shape[0], device=self.device)
-        row_set = torch.searchsorted(self.cu_seqlens[1:], rows.int(), right=True).clamp_(max=self.lengths.numel() - 1)
-        column = (rows - self.cu_seqlens[row_set]).clamp_(max=columns - 1)
-        return scores.reshape(-1)[row_set * columns + column]
+        return rooms.packed(scores, self.cu_seqlens, self.k.shape[0])
 
+    @keeps_tensors
     def to(self, device: torch.device | str) -> RaggedCache:
         """Moves the cache; returns it."""
         for name in cache_file.PARTS:
@@ -264,6 +275,7 @@ class RaggedCache:
         cache_file.save(self, path)
 
     @classmethod
+    @keeps_tensors
     def load(cls, path: str | PathLike[str], device: torch.device | str = "cpu") -> RaggedCache:
         """Reads what `save` wrote.
 
@@ -279,21 +291,7 @@ class RaggedCache:
             f"max_length={self.max_length}, seen={self.seen}, {self.device})"
         )
 
-    def _check_rows(self, rows: Sequence[Tensor], names: Sequence[str]) -> None:
-        buffers = (self.k, self.v, *self.companions)
-        if len(rows) != len(buffers):
-            raise ValueError(f"expected {len(buffers) - 2} companions, got {len(rows) - 2}")
-        for row, buffer, name in zip(rows, buffers, names, strict=True):
-            expected = (self.batch, self.heads, rows[0].shape[2] if rows[0].dim() > 2 else 0, *buffer.shape[1:])
-            if tuple(row.shape) != expected:
-                raise ValueError(f"expected {name} of shape [B, H, n, ...] = {list(expected)}, got {list(row.shape)}")
-            if row.dtype != buffer.dtype:
-                raise TypeError(f"expected {name} of dtype {buffer.dtype}, got {row.dtype}")
-            if row.device != buffer.device:
-                raise ValueError(f"expected {name} on {buffer.device}, got {row.device}")
-            if torch.is_grad_enabled() and row.requires_grad:
-                raise ValueError(f"expected {name} that requires no gradient: a cache has none")
-
+    @keeps_tensors
     def _grow(self, count: int) -> None:
         """Reallocates with the rows as they are and twice the slack, `count` rows at least."""
         reserve = max(2 * self._reserve, count)
@@ -314,6 +312,7 @@ class RaggedCache:
             window=window,
             max_budget=max_budget,
             reserve=reserve,
+            align=self.align,
             companions=(self.positions, *self.companions),
         )
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lkv_ext.ops.cache import RaggedCache
 
 PARTS = ("k", "v", "positions", "lengths", "cu_seqlens")
-COUNTS = ("seen", "max_length", "_free", "_tail", "_reserve")
+COUNTS = ("seen", "max_length", "_free", "_tail", "_reserve", "align")
 
 
 def save(cache: RaggedCache, path: str | PathLike[str]) -> None:
@@ -26,7 +26,7 @@ def save(cache: RaggedCache, path: str | PathLike[str]) -> None:
 
 def load(cls: type[RaggedCache], path: str | PathLike[str], device: torch.device | str) -> RaggedCache:
     with _safetensors().safe_open(path, "pt", device=str(device)) as file:
-        names, counts = set(file.keys()), file.metadata() or {}
+        names, counts = set(file.keys()), {"align": "1"} | (file.metadata() or {})
         companions = [name for name in (f"companions.{i}" for i in range(len(names))) if name in names]
         if names != {*PARTS, *companions} or not counts.keys() >= set(COUNTS):
             raise ValueError(f"lkv_ext.RaggedCache.load: expected a saved cache, got tensors {sorted(names)}")

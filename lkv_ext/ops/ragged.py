@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from lkv_ext.ops.rooms import block_table
 
 
 @dataclass(eq=False, slots=True)
@@ -68,11 +69,7 @@ class RaggedKV:
         """
         if self.align == 1:
             return None
-        pages = -(-(self.max_length + self.reserve) // self.align)
-        total = self.positions.numel() // self.align
-        first = self.cu_seqlens[:-1, None] // self.align
-        steps = torch.arange(pages, dtype=torch.int32, device=first.device)
-        return (first + steps).clamp_(max=max(total - 1, 0))
+        return block_table(self.cu_seqlens, self.align, self.max_length + self.reserve, self.positions.numel())
 
     @property
     def index(self) -> RaggedIndex:

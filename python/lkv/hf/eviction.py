@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lkv.hf.checks import check_budgets, check_scores
-from lkv.hf.modes import keeps_tensors
 from lkv.hf.observe import observe
 from lkv.hf.settings import Settings
+from lkv_ext.ops.modes import keeps_tensors
 
 if TYPE_CHECKING:
     from lkv.hf.layer import RaggedLayer

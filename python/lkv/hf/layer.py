@@ -11,10 +11,10 @@ from torch import Tensor, nn
 import lkv_ext
 from lkv.hf.attention import LAYER, check_arguments, own_attention, softcap_of
 from lkv.hf.checks import check_tokens
-from lkv.hf.modes import keeps_tensors
 from lkv.hf.observe import Witness
 from lkv.hf.settings import Settings
 from lkv.hf.versions import CacheLayerMixin, new_tokens, tokens_to_drop
+from lkv_ext.ops.modes import keeps_tensors
 
 if TYPE_CHECKING:
     from lkv.hf.eviction import Choice

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lkv.hf.modes import keeps_tensors
+from lkv_ext.ops.modes import keeps_tensors
 
 
 class LastQueries:

@@ -7,6 +7,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 P, T = ParamSpec("P"), TypeVar("T")
 
@@ -20,3 +21,8 @@ def keeps_tensors(method: Callable[P, T]) -> Callable[P, T]:
             return method(*args, **kwargs)
 
     return run
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that may be written to anywhere if it was made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
