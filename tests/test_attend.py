@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -184,26 +183,3 @@ def test_lengths_beyond_the_room_are_cut() -> None:
     kv.lengths = torch.tensor([[1000, -5]], dtype=torch.int32)
     got = lkv_ext.attend(q, kv)
     assert torch.equal(got[0, 1], torch.zeros(1, 8))
-
-
-def test_flash_attention_gets_heads_as_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What FlashAttention 3 is told, read by a stand-in of its signature that runs the reference."""
-    kv = ragged(2, 3, 16, 16, 40, torch.bfloat16)
-    q = queries(2, 6, 4, 16, torch.bfloat16)
-
-    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, seqused_k, softmax_scale, causal):
-        assert (max_q, max_k) == (4, 40) and cu_q.tolist() == list(range(0, 25, 4))
-        rows = q.view(6, 4, 2, 16).transpose(1, 2)  # six sequences of one KV head
-        lengths = seqused_k.view(6, 1)
-        out = reference.attend(rows, k[:, 0], v[:, 0], cu_k, lengths, causal=causal, scale=softmax_scale)
-        return out.transpose(1, 2).reshape(24, 2, 16).bfloat16()
-
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_varlen_func=varlen))
-    from lkv_ext.ops import attend as module
-
-    module._flash_attn.cache_clear()
-    try:
-        got = lkv_ext.attend(q, kv, backend="flash_attn")
-    finally:
-        module._flash_attn.cache_clear()
-    assert error_of(q, kv, got) <= TOLERANCE[torch.bfloat16]

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lkv_ext.ops import errors
+from lkv_ext.ops.attend_backends import BACKENDS, Call
 from lkv_ext.ops.library import ops
 
 if TYPE_CHECKING:
     from lkv_ext.ops.cache import RaggedCache
     from lkv_ext.ops.ragged import RaggedKV
-
-# (q [R * n, group, D], k [T, 1, D], v, cu_seqlens of q, rooms, lengths, n, longest, causal, scale) -> [R * n, group, D]
-Reader = Callable[..., Tensor]
 
 
 def attend(
@@ -40,8 +37,10 @@ def attend(
         scale: of the logits, default `D ** -0.5`.
         softcap: logits become `softcap * tanh(logit / softcap)`, as in Gemma 2 (arXiv 2408.00118); default: no cap.
         backend: "lkv": our kernels, on the CPU flash-style (arXiv 2205.14135) over pieces of rows; "flash_attn":
-            FlashAttention 3; "torch": `torch.nn.attention.varlen`, from torch 2.13. Default: on CUDA the first of
-            flash_attn and torch that is there and fits (16-bit, no softcap, Dv = D), else lkv.
+            FlashAttention 3; "flash_attn_2": FlashAttention 2, for rows without reserve or with an `align` that is a
+            multiple of 256; "torch": `torch.nn.attention.varlen`, from torch 2.13; "flashinfer": in pages of `align`
+            rows, synchronises. Default: on CUDA the first of flash_attn, flash_attn_2 and torch that is there and fits
+            (16-bit, Dv = D, no softcap save in flash_attn_2), else lkv.
 
     Returns:
         `[B, Hq, n, Dv]` of q's dtype; its memory is `[B, n, Hq, Dv]`. A query that sees no row gets zeros.
@@ -60,9 +59,15 @@ def attend(
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if softcap is not None and not softcap > 0:
             raise ValueError(f"expected softcap above 0, got {softcap}")
-        reader = _reader(q, cache, softcap, backend)
-        if reader is not None:
-            return _read(reader, q, cache, causal, scale)
+        if backend not in (None, "lkv", *BACKENDS):
+            names = ", ".join(map(repr, BACKENDS))
+            raise ValueError(f"expected backend 'lkv' or one of {names}, got {backend!r}")
+        if q.numel() and (q.is_cuda if backend is None else backend != "lkv"):
+            call = _call(q, cache, causal, scale, softcap)
+            read = _reader(call, backend)
+            if read is not None:
+                out = read(call).unflatten(0, (*cache.lengths.shape, q.shape[2]))  # [B, H, n, group, Dv]
+                return out.transpose(1, 2).flatten(2, 3).transpose(1, 2)
         rooms = (cache.k, cache.v, cache.cu_seqlens, cache.lengths, cache.max_length)
         return ops.attend(q, *rooms, causal, scale, softcap or 0.0).transpose(1, 2)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -73,71 +78,31 @@ def _shape(q: object) -> object:
     return list(q.shape) if isinstance(q, Tensor) else type(q).__name__
 
 
-def _reader(q: Tensor, cache: RaggedCache | RaggedKV, softcap: float | None, backend: str | None) -> Reader | None:
-    """Another library's kernel for this call; None: ours."""
-    if backend == "lkv" or (backend is None and not q.is_cuda):
-        return None
-    if backend not in (None, *_READERS):
-        raise ValueError(f"expected backend 'lkv', 'flash_attn' or 'torch', got {backend!r}")
-    fits = softcap is None and cache.v.shape[-1] == q.shape[-1] <= 256 and q.dtype in (torch.float16, torch.bfloat16)
-    readers = {name: _READERS[name]() for name in (_READERS if backend is None else [backend])}
-    found = [reader for reader in readers.values() if reader is not None and fits]
-    if found or backend is None:
-        return found[0] if found else None
-    if fits:
-        raise ValueError(f"expected a backend that is installed, got {backend!r}")
-    raise ValueError(
-        f"expected float16 or bfloat16, Dv = D <= 256 and no softcap for backend {backend!r}, got {q.dtype}, "
-        f"D = {q.shape[-1]}, Dv = {cache.v.shape[-1]}, softcap {softcap}"
-    )
-
-
-def _read(reader: Reader, q: Tensor, cache: RaggedCache | RaggedKV, causal: bool, scale: float) -> Tensor:
-    """Every (sequence, KV head) as a sequence whose queries have one head for each of the group."""
+def _call(q: Tensor, cache: RaggedCache | RaggedKV, causal: bool, scale: float, softcap: float | None) -> Call:
     batch, query_heads, n, dim = q.shape
-    rows = cache.lengths.numel()
-    heads = max(rows // max(batch, 1), 1)
-    queries = q.unflatten(1, (heads, -1)).transpose(2, 3).reshape(rows * n, query_heads // heads, dim)
-    starts = torch.arange(0, rows * n + 1, max(n, 1), dtype=torch.int32, device=q.device)[: rows + 1]
-    lengths = cache.lengths.flatten()
-    k, v = cache.k[:, None], cache.v[:, None]
-    out = reader(queries, k, v, starts, cache.cu_seqlens, lengths, n, cache.max_length, causal, scale)
-    return out.view(batch, heads, n, query_heads // heads, -1).transpose(2, 3).flatten(1, 2)
-
-
-@lru_cache(maxsize=1)
-def _flash_attn() -> Reader | None:
-    try:
-        from flash_attn_interface import flash_attn_varlen_func
-    except ImportError:
-        return None
-
-    def read(q, k, v, starts, rooms, lengths, n, longest, causal, scale):
-        out = flash_attn_varlen_func(
-            q, k, v, starts, rooms, n, longest, seqused_k=lengths, softmax_scale=scale, causal=causal
+    rows, heads = cache.lengths.numel(), max(cache.lengths.shape[-1], 1)
+    if rows != batch * heads or query_heads % heads:
+        raise ValueError(
+            f"expected q of shape [B, Hq, n, D] with B = {rows // heads} and Hq a multiple of H = {heads}, got "
+            f"{list(q.shape)}"
         )
-        return out[0] if isinstance(out, tuple) else out
+    queries = q.unflatten(1, (heads, -1)).transpose(2, 3).reshape(rows * n, query_heads // heads, dim)
+    return Call(queries, cache, n, causal, scale, softcap)
 
+
+def _reader(call: Call, backend: str | None) -> Callable[[Call], Tensor] | None:
+    """Another library's kernel for this call; None: ours."""
+    if backend is None:
+        fit = (b.load() for b in BACKENDS.values() if b.by_default and b.lacks(call) is None)
+        return next((read for read in fit if read is not None), None)
+    chosen = BACKENDS[backend]
+    lack = chosen.lacks(call)
+    if lack is not None:
+        raise ValueError(
+            f"expected {lack} for backend {backend!r}, got {call.queries.dtype}, D = {call.queries.shape[-1]}, "
+            f"Dv = {call.cache.v.shape[-1]}, softcap {call.softcap}, align {call.align}"
+        )
+    read = chosen.load()
+    if read is None:
+        raise ValueError(f"expected a backend that is installed, got {backend!r}")
     return read
-
-
-@lru_cache(maxsize=1)
-def _torch_varlen() -> Reader | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    import inspect
-
-    if "seqused_k" not in inspect.signature(varlen_attn).parameters:
-        return None
-
-    def read(q, k, v, starts, rooms, lengths, n, longest, causal, scale):
-        sides = (-1, 0) if causal else (-1, -1)
-        options = dict(scale=scale, window_size=sides, enable_gqa=True, seqused_k=lengths)
-        return varlen_attn(q, k, v, starts, rooms, n, longest, **options)
-
-    return read
-
-
-_READERS: dict[str, Callable[[], Reader | None]] = {"flash_attn": _flash_attn, "torch": _torch_varlen}

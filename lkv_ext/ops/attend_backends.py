@@ -1,0 +1,224 @@
+"""Kernels of other libraries for `attend`: every (sequence, KV head) is a sequence of one KV head to them.
+
+Of these, torch's own runs in the GPU suite; the others are checked against stand-ins of the same signature that compute
+the reference. Signatures: flash_attn_interface of FlashAttention 3, flash_attn 2.8, flashinfer 0.7.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lkv_ext.ops.cache import RaggedCache
+    from lkv_ext.ops.ragged import RaggedKV
+
+HALF = (torch.float16, torch.bfloat16)
+PAGE = 256  # pages of FlashAttention 2 are multiples of it
+WORKSPACE = 128 * 2**20  # bytes that FlashInfer asks for
+
+
+@dataclass(frozen=True)
+class Call:
+    """What `attend` was asked, and the queries in the form of these libraries.
+
+    Attributes:
+        queries: `[R * n, group, D]`, R = B * H.
+        cache: packed rows of R heads.
+        n: queries of every row set.
+    """
+
+    queries: Tensor
+    cache: RaggedCache | RaggedKV
+    n: int
+    causal: bool
+    scale: float
+    softcap: float | None
+
+    @property
+    def starts(self) -> Tensor:
+        """int32 `[R + 1]`: where the queries of each row set begin."""
+        rows = self.cache.lengths.numel()
+        steps = torch.arange(rows + 1, dtype=torch.int32, device=self.queries.device)
+        return steps * self.n
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.cache.lengths.flatten()
+
+    @property
+    def align(self) -> int:
+        return getattr(self.cache, "align", 1)
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether rooms are known to be as long as what is in them."""
+        return getattr(self.cache, "reserve", None) == 0 and self.align == 1
+
+    def pages(self) -> tuple[Tensor, Tensor]:
+        """K and V `[pages, align, 1, D]`."""
+        whole = len(self.cache.k) // self.align * self.align
+        k, v = (t[:whole].unflatten(0, (-1, self.align))[:, :, None] for t in (self.cache.k, self.cache.v))
+        return k, v
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Another library.
+
+    Attributes:
+        load: the function that reads, or None where the library is not installed or too old.
+        lacks: what a call must be that this one is not; None: it fits.
+        by_default: whether it is used without being asked for.
+    """
+
+    load: Callable[[], Callable[[Call], Tensor] | None]
+    lacks: Callable[[Call], str | None]
+    by_default: bool = True
+
+
+def _lacks(call: Call, dims: range | tuple[int, ...], softcap: bool) -> str | None:
+    q, k, v = call.queries, call.cache.k, call.cache.v
+    fits = q.dtype == k.dtype in HALF and q.shape[-1] == k.shape[-1] == v.shape[-1] in dims
+    if fits and (softcap or call.softcap is None):
+        return None
+    allowed = f"D <= {dims[-1]}" if isinstance(dims, range) else f"D of {', '.join(map(str, dims))}"
+    return f"float16 or bfloat16, Dv = {allowed}{'' if softcap else ' and no softcap'}"
+
+
+def _import(name: str) -> ModuleType | None:
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
+
+
+@lru_cache(maxsize=1)
+def _flash_attn_3() -> Callable[[Call], Tensor] | None:
+    module = _import("flash_attn_interface")
+    if module is None:
+        return None
+
+    def read(call: Call) -> Tensor:
+        cache = call.cache
+        out = module.flash_attn_varlen_func(
+            call.queries,
+            cache.k[:, None],
+            cache.v[:, None],
+            call.starts,
+            cache.cu_seqlens,
+            call.n,
+            cache.max_length,
+            seqused_k=call.lengths,
+            softmax_scale=call.scale,
+            causal=call.causal,
+        )
+        return out[0] if isinstance(out, tuple) else out
+
+    return read
+
+
+@lru_cache(maxsize=1)
+def _flash_attn_2() -> Callable[[Call], Tensor] | None:
+    module = _import("flash_attn")
+    if module is None or not hasattr(module, "flash_attn_with_kvcache"):
+        return None
+
+    def read(call: Call) -> Tensor:
+        """It knows no rooms with slack save in pages."""
+        cache, options = call.cache, dict(softmax_scale=call.scale, causal=call.causal, softcap=call.softcap or 0.0)
+        if call.is_tight:
+            k, v = cache.k[:, None], cache.v[:, None]
+            sizes = (call.starts, cache.cu_seqlens, call.n, cache.max_length)
+            return module.flash_attn_varlen_func(call.queries, k, v, *sizes, **options)
+        queries = call.queries.unflatten(0, (-1, call.n))
+        out = module.flash_attn_with_kvcache(
+            queries, *call.pages(), cache_seqlens=call.lengths, block_table=cache.block_table, **options
+        )
+        return out.flatten(0, 1)
+
+    return read
+
+
+def _flash_attn_2_lacks(call: Call) -> str | None:
+    if not call.is_tight and call.align % PAGE:
+        return f"rows without reserve, or an align that is a multiple of {PAGE},"
+    return _lacks(call, range(8, 257, 8), softcap=True)
+
+
+@lru_cache(maxsize=1)
+def _torch_varlen() -> Callable[[Call], Tensor] | None:
+    module = _import("torch.nn.attention.varlen")
+    if module is None or "seqused_k" not in inspect.signature(module.varlen_attn).parameters:
+        return None
+
+    def read(call: Call) -> Tensor:
+        cache, sides = call.cache, (-1, 0) if call.causal else (-1, -1)
+        options = dict(scale=call.scale, window_size=sides, enable_gqa=True, seqused_k=call.lengths)
+        sizes = (call.starts, cache.cu_seqlens, call.n, cache.max_length)
+        return module.varlen_attn(call.queries, cache.k[:, None], cache.v[:, None], *sizes, **options)
+
+    return read
+
+
+@lru_cache(maxsize=1)
+def _flashinfer() -> Callable[[Call], Tensor] | None:
+    module = _import("flashinfer")
+    if module is None:
+        return None
+    local = threading.local()  # its wrappers hold the plan of a call between plan and run
+
+    def wrapper(device: torch.device) -> object:
+        made = vars(local).setdefault("made", {})
+        if device not in made:
+            space = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
+            made[device] = module.BatchPrefillWithPagedKVCacheWrapper(space, "NHD")
+        return made[device]
+
+    def read(call: Call) -> Tensor:
+        """Pages are those of `align`, or rows. Its plan is made on the host: this synchronises, at every call."""
+        cache, size, device = call.cache, call.align, call.queries.device
+        lengths = call.lengths.cpu()
+        counts = -(-lengths // size)
+        ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+        total = int(ends[-1])
+        first = cache.cu_seqlens[:-1] // size - ends[:-1].to(device)  # of each row set, counted from its own pages
+        indices = first.repeat_interleave(counts.to(device), output_size=total)
+        indices += torch.arange(total, dtype=torch.int32, device=device)
+        last = lengths - (counts - 1).clamp(min=0) * size
+        planned = wrapper(device)
+        planned.plan(
+            call.starts.cpu(),
+            ends,
+            indices,
+            last,
+            call.queries.shape[1],
+            1,
+            call.queries.shape[2],
+            size,
+            causal=call.causal,
+            sm_scale=call.scale,
+            logits_soft_cap=call.softcap or 0.0,
+            q_data_type=call.queries.dtype,
+            kv_data_type=cache.k.dtype,
+        )
+        return planned.run(call.queries, call.pages())
+
+    return read
+
+
+BACKENDS: dict[str, Backend] = {
+    "flash_attn": Backend(_flash_attn_3, lambda call: _lacks(call, range(1, 257), softcap=False)),
+    "flash_attn_2": Backend(_flash_attn_2, _flash_attn_2_lacks),
+    "torch": Backend(_torch_varlen, lambda call: _lacks(call, range(1, 257), softcap=False)),
+    "flashinfer": Backend(_flashinfer, lambda call: _lacks(call, (64, 128, 256), softcap=True), by_default=False),
+}
