@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lkv_ext import soft_topk
+from lkv_ext import budgets_from_shares, soft_topk
 
 KINDS = ("capped", "softmax", "threshold", "uniform")
 
@@ -94,6 +94,11 @@ class HeadBudget(nn.Module):
         else:
             above = pour(rows.softmax(-1), rest * count)
         return (floor[..., None] + (1 - floor[..., None]) * above).view(shape)
+
+    @torch.no_grad()
+    def table(self, retention: float, length: int) -> Tensor:
+        """Rows of every head, int64 `[N, H]` on the host: `round(retention * N * H * length)` together."""
+        return budgets_from_shares(self(retention), retention=retention, lengths=length)
 
     def log_masks(self, scores: Tensor, retention: Tensor, temperature: float, lengths: Tensor) -> Tensor:
         """The relaxed eviction as a log-mask on attention.

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 NAME = "lkv_passes"
-Watcher = Callable[[int, Tensor, Tensor, float], None]  # layer, query [B, Hq, m, D], keys [B, H, M, D], scaling
+# layer, query [B, Hq, m, D], keys [B, H, n + m, D], scaling, softcap
+Watcher = Callable[[int, Tensor, Tensor, float, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def attention(
     layer, (batch, heads, count, dim) = module.layer_idx, query.shape
     groups, size = key.shape[1], lkv_context.size
     if lkv_watch is not None:
-        lkv_watch(layer, query, key, scaling)
+        lkv_watch(layer, query, key, scaling, softcap)
     grouped = (query * scaling).reshape(batch, groups, -1, dim)
     logits = (grouped @ key.transpose(2, 3)).float()
     if softcap is not None:

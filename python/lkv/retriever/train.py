@@ -1,6 +1,6 @@
 """Trains the retriever from nothing: `python -m lkv.retriever.train --out folder`.
 
-First it learns to go on with sequences that it has seen, then to look values up in texts that grow from 24 to 2048
+First it learns to go on with sequences that it has seen, then to look values up in texts that grow from 32 to 2048
 tokens (without the first part, looking up stays at chance for long).
 """
 
@@ -25,8 +25,8 @@ from lkv.retriever.model import ATTENTION, build
 from lkv.tasks import Words
 
 CURRICULUM = (
-    Stage(0, 0, 128, 600, 0.96),
-    Stage(24, 2, 128, 500),
+    Stage(0, 0, 128, 1500, 0.96),
+    Stage(32, 2, 128, 500),
     Stage(40, 2, 96, 300),
     Stage(64, 4, 80, 400),
     Stage(96, 6, 56, 300),

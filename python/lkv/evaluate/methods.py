@@ -1,0 +1,73 @@
+"""The methods that are compared, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from lkv.learn.head_budget import HeadBudget
+from lkv.policies import Policy
+from lkv.policies.adakv import AdaKV
+from lkv.policies.kvzip import KVzip
+from lkv.policies.lkv import LKV
+from lkv.policies.random import Random
+from lkv.policies.snapkv import SnapKV
+from lkv.policies.streaming_llm import StreamingLLM
+
+FULL, FLOOR = "full", "floor"  # all rows; the protected ones alone
+
+
+@dataclass(frozen=True)
+class Method:
+    """A policy under a name. `policy` None is the full cache."""
+
+    name: str
+    policy: Policy | None
+
+    @property
+    def second_pass(self) -> bool:
+        return self.policy is not None and "second_pass" in self.policy.needs
+
+
+def heuristics() -> dict[str, Policy]:
+    """The methods that nobody trained."""
+    return {
+        "random": Random(),
+        "streaming": StreamingLLM(),
+        "snapkv": SnapKV(),
+        "adakv": AdaKV(SnapKV()),
+        "kvzip": KVzip(),
+    }
+
+
+def learned(lkv: LKV, variants: Mapping[str, LKV] | None = None) -> dict[str, Policy]:
+    """LKV, and the grid of {uniform, LKV-H} x {SnapKV, KVzip, LKV-T}.
+
+    Args:
+        variants: further checkpoints by name: "lkv-t" trained with equal budgets, "threshold" and so on.
+    """
+    uniform = HeadBudget(lkv.budget.layers, lkv.budget.heads, "uniform")
+    snapkv, kvzip = SnapKV(), KVzip(across=None)
+    grid: dict[str, Policy] = {
+        "lkv": lkv,
+        "uniform+lkv-t": replace(lkv, budget=uniform),
+        "lkv-h+snapkv": replace(lkv, scorer=snapkv, sink=snapkv.sink, window=snapkv.window),
+        "lkv-h+kvzip": replace(lkv, scorer=kvzip, sink=kvzip.sink, window=kvzip.window),
+        "uniform+kvzip": kvzip,
+    }
+    return grid | dict(variants or {})
+
+
+def choose(names: list[str], known: Mapping[str, Policy]) -> list[Method]:
+    """
+    Raises:
+        ValueError: for a name that is not known, or a learned method without a checkpoint.
+    """
+    methods = []
+    for name in names:
+        if name not in known and name not in (FULL, FLOOR):
+            raise ValueError(f"lkv eval: expected methods of {', '.join([FULL, FLOOR, *known])}, got {name!r}")
+        methods.append(Method(name, known.get(name)))
+    return methods
+
+

@@ -1,0 +1,175 @@
+"""Physical eviction, measured: every method answers one question about every text from the rows that it kept.
+
+A text is read once. Every method evicts a fork of what was read, and decodes from what is left; nothing is masked.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lkv.evaluate.decode import answer, pad_left
+from lkv.evaluate.methods import FLOOR, FULL, Method
+from lkv.hf import Cache
+from lkv.learn.passes import Context
+from lkv.learn.second_pass import repeat_scores
+from lkv.policies.streaming_llm import StreamingLLM
+from lkv.tasks import Sample
+
+SINK, WINDOW = 4, 32  # rows that the floor keeps
+OBSERVED_WINDOW = 32
+
+
+@dataclass
+class Result:
+    """One method at one retention on one sample.
+
+    Attributes:
+        score: 0 to 1. kept: rows of all heads and layers over those of the whole text.
+        seconds: of scoring and eviction, of the batch it was in, per sample; those of a second pass apart.
+    """
+
+    task: str
+    index: int
+    method: str
+    retention: float
+    score: float
+    kept: float
+    text: str
+    evict_seconds: float
+    second_pass_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for all methods.
+
+    Attributes:
+        see_question: whether the question is part of the text that is compressed.
+        limit: most tokens of an answer.
+    """
+
+    retentions: Sequence[float] = (0.05, 0.1, 0.15, 0.3)
+    see_question: bool = False
+    batch: int = 16
+    limit: int = 24
+    metric: Callable[[str, Sequence[str]], float] = field(default=lambda text, expected: found(text, expected))
+
+
+def found(text: str, expected: Sequence[str]) -> float:
+    """Share of the expected strings that the text holds, as RULER counts."""
+    return sum(word.lower() in text.lower() for word in expected) / len(expected)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    methods: Sequence[Method],
+    setting: Setting,
+) -> Iterator[Result]:
+    """Results as they come, batch by batch."""
+    for begin in range(0, len(samples), setting.batch):
+        yield from _batch(model, tokenizer, samples[begin : begin + setting.batch], methods, setting)
+
+
+def _batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    methods: Sequence[Method],
+    setting: Setting,
+) -> Iterator[Result]:
+    pad, ends = _pad_and_ends(model, tokenizer)
+    contexts = [encode(tokenizer, s.context, begins=True) for s in samples]
+    questions = [encode(tokenizer, s.question) for s in samples]
+    if setting.see_question:
+        # The last token stays behind, so that there is something to decode from.
+        contexts = [c + q[:-1] for c, q in zip(contexts, questions, strict=True)]
+        questions = [q[-1:] for q in questions]
+    tokens, real = (t.to(model.device) for t in pad_left(contexts, pad))
+    needs = frozenset().union(*(m.policy.needs for m in methods if m.policy is not None)) - {"second_pass"}
+    with Cache(
+        model, StreamingLLM(), retention=1.0, chunks="last", observe=needs, observe_window=OBSERVED_WINDOW
+    ) as whole, torch.no_grad():
+        places = (real.cumsum(1) - 1).clamp(min=0)
+        model.get_decoder()(tokens, attention_mask=real, position_ids=places, past_key_values=whole, use_cache=True)
+        for method in methods:
+            scores, second = None, 0.0
+            if method.second_pass:
+                clock = time.perf_counter()
+                scores = _second_pass(model, whole, tokens, real, method)
+                second = time.perf_counter() - clock
+            for retention in [1.0] if method.policy is None and method.name == FULL else setting.retentions:
+                with whole.fork() as cache:
+                    clock = time.perf_counter()
+                    _evict(cache, method, retention, scores)
+                    seconds = (time.perf_counter() - clock) / len(samples)
+                    kept = _kept(cache, real)
+                    rows = answer(model, cache, real, questions, setting.limit, pad, ends)
+                for b, (sample, row) in enumerate(zip(samples, rows, strict=True)):
+                    text = tokenizer.decode(row, skip_special_tokens=True)
+                    yield Result(
+                        sample.task, sample.index, method.name, retention, setting.metric(text, sample.expected),
+                        kept[b], text, seconds, second / len(samples),
+                    )  # fmt: skip
+
+
+def _evict(cache: Cache, method: Method, retention: float, scores: Sequence[Tensor] | None) -> None:
+    if method.name == FULL:
+        return
+    if method.name == FLOOR:
+        cache.evict(StreamingLLM(SINK), budget=SINK + WINDOW)
+    else:
+        cache.evict(method.policy, retention=retention, scores=scores)
+
+
+def _second_pass(
+    model: PreTrainedModel, whole: Cache, tokens: Tensor, real: Tensor, method: Method
+) -> list[Tensor]:
+    """Per layer `[B, H, n]`; one sequence at a time where they are padded, as the rows of a context come first."""
+    keys, values = ([getattr(layer, name) for layer in whole.ragged] for name in ("keys", "values"))
+    lengths, size = real.sum(1), tokens.shape[1]
+    if bool((lengths == size).all()):
+        return repeat_scores(model, Context(tuple(keys), tuple(values), lengths), tokens, method.policy)
+    out = [k.new_zeros(k.shape[:3], dtype=torch.float32) for k in keys]
+    for b, length in enumerate(lengths.tolist()):
+        cut = slice(size - length, size)
+        one = Context(tuple(k[b : b + 1, :, cut] for k in keys), tuple(v[b : b + 1, :, cut] for v in values), lengths[b : b + 1])
+        for layer, scores in enumerate(repeat_scores(model, one, tokens[b : b + 1, cut], method.policy)):
+            out[layer][b, :, cut] = scores[0]
+    return out
+
+
+def _kept(cache: Cache, real: Tensor) -> list[float]:
+    """Rows that are there over rows that were there, counted in the caches themselves."""
+    held = [sum(layer.held[b] for layer in cache.ragged) for b in range(len(real))]
+    whole = [sum(layer.heads for layer in cache.ragged) * length for length in real.sum(1).tolist()]
+    return [a / b for a, b in zip(held, whole, strict=True)]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool = False) -> list[int]:
+    """Tokens of a text; the first one of all is the model's beginning token, if it has one."""
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    return [tokenizer.bos_token_id, *tokens] if begins and tokenizer.bos_token_id is not None else tokens
+
+
+def _pad_and_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[int]]:
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    pad = tokenizer.pad_token_id
+    return (ends[0] if ends else 0) if pad is None else pad, ends
+
+
+def by_method(results: Iterable[Result]) -> dict[tuple[str, float], list[Result]]:
+    """Grouped by method and retention, in the order of their coming."""
+    groups: dict[tuple[str, float], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.method, result.retention), []).append(result)
+    return groups

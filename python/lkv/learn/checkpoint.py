@@ -1,0 +1,134 @@
+"""What was learned, on disk: a folder with `lkv.safetensors` and `lkv.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lkv.learn.head_budget import HeadBudget
+from lkv.learn.token_scorer import TokenScorer
+from lkv.policies.lkv import LKV
+
+WEIGHTS, CONFIG = "lkv.safetensors", "lkv.json"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What has to be the same for a checkpoint to fit a model."""
+
+    model_type: str
+    layers: int
+    heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Shape:
+        config: PretrainedConfig = model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(config.model_type, config.num_hidden_layers, heads, dim, config.hidden_size, config.vocab_size)
+
+
+@dataclass(frozen=True)
+class Design:
+    """Which modules there are; see `HeadBudget` and `TokenScorer`."""
+
+    budget: str = "capped"
+    floor: float = 0.01
+    input: str = "kv"
+    hidden: int = 64
+    sink: int = 4
+    window: int = 32
+
+    def build(self, shape: Shape) -> LKV:
+        features = 2 * shape.head_dim if self.input == "kv" else shape.hidden_size
+        scorer = TokenScorer(shape.layers, shape.heads, features, self.input, self.hidden)
+        budget = HeadBudget(shape.layers, shape.heads, self.budget, floor=self.floor)
+        return LKV(scorer, budget, self.sink, self.window)
+
+
+def save(path: str | os.PathLike[str], lkv: LKV, design: Design, shape: Shape, facts: Mapping[str, object]) -> None:
+    """Writes a checkpoint; one that is there is replaced only by a whole one."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"model": asdict(shape), "design": asdict(design), "facts": dict(facts)}, indent=1)
+    _replace(folder / WEIGHTS, lambda to: save_file(weights(lkv), to))
+    _replace(folder / CONFIG, lambda to: to.write_text(text + "\n"))
+
+
+def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> LKV:
+    """The policy of a checkpoint, for `lkv.Cache(model, lkv.load(path))`.
+
+    Args:
+        path: folder that `lkv train` wrote.
+        model: the model that it shall be used with; its device is taken.
+
+    Raises:
+        FileNotFoundError: without a checkpoint there.
+        ValueError: for a folder that holds something else, and for a model of another shape.
+    """
+    folder = Path(path)
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"lkv.load: expected {CONFIG} and {WEIGHTS} in {folder}, found none")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        shape, design = Shape(**config["model"]), Design(**config["design"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"lkv.load: expected the configuration of a checkpoint in {folder / CONFIG}: {error}") from None
+    if model is not None:
+        check(shape, Shape.of(model))
+    lkv = design.build(shape)
+    put(lkv, load_file(folder / WEIGHTS), folder)
+    if model is not None:
+        for module in (lkv.scorer, lkv.budget):
+            module.to(model.device)
+    return lkv
+
+
+def check(expected: Shape, got: Shape) -> None:
+    """
+    Raises:
+        ValueError: naming all that differs.
+    """
+    differences = [
+        f"{name} {value}, got {getattr(got, name)}"
+        for name, value in asdict(expected).items()
+        if value != getattr(got, name)
+    ]
+    if differences:
+        raise ValueError(f"lkv.load: expected a model of {'; '.join(differences)}")
+
+
+def weights(lkv: LKV) -> dict[str, Tensor]:
+    parts = (("scorer", lkv.scorer), ("budget", lkv.budget))
+    return {f"{name}.{key}": t.contiguous() for name, module in parts for key, t in module.state_dict().items()}
+
+
+def put(lkv: LKV, tensors: Mapping[str, Tensor], source: object) -> None:
+    """The inverse of `weights`.
+
+    Raises:
+        ValueError: where tensors are missing, too many or of another shape.
+    """
+    expected = {name: tuple(t.shape) for name, t in weights(lkv).items()}
+    got = {name: tuple(t.shape) for name, t in tensors.items()}
+    if expected != got:
+        names = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
+        raise ValueError(f"lkv.load: expected weights of the design in {source}, got others: {', '.join(names)}")
+    for name, module in (("scorer", lkv.scorer), ("budget", lkv.budget)):
+        module.load_state_dict({key.partition(".")[2]: t for key, t in tensors.items() if key.startswith(name + ".")})
+
+
+def _replace(path: Path, write: object) -> None:
+    temporary = path.with_name(path.name + ".part")
+    write(temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,42 @@
+"""Rows drawn at random: the floor under every method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lkv.policies.protocol import Observation
+from lkv.policies.uniform import uniform_budgets
+
+
+@dataclass(frozen=True)
+class Random:
+    """Every head draws its own rows, the same ones whenever it is asked about the same places.
+
+    Attributes:
+        seed: of the draw.
+        sink, window: rows kept at both ends whatever is drawn.
+    """
+
+    seed: int = 0
+    sink: int = 4
+    window: int = 32
+
+    needs = frozenset()
+    scope = "layer"
+
+    def score(self, layer: int, observation: Observation) -> Tensor:
+        """float32 `[B, H, L]` in [0, 1), a hash of layer, head and position."""
+        heads = torch.arange(observation.keys.shape[1], device=observation.keys.device)[:, None]
+        state = observation.positions.long() * 0x9E3779B1 + (self.seed * 4096 + layer) * 256 + heads
+        for multiplier in (0x7FEB352D, 0x846CA68B):  # two rounds of a 32-bit integer hash
+            state = ((state ^ (state >> 16)) * multiplier) & 0xFFFFFFFF
+        return (state ^ (state >> 16)).float() / 2**32
+
+    def budgets(
+        self, scores: Tensor | Sequence[Tensor], lengths: Tensor, total: Tensor, *, starts: Tensor | None = None
+    ) -> Tensor:
+        return uniform_budgets(lengths, total)
