@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -72,14 +73,27 @@ def check_arguments(module: nn.Module, kwargs: dict[str, object]) -> None:
         raise ValueError(f"lkv.Cache: expected attention without {', '.join(sorted(other))}")
 
 
-def real_tokens(mask: Tensor | None, batch: int, count: int) -> list[int] | None:
-    """How many of the last `count` tokens of each sequence are no padding; None: all.
+@dataclass(frozen=True)
+class Real:
+    """Which of the new tokens of a call are no padding, where some are.
+
+    Attributes:
+        counts: per sequence.
+        order: int64 `[B, n]`, the tokens with padding first and all else as it was; None: so they came.
+    """
+
+    counts: list[int]
+    order: Tensor | None
+
+
+def real_tokens(mask: Tensor | None, batch: int, count: int) -> Real | None:
+    """What a mask says of the last `count` tokens; None: they are all real.
 
     Args:
         mask: what the model's own mask function made: `[B, 1, n, L]`, bool or additive, or `[B, L]`.
 
     Raises:
-        TypeError, ValueError: for a mask of another kind, and for padding on the right.
+        TypeError: for a mask of another kind.
     """
     if mask is None:
         return None
@@ -90,7 +104,7 @@ def real_tokens(mask: Tensor | None, batch: int, count: int) -> list[int] | None
     real = (seen == 0 if seen.is_floating_point() else seen != 0).expand(batch, -1)
     counts = real.sum(1)
     in_order = (real == (torch.arange(count, device=real.device) >= count - counts[:, None])).all()
-    counts, (in_order,) = counts.tolist(), [bool(in_order)]
-    if not in_order:
-        raise ValueError("lkv.Cache: expected padding on the left of a sequence, got some behind its first token")
-    return None if all(n == count for n in counts) else counts
+    *counts, in_order = torch.cat([counts, in_order[None]]).tolist()  # one synchronisation on CUDA
+    if all(n == count for n in counts):
+        return None
+    return Real(counts, None if in_order else real.byte().argsort(dim=1, stable=True))

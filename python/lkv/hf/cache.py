@@ -30,7 +30,8 @@ class Cache(HFCache):
     A prompt is attended to in full by the model's own attention, layer by layer; each layer is evicted before the next
     one is reached, or, by a policy of scope "model", all of them behind the last. Then new tokens are appended in place
     and attend to what is left, at their logical positions. A later prompt is appended, attends, and is evicted again
-    out of old and new rows. Batches may be padded on the left. Sliding-window and other layers are transformers' own.
+    out of old and new rows. Batches may be padded: a first prompt on the left, what follows anywhere. Sliding-window
+    and other layers are transformers' own.
 
     While a cache of it is alive, the model runs under our attention's name, which is its own attention for all other
     caches; `close`, leaving `with`, or the end of the last cache restores it.

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lkv.hf.checks import check_budgets, check_scores
+from lkv.hf.choice import Choice
 from lkv.hf.observe import observe
 from lkv.hf.settings import Settings
 from lkv_ext.ops.modes import keeps_tensors
 
 if TYPE_CHECKING:
     from lkv.hf.layer import RaggedLayer
-
-
-@dataclass
-class Choice:
-    """What one layer keeps.
-
-    Attributes:
-        scores: float `[B, H, L]`; None: all rows stay.
-        budgets: int `[B, H]`; None with the scores.
-        held: per sequence, rows of all heads together that will be left.
-    """
-
-    scores: Tensor | None
-    budgets: Tensor | None
-    held: list[int]
 
 
 @keeps_tensors

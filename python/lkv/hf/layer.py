@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 import lkv_ext
-from lkv.hf.attention import LAYER, check_arguments, own_attention, softcap_of
+from lkv.hf.attention import LAYER, Real, check_arguments, own_attention, softcap_of
 from lkv.hf.checks import check_tokens
+from lkv.hf.choice import Choice
 from lkv.hf.observe import Witness
 from lkv.hf.settings import Settings
 from lkv.hf.versions import CacheLayerMixin, new_tokens, tokens_to_drop
 from lkv_ext.ops.modes import keeps_tensors
 
 if TYPE_CHECKING:
-    from lkv.hf.eviction import Choice
     from lkv.hf.session import Session
 
 
@@ -177,35 +177,57 @@ class RaggedLayer(CacheLayerMixin):
             self.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             self.softcap = softcap_of(own, kwargs)
             batch, _, count, _ = query.shape
-            valid = self.session.real_tokens(mask, batch, count)
+            real = self.session.real_tokens(mask, batch, count)
+            if self.rows is None and real is not None and self._leaves_gaps(real, count):
+                self.keep(Choice(None, None, self.held), self.session.settings)
+                key, value = key[:, :, -count:], value[:, :, -count:]
             if self.rows is None:
                 out, _ = own_attention(own, module)(module, query, key, value, mask, **kwargs)
                 self.keys, self.values, self.due = key.view_as(key), value, True
-                self._count(module, query, valid)
+                self._count(module, query, real)
             else:
-                out = self._attend_rows(module, query, key, value, valid)
+                out = self._attend_rows(module, query, key, value, real)
                 self.due = self.due or count > 1
             self.session.leave(self.index)
         return out, None
 
     @keeps_tensors
-    def _attend_rows(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, valid: list[int] | None
-    ) -> Tensor:
-        self.rows.append(key, value, valid=valid)
-        self._count(module, query, valid)
-        if valid is not None:
+    def _attend_rows(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, real: Real | None) -> Tensor:
+        """Rows know padding in front of the new tokens alone, so that other padding is brought there."""
+        order = None if real is None else real.order
+        if order is not None:
+            query, key, value = (
+                t.gather(2, order[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])) for t in (query, key, value)
+            )
+        self.rows.append(key, value, valid=None if real is None else real.counts)
+        self._count(module, query, real)
+        if real is not None:
             self.evicted = self.rows.seen
-        out = self.rows.attend(query, scale=self.scaling, softcap=self.softcap)
-        return out.transpose(1, 2).contiguous()
+        out = self.rows.attend(query, scale=self.scaling, softcap=self.softcap).transpose(1, 2)
+        if order is None:
+            return out.contiguous()
+        return torch.empty_like(out).scatter_(1, order[:, :, None, None].expand_as(out), out)
 
-    def _count(self, module: nn.Module, query: Tensor, valid: list[int] | None) -> None:
+    def _leaves_gaps(self, real: Real, count: int) -> bool:
+        """Whether whole rows would have padding between tokens, which the policies' view of them has no words for.
+
+        Raises:
+            ValueError: for padding behind the first tokens of a sequence.
+        """
+        earlier = self.real or [0] * len(real.counts)
+        if any(before and new < count for before, new in zip(earlier, real.counts, strict=True)):
+            return True
+        if real.order is not None:
+            raise ValueError("lkv.Cache: expected padding on the left of a sequence, got some behind its first token")
+        return False
+
+    def _count(self, module: nn.Module, query: Tensor, real: Real | None) -> None:
         batch, _, count, _ = query.shape
-        new = [count] * batch if valid is None else valid
-        real, held = self.real or [0] * batch, self.held or [0] * batch
-        self.real = [a + b for a, b in zip(real, new, strict=True)]
+        new = [count] * batch if real is None else real.counts
+        before, held = self.real or [0] * batch, self.held or [0] * batch
+        self.real = [a + b for a, b in zip(before, new, strict=True)]
         self.held = [a + b * self.heads for a, b in zip(held, new, strict=True)]
-        self.witness.push(module, self.get_seq_length() - count, query, valid)
+        self.witness.push(module, self.get_seq_length() - count, query, real)
 
     # What the session and an eviction call.
 
@@ -221,17 +243,21 @@ class RaggedLayer(CacheLayerMixin):
         """Takes the tokens back that came since; False where rows were evicted, which do not come back."""
         if self.evictions != mark.counts["evictions"] and mark.length > 0:
             return False
+        packed = mark.rows is None and self.rows is not None  # since: all rows are there, but no longer whole
         if mark.length == 0:
             self.keys = self.values = self.rows = None
         elif self.rows is not None:
             new = [now - before for now, before in zip(self.real, mark.counts["real"], strict=True)]
-            self.rows.restore(mark.rows, new)
+            self.rows.restore(mark.rows or (mark.length, 0), new)
         else:
             self.keys, self.values = self.keys[:, :, : mark.length], self.values[:, :, : mark.length]
         vars(self).update(mark.counts)
+        if packed:
+            self.evicted = mark.length
         self.witness.restore(mark.witness, mark.length)
         return True
 
+    @keeps_tensors
     def keep(self, choice: Choice, settings: Settings) -> None:
         """Evicts what was not chosen; whole rows are packed, and the whole ones let go."""
         policy, reserve, everything = settings.policy, settings.reserve, choice.scores is None
@@ -268,4 +294,4 @@ class RaggedLayer(CacheLayerMixin):
             self.due = False
             return
         self.held, self.evicted, self.due = choice.held, self.get_seq_length(), False
-        self.evictions += 1
+        self.evictions += not everything

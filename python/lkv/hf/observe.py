@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from lkv.hf.attention import Real
 from lkv.hf.capture import HOOKED, Captured
 from lkv.hf.queries import LastQueries
 from lkv.hf.tape import Rotary, Tape
@@ -35,14 +35,14 @@ class Witness:
         self.rotary: Rotary | None = None  # shared with other layers
         self.rotates = "pre_rope_keys" in settings.observe
 
-    def push(self, module: nn.Module, before: int, queries: Tensor, valid: Sequence[int] | None) -> None:
-        """Of the next n tokens: queries `[B, Hq, n, D]`, the last `valid[b]` of them real, and what was captured.
+    def push(self, module: nn.Module, before: int, queries: Tensor, real: Real | None) -> None:
+        """Of the tokens behind the first `before`: queries `[B, Hq, n, D]`, padding first, and what was captured.
 
         Raises:
             ValueError: where no hook of this module was called.
         """
         if self.queries is not None:
-            self.queries.push(queries, valid)
+            self.queries.push(queries, None if real is None else real.counts)
         if not self.hooked:
             return
         captured, self.captured = self.captured, None
@@ -51,13 +51,14 @@ class Witness:
                 f"lkv.Cache: expected {type(module).__name__} {module.layer_idx} to be called with hooks, as hidden "
                 "states or keys before RoPE are observed, got none: was the model compiled before?"
             )
+        order = None if real is None else real.order
         if self.hidden_states is not None:
-            self.hidden_states.push(captured.hidden_states)
+            self.hidden_states.push(captured.hidden_states, order)
         if self.rotates:
             cos, sin = captured.rotary
             if self.rotary is None:
                 self.rotary = self.session.rotary(cos)
-            self.rotary.push(before, cos, sin)
+            self.rotary.push(before, cos, sin, order)
 
     def crop(self, tokens: int, length: int) -> None:
         """Forgets the last tokens; `length` are left."""

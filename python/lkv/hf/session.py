@@ -30,7 +30,7 @@ class Session:
         self.closed = False
         self.waiting: int | None = None
         self.broken: int | None = None  # the layer that could not be restored
-        self._padding: tuple[weakref.ref[Tensor] | None, list[int] | None] = (None, None)
+        self._padding: tuple[weakref.ref[Tensor] | None, attention.Real | None] = (None, None)
         self._layers: list[weakref.ref[CacheLayerMixin]] = []
         self._before: dict[int, object] = {}  # marks of the layers that the call has reached
         self._rotaries: list[Rotary] = []
@@ -131,15 +131,15 @@ class Session:
         for rotary in self._rotaries:
             rotary.select(indices)
 
-    def real_tokens(self, mask: Tensor | None, batch: int, count: int) -> list[int] | None:
+    def real_tokens(self, mask: Tensor | None, batch: int, count: int) -> attention.Real | None:
         """`attention.real_tokens`, read once for all layers of a call: they are given the same mask."""
         if mask is None:
             return None
-        known, valid = self._padding
+        known, real = self._padding
         if not isinstance(mask, Tensor) or known is None or known() is not mask:
-            valid = attention.real_tokens(mask, batch, count)
-            self._padding = (weakref.ref(mask), valid)
-        return valid
+            real = attention.real_tokens(mask, batch, count)
+            self._padding = (weakref.ref(mask), real)
+        return real
 
     def _make_room(self) -> None:
         """Before a token that was generated: what is due behind a prompt, and what the cap asks for."""

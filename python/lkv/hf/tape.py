@@ -20,9 +20,10 @@ class Tape:
         self._parts: list[Tensor] = []
         self.length = 0
 
-    def push(self, part: Tensor) -> None:
-        """`[B, n, ...]`, of the next n tokens."""
-        self._parts.append(part.detach())
+    @keeps_tensors
+    def push(self, part: Tensor, order: Tensor | None = None) -> None:
+        """`[B, n, X]`, of the next n tokens; in the order `[B, n]` if it is given."""
+        self._parts.append(_ordered(part.detach(), order))
         self.length += part.shape[1]
 
     @keeps_tensors
@@ -56,19 +57,20 @@ class Rotary:
         self.cos, self.sin = Tape(), Tape()
         self.last: weakref.ref[Tensor] | None = None
 
-    def push(self, before: int, cos: Tensor, sin: Tensor) -> None:
+    def push(self, before: int, cos: Tensor, sin: Tensor, order: Tensor | None) -> None:
         """`[B, n, R]` of the tokens behind the first `before`; each layer comes with the same.
 
         Raises:
             ValueError: where a layer comes with others.
         """
         if self.cos.length == before:
-            self.cos.push(cos)
-            self.sin.push(sin)
+            self.cos.push(cos, order)
+            self.sin.push(sin, order)
             self.last = weakref.ref(cos)
         elif self.last is None or self.last() is not cos:
             known = [tape.read()[:, before:] for tape in (self.cos, self.sin)]  # a copy for each layer, perhaps
-            if not all(map(torch.equal, known, (cos.expand_as(known[0]), sin.expand_as(known[1])))):
+            given = [_ordered(t, order).expand_as(k) for t, k in zip((cos, sin), known, strict=True)]
+            if not all(map(torch.equal, known, given)):
                 raise ValueError(
                     "lkv.Cache: expected one rotary embedding in layers that had the same before, got different ones"
                 )
@@ -105,3 +107,10 @@ class Rotary:
             back = turned * c - torch.cat([-second, first], -1) * s
             out[:, head, :, :rotated] = back / (c * c + s * s)
         return out
+
+
+def _ordered(part: Tensor, order: Tensor | None) -> Tensor:
+    if order is None:
+        return part
+    part = part.expand(len(order), -1, -1)
+    return part.gather(1, order[..., None].expand_as(part))

@@ -43,7 +43,8 @@ class Observation:
 
     Attributes:
         keys, values: `[B, H, L, D]`, `[B, H, L, Dv]`, in ascending position, keys as cached (after RoPE).
-        positions: int `[B, H, L]`, the place of every row in the sequence as appended.
+        positions: int `[B, H, L]`, the place of every row in the sequence as appended, padding counted, which within a
+            call comes before the tokens.
         lengths, starts: int64 `[B, H]`.
         queries: `[B, Hq, w, D]` of the last w tokens (after RoPE) where the policy needs them; else None.
         query_positions: int `[B, w]`, their places, counted as `positions`: a query sees the rows at or before its own.
