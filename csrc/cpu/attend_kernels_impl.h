@@ -1,53 +1,20 @@
 #pragma once
 
-#include <cstring>
 #include <limits>
 
+#include "float_kernels_impl.h"
 #include "row_kernels.h"
 
 // Attention of a few queries over a stretch of rows, over a vector type S; one file per instruction set includes it,
 // internal linkage as in key_kernels_impl.h.
 //
-// S: Floats of `width` 32-bit lanes; fset, fload, fstore, fload of 16-bit types (from_bf16, from_f16), fma, fadd, fmul,
-// fmax (the second operand where one is NaN), sum and highest over lanes, scale_by_exponent, zero_below; `chunks`:
-// accumulators per query that fit in registers beside those of three other queries.
+// S: what float_kernels_impl.h asks of it; `chunks`: accumulators per query that fit in registers beside those of three
+// other queries.
 
 namespace lkv::cpu {
 namespace {
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
-
-template <ScoreType type>
-struct Elements {
-  using Item = typename ScoreTraits<type>::Bits;
-  template <class S>
-  static auto load(const Item* p) {
-    if constexpr (type == ScoreType::f32) {
-      return S::fload(reinterpret_cast<const float*>(p));
-    } else if constexpr (type == ScoreType::f16) {
-      return S::from_f16(p);
-    } else {
-      return S::from_bf16(p);
-    }
-  }
-};
-
-constexpr float kExp[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-
-// e^x for x <= 0 within 2 ulp: 2^n e^r with |r| <= ln 2 / 2, the polynomial of Cephes' expf.
-template <class S>
-auto exp_negative(typename S::Floats x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
-  x = S::fmax(S::fset(-88.0f), x);
-  const auto shifted = S::fma(x, S::fset(1.44269504088896341f), S::fset(kRound));
-  const auto n = S::fadd(shifted, S::fset(-kRound));
-  auto r = S::fma(n, S::fset(-0.693359375f), x);
-  r = S::fma(n, S::fset(2.12194440e-4f), r);
-  auto p = S::fset(1.9875691500e-4f);
-  for (const float c : kExp) p = S::fma(p, r, S::fset(c));
-  p = S::fadd(S::fma(p, S::fmul(r, r), r), S::fset(1.0f));
-  return S::zero_below(S::scale_by_exponent(p, shifted), x, S::fset(-87.33f));
-}
 
 // cap * tanh(x / cap).
 template <class S>
@@ -57,15 +24,6 @@ auto soft_cap(typename S::Floats x, float cap) {
   const auto one = S::fset(1.0f);
   const auto t = S::fdiv(S::fma(e, S::fset(-1.0f), one), S::fadd(e, one));
   return S::copy_sign(S::fmul(t, S::fset(cap)), x);
-}
-
-// The whole vectors of a row, then what is left of it, filled up with zeros.
-template <class S, class E>
-auto load_chunk(const typename E::Item* row, int64_t at, int64_t size) {
-  if (at + S::width <= size) return E::template load<S>(row + at);
-  typename E::Item rest[S::width] = {};
-  memcpy(rest, row + at, static_cast<size_t>(size - at) * sizeof(rest[0]));
-  return E::template load<S>(rest);
 }
 
 template <class S, class E>

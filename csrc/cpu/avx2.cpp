@@ -70,6 +70,7 @@ struct Avx2 {
   static Floats fmul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
   static Floats fdiv(Floats a, Floats b) { return _mm256_div_ps(a, b); }
   static Floats fmax(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+  static Floats fmin(Floats a, Floats b) { return _mm256_min_ps(a, b); }
   static float sum(Floats x) {
     return fold(x, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
   }
@@ -80,6 +81,14 @@ struct Avx2 {
     return _mm256_castsi256_ps(add(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
   }
   static Floats zero_below(Floats x, Floats a, Floats b) { return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ), x); }
+  static Floats where_below(Floats a, Floats b, Floats x, Floats y) {
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+  }
+  static Floats mantissa(Floats x, Floats& exponent) {
+    const Vec bits = _mm256_castps_si256(x), n = _mm256_srai_epi32(sub(bits, set(kRootHalf)), 23);
+    exponent = _mm256_cvtepi32_ps(n);
+    return _mm256_castsi256_ps(sub(bits, _mm256_slli_epi32(n, 23)));
+  }
   static Floats copy_sign(Floats x, Floats sign) {
     return _mm256_or_ps(x, _mm256_and_ps(sign, _mm256_castsi256_ps(set(0x80000000u))));
   }

@@ -57,6 +57,7 @@ struct Avx512 {
   static Floats fmul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats fdiv(Floats a, Floats b) { return _mm512_div_ps(a, b); }
   static Floats fmax(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+  static Floats fmin(Floats a, Floats b) { return _mm512_min_ps(a, b); }
   static float sum(Floats x) { return _mm512_reduce_add_ps(x); }
   static float highest(Floats x) { return _mm512_reduce_max_ps(x); }
   static Floats scale_by_exponent(Floats x, Floats n) {
@@ -64,6 +65,14 @@ struct Avx512 {
   }
   static Floats zero_below(Floats x, Floats a, Floats b) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ), x);
+  }
+  static Floats where_below(Floats a, Floats b, Floats x, Floats y) {
+    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x);
+  }
+  static Floats mantissa(Floats x, Floats& exponent) {
+    const Vec bits = _mm512_castps_si512(x), n = _mm512_srai_epi32(sub(bits, set(kRootHalf)), 23);
+    exponent = _mm512_cvtepi32_ps(n);
+    return _mm512_castsi512_ps(sub(bits, _mm512_slli_epi32(n, 23)));
   }
   static Floats copy_sign(Floats x, Floats sign) {
     return _mm512_or_ps(x, _mm512_and_ps(sign, _mm512_castsi512_ps(set(0x80000000u))));

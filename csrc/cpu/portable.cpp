@@ -52,12 +52,20 @@ struct Portable {
   static Floats fmul(Floats a, Floats b) { return a * b; }
   static Floats fdiv(Floats a, Floats b) { return a / b; }
   static Floats fmax(Floats a, Floats b) { return a > b ? a : b; }
+  static Floats fmin(Floats a, Floats b) { return a < b ? a : b; }
   static float sum(Floats x) { return x; }
   static float highest(Floats x) { return x; }
   static Floats scale_by_exponent(Floats x, Floats n) {
     return std::bit_cast<float>(std::bit_cast<uint32_t>(x) + (std::bit_cast<uint32_t>(n) << 23));
   }
   static Floats zero_below(Floats x, Floats a, Floats b) { return a < b ? 0.0f : x; }
+  static Floats where_below(Floats a, Floats b, Floats x, Floats y) { return a < b ? x : y; }
+  static Floats mantissa(Floats x, Floats& exponent) {
+    const uint32_t bits = std::bit_cast<uint32_t>(x), n = (bits - kRootHalf) >> 23;
+    const int32_t signed_n = static_cast<int32_t>(bits - kRootHalf) >> 23;
+    exponent = static_cast<float>(signed_n);
+    return std::bit_cast<float>(bits - (n << 23));
+  }
   static Floats copy_sign(Floats x, Floats sign) { return std::copysign(x, sign); }
 
   static void copy_block(char* to, const char* from) { memcpy(to, from, block); }
