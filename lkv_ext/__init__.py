@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lkv_ext.ops.ints import plan
     from lkv_ext.ops.ragged import RaggedIndex, RaggedKV
     from lkv_ext.ops.select import gather, select
+    from lkv_ext.ops.soft_topk import soft_topk
 
 _HOME = {
     "evict": "evict",
@@ -34,10 +35,21 @@ _HOME = {
     "RaggedCache": "cache",
     "attend": "attend",
     "RaggedIndex": "ragged",
+    "soft_topk": "soft_topk",
 }
 
 __all__ = ["Blend", "Minimum", "RaggedCache", "RaggedIndex", "RaggedKV", "attend", "budgets_from_scores"]
-__all__ += ["budgets_from_shares", "build_info", "evict", "evict_", "evict_layers", "gather", "plan", "select"]
+__all__ += [
+    "budgets_from_shares",
+    "build_info",
+    "evict",
+    "evict_",
+    "evict_layers",
+    "gather",
+    "plan",
+    "select",
+    "soft_topk",
+]
 
 
 def build_info() -> dict[str, object]:

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "lkv/keys.h"
+#include "lkv/soft_threshold.h"
 
 // The inner loops, once per instruction set: plain functions over one contiguous piece of one row. What they are told
 // is trusted; everything that decides, clamps or splits work is ordinary code compiled once (select.cpp, gather.cpp).
@@ -76,6 +77,39 @@ inline constexpr int64_t kAttendStep = 64;
 
 using AttendRows = void (*)(const AttendTile&);
 
+// A pass over n consecutive scores at one tau. `out`: where the mask goes, or its logarithm; nullptr: nowhere.
+struct SoftPass {
+  const void* scores;
+  int64_t n;
+  double tau, temperature;
+  void* out;
+  bool log;
+};
+
+// From n gradients of the mask, or of its logarithm, to those of the scores: (a - w * mean) / temperature, where a is
+// the gradient times m (1 - m), or 1 - m, and w = m (1 - m).
+struct SoftGrad {
+  const void *mask, *grad;
+  int64_t n;
+  bool log;
+  double mean, temperature;
+  void* out;
+};
+
+// Of a, a u and w u, with u = (score - tau) / temperature.
+struct SoftGradSums {
+  double a, au, wu;
+};
+
+// Sums are in double over stretches that are summed in the type of the mask.
+struct SoftKernels {
+  SoftRange (*range)(const void* scores, int64_t n);
+  SoftSums (*pass)(const SoftPass&);
+  SoftGradSums (*sum_grad)(const SoftGrad&, bool with_u);
+  void (*write_grad)(const SoftGrad&);
+  void (*nudge)(void* mask, int64_t n, double move);  // tau by a little: `move` temperatures, to second order
+};
+
 struct RowKernels {
   const char* name;
   KeyKernels scores[3];  // by ScoreType
@@ -84,7 +118,10 @@ struct RowKernels {
   CopyRows (*stream_rows)(int64_t bytes);  // non-temporal; rows aligned to 64 bytes at both ends of `to`
   void (*fence)();                         // after the last stream_rows of a tile
   AttendRows attend[3];                    // by ScoreType
+  SoftKernels soft[3];                     // by ScoreType
 };
+
+extern const SoftKernels soft_double_kernels;
 
 #if defined(__x86_64__)
 extern const RowKernels avx512_kernels;

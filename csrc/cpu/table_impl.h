@@ -3,6 +3,7 @@
 #include "attend_kernels_impl.h"
 #include "copy_kernels_impl.h"
 #include "key_kernels_impl.h"
+#include "soft_topk_kernels_impl.h"
 
 namespace lkv::cpu {
 namespace {
@@ -19,6 +20,7 @@ constexpr RowKernels make_row_kernels(const char* name) {
       S::fence,
       {Attend<S, Elements<ScoreType::f32>>::run, Attend<S, Elements<ScoreType::f16>>::run,
        Attend<S, Elements<ScoreType::bf16>>::run},
+      {soft_kernels<S, ScoreType::f32>(), soft_kernels<S, ScoreType::f16>(), soft_kernels<S, ScoreType::bf16>()},
   };
 }
 

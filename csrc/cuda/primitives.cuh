@@ -1,9 +1,9 @@
 #pragma once
 
 // The device primitives that are not plain C++. Kernels use nothing else but these, threadIdx, blockIdx, blockDim and
-// gridDim, __shfl_sync, __shfl_up_sync, __reduce_or_sync, atomicAdd on uint32_t, expf, tanhf, fmaf and fmaxf, so that
-// the sources also compile against the emulator. Architecture guards live in here: before sm_90 a cluster is one block, and dependent launches
-// do not exist.
+// gridDim, __shfl_sync, __shfl_up_sync, __reduce_or_sync, atomicAdd on uint32_t, rsqrtf, and what <cmath> has under
+// the same name, so that the sources also compile against the emulator. Architecture guards live in here: before sm_90 a cluster
+// is one block, and dependent launches do not exist.
 
 #if defined(LKV_EMULATOR)
 #include "emulator/primitives.h"
@@ -112,6 +112,21 @@ __device__ __forceinline__ void trigger_dependents() {
 template <class T>
 __device__ __forceinline__ T load_once(const T* p) {
   return __ldcs(p);
+}
+
+// Within one unit in the last place; 0 where that is not a normal number.
+__device__ __forceinline__ float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// In double without the call that a division is; NaN of 0 and of infinity.
+__device__ __forceinline__ double reciprocal(double x) {
+  double result;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(result) : "d"(x));
+  result = fma(fma(-x, result, 1.0), result, result);
+  return fma(fma(-x, result, 1.0), result, result);
 }
 
 // Scores' types as float32 and back, by their bits; to 16 bits rounds to nearest, ties to even.

@@ -24,6 +24,8 @@ std::string describe_dtype(const Array& a) {
       return "int32";
     case Element::i64:
       return "int64";
+    case Element::f64:
+      return "float64";
     default:
       return "another of " + std::to_string(a.itemsize) + " bytes";
   }

@@ -11,7 +11,7 @@
 namespace lkv::host {
 
 // What an op reads as numbers; all else moves as bytes.
-enum class Element : int32_t { other, f32, f16, bf16, i32, i64 };
+enum class Element : int32_t { other, f32, f16, bf16, i32, i64, f64 };
 
 struct Device {
   enum Kind : int32_t { cpu, cuda, other } kind;

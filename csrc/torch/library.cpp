@@ -21,6 +21,12 @@ STABLE_TORCH_LIBRARY(lkv_ext, m) {
   m.def(
       "attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, SymInt longest, bool causal, "
       "float scale, float softcap=0.) -> Tensor");
+  m.def(
+      "soft_topk(Tensor scores, Tensor? k, float k_value, Tensor? temperature, float temperature_value, "
+      "Tensor? lengths, bool log) -> (Tensor, Tensor)");
+  m.def(
+      "soft_topk_backward(Tensor grad, Tensor mask, Tensor weights, Tensor? temperature, float temperature_value, "
+      "Tensor? lengths, int element, bool log, bool to_scores, bool to_temperature) -> (Tensor, Tensor, Tensor)");
 }
 
 namespace {
@@ -34,6 +40,8 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("gather", TORCH_BOX(&lkv::torch_ops::gather));
   m.impl("append_", TORCH_BOX(&lkv::torch_ops::append_));
   m.impl("attend", TORCH_BOX(&lkv::torch_ops::attend));
+  m.impl("soft_topk", TORCH_BOX(&lkv::torch_ops::soft_topk));
+  m.impl("soft_topk_backward", TORCH_BOX(&lkv::torch_ops::soft_topk_backward));
 }
 
 }  // namespace

@@ -27,6 +27,15 @@ void append_(Tensors cache, Tensor positions, Tensor lengths, Tensor cu_seqlens,
 // q [B, Hq, n, D] over a ragged cache: [B, n, Hq, Dv].
 Tensor attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, int64_t longest, bool causal,
               double scale, double softcap);
+// The mask [..., n], or its logarithm, and the weight of every row, which its gradient needs.
+std::tuple<Tensor, Tensor> soft_topk(Tensor scores, std::optional<Tensor> k, double k_value,
+                                     std::optional<Tensor> temperature, double temperature_value,
+                                     std::optional<Tensor> lengths, bool log);
+// Gradients of scores [..., n], k [...] and temperature [...]; without elements where they are not asked for.
+std::tuple<Tensor, Tensor, Tensor> soft_topk_backward(Tensor grad, Tensor mask, Tensor weights,
+                                                      std::optional<Tensor> temperature, double temperature_value,
+                                                      std::optional<Tensor> lengths, int64_t element, bool log,
+                                                      bool to_scores, bool to_temperature);
 
 // Outputs of an op, allocated on the device of its tensors and added to `list`.
 void add_index(Tensors& list, const host::Problem& problem, const host::Sizes& sizes, const Tensor& like,

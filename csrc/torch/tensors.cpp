@@ -29,6 +29,7 @@ host::Element element_of(int32_t dtype) {
   if (dtype == aoti_torch_dtype_float16()) return Element::f16;
   if (dtype == aoti_torch_dtype_float32()) return Element::f32;
   if (dtype == aoti_torch_dtype_int32()) return Element::i32;
+  if (dtype == aoti_torch_dtype_float64()) return Element::f64;
   return dtype == aoti_torch_dtype_int64() ? Element::i64 : Element::other;
 }
 

@@ -88,6 +88,23 @@ def _attend(q, k, v, *_):
     return q.new_empty([q.shape[0], q.shape[2], q.shape[1], v.shape[1]])
 
 
+@torch.library.register_fake("lkv_ext::soft_topk")
+def _soft_topk(scores, *_):
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    return scores.new_empty(scores.shape, dtype=dtype), scores.new_empty(scores.shape[:-1], dtype=dtype)
+
+
+@torch.library.register_fake("lkv_ext::soft_topk_backward")
+def _soft_topk_backward(grad, mask, weights, temperature, temperature_value, lengths, element, log, *wanted):
+    dtype = (torch.float32, torch.float16, torch.bfloat16, torch.float64)[element]
+    to_scores, to_temperature = wanted
+    return (
+        mask.new_empty(mask.shape if to_scores else [0], dtype=dtype),
+        mask.new_empty(weights.shape),
+        mask.new_empty(weights.shape if to_temperature else [0]),
+    )
+
+
 def _gather_setup(ctx, inputs, output) -> None:
     tensors, positions, cu_seqlens, ctx.layers, source_cu_seqlens, _, _ = inputs
     ctx.shapes = [t.shape for t in tensors]

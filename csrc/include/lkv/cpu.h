@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "lkv/params.h"
+#include "lkv/soft_topk.h"
 
 // The CPU kernels. They own no threads: the caller lends its own.
 
@@ -35,6 +36,8 @@ void evict(SelectParams select, GatherParams gather, const Threads& threads);
 void compact(const CompactParams& p, const Threads& threads);
 void append(const AppendParams& p, const Threads& threads);
 void attend(const AttendParams& p, const Threads& threads);
+void soft_topk(const SoftTopkParams& p, const Threads& threads);
+void soft_topk_grad(const SoftTopkGradParams& p, const Threads& threads);
 
 // Asks the kernel for huge pages under a large output that nobody has touched yet; a hint, never an error.
 void advise_huge_pages(void* data, int64_t bytes);

@@ -3,6 +3,7 @@
 #include <cstddef>
 
 #include "lkv/params.h"
+#include "lkv/soft_topk.h"
 
 // The CUDA launchers: asynchronous on the caller's stream and current device, capturable, no allocation and no
 // synchronisation. They return what cudaLaunchKernelEx and friends return; cudaSuccess is 0.
@@ -34,5 +35,9 @@ Status append(const AppendParams& p, Stream stream);
 // Scratch: device bytes, any content, 16-byte aligned.
 size_t attend_scratch(const AttendParams& p);
 Status attend(const AttendParams& p, void* scratch, Stream stream);
+
+// Not of float64.
+Status soft_topk(const SoftTopkParams& p, Stream stream);
+Status soft_topk_grad(const SoftTopkGradParams& p, Stream stream);
 
 }  // namespace lkv::cuda

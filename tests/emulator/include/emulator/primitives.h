@@ -81,6 +81,16 @@ T load_once(const T* p) {
   return *p;
 }
 
+inline float reciprocal(float x) {
+  return 1.0f / x;
+}
+inline double reciprocal(double x) {
+  return x == 0 || std::isinf(x) ? std::nan("") : 1.0 / x;
+}
+inline float rsqrtf(float x) {
+  return 1.0f / std::sqrt(x);
+}
+
 using lkv::from_float;
 using lkv::to_float;
 

@@ -1,0 +1,189 @@
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "lkv/floats.h"
+#include "row_kernels.h"
+#include "units.h"
+
+// A row is a unit of work and stays in the cache of its thread: one pass finds its range, a few more its tau, of which
+// the last ones write.
+
+namespace lkv::cpu {
+namespace {
+
+// Scores that are worth a thread of their own.
+constexpr int64_t kGrain = 8 << 10;
+
+// What is looked at first, where a row is long: blocks of scores from all over it.
+constexpr int64_t kSampleBlock = 16;
+constexpr int64_t kLongRow = 2048;
+
+int64_t sample_size(int64_t n) {
+  return n < kLongRow ? 0 : std::clamp<int64_t>(n / 16, 256, 4096) / kSampleBlock * kSampleBlock;
+}
+
+const SoftKernels& kernels_of(const SoftRows& rows) {
+  return rows.wide ? soft_double_kernels : row_kernels().soft[static_cast<int>(rows.type)];
+}
+
+int64_t score_bytes(const SoftRows& rows) {
+  return rows.wide ? 8 : rows.type == ScoreType::f32 ? 4 : 2;
+}
+
+class SoftTopk {
+ public:
+  explicit SoftTopk(const SoftTopkParams& p)
+      : p_(p), kernels_(kernels_of(p.rows)), precision_(soft_precision(p.rows.wide)), item_(score_bytes(p.rows)) {}
+
+  template <class Real>
+  void run(int64_t row) const {
+    Place place;
+    p_.rows.find(row, place);
+    const char* scores = p_.scores;
+    for (int axis = 0; axis < kLeading; ++axis) scores += place[axis] * p_.strides[axis];
+    const int64_t n = p_.rows.length_of(place);
+    const double k = p_.rows.k.at(place), temperature = p_.rows.temperature_of(place);
+    Real* mask = static_cast<Real*>(p_.mask) + row * p_.rows.length;
+    const SoftRange range = kernels_.range(scores, n);
+    double weight = 0;
+    if (SoftThreshold<>::decided(range, k)) {
+      decide(scores, n, k > static_cast<double>(range.infinite), mask);
+    } else {
+      weight =
+          std::max(solve(scores, n, k, temperature, range, mask), kLeastWeight * static_cast<double>(range.finite));
+    }
+    const double missing = p_.rows.log ? -std::numeric_limits<double>::infinity() : 0;
+    std::fill(mask + n, mask + p_.rows.length, static_cast<Real>(missing));
+    static_cast<Real*>(p_.weights)[row] = static_cast<Real>(weight);
+  }
+
+ private:
+  // Writes the mask; returns its weight.
+  double solve(const char* scores, int64_t n, double k, double temperature, const SoftRange& range, void* mask) const {
+    SoftThreshold<> threshold;
+    threshold.start(range, n, k, temperature);
+    if (const int64_t size = sample_size(n)) {
+      const double kept = (k - static_cast<double>(range.infinite)) / static_cast<double>(range.finite);
+      threshold.move_to(guess(scores, n, size, kept, temperature, threshold.tau));
+    }
+    auto state = SoftThreshold<>::far;
+    for (int i = 0; i < kSoftSteps && state == SoftThreshold<>::far; ++i) {
+      // Near tau a mask is made good by a small correction, so the second pass writes it; a logarithm costs more.
+      void* out = i > 0 && !p_.rows.log ? mask : nullptr;
+      state = threshold.step(kernels_.pass({scores, n, threshold.tau, temperature, out, false}), precision_);
+      if (out == nullptr || state == SoftThreshold<>::far) continue;
+      if (state == SoftThreshold<>::near) kernels_.nudge(mask, n, threshold.move);
+      return threshold.weight;
+    }
+    kernels_.pass({scores, n, threshold.tau, temperature, mask, p_.rows.log});
+    return threshold.weight;
+  }
+
+  // tau of a part of the row.
+  double guess(const char* scores, int64_t n, int64_t size, double share, double temperature, double fallback) const {
+    alignas(64) char sample[4096 * sizeof(double)];
+    const int64_t blocks = size / kSampleBlock;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t from = i * (n - kSampleBlock) / (blocks - 1);
+      std::memcpy(sample + i * kSampleBlock * item_, scores + from * item_, static_cast<size_t>(kSampleBlock * item_));
+    }
+    const SoftRange range = kernels_.range(sample, size);
+    const double k = static_cast<double>(range.infinite) + share * static_cast<double>(range.finite);
+    if (SoftThreshold<>::decided(range, k)) return fallback;
+    SoftThreshold<> threshold;
+    threshold.start(range, size, k, temperature);
+    for (int i = 0; i < kSoftSteps; ++i) {
+      const SoftSums sums = kernels_.pass({sample, size, threshold.tau, temperature, nullptr, false});
+      if (threshold.step(sums, {1e-3, precision_.resolution, 0.1}) != SoftThreshold<>::far) break;
+    }
+    return threshold.tau;
+  }
+
+  // All finite scores are kept, or none.
+  template <class Real>
+  void decide(const char* scores, int64_t n, bool kept, Real* mask) const {
+    const bool log = p_.rows.log;
+    const auto keep = static_cast<Real>(log ? 0 : 1), leave = static_cast<Real>(log ? kLogFloor : 0);
+    const auto missing = static_cast<Real>(log ? -std::numeric_limits<double>::infinity() : 0);
+    for (int64_t i = 0; i < n; ++i) {
+      const double score = value(scores + i * item_);
+      const bool infinite = score > std::numeric_limits<double>::max();
+      mask[i] = infinite || kept ? keep : leave;
+      if (!(score >= -std::numeric_limits<double>::max())) mask[i] = missing;
+    }
+  }
+
+  double value(const char* item) const {
+    if (p_.rows.wide) return read<double>(item);
+    switch (p_.rows.type) {
+      case ScoreType::f32:
+        return read<float>(item);
+      case ScoreType::f16:
+        return to_float<ScoreType::f16>(read<uint16_t>(item));
+      default:
+        return to_float<ScoreType::bf16>(read<uint16_t>(item));
+    }
+  }
+
+  template <class T>
+  static T read(const char* item) {
+    T x;
+    std::memcpy(&x, item, sizeof(x));
+    return x;
+  }
+
+  const SoftTopkParams& p_;
+  const SoftKernels& kernels_;
+  SoftPrecision precision_;
+  int64_t item_;
+};
+
+template <class Real>
+void run_grad(const SoftTopkGradParams& p, int64_t row) {
+  const SoftKernels& kernels = kernels_of(p.rows);
+  Place place;
+  p.rows.find(row, place);
+  const int64_t length = p.rows.length, first = row * length, item = score_bytes(p.rows);
+  const double weight = static_cast<double>(static_cast<const Real*>(p.weights)[row]);
+  const int64_t n = weight > 0 ? p.rows.length_of(place) : 0;
+  char* out = static_cast<char*>(p.grad_scores);
+  SoftGrad grad = {static_cast<const Real*>(p.mask) + first,
+                   static_cast<const Real*>(p.grad) + first,
+                   n,
+                   p.rows.log,
+                   0,
+                   p.rows.temperature_of(place),
+                   out == nullptr ? nullptr : out + first * item};
+  const SoftGradSums sums = kernels.sum_grad(grad, p.grad_temperature != nullptr);
+  grad.mean = n > 0 ? sums.a / weight : 0;
+  static_cast<Real*>(p.grad_k)[row] = static_cast<Real>(grad.mean);
+  if (p.grad_temperature != nullptr) {
+    const double slope = n > 0 ? (sums.wu * grad.mean - sums.au) / grad.temperature : 0;
+    static_cast<Real*>(p.grad_temperature)[row] = static_cast<Real>(slope);
+  }
+  if (out == nullptr) return;
+  kernels.write_grad(grad);
+  std::memset(out + (first + n) * item, 0, static_cast<size_t>((length - n) * item));
+}
+
+template <class F>
+void for_each_row(const SoftRows& rows, const Threads& threads, F&& f) {
+  const int64_t count = rows.count();
+  const int64_t workers = useful_workers(threads, count, count * rows.length, kGrain);
+  for_each_unit(threads, workers, count, [&](int64_t row, int64_t) { f(row); });
+}
+
+}  // namespace
+
+void soft_topk(const SoftTopkParams& p, const Threads& threads) {
+  const SoftTopk op(p);
+  for_each_row(p.rows, threads, [&](int64_t row) { p.rows.wide ? op.run<double>(row) : op.run<float>(row); });
+}
+
+void soft_topk_grad(const SoftTopkGradParams& p, const Threads& threads) {
+  for_each_row(p.rows, threads, [&](int64_t row) { p.rows.wide ? run_grad<double>(p, row) : run_grad<float>(p, row); });
+}
+
+}  // namespace lkv::cpu

@@ -1,0 +1,311 @@
+#pragma once
+
+#include <limits>
+
+#include "float_kernels_impl.h"
+#include "lkv/floats.h"
+#include "row_kernels.h"
+
+// The passes of soft_topk over a row, over a vector type S; one file per instruction set includes it, internal linkage
+// as in key_kernels_impl.h.
+
+namespace lkv::cpu {
+namespace {
+
+constexpr float kMissing = -std::numeric_limits<float>::infinity();  // what NaN counts as, too
+constexpr float kLargest = std::numeric_limits<float>::max();
+constexpr float kFarthest = 87.0f;  // |u| beyond which e^-|u| would not be a normal number: m is 0 or 1 there
+
+template <class S, ScoreType type>
+struct Soft {
+  using Floats = typename S::Floats;
+  using E = Elements<type>;
+  using Item = typename E::Item;
+
+  static constexpr int64_t kStretch = 64 * S::width;  // summed in float
+
+  static Floats load(const Item* scores) { return S::fmax(E::template load<S>(scores), S::fset(kMissing)); }
+
+  // body(at) for all whole vectors, then tail(at, rest); flush() after every stretch.
+  template <class Body, class Flush>
+  static int64_t for_each_vector(int64_t n, Body&& body, Flush&& flush) {
+    int64_t at = 0;
+    while (at + S::width <= n) {
+      const int64_t end = n - at < kStretch ? at + (n - at) / S::width * S::width : at + kStretch;
+      for (; at < end; at += S::width) body(at);
+      flush();
+    }
+    return at;
+  }
+
+  template <class T>
+  static void load_rest(const T* from, int64_t rest, T filling, T (&to)[S::width]) {
+    for (T& x : to) x = filling;
+    memcpy(to, from, static_cast<size_t>(rest) * sizeof(T));
+  }
+
+  static SoftRange range(const void* scores, int64_t n) {
+    const Item* items = static_cast<const Item*>(scores);
+    const auto zero = S::fset(0.0f), one = S::fset(1.0f), missing = S::fset(kMissing), most = S::fset(kLargest);
+    const auto infinite = S::fset(-kMissing), least = S::fset(-kLargest);
+    const float first = n > 0 ? to_float<type>(items[0]) : 0.0f;
+    SoftRange range = {};
+    range.origin = first >= -kLargest && first <= kLargest ? first : 0.0f;
+    const auto origin = S::fset(static_cast<float>(-range.origin));
+    auto lowest = infinite, highest = missing, sum = zero, squares = zero, present = zero, above = zero;
+    const auto add = [&](Floats x) {
+      const auto below = S::where_below(x, least, infinite, x), upto = S::where_below(most, x, missing, x);
+      lowest = S::fmin(lowest, below);
+      highest = S::fmax(highest, upto);
+      present = S::fadd(present, S::zero_below(one, x, least));
+      above = S::fadd(above, S::where_below(most, x, one, zero));
+      auto offset = S::fadd(x, origin);
+      offset = S::where_below(x, least, zero, S::where_below(most, x, zero, offset));
+      sum = S::fadd(sum, offset);
+      squares = S::fma(offset, offset, squares);
+    };
+    const auto flush = [&] {
+      const auto infinities = static_cast<int64_t>(S::sum(above));
+      range.infinite += infinities;
+      range.finite += static_cast<int64_t>(S::sum(present)) - infinities;
+      range.sum += S::sum(sum);
+      range.squares += S::sum(squares);
+      sum = squares = present = above = zero;
+    };
+    const int64_t at = for_each_vector(n, [&](int64_t i) { add(load(items + i)); }, flush);
+    if (at < n) {
+      Item rest[S::width];
+      load_rest(items + at, n - at, from_float<type>(kMissing), rest);
+      add(load(rest));
+      flush();
+    }
+    range.highest = S::highest(highest);
+    range.lowest = -S::highest(S::fmul(lowest, S::fset(-1.0f)));
+    return range;
+  }
+
+  // At one score: e = e^-u, m = 1 / (1 + e), and rest = 1 - m without cancellation.
+  struct Point {
+    Floats minus_u, e, sum, inverse, m, rest;
+
+    // `below` is -tau, `slope` -1 / temperature: of NaN comes m = 0.
+    Point(Floats score, Floats below, Floats slope, Floats shift) {
+      minus_u = S::fma(S::fadd(score, below), slope, shift);
+      e = Exponential<S>(S::fmax(S::fmin(minus_u, S::fset(kFarthest)), S::fset(-kFarthest))).value();
+      sum = S::fadd(e, S::fset(1.0f));
+      inverse = S::fdiv(S::fset(1.0f), sum);
+      rest = S::fmul(e, inverse);
+      m = S::where_below(minus_u, S::fset(kFarthest), inverse, S::fset(0.0f));
+    }
+
+    // log m = -log(1 + e), with what 1 + e has lost of e; u itself where that is out of reach.
+    Floats log() const {
+      const auto lost = S::fma(S::fadd(sum, S::fset(-1.0f)), S::fset(-1.0f), e);
+      const auto far = S::fmin(minus_u, S::fset(-kMissing));
+      const auto l = S::zero_below(S::fma(lost, inverse, log_normal<S>(sum)), far, S::fset(-kFarthest));
+      return S::fmul(S::fmax(l, far), S::fset(-1.0f));
+    }
+  };
+
+  enum class Out { none, mask, log };
+
+  template <Out out>
+  static SoftSums run(const SoftPass& p) {
+    const Item* items = static_cast<const Item*>(p.scores);
+    float* to = static_cast<float*>(p.out);
+    // tau in two parts: near it, differences are exact.
+    const float high = static_cast<float>(p.tau), inverse = static_cast<float>(1 / p.temperature);
+    const auto tau = S::fset(-high), scale = S::fset(-inverse);
+    const auto shift = S::fset(static_cast<float>((p.tau - static_cast<double>(high)) / p.temperature));
+    const auto zero = S::fset(0.0f);
+    auto m = zero, rest = zero, w = zero, tilt = zero;
+    SoftSums sums = {};
+    const auto write = [&](const Point& x, float* at) {
+      if constexpr (out == Out::mask) S::fstore(at, x.m);
+      if constexpr (out == Out::log) S::fstore(at, x.log());
+    };
+    const int64_t at = for_each_vector(
+        p.n,
+        [&](int64_t i) {
+          const Point x(E::template load<S>(items + i), tau, scale, shift);
+          const auto weight = S::fmul(x.m, x.rest);
+          m = S::fadd(m, x.m);
+          rest = S::fadd(rest, x.rest);
+          w = S::fadd(w, weight);
+          tilt = S::fma(weight, S::fma(x.m, S::fset(-1.0f), x.rest), tilt);
+          write(x, to + i);
+        },
+        [&] {
+          sums.m += S::sum(m);
+          sums.rest += S::sum(rest);
+          sums.w += S::sum(w);
+          sums.tilt += S::sum(tilt);
+          m = rest = w = tilt = zero;
+        });
+    if (at < p.n) {
+      Item scores[S::width];
+      float ms[S::width], rests[S::width], written[S::width];
+      load_rest(items + at, p.n - at, from_float<type>(kMissing), scores);
+      const Point x(E::template load<S>(scores), tau, scale, shift);
+      S::fstore(ms, x.m);
+      S::fstore(rests, x.rest);
+      for (int64_t i = 0; i < p.n - at; ++i) {
+        const double a = ms[i], b = rests[i];
+        sums.m += a;
+        sums.rest += b;
+        sums.w += a * b;
+        sums.tilt += a * b * (b - a);
+      }
+      write(x, written);
+      if (out != Out::none) memcpy(to + at, written, static_cast<size_t>(p.n - at) * sizeof(float));
+    }
+    return sums;
+  }
+
+  static SoftSums pass(const SoftPass& p) {
+    if (p.out == nullptr) return run<Out::none>(p);
+    return p.log ? run<Out::log>(p) : run<Out::mask>(p);
+  }
+};
+
+// From a mask and its gradient to what the gradient of a score is made of.
+template <class S, bool kLog>
+struct SoftSlope {
+  using Floats = typename S::Floats;
+  Floats a, w, u;
+
+  template <bool kWithU>
+  static SoftSlope at(const float* mask, const float* grad) {
+    SoftSlope x;
+    const auto value = S::fload(mask), tiny = S::fset(1e-37f);
+    const auto upstream = S::fload(grad), minus = S::fset(-1.0f), one = S::fset(1.0f);
+    if constexpr (kLog) {
+      const auto l = S::fmin(S::fmax(value, S::fset(-kFarthest)), S::fset(0.0f));
+      const Exponential<S> e(l);
+      const auto m = S::zero_below(e.value(), value, S::fset(-kFarthest));
+      const auto rest = S::fmul(S::fma(e.scale, e.part, S::fadd(e.scale, minus)), minus);
+      // Scores that are missing have no gradient, whatever came in for them.
+      x.a = S::zero_below(S::fmul(upstream, rest), value, S::fset(-kLargest));
+      x.w = S::fmul(m, rest);
+      if constexpr (kWithU) {
+        x.u = S::fma(log_normal<S>(S::fmax(rest, tiny)), minus, S::fmax(value, S::fset(-1e30f)));
+      }
+    } else {
+      const auto rest = S::fma(value, minus, one);
+      x.w = S::fmul(value, rest);
+      x.a = S::where_below(S::fset(0.0f), x.w, S::fmul(upstream, x.w), S::fset(0.0f));
+      if constexpr (kWithU) {
+        x.u = log_normal<S>(S::fdiv(S::fmax(value, tiny), S::fmax(rest, S::fset(1e-8f))));
+      }
+    }
+    return x;
+  }
+};
+
+template <class S, bool kLog>
+struct SoftBack {
+  using Floats = typename S::Floats;
+  using Vectors = Soft<S, ScoreType::f32>;
+
+  template <bool kWithU>
+  static SoftGradSums sum(const SoftGrad& p) {
+    const auto *mask = static_cast<const float*>(p.mask), *grad = static_cast<const float*>(p.grad);
+    const auto zero = S::fset(0.0f);
+    auto a = zero, au = zero, wu = zero;
+    SoftGradSums sums = {};
+    const auto add = [&](const float* m, const float* g) {
+      const auto x = SoftSlope<S, kLog>::template at<kWithU>(m, g);
+      a = S::fadd(a, x.a);
+      if constexpr (kWithU) {
+        au = S::fma(x.a, x.u, au);
+        wu = S::fma(x.w, x.u, wu);
+      }
+    };
+    const auto flush = [&] {
+      sums.a += S::sum(a);
+      sums.au += S::sum(au);
+      sums.wu += S::sum(wu);
+      a = au = wu = zero;
+    };
+    const int64_t at = Vectors::for_each_vector(p.n, [&](int64_t i) { add(mask + i, grad + i); }, flush);
+    if (at < p.n) {
+      float masks[S::width], grads[S::width];
+      Vectors::load_rest(mask + at, p.n - at, kLog ? kMissing : 0.0f, masks);
+      Vectors::load_rest(grad + at, p.n - at, 0.0f, grads);
+      add(masks, grads);
+      flush();
+    }
+    return sums;
+  }
+
+  template <ScoreType type>
+  static void write(const SoftGrad& p) {
+    const auto *mask = static_cast<const float*>(p.mask), *grad = static_cast<const float*>(p.grad);
+    auto* out = static_cast<typename ScoreTraits<type>::Bits*>(p.out);
+    const auto mean = S::fset(static_cast<float>(-p.mean)), scale = S::fset(static_cast<float>(1 / p.temperature));
+    const auto step = [&](const float* m, const float* g) {
+      const auto x = SoftSlope<S, kLog>::template at<false>(m, g);
+      return S::fmul(S::fma(x.w, mean, x.a), scale);
+    };
+    const auto store = [&](int64_t at, const float* values, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) out[at + i] = from_float<type>(values[i]);
+    };
+    float values[S::width];
+    const int64_t at = Vectors::for_each_vector(
+        p.n,
+        [&](int64_t i) {
+          if constexpr (type == ScoreType::f32) {
+            S::fstore(reinterpret_cast<float*>(out) + i, step(mask + i, grad + i));
+          } else {
+            S::fstore(values, step(mask + i, grad + i));
+            store(i, values, S::width);
+          }
+        },
+        [] {});
+    if (at < p.n) {
+      float masks[S::width], grads[S::width];
+      Vectors::load_rest(mask + at, p.n - at, kLog ? kMissing : 0.0f, masks);
+      Vectors::load_rest(grad + at, p.n - at, 0.0f, grads);
+      S::fstore(values, step(masks, grads));
+      store(at, values, p.n - at);
+    }
+  }
+};
+
+template <class S>
+void nudge_mask(void* mask, int64_t n, double move) {
+  float* masks = static_cast<float*>(mask);
+  const float step = static_cast<float>(move);
+  const auto by = S::fset(-step), half = S::fset(1 - 0.5f * step), one = S::fset(1.0f), minus = S::fset(-1.0f);
+  const auto moved = [&](auto m) {
+    const auto w = S::fmul(m, S::fma(m, minus, one));
+    return S::fma(S::fmul(w, by), S::fma(m, S::fset(step), half), m);
+  };
+  int64_t at = 0;
+  for (; at + S::width <= n; at += S::width) S::fstore(masks + at, moved(S::fload(masks + at)));
+  if (at < n) {
+    float rest[S::width] = {};
+    memcpy(rest, masks + at, static_cast<size_t>(n - at) * sizeof(float));
+    S::fstore(rest, moved(S::fload(rest)));
+    memcpy(masks + at, rest, static_cast<size_t>(n - at) * sizeof(float));
+  }
+}
+
+template <class S>
+SoftGradSums sum_soft_grad(const SoftGrad& p, bool with_u) {
+  if (p.log) return with_u ? SoftBack<S, true>::template sum<true>(p) : SoftBack<S, true>::template sum<false>(p);
+  return with_u ? SoftBack<S, false>::template sum<true>(p) : SoftBack<S, false>::template sum<false>(p);
+}
+
+template <class S, ScoreType type>
+void write_soft_grad(const SoftGrad& p) {
+  p.log ? SoftBack<S, true>::template write<type>(p) : SoftBack<S, false>::template write<type>(p);
+}
+
+template <class S, ScoreType type>
+constexpr SoftKernels soft_kernels() {
+  return {Soft<S, type>::range, Soft<S, type>::pass, sum_soft_grad<S>, write_soft_grad<S, type>, nudge_mask<S>};
+}
+
+}  // namespace
+}  // namespace lkv::cpu

@@ -1,0 +1,123 @@
+#include "launch.h"
+#include "soft_topk_grad.cuh"
+#include "soft_topk_kernels.cuh"
+#include "tuning.h"
+
+namespace lkv::cuda {
+namespace {
+
+constexpr int kProductionBlock = 512;
+constexpr int64_t kShortSlice = 4096;  // items per block below which more blocks cost more than they save
+
+// A kernel, the shared memory that it needs and what it takes per item of its slice.
+template <class Params>
+struct SoftLaunch {
+  void (*kernel)(Params, int);
+  int block;
+  size_t fixed, item;
+
+  Status operator()(const Params& p, Stream stream, const Tuning& tuning) const {
+    const int64_t rows = p.rows.count();
+    Device device;
+    Status status = Device::current(device);
+    if (status != cudaSuccess || rows == 0) return status;
+    if (std::max(p.rows.length, rows) > kMaxBlocks) return cudaErrorInvalidValue;
+    int64_t fits = (device.shared_per_block - static_cast<int64_t>(fixed)) / static_cast<int64_t>(item);
+    if (tuning.resident >= 0) fits = std::min<int64_t>(fits, tuning.resident);
+    const auto slice = [&](int cluster) { return (p.rows.length + cluster - 1) / cluster; };
+    // Blocks are added to a row until it fits on chip, and further while multiprocessors would idle.
+    int cluster = device.clusters ? std::max(tuning.cluster, 1) : 1;
+    while (device.clusters && tuning.cluster == 0 && cluster < kPortableCluster &&
+           (slice(cluster) > fits || (slice(cluster) > kShortSlice && rows * cluster * 2 <= device.multiprocessors))) {
+      cluster *= 2;
+    }
+    for (;; cluster /= 2) {
+      const int64_t on_chip = slice(cluster) <= fits ? slice(cluster) : 0;
+      const Grid grid = {.blocks = std::min(rows, kMaxBlocks / cluster) * cluster,
+                         .block = block,
+                         .shared = fixed + static_cast<size_t>(on_chip) * item,
+                         .cluster = cluster};
+      status = allow(grid, device);
+      if (status != cudaSuccess || cluster == 1 || runs(grid, stream)) {
+        return status != cudaSuccess ? status : launch(kernel, grid, stream, p, static_cast<int>(on_chip));
+      }
+    }
+  }
+
+ private:
+  Status allow(const Grid& grid, const Device& device) const {
+    cudaError_t status = cudaSuccess;
+    if (grid.shared > kDefaultShared) {
+      // Always the same value, as other threads may launch the kernel meanwhile.
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+    }
+    if (status == cudaSuccess && grid.cluster > kPortableCluster) {
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    }
+    return status;
+  }
+
+  // Whether as many multiprocessors lie next to each other as a cluster needs.
+  bool runs(const Grid& grid, Stream stream) const {
+    int active = 0;
+    const LaunchConfig config(grid, stream);
+    if (cudaOccupancyMaxActiveClusters(&active, kernel, &config.config) == cudaSuccess) return active > 0;
+    cudaGetLastError();
+    return false;
+  }
+};
+
+template <class F>
+Status with_type(ScoreType type, F&& f) {
+  switch (type) {
+    case ScoreType::f32:
+      return f.template operator()<ScoreType::f32>();
+    case ScoreType::f16:
+      return f.template operator()<ScoreType::f16>();
+    case ScoreType::bf16:
+      return f.template operator()<ScoreType::bf16>();
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <ScoreType type, int kBlock>
+Status run(const SoftTopkParams& p, Stream stream, const Tuning& tuning) {
+  const SoftLaunch<SoftTopkParams> launch = {soft_topk_kernel<type, kBlock>, kBlock, sizeof(SoftShared<kBlock>),
+                                             sizeof(float)};
+  return launch(p, stream, tuning);
+}
+
+template <ScoreType type, int kBlock>
+Status run_grad(const SoftTopkGradParams& p, Stream stream, const Tuning& tuning) {
+  const SoftLaunch<SoftTopkGradParams> launch = {soft_topk_grad_kernel<type, kBlock>, kBlock,
+                                                 sizeof(SoftGradShared<kBlock>), sizeof(float2)};
+  return launch(p, stream, tuning);
+}
+
+}  // namespace
+
+Status soft_topk(const SoftTopkParams& p, Stream stream, const Tuning& tuning) {
+  if (p.rows.wide) return cudaErrorInvalidValue;
+  return with_type(p.rows.type, [&]<ScoreType type> {
+    return tuning.block == kTestBlock ? run<type, kTestBlock>(p, stream, tuning)
+                                      : run<type, kProductionBlock>(p, stream, tuning);
+  });
+}
+
+Status soft_topk(const SoftTopkParams& p, Stream stream) {
+  return soft_topk(p, stream, {});
+}
+
+Status soft_topk_grad(const SoftTopkGradParams& p, Stream stream, const Tuning& tuning) {
+  if (p.rows.wide) return cudaErrorInvalidValue;
+  return with_type(p.rows.type, [&]<ScoreType type> {
+    return tuning.block == kTestBlock ? run_grad<type, kTestBlock>(p, stream, tuning)
+                                      : run_grad<type, kProductionBlock>(p, stream, tuning);
+  });
+}
+
+Status soft_topk_grad(const SoftTopkGradParams& p, Stream stream) {
+  return soft_topk_grad(p, stream, {});
+}
+
+}  // namespace lkv::cuda

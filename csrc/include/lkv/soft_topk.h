@@ -1,0 +1,86 @@
+#pragma once
+
+#include "lkv/params.h"
+
+// What the kernels of soft_topk are told. Rows of n scores lie along up to four leading axes, those in front of which
+// there is nothing with size 1.
+
+namespace lkv {
+
+inline constexpr int kLeading = 4;
+using Place = int64_t[kLeading];
+
+enum class Number : int32_t { f32, f64, i32, i64 };
+
+// One number per row, broadcast by zero strides (in elements).
+struct RowNumbers {
+  const void* data;  // nullptr: `fallback` everywhere
+  Place strides;
+  double fallback;
+  Number type;
+
+  LKV_HD double at(const Place& place) const {
+    if (data == nullptr) return fallback;
+    int64_t i = 0;
+    for (int axis = 0; axis < kLeading; ++axis) i += place[axis] * strides[axis];
+    switch (type) {
+      case Number::f32:
+        return static_cast<double>(static_cast<const float*>(data)[i]);
+      case Number::f64:
+        return static_cast<const double*>(data)[i];
+      case Number::i32:
+        return static_cast<double>(static_cast<const int32_t*>(data)[i]);
+      default:
+        return static_cast<double>(static_cast<const int64_t*>(data)[i]);
+    }
+  }
+};
+
+// The rows of one call, and what each of them asks for.
+struct SoftRows {
+  Place sizes;
+  int64_t length;  // n
+  RowNumbers k, temperature, lengths;
+  ScoreType type;  // of the scores
+  bool wide;       // all is float64 and `type` says nothing; CPU alone. Else the mask is float32
+  bool log;        // the mask is that of logarithms
+
+  LKV_HD int64_t count() const { return sizes[0] * sizes[1] * sizes[2] * sizes[3]; }
+  LKV_HD void find(int64_t row, Place& place) const {
+    for (int axis = kLeading; axis-- > 0; row /= sizes[axis]) place[axis] = row % sizes[axis];
+  }
+  LKV_HD int64_t length_of(const Place& place) const {
+    const double n = lengths.at(place);
+    return n < 0 ? 0 : n < static_cast<double>(length) ? static_cast<int64_t>(n) : length;
+  }
+  // Of what a device tensor holds nothing is promised: at least the least temperature that scores tell apart.
+  LKV_HD double temperature_of(const Place& place) const {
+    const double t = temperature.at(place);
+    return t > 1e-6 ? t < 1e30 ? t : 1e30 : 1e-6;
+  }
+};
+
+// mask = sigmoid((score - tau) / temperature), tau such that the sum over a row is k. Scores that are -inf or NaN, and
+// what lies behind the length of a row, have mask 0. Rows that k leaves nothing to decide in have weight 0.
+struct SoftTopkParams {
+  SoftRows rows;
+  const char* scores;
+  Place strides;  // bytes
+  void* mask;     // out [rows, n]
+  void* weights;  // out [rows]: the sum of m (1 - m), at least kLeastWeight per score
+};
+
+// From the gradient of the mask to those of what made it. Needs no scores: the mask tells u = (score - tau) / T.
+struct SoftTopkGradParams {
+  SoftRows rows;  // k is not used; type is that of grad_scores
+  const void *grad, *mask;
+  const void* weights;
+  void* grad_scores;       // out [rows, n]; nullptr: not wanted
+  void* grad_k;            // out [rows]
+  void* grad_temperature;  // out [rows]; nullptr: not wanted
+};
+
+inline constexpr double kLeastWeight = 1e-6;
+inline constexpr double kLogFloor = -1e4;  // the logarithm of the mask of a row of which nothing is to be kept
+
+}  // namespace lkv

@@ -1,0 +1,128 @@
+"""The differentiable relaxation of top-k: a mask between 0 and 1 whose sum is k."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lkv_ext.ops import errors
+from lkv_ext.ops.library import ops
+
+_ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+_AXES = 4  # in front of n, as the kernels count them
+
+
+def soft_topk(
+    scores: Tensor,
+    k: float | Tensor,
+    temperature: float | Tensor,
+    lengths: Tensor | Sequence | int | None = None,
+    log: bool = False,
+) -> Tensor:
+    """`m = sigmoid((scores - tau) / temperature)` with tau of every row such that the row of m sums to k.
+
+    As the temperature goes to 0 this is the mask of the k best scores; k need not be an integer. Differentiable once in
+    scores, k and temperature (with w = m (1 - m), W = sum w and g the gradient of m):
+
+        dL/dk = sum(w g) / W,  dL/dscores = w (g - dL/dk) / T,  dL/dT = -sum(w (u - u') g) / T
+
+    where u = (scores - tau) / T and u' = sum(w u) / W. With `log`, `w g` is `(1 - m) h` for the gradient h of log m:
+    nothing is divided by m. W counts as at least 1e-6 for each score, so that gradients stay finite where no score is
+    near tau.
+
+    Args:
+        scores: `[..., n]`, float32, float16, bfloat16 or (CPU) float64, any strides with a contiguous last axis.
+        k: a number, or a tensor that broadcasts to `[...]`. At most 0: the mask is all 0; at least the number of
+            scores there are: all 1. Gradients of such a row are zero.
+        temperature: above 0; a number, or a tensor that broadcasts to `[...]`. What a tensor holds counts as at least
+            1e-6.
+        lengths: integers that broadcast to `[...]`: only so many scores of a row, from the first, are there. Scores of
+            -inf and NaN are not there either. Default: all.
+        log: return `log m`, computed as `-softplus(-u)`: exact where m is too small for its type.
+
+    Returns:
+        `[..., n]`, contiguous, float32 (float64 for float64). Scores that are not there have mask 0 (`log`: -inf) and
+        gradient 0; of a row with k <= 0 the others have `log` -1e4, so that a softmax over it stays defined. A score of
+        +inf has mask 1 and is counted in k. Never NaN.
+
+    Raises:
+        ValueError, TypeError: for a wrong shape, dtype or device, and for a temperature that is not above 0.
+
+    Source: J. Su, "ThreTopK" (kexue.fm/archives/10373); with T = eps / 2 the mask of SOFT (Xie et al., NeurIPS 2020).
+    """
+    try:
+        if not isinstance(scores, Tensor) or scores.dim() == 0:
+            got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"expected scores of shape [..., n], got {got}")
+        real = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        k_tensor, k_value = _number(k, "k", real)
+        t_tensor, t_value = _number(temperature, "temperature", real)
+        if t_tensor is None and not t_value > 0:
+            raise ValueError(f"expected temperature above 0, got {temperature}")
+        if lengths is not None and not isinstance(lengths, Tensor):
+            lengths = torch.as_tensor(lengths, device=scores.device)
+        if scores.dim() > _AXES + 1:
+            return _flattened(scores, k_tensor, k_value, t_tensor, t_value, lengths, log)
+        return _run(scores, k_tensor, k_value, t_tensor, t_value, lengths, log)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        errors.reraise("soft_topk", error)
+
+
+def _number(given: float | Tensor, name: str, real: torch.dtype) -> tuple[Tensor | None, float]:
+    if isinstance(given, Tensor):
+        if given.is_complex() or given.dtype == torch.bool:
+            raise TypeError(f"expected {name} of a real dtype, got {given.dtype}")
+        return given.to(real), 0.0
+    if not isinstance(given, (Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"expected {name} as a number or a tensor, got {type(given).__name__}")
+    return None, float(given)
+
+
+def _flattened(scores: Tensor, k: Tensor | None, k_value: float, t: Tensor | None, *rest) -> Tensor:
+    """More leading axes than the kernels count: as one."""
+    leading = scores.shape[:-1]
+    t_value, lengths, log = rest
+    k, t, lengths = (x if x is None else x.broadcast_to(leading).reshape(-1) for x in (k, t, lengths))
+    return _run(scores.reshape(-1, scores.shape[-1]), k, k_value, t, t_value, lengths, log).view(scores.shape)
+
+
+def _run(scores: Tensor, k: Tensor | None, k_value: float, t: Tensor | None, *rest) -> Tensor:
+    if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in (scores, k, t)]):
+        return _SoftTopk.apply(scores, k, k_value, t, *rest)
+    return ops.soft_topk(scores, k, k_value, t, *rest)[0]
+
+
+class _SoftTopk(Function):
+    @staticmethod
+    def forward(ctx, scores, k, k_value, temperature, t_value, lengths, log):
+        mask, weights = ops.soft_topk(scores, k, k_value, temperature, t_value, lengths, log)
+        ctx.save_for_backward(mask, weights, temperature, lengths)
+        ctx.t_value, ctx.log = t_value, log
+        ctx.element = _ELEMENTS[scores.dtype]
+        ctx.shapes = [None if x is None else x.shape for x in (k, temperature)]
+        return mask
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        mask, weights, temperature, lengths = ctx.saved_tensors
+        to_scores, to_k, to_temperature = (ctx.needs_input_grad[i] for i in (0, 1, 3))
+        of_scores, of_k, of_temperature = ops.soft_topk_backward(
+            grad.contiguous(), mask, weights, temperature, ctx.t_value, lengths, ctx.element, ctx.log, to_scores,
+            to_temperature,
+        )  # fmt: skip
+        k_shape, t_shape = ctx.shapes
+        return (
+            of_scores if to_scores else None,
+            of_k.sum_to_size(k_shape) if to_k else None,
+            None,
+            of_temperature.sum_to_size(t_shape) if to_temperature else None,
+            None,
+            None,
+            None,
+        )
