@@ -176,6 +176,36 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(lambda t: lkv_ext.evict(t, None, scores, [5, 40], reserve=1).k, (k,))
 
 
+def soft_mask(scores: Tensor, k: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in (scores, k, temperature)]
+    mask = lkv_ext.soft_topk(*leaves, log=True)
+    return mask, *torch.autograd.grad(mask, leaves, scores)
+
+
+def test_soft_topk_waits_for_nothing_and_replays() -> None:
+    """A mask and its gradients, captured once: anew at every replay."""
+    inputs = [t.cuda() for t in (torch.randn(3, 40_000), torch.rand(3) * 9000, torch.tensor(0.1))]
+    soft_mask(*inputs)
+    with no_waiting():
+        soft_mask(*inputs)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        soft_mask(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = soft_mask(*inputs)
+    for _ in range(3):
+        inputs[0].copy_(torch.randn(3, 40_000))
+        inputs[1].copy_(torch.rand(3) * 9000)
+        graph.replay()
+        for mine, theirs in zip(captured, soft_mask(*inputs), strict=True):
+            assert torch.equal(mine, theirs)
+        sums = captured[0].double().exp().sum(-1)
+        assert torch.allclose(sums, inputs[1].double(), rtol=1e-5)
+
+
 def test_compile_with_device_budgets() -> None:
     """One graph for all budgets, with the real fake kernels of CUDA tensors."""
     k, v, scores = cache()

@@ -9,6 +9,7 @@ from lkv.reference.evict import evict, evict_, evict_layers
 from lkv.reference.gather import gather
 from lkv.reference.rooms import Rooms, rooms
 from lkv.reference.select import select, select_row
+from lkv.reference.soft_topk import soft_topk
 
 __all__ = [
     "Rooms",
@@ -22,4 +23,5 @@ __all__ = [
     "rooms",
     "select",
     "select_row",
+    "soft_topk",
 ]
