@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = (80, 90, 120)
-HOT = re.compile(r"select_kernel|split_\w+_kernel|gather_kernel|append_kernel|attend_\w*kernel")
+HOT = re.compile(r"select_kernel|split_\w+_kernel|gather_kernel|append_kernel|attend_\w*kernel|soft_topk_\w*kernel")
 REPORT = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)'"
     r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads",
@@ -56,7 +56,7 @@ def test_compiles_without_warnings_or_spills(source: Path, tmp_path: Path) -> No
     kernels = parse_report(log)
     assert {kernel.arch for kernel in kernels} == set(ARCHITECTURES), log
     hot = [kernel for kernel in kernels if HOT.search(kernel.name)]
-    assert hot or source.stem not in ("select", "gather", "append", "attend"), log
+    assert hot or source.stem not in ("select", "gather", "append", "attend", "soft_topk"), log
     assert not [kernel for kernel in hot if kernel.stack or kernel.spills]
 
 

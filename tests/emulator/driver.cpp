@@ -14,9 +14,17 @@ extern "C" {
 
 // So that the mirrors of the structs on the other side cannot drift unnoticed.
 void driver_sizes(int64_t* sizes) {
-  const size_t all[] = {sizeof(Strided),       sizeof(RowInts),      sizeof(Source),
-                        sizeof(RoomsParams),   sizeof(SelectParams), sizeof(GatherParams),
-                        sizeof(CompactParams), sizeof(AppendParams), sizeof(AttendParams),
+  const size_t all[] = {sizeof(Strided),
+                        sizeof(RowInts),
+                        sizeof(Source),
+                        sizeof(RoomsParams),
+                        sizeof(SelectParams),
+                        sizeof(GatherParams),
+                        sizeof(CompactParams),
+                        sizeof(AppendParams),
+                        sizeof(AttendParams),
+                        sizeof(SoftTopkParams),
+                        sizeof(SoftTopkGradParams),
                         sizeof(cuda::Tuning)};
   for (size_t size : all) *sizes++ = static_cast<int64_t>(size);
 }
@@ -55,6 +63,14 @@ size_t driver_attend_scratch(const AttendParams* p, const cuda::Tuning* tuning) 
 
 int driver_attend(const AttendParams* p, void* scratch, const cuda::Tuning* tuning) {
   return cuda::attend(*p, scratch, stream, *tuning);
+}
+
+int driver_soft_topk(const SoftTopkParams* p, const cuda::Tuning* tuning) {
+  return cuda::soft_topk(*p, stream, *tuning);
+}
+
+int driver_soft_topk_grad(const SoftTopkGradParams* p, const cuda::Tuning* tuning) {
+  return cuda::soft_topk_grad(*p, stream, *tuning);
 }
 
 const char* driver_describe(int status) {

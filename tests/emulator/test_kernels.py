@@ -1,4 +1,4 @@
-"""The launchers of csrc/cuda against the oracle: upload, rooms, select, gather behind it, compact, append, attend."""
+"""The launchers of csrc/cuda against an oracle: upload, rooms, select, gather behind it, compact, and the other ops."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from harness.build import SCHEDULES, run_cases
 
 BATCH = 60
 BATCHES = 4
-RAGGED_CASES = {"append": 150, "attend": 60}
+OTHER_CASES = {"append": 150, "attend": 60, "soft_topk": 60}
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
@@ -20,8 +20,8 @@ def test_cases(sanitized: Path, schedule: str, batch: int) -> None:
     assert done.returncode == 0, done.stderr[-8000:]
 
 
-@pytest.mark.parametrize("suite", RAGGED_CASES)
+@pytest.mark.parametrize("suite", OTHER_CASES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_ragged_cases(sanitized: Path, schedule: str, suite: str) -> None:
-    done = run_cases(sanitized, suite, 0, RAGGED_CASES[suite], (schedule,), 0, sanitize=True)
+def test_other_cases(sanitized: Path, schedule: str, suite: str) -> None:
+    done = run_cases(sanitized, suite, 0, OTHER_CASES[suite], (schedule,), 0, sanitize=True)
     assert done.returncode == 0, done.stderr[-8000:]

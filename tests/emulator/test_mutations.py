@@ -18,6 +18,8 @@ TRIED = (
     "append: length written while others read it",
     "attend: K read before it is staged",
     "attend: causal limit one row late",
+    "soft top-k: tau read before it has moved",
+    "soft top-k: mean read before it is known",
 )
 
 

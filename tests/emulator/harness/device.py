@@ -16,6 +16,8 @@ from harness.params import (
     GatherParams,
     RoomsParams,
     SelectParams,
+    SoftTopkGradParams,
+    SoftTopkParams,
     Source,
     Strided,
     Tuning,
@@ -52,6 +54,8 @@ class Emulator:
         lib.driver_attend_scratch.argtypes = [POINTER(AttendParams), POINTER(Tuning)]
         lib.driver_attend_scratch.restype = c_size_t
         lib.driver_attend.argtypes = [POINTER(AttendParams), c_void_p, POINTER(Tuning)]
+        lib.driver_soft_topk.argtypes = [POINTER(SoftTopkParams), POINTER(Tuning)]
+        lib.driver_soft_topk_grad.argtypes = [POINTER(SoftTopkGradParams), POINTER(Tuning)]
         lib.driver_describe.restype = c_char_p
         self._owned: list[int] = []
         sizes = (c_int64 * len(MIRRORS))()
@@ -110,6 +114,12 @@ class Emulator:
     def attend(self, p: AttendParams) -> None:
         scratch = self.empty(self._lib.driver_attend_scratch(p, self._tuning), np.uint8)
         self._check(self._lib.driver_attend(p, pointer(scratch), self._tuning))
+
+    def soft_topk(self, p: SoftTopkParams) -> None:
+        self._check(self._lib.driver_soft_topk(p, self._tuning))
+
+    def soft_topk_grad(self, p: SoftTopkGradParams) -> None:
+        self._check(self._lib.driver_soft_topk_grad(p, self._tuning))
 
     def synchronize(self) -> None:
         self._lib.emulator_synchronize()

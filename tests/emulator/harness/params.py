@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_bool, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_bool, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 
 
 class Strided(ctypes.Structure):
@@ -132,6 +132,45 @@ class AttendParams(ctypes.Structure):
     ]
 
 
+class RowNumbers(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("strides", c_int64 * 4), ("fallback", c_double), ("type", c_int32)]
+
+
+class SoftRows(ctypes.Structure):
+    _fields_ = [
+        ("sizes", c_int64 * 4),
+        ("length", c_int64),
+        ("k", RowNumbers),
+        ("temperature", RowNumbers),
+        ("lengths", RowNumbers),
+        ("type", c_int32),
+        ("wide", c_bool),
+        ("log", c_bool),
+    ]
+
+
+class SoftTopkParams(ctypes.Structure):
+    _fields_ = [
+        ("rows", SoftRows),
+        ("scores", c_void_p),
+        ("strides", c_int64 * 4),
+        ("mask", c_void_p),
+        ("weights", c_void_p),
+    ]
+
+
+class SoftTopkGradParams(ctypes.Structure):
+    _fields_ = [
+        ("rows", SoftRows),
+        ("grad", c_void_p),
+        ("mask", c_void_p),
+        ("weights", c_void_p),
+        ("grad_scores", c_void_p),
+        ("grad_k", c_void_p),
+        ("grad_temperature", c_void_p),
+    ]
+
+
 class Tuning(ctypes.Structure):
     _fields_ = [("block", c_int), ("cluster", c_int), ("splits", c_int), ("resident", c_int), ("pieces", c_int)]
 
@@ -146,5 +185,7 @@ MIRRORS = (
     CompactParams,
     AppendParams,
     AttendParams,
+    SoftTopkParams,
+    SoftTopkGradParams,
     Tuning,
 )

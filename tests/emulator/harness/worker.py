@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from harness import append, attend, evict
+from harness import append, attend, evict, soft_topk
 from harness.device import Emulator, Schedule
 from harness.params import Tuning
 
@@ -19,6 +19,7 @@ SUITES: dict[str, Callable[[Emulator, int, Schedule], None]] = {
     "evict": evict.run,
     "append": append.run,
     "attend": attend.run,
+    "soft_topk": soft_topk.run,
 }
 
 
