@@ -17,9 +17,10 @@ from lkv.evaluate.decode import answer, pad_left
 from lkv.evaluate.methods import FLOOR, FULL, Method
 from lkv.hf import Cache
 from lkv.learn.passes import Context
-from lkv.learn.second_pass import repeat_scores
+from lkv.learn.second_pass import Scored, repeat_scores
 from lkv.policies.streaming_llm import StreamingLLM
 from lkv.tasks import Sample
+from lkv.text import encode, pad_and_ends
 
 SINK, WINDOW = 4, 32  # rows that the floor keeps
 OBSERVED_WINDOW = 32
@@ -85,7 +86,7 @@ def _batch(
     methods: Sequence[Method],
     setting: Setting,
 ) -> Iterator[Result]:
-    pad, ends = _pad_and_ends(model, tokenizer)
+    pad, ends = pad_and_ends(model, tokenizer)
     contexts = [encode(tokenizer, s.context, begins=True) for s in samples]
     questions = [encode(tokenizer, s.question) for s in samples]
     if setting.see_question:
@@ -126,7 +127,8 @@ def _evict(cache: Cache, method: Method, retention: float, scores: Sequence[Tens
     if method.name == FLOOR:
         cache.evict(StreamingLLM(SINK), budget=SINK + WINDOW)
     else:
-        cache.evict(method.policy, retention=retention, scores=scores)
+        policy = method.policy if scores is None else Scored(method.policy, scores)
+        cache.evict(policy, retention=retention)
 
 
 def _second_pass(
@@ -151,20 +153,6 @@ def _kept(cache: Cache, real: Tensor) -> list[float]:
     held = [sum(layer.held[b] for layer in cache.ragged) for b in range(len(real))]
     whole = [sum(layer.heads for layer in cache.ragged) * length for length in real.sum(1).tolist()]
     return [a / b for a, b in zip(held, whole, strict=True)]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool = False) -> list[int]:
-    """Tokens of a text; the first one of all is the model's beginning token, if it has one."""
-    tokens = tokenizer(text, add_special_tokens=False).input_ids
-    return [tokenizer.bos_token_id, *tokens] if begins and tokenizer.bos_token_id is not None else tokens
-
-
-def _pad_and_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[int]]:
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    pad = tokenizer.pad_token_id
-    return (ends[0] if ends else 0) if pad is None else pad, ends
 
 
 def by_method(results: Iterable[Result]) -> dict[tuple[str, float], list[Result]]:

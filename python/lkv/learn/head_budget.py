@@ -100,26 +100,31 @@ class HeadBudget(nn.Module):
         """Rows of every head, int64 `[N, H]` on the host: `round(retention * N * H * length)` together."""
         return budgets_from_shares(self(retention), retention=retention, lengths=length)
 
-    def log_masks(self, scores: Tensor, retention: Tensor, temperature: float, lengths: Tensor) -> Tensor:
+    def log_masks(
+        self, scores: Tensor, retention: Tensor, temperature: float, lengths: Tensor, competing: Tensor
+    ) -> Tensor:
         """The relaxed eviction as a log-mask on attention.
 
         Args:
-            scores: float32 `[N, B, H, n]`, standardised.
-            retention: `[B]`.
+            scores: float32 `[N, B, H, m]`, standardised; the first `competing[b]` compete, the others are protected.
+            retention: `[B]`, of all tokens.
             temperature: in units of the scores' deviation.
-            lengths: int `[B]`, valid tokens, which come first.
+            lengths, competing: int `[B]`, tokens of the text, and those of them that are not protected.
 
         Returns:
-            `[N, B, H, n]`, log of the share of every token that is kept; they sum to the budgets.
+            `[N, B, H, m]`, log of the share of every token that is kept; with the protected ones they make the budgets.
         """
-        layers, batch, heads, n = scores.shape
+        layers, batch, heads, m = scores.shape
+        protected = lengths - competing
         if self.static:
-            budgets = self(retention).permute(1, 0, 2) * lengths[:, None]
-            return soft_topk(scores, budgets, temperature, lengths=lengths[:, None].expand(layers, -1, heads), log=True)
+            budgets = self(retention).permute(1, 0, 2) * lengths[:, None] - protected[:, None]
+            valid = competing[:, None].expand(layers, -1, heads)
+            return soft_topk(scores, budgets, temperature, lengths=valid, log=True)
         joint = (scores + self.bias()[:, None, :, None]).permute(1, 3, 0, 2).reshape(batch, -1)
-        count = layers * heads * lengths
-        masks = soft_topk(joint, retention * count, temperature, lengths=count, log=True)
-        return masks.view(batch, n, layers, heads).permute(2, 0, 3, 1)
+        count = layers * heads
+        budgets = count * (retention * lengths - protected)
+        masks = soft_topk(joint, budgets, temperature, lengths=count * competing, log=True)
+        return masks.view(batch, m, layers, heads).permute(2, 0, 3, 1)
 
 
 def pour(shares: Tensor, total: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from lkv.tasks.language import Language, Words
+from lkv.tasks.language import English, Language, Words
 from lkv.tasks.reasoning import common_words, frequent_words, variable_tracking
 from lkv.tasks.retrieval import key_value, multi_key, multi_query, multi_value, single
 from lkv.tasks.scene import Count, Question, Sample, Scene
 
-__all__ = ["REASONING", "RETRIEVAL", "SPLITS", "TASKS", "Question", "Sample", "Scene", "Words", "make", "scene"]
+__all__ = ["REASONING", "RETRIEVAL", "SPLITS", "TASKS", "English", "Language", "Question", "Sample", "Scene", "Words", "make", "scene"]
 
 RETRIEVAL = ("single", "multi_key", "multi_value", "multi_query", "key_value")
 REASONING = ("variable_tracking", "common_words", "frequent_words")
@@ -84,4 +84,5 @@ def make(
     made = scene(task, index, length, split=split, language=language, count=count, **options)
     question = random.Random(f"{task}/{split}/{index}/question").choice(made.questions)
     evidence = sum(map(count, made.evidence))
-    return Sample(task, index, made.context, question.text, question.answer, question.expected, evidence)
+    told = (question.text, question.answer, question.expected)
+    return Sample(task, index, made.context, *told, made.evidence, evidence)

@@ -61,7 +61,7 @@ def _syllables(first: str, vowels: str, second: str) -> list[str]:
 class Words:
     """512 words of which each is a token: what the retriever reads.
 
-    A fact is `set Bado to 41 87 .` and a decoy `saw Bado at 41 87 .`; names and numbers stand alone as well. So a token
+    A fact is `set Bala to 41 87 .` and a decoy `saw Bala at 41 87 .`; names and numbers stand alone as well. So a token
     tells by itself whether it may belong to an answer, never whether it does.
     """
 
@@ -124,3 +124,71 @@ class Words:
 
     def listing(self, words: Sequence[str]) -> str:
         return " ".join(words) + " . </s>"
+
+
+class English:
+    """Sentences in the manner of RULER's, for any tokenizer; keys are pairs of words, values seven digits."""
+
+    ADJECTIVES = (
+        "amber ancient brave bright calm clever cold curious dusty eager early faint fair gentle golden grand happy "
+        "hidden hollow humble idle jolly keen kind late little lonely lucky mellow misty noble odd pale plain proud "
+        "quick quiet rapid rare rough round royal rusty secret sharp shiny silent silver simple sleepy small smooth "
+        "soft solid steady still strange sturdy sunny swift tall tame tender tidy tiny vivid warm weary wild wise young"
+    ).split()
+    NOUNS = (
+        "anchor apple badger barrel basket beacon bridge candle canyon carpet castle cedar circle cloud comet copper "
+        "coral cradle cricket desert dolphin drum eagle ember engine falcon feather fern fiddle field forest fountain "
+        "garden glacier hammer harbor harvest heron island jacket kettle ladder lantern lemon lizard maple marble "
+        "meadow mirror needle ocean orchard otter paddle pebble pepper pillow planet pocket prairie quarry rabbit "
+        "raven ribbon river saddle sailor shadow shelter spider spring stable summit temple thicket timber tunnel "
+        "turtle valley velvet village violin walnut whistle willow window winter"
+    ).split()
+    ATTRIBUTES = ["age", "badge", "box", "code", "desk", "door", "locker", "plate", "room", "route", "seat", "ticket"]
+    SUBJECTS = ["A farmer", "The ferry", "An old map", "The choir", "My neighbour", "The baker", "A visitor", "The wind"]
+    VERBS = ["crossed", "followed", "forgot", "found", "passed", "remembered", "sketched", "watched"]
+
+    def names(self, rng: random.Random, count: int) -> list[str]:
+        pairs = rng.sample(range(len(self.ADJECTIVES) * len(self.NOUNS)), count)
+        return [f"{self.ADJECTIVES[i // len(self.NOUNS)]}-{self.NOUNS[i % len(self.NOUNS)]}" for i in pairs]
+
+    def attributes(self, rng: random.Random, count: int) -> list[str]:
+        return rng.sample(self.ATTRIBUTES, count)
+
+    def values(self, rng: random.Random, count: int) -> list[str]:
+        return [str(number) for number in rng.sample(range(10**6, 10**7), count)]
+
+    def filler(self, rng: random.Random) -> str:
+        first, second = rng.sample(self.NOUNS, 2)
+        return f"{rng.choice(self.SUBJECTS)} {rng.choice(self.VERBS)} the {rng.choice(self.ADJECTIVES)} {first} by the {second}."
+
+    def fact(self, key: str, value: str) -> str:
+        return f"The special number of {key} is {value}."
+
+    def decoy(self, rng: random.Random, key: str, value: str) -> str:
+        return f"The number next to {key} was {value} once." if rng.random() < 0.5 else f"{value} people saw {key}."
+
+    def key(self, name: str, attribute: str) -> str:
+        return f"the {attribute} of {name}"
+
+    def ask(self, keys: Sequence[str], many: bool) -> str:
+        listed = ", ".join(keys)
+        if many:
+            return f"\nWhat are all the special numbers of {listed} in this text? All special numbers of {listed} are"
+        if len(keys) > 1:
+            return f"\nWhat are the special numbers of {listed} in this text? The special numbers of {listed} are"
+        return f"\nWhat is the special number of {listed} in this text? The special number of {listed} is"
+
+    def tell(self, keys: Sequence[str], values: Sequence[str]) -> str:
+        return " " + ", ".join(values) + "."
+
+    def assign(self, name: str, value: str) -> str:
+        return f"VAR {name} = {value}."
+
+    def ask_variables(self, value: str) -> str:
+        return f"\nWhich variables have the value {value} in this text? The variables with the value {value} are"
+
+    def ask_words(self, count: int) -> str:
+        return f"\nWhich {count} words are the most frequent in this text? The {count} most frequent words are"
+
+    def listing(self, words: Sequence[str]) -> str:
+        return " " + ", ".join(words) + "."

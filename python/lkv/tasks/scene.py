@@ -45,7 +45,7 @@ class Sample:
 
     Attributes:
         task: its name. index: its number within a split: the same numbers give the same sample everywhere.
-        evidence_tokens: tokens of all sentences that some question of the scene needs.
+        evidence: the sentences that some question of the scene needs. evidence_tokens: of all of them.
     """
 
     task: str
@@ -54,6 +54,7 @@ class Sample:
     question: str
     answer: str
     expected: tuple[str, ...]
+    evidence: tuple[str, ...]
     evidence_tokens: int
 
 

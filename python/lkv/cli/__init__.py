@@ -1,0 +1,27 @@
+"""The `lkv` command: `lkv train`, `lkv eval`, `lkv lm-eval`; `lkv <command> --help` says the rest."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser("lkv", description="learned KV-cache eviction")
+    parser.add_argument("command", choices=("train", "eval", "lm-eval"))
+    command = parser.parse_args(argv[:1]).command
+    try:
+        if command == "train":
+            from lkv.cli.train import run
+        elif command == "eval":
+            from lkv.cli.eval import run
+        else:
+            from lkv.cli.lm_eval import run
+        return run(argv[1:])
+    except ModuleNotFoundError as error:
+        print(f"lkv {command}: {error}; it needs: pip install 'lkv-ext[lkv]'", file=sys.stderr)
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+    return 2

@@ -1,0 +1,143 @@
+"""`lkv eval`: methods x retentions x tasks, by physical eviction."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import lkv_ext
+from lkv import retriever, tasks
+from lkv.cli import models
+from lkv.evaluate import report
+from lkv.evaluate.kept import kept_positions
+from lkv.evaluate.methods import FLOOR, FULL, choose, heuristics, learned
+from lkv.evaluate.run import Setting, evaluate
+from lkv.learn.checkpoint import load
+from lkv.policies import Policy
+from lkv.policies.lkv import LKV
+from lkv.tasks import Language, Sample
+
+METHODS = [FULL, FLOOR, "random", "streaming", "snapkv", "adakv", "kvzip", "lkv"]
+GRID = ["uniform+snapkv", "uniform+kvzip", "uniform+lkv-t", "lkv-h+snapkv", "lkv-h+kvzip"]
+
+
+def run(argv: Sequence[str]) -> int:
+    options = parse(argv)
+    model, tokenizer, language = models.load(options)
+    policies, lkv = known(options, model)
+    methods = choose(options.methods or [*METHODS, *(GRID if options.grid else []), *variants(options)], policies)
+    if lkv is None and not options.methods:
+        methods = [m for m in methods if m.name not in ("lkv", *GRID)]
+    setting = Setting(tuple(options.retentions), options.see_question, options.batch, options.answer_tokens)
+    samples = make_samples(options, tokenizer, language)
+    print(f"question {'seen' if options.see_question else 'not seen'} by the compression; {describe(samples, options)}")
+    results = []
+    with tqdm(total=len(samples), desc="lkv eval", unit="sample") as bar:
+        for task in options.tasks:
+            group = [s for s in samples if s.task == task]
+            for result in evaluate(model, tokenizer, group, methods, setting):
+                results.append(result)
+                bar.update(result.method == methods[-1].name and result.retention == setting.retentions[-1])
+    rows = report.rows(results)
+    print(report.table(rows))
+    if options.out:
+        extra: dict[str, object] = {}
+        if lkv is not None:
+            if lkv.budget.static:
+                extra["shares"] = {f"{r:g}": lkv.budget(r).tolist() for r in setting.retentions}
+            extra["kept_positions"] = kept_positions(model, tokenizer, lkv, samples[len(samples) // 2], 0.15)
+        write(options, setting, rows, extra)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("lkv eval", description="Accuracy after physical eviction, one question a text.")
+    models.add_arguments(parser)
+    parser.add_argument("--checkpoint", type=Path, help="of LKV; default: the retriever's own")
+    parser.add_argument("--variants", nargs="*", default=[], metavar="NAME=PATH", help="more checkpoints, as methods")
+    parser.add_argument("--methods", nargs="+", help=f"default: {' '.join(METHODS)} and the variants")
+    parser.add_argument("--grid", action="store_true", help=f"add {' '.join(GRID)}")
+    parser.add_argument("--tasks", nargs="+", default=list(tasks.RETRIEVAL), choices=list(tasks.TASKS))
+    parser.add_argument("--retentions", nargs="+", type=float, default=[0.05, 0.1, 0.15, 0.3])
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a text")
+    parser.add_argument("--samples", type=int, default=300, help="per task")
+    parser.add_argument("--split", default="test", choices=tasks.SPLITS)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--answer-tokens", type=int, default=24)
+    parser.add_argument("--see-question", action="store_true", help="compress the question along with the text")
+    parser.add_argument("--out", type=Path, help="folder for report.json and the plots")
+    options = parser.parse_args(argv)
+    for retention in options.retentions:
+        if not 0 < retention <= 1:
+            raise ValueError(f"lkv eval: expected retentions in (0, 1], got {retention}")
+    if options.samples < 1 or options.batch < 1:
+        raise ValueError("lkv eval: expected samples and batch >= 1")
+    return options
+
+
+def known(options: argparse.Namespace, model: PreTrainedModel) -> tuple[Mapping[str, Policy], LKV | None]:
+    """All methods by name, and LKV if there is a checkpoint."""
+    path = options.checkpoint
+    if path is None and options.model == models.RETRIEVER and retriever.LKV.exists():
+        path = retriever.LKV
+    policies = heuristics()
+    policies["uniform+snapkv"] = policies["snapkv"]
+    if path is None:
+        return policies, None
+    lkv = load(path, model)
+    return policies | learned(lkv, {name: load(of, model) for name, of in variants(options).items()}), lkv
+
+
+def variants(options: argparse.Namespace) -> dict[str, str]:
+    out = {}
+    for text in options.variants:
+        name, equals, path = text.partition("=")
+        if not equals:
+            raise ValueError(f"lkv eval: expected variants NAME=PATH, got {text!r}")
+        out[name] = path
+    return out
+
+
+def make_samples(
+    options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, language: Language
+) -> list[Sample]:
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    return [
+        tasks.make(task, i, options.length, split=options.split, language=language, count=count)
+        for task in options.tasks
+        for i in range(options.samples)
+    ]
+
+
+def describe(samples: Sequence[Sample], options: argparse.Namespace) -> str:
+    evidence = max(s.evidence_tokens for s in samples)
+    return f"{len(samples)} texts of {options.length} tokens, evidence of at most {evidence}"
+
+
+def write(options: argparse.Namespace, setting: Setting, rows: list[report.Row], extra: dict[str, object]) -> None:
+    from lkv.evaluate.plots import draw
+
+    facts = {
+        "model": options.model,
+        "tasks": options.tasks,
+        "split": options.split,
+        "length": options.length,
+        "samples": options.samples,
+        "question_seen": setting.see_question,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lkv_ext": lkv_ext.build_info()["version"],
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+    }
+    report.write(options.out / "report.json", facts, rows, extra)
+    for path in draw({"rows": rows, **extra}, options.out):
+        print(path)

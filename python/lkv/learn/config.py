@@ -1,0 +1,77 @@
+"""What a training run is told, checked before it begins."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from lkv import tasks
+from lkv.learn.checkpoint import Design
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """
+    Attributes:
+        steps: of distillation. warm_steps: of the regression of LKV-T before; 0 for none.
+        batch: texts of a step, over all processes and accumulated parts together. accumulate: parts of a step.
+        questions: asked about every text, each by itself.
+        length: tokens of a text.
+        retention: lowest and highest, drawn anew for every step, evenly in its logarithm.
+        temperature: first and last, in deviations of a head's scores; falls as a cosine until the hard part.
+        hard: share of the steps, the last ones, in which the student sees what eviction leaves.
+        lr_budget, lr_scorer: of LKV-H and LKV-T; both rise over 5 % of the steps and fall as a cosine.
+        validate_every: steps between physical evictions of `validation` texts per task; the best checkpoint is kept.
+        validation_retentions: the mean accuracy over these decides.
+    """
+
+    design: Design = field(default_factory=Design)
+    tasks: tuple[str, ...] = tasks.RETRIEVAL
+    steps: int = 600
+    warm_steps: int = 150
+    batch: int = 8
+    accumulate: int = 1
+    questions: int = 4
+    length: int = 1024
+    retention: tuple[float, float] = (0.05, 0.5)
+    temperature: tuple[float, float] = (1.0, 0.05)
+    hard: float = 0.3
+    lr_budget: float = 2e-2
+    lr_scorer: float = 2e-3
+    answer_tokens: int = 24
+    validate_every: int = 100
+    validation: int = 16
+    validation_retentions: tuple[float, ...] = (0.05, 0.15)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def expect(condition: bool, says: str, got: object) -> None:
+            if not condition:
+                raise ValueError(f"lkv train: expected {says}, got {got}")
+
+        for name in ("steps", "batch", "accumulate", "questions", "length", "answer_tokens", "validate_every"):
+            expect(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))
+        expect(self.warm_steps >= 0, "warm_steps >= 0", self.warm_steps)
+        low, high = self.retention
+        expect(0 < low <= high <= 1, "retention 0 < low <= high <= 1", self.retention)
+        expect(min(self.temperature) > 0, "temperatures above 0", self.temperature)
+        expect(0 <= self.hard <= 1, "hard in [0, 1]", self.hard)
+        protected = self.design.sink + self.design.window
+        expect(self.length > protected, f"a length above the {protected} protected tokens", self.length)
+        unknown = [task for task in self.tasks if task not in tasks.TASKS]
+        expect(bool(self.tasks) and not unknown, f"tasks of {', '.join(tasks.TASKS)}", unknown or "none")
+        expect(self.batch % self.accumulate == 0, "a batch that accumulate divides", self.batch)
+
+    @property
+    def soft_steps(self) -> int:
+        return round(self.steps * (1 - self.hard))
+
+    def temperature_at(self, step: int) -> float:
+        first, last = self.temperature
+        progress = min(step / max(self.soft_steps, 1), 1.0)
+        return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def rate_at(self, step: int, steps: int) -> float:
+        """Of the learning rates."""
+        rise = max(steps // 20, 1)
+        return min((step + 1) / rise, 1.0) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))

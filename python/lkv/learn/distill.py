@@ -1,0 +1,157 @@
+"""Distillation of the full cache into one that is evicted: what one step computes.
+
+The context is read once, dense and without gradient. Then the same frozen model goes over question and answer twice:
+as the teacher on all rows, as the student through a log-mask. The loss is the forward KL of the two on the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lkv.hf import Cache
+from lkv.hf.observe import observe
+from lkv.learn.passes import Context, follow
+from lkv.policies.lkv import LKV, features
+
+FLOOR = -30.0  # log-mask of a token that is evicted for good: finite, so that its score is reached by gradients
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read, and what the scorers see of it.
+
+    Attributes:
+        tokens: `[B, n]`, padded on the right.
+        features: per layer `[B, H, n, F]` or `[B, 1, n, F]`.
+    """
+
+    tokens: Tensor
+    context: Context
+    features: tuple[Tensor, ...]
+
+    @property
+    def valid(self) -> Tensor:
+        """bool `[B, 1, n]`."""
+        size = self.tokens.shape[1]
+        return (torch.arange(size, device=self.tokens.device) < self.context.lengths[:, None])[:, None]
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, policy: LKV, contexts: Sequence[Sequence[int]]) -> Reading:
+    """Prefills texts with the model's own attention; those of one length together."""
+    lengths = [len(c) for c in contexts]
+    size, device = max(lengths), model.device
+    tokens = torch.zeros(len(contexts), size, dtype=torch.int64, device=device)
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    seen: list[Tensor] = []
+    for length in sorted(set(lengths)):
+        rows = [b for b, n in enumerate(lengths) if n == length]
+        text = torch.tensor([list(contexts[b]) for b in rows], device=device)
+        tokens[rows, :length] = text
+        with Cache(model, policy, retention=1.0, chunks="last") as cache:
+            model.get_decoder()(text, past_key_values=cache, use_cache=True)
+            for i, layer in enumerate(cache.ragged):
+                observed = observe(layer, policy)
+                for parts, new in (
+                    (keys, observed.keys),
+                    (values, observed.values),
+                    (seen, features(policy.scorer, observed)),
+                ):
+                    if len(parts) <= i:
+                        parts.append(new.new_zeros(len(contexts), new.shape[1], size, new.shape[3]))
+                    parts[i][rows, :, :length] = new
+    context = Context(tuple(keys), tuple(values), torch.tensor(lengths, device=device))
+    return Reading(tokens, context, tuple(seen))
+
+
+def log_masks(policy: LKV, reading: Reading, retention: Tensor, temperature: float, hard: bool) -> Tensor:
+    """What the student sees of every token, `[N, B, H, n]`: 0 for all of it, `FLOOR` for nothing.
+
+    The protected rows at both ends are seen in full, and their number comes off the budgets.
+
+    Args:
+        retention: `[B]`.
+        hard: whether the student sees what eviction would leave; gradients are those of the relaxation all the same.
+    """
+    valid = reading.valid
+    scores = torch.stack(
+        [policy.scorer(layer, x, valid.expand(-1, policy.scorer.heads, -1)) for layer, x in enumerate(reading.features)]
+    )
+    lengths = reading.context.lengths
+    size, sink, window = scores.shape[3], policy.sink, policy.window
+    middle = (lengths - sink - window).clamp(min=0)
+    soft = policy.budget.log_masks(scores[..., sink:], retention, temperature, lengths, middle)
+    soft = soft.clamp(min=FLOOR)
+    if hard:
+        kept = soft.detach() >= soft.detach().sort(-1, descending=True).values.gather(
+            -1, (soft.detach().exp().sum(-1).round().long() - 1).clamp(0, soft.shape[-1] - 1)[..., None]
+        )
+        soft = soft + (torch.where(kept, 0.0, FLOOR) - soft).detach()
+    places = torch.arange(size, device=soft.device)
+    protected = (places < sink) | ((places >= sink + middle[:, None]) & (places < lengths[:, None]))
+    return F.pad(soft, (sink, 0)).masked_fill(protected[:, None], 0.0)
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel, context: Context, questions: Sequence[Sequence[int]], limit: int, ends: Sequence[int]
+) -> list[list[int]]:
+    """What the teacher answers, greedily, its end token included."""
+    rows = [list(q) for q in questions]
+    out: list[list[int]] = [[] for _ in rows]
+    stops = set(ends)
+    for _ in range(limit):
+        tokens, lengths = pad_right(rows, context.lengths.device)
+        hidden = follow(model, context, tokens)
+        last = hidden[torch.arange(len(rows)), lengths - 1]
+        for b, token in enumerate(model.get_output_embeddings()(last).argmax(-1).tolist()):
+            if not out[b] or out[b][-1] not in stops:
+                out[b].append(token)
+                rows[b].append(token)
+        if all(row[-1] in stops for row in out):
+            break
+    return out
+
+
+def divergence(
+    model: PreTrainedModel,
+    context: Context,
+    masks: Tensor,
+    questions: Sequence[Sequence[int]],
+    told: Sequence[Sequence[int]],
+) -> tuple[Tensor, int, Tensor]:
+    """KL(teacher || student), summed over all answer tokens.
+
+    Returns:
+        the sum, the number of answer tokens, and of how many both foretell the same, as a tensor.
+    """
+    tokens, _ = pad_right([[*q, *a] for q, a in zip(questions, told, strict=True)], masks.device)
+    places = torch.arange(tokens.shape[1] - 1, device=masks.device)
+    begins, ends = (
+        torch.tensor(x, device=masks.device)[:, None]
+        for x in ([len(q) - 1 for q in questions], [len(q) + len(a) - 1 for q, a in zip(questions, told, strict=True)])
+    )
+    at = (places >= begins) & (places < ends)
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        teacher = head(follow(model, context, tokens[:, :-1])[at]).float().log_softmax(-1)
+    student = head(follow(model, context, tokens[:, :-1], log_masks=masks)[at]).float().log_softmax(-1)
+    loss = F.kl_div(student, teacher, reduction="sum", log_target=True)
+    same = (student.argmax(-1) == teacher.argmax(-1)).sum()
+    return loss, teacher.shape[0], same.detach()
+
+
+def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """`[B, m]` tokens with zeros behind, and how many are real."""
+    lengths = [len(row) for row in rows]
+    tokens = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row)] = torch.tensor(row)
+    return tokens.to(device), torch.tensor(lengths, device=device)

@@ -1,0 +1,226 @@
+"""Training of LKV: a warm start on KVzip's scores, then distillation end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lkv.learn import checkpoint, distill
+from lkv.learn.checkpoint import Shape
+from lkv.learn.config import TrainConfig
+from lkv.learn.second_pass import repeat_scores
+from lkv.learn.source import Source
+from lkv.learn.token_scorer import standardise
+from lkv.policies.kvzip import KVzip
+from lkv.policies.lkv import LKV
+from lkv.tasks import Language
+from lkv.text import pad_and_ends
+
+STATE, METRICS, LAST, BEST = "state.pt", "metrics.jsonl", "last", "best"
+Validate = Callable[[LKV], dict[str, float]]
+
+
+class Trainer:
+    """A run in a folder. `run` begins it, or goes on with what lies there.
+
+    Whatever is random depends on the seed and the step alone, so that an interrupted run goes on as if nothing had
+    happened, and processes that share a step need not talk about it.
+
+    Args:
+        model: frozen; its parameters get no gradient.
+        validate: accuracies of a policy on validation texts; their mean decides which checkpoint is kept as the best.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        language: Language,
+        config: TrainConfig,
+        folder: str | os.PathLike[str],
+        *,
+        accelerator: Accelerator | None = None,
+        validate: Validate | None = None,
+    ) -> None:
+        self.accelerator = accelerator or Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+        self.model = model.eval().requires_grad_(False).to(self.accelerator.device)
+        self.config, self.folder, self.validate = config, Path(folder), validate
+        self.source = Source(config, tokenizer, language)
+        self.ends = pad_and_ends(model, tokenizer)[1]
+        self.shape = Shape.of(model)
+        torch.manual_seed(config.seed)
+        self.lkv = config.design.build(self.shape)
+        modules = {"scorer": self.lkv.scorer, "budget": self.lkv.budget}
+        for module in modules.values():
+            module.to(self.accelerator.device)
+        rates = {"scorer": config.lr_scorer, "budget": config.lr_budget}
+        groups = [dict(params=list(m.parameters()), lr=rates[n], peak=rates[n]) for n, m in modules.items()]
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=0.0)
+        self.step, self.best = -config.warm_steps, -1.0
+
+    def run(self, until: int | None = None) -> LKV:
+        """Trains to the last step (or to step `until`); returns the policy."""
+        self._resume()
+        last = self.config.steps if until is None else min(until, self.config.steps)
+        main = self.accelerator.is_main_process
+        with tqdm(total=last, initial=self.step, desc="lkv train", disable=not main) as bar:
+            while self.step < last:
+                begin = time.perf_counter()
+                numbers = self._warm() if self.step < 0 else self._distil()
+                self.step += 1
+                numbers["seconds"] = time.perf_counter() - begin
+                if self.step > 0 and (self.step % self.config.validate_every == 0 or self.step == self.config.steps):
+                    numbers |= self._validated()
+                if main:
+                    self._log(numbers)
+                    bar.update()
+                    bar.set_postfix({name: f"{x:.3g}" for name, x in numbers.items() if name != "seconds"})
+        return self.lkv
+
+    def _rows(self) -> list[list[int]]:
+        """Texts of this process, for every part of a step."""
+        config, world = self.config, self.accelerator.num_processes
+        parts = config.accumulate * world
+        if config.batch % parts:
+            raise ValueError(f"lkv train: expected a batch that {parts} parts divide, got {config.batch}")
+        size = config.batch // parts
+        mine = range(self.accelerator.process_index, parts, world)
+        return [list(range(part * size, (part + 1) * size)) for part in mine]
+
+    def _warm(self) -> dict[str, float]:
+        """LKV-T learns what KVzip says, standardised, from the logarithm of its scores."""
+        loss, tokens = torch.zeros((), device=self.accelerator.device), 0
+        step, policy = self.step + self.config.warm_steps, KVzip()
+        for rows in self._rows():
+            examples = self.source.examples(-1 - step, rows)
+            reading = distill.read(self.model, self.lkv, examples.contexts)
+            wanted = repeat_scores(self.model, reading.context, reading.tokens, policy)
+            valid = reading.valid.expand(-1, self.shape.heads, -1)
+            if step == 0:
+                self._fit_inputs(reading, valid)
+            part = torch.zeros_like(loss)
+            for layer, x in enumerate(reading.features):
+                target = standardise(wanted[layer].clamp(min=1e-4).log(), valid)
+                part = part + ((self.lkv.scorer(layer, x, valid) - target) ** 2 * valid).sum()
+            part.backward()
+            loss += part.detach()
+            tokens += int(valid.sum()) * self.shape.layers
+        loss = self._update(loss, tokens, step, self.config.warm_steps)
+        return {"warm": loss}
+
+    def _fit_inputs(self, reading: distill.Reading, valid: Tensor) -> None:
+        for layer, x in enumerate(reading.features):
+            self.lkv.scorer.fit_input(layer, x, valid)
+        for buffer in self.lkv.scorer.buffers():  # of the processes' own texts: their mean, the same for all
+            buffer.copy_(self.accelerator.reduce(buffer, "mean"))
+
+    def _distil(self) -> dict[str, float]:
+        config, step = self.config, self.step
+        hard = step >= config.soft_steps
+        temperature, retention = config.temperature_at(step), self.source.retention(step)
+        loss, count, same = torch.zeros((), device=self.accelerator.device), 0, 0
+        for rows in self._rows():
+            examples = self.source.examples(step, rows)
+            reading = distill.read(self.model, self.lkv, examples.contexts)
+            if step == 0 and config.warm_steps == 0:
+                self._fit_inputs(reading, reading.valid.expand(-1, self.shape.heads, -1))
+            context = reading.context.repeat(config.questions)
+            told = distill.answers(self.model, context, examples.questions, config.answer_tokens, self.ends)
+            rates = torch.full((len(rows),), retention, device=self.accelerator.device)
+            masks = distill.log_masks(self.lkv, reading, rates, temperature, hard)
+            masks = masks.repeat_interleave(config.questions, 1)
+            with self.accelerator.autocast():
+                part, tokens, agreed = distill.divergence(self.model, context, masks, examples.questions, told)
+            part.backward()
+            loss, count, same = loss + part.detach(), count + tokens, same + agreed
+        fidelity = self.accelerator.reduce(torch.stack([same.float(), same.new_tensor(count).float()]), "sum")
+        loss = self._update(loss, count, step, config.steps)
+        return {
+            "loss": loss,
+            "retention": retention,
+            "fidelity": float(fidelity[0] / fidelity[1]),
+            "temperature": temperature,
+            "hard": float(hard),
+        }
+
+    def _update(self, loss: Tensor, count: int, step: int, steps: int) -> float:
+        """One step of the optimizer with the gradients of all processes, per token of all of them."""
+        totals = self.accelerator.reduce(torch.stack([loss.float(), loss.new_tensor(float(count))]), "sum")
+        for parameter in self.parameters:
+            gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            parameter.grad = self.accelerator.reduce(gradient, "sum") / totals[1]
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self.config.rate_at(step, steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(totals[0] / totals[1])
+
+    def _validated(self) -> dict[str, float]:
+        """Saves where the run is, and the best checkpoint if this is it."""
+        numbers: dict[str, float] = {}
+        if self.validate is not None:
+            numbers = {f"validation/{name}": x for name, x in self.validate(self.lkv).items()}
+        mean = sum(numbers.values()) / max(len(numbers), 1)
+        if self.accelerator.is_main_process:
+            if mean > self.best or self.validate is None:
+                self.best = mean
+                self._save(BEST)
+            self._save(LAST)
+            self._save_state()
+        self.accelerator.wait_for_everyone()
+        return numbers
+
+    def _save(self, name: str) -> None:
+        facts = {"step": self.step, "train": asdict(self.config), "validation": self.best}
+        checkpoint.save(self.folder / name, self.lkv, self.config.design, self.shape, facts)
+
+    def _save_state(self) -> None:
+        state = {
+            "config": asdict(self.config),
+            "step": self.step,
+            "best": self.best,
+            "weights": checkpoint.weights(self.lkv),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        temporary = self.folder / (STATE + ".part")
+        torch.save(state, temporary)
+        os.replace(temporary, self.folder / STATE)
+
+    def _resume(self) -> None:
+        """
+        Raises:
+            ValueError: where the folder holds a run with another configuration.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / STATE
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        ours, theirs = asdict(self.config), state["config"]
+        other = [name for name in ours if _plain(ours[name]) != _plain(theirs.get(name))]
+        if other:
+            raise ValueError(f"lkv train: expected the configuration of the run in {self.folder}, got another {other}")
+        checkpoint.put(self.lkv, state["weights"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.best = state["step"], state["best"]
+
+    def _log(self, numbers: dict[str, float]) -> None:
+        with (self.folder / METRICS).open("a") as file:
+            print(json.dumps({"step": self.step, **numbers}), file=file)
+
+
+def _plain(x: object) -> object:
+    return json.loads(json.dumps(x))
+
