@@ -210,10 +210,33 @@ def test_scope_model_chooses_as_the_competition_of_all_layers(model):
     prompt = tokens(1, 40)
     watched = lkv.Cache(model, SnapKV(window=4), retention=1.0, chunks="last")
     talk(model, watched, [Turn(prompt, torch.ones_like(prompt), 0)])
-    scores = [SnapKV(window=4).score(layer.index, observe(layer, SnapKV(window=4))) for layer in watched.ragged]
+    scores = [
+        SnapKV(window=4).score(layer.index, observe(layer, frozenset({"queries"}), 4)) for layer in watched.ragged
+    ]
     budgets = lkv_ext.budgets_from_scores(scores, 4 * 10, across="layers", window=4)
     watched.evict(Together(), budget=10)
     assert torch.stack([layer.rows.lengths for layer in watched.ragged]).tolist() == budgets.tolist()
+
+
+@pytest.mark.parametrize("policy", [ADAKV, Together()], ids=["layer", "model"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_scores_from_elsewhere(model, policy, packed):
+    """Given what the policy would have said, the rows are the same, and nothing needs to be observed."""
+    prompt = turn([40, 26], 0)
+    seeing = lkv.Cache(model, Hold(), retention=1.0, chunks="last", observe={"queries"}, observe_window=4)
+    blind = lkv.Cache(model, Hold(), retention=1.0, chunks="last")
+    for cache in (seeing, blind):
+        talk(model, cache, [prompt])
+        if packed:
+            cache.evict()
+    scores = [policy.score(layer.index, observe(layer, policy.needs, 4)) for layer in seeing.ragged]
+    with pytest.raises(ValueError, match="lkv.Cache.evict: expected scores of 2 layers, got those of 1"):
+        blind.evict(policy, budget=9, scores=scores[:1])
+    with pytest.raises(ValueError, match="lkv.Cache: expected scores of .* of shape"):
+        blind.evict(policy, budget=9, scores=[s[..., 1:] for s in scores])
+    seeing.evict(policy, budget=9)
+    blind.evict(policy, budget=9, scores=scores)
+    assert rows(blind) == rows(seeing)
 
 
 def test_scope_model_capped(model):
@@ -234,7 +257,7 @@ def test_scope_model_capped(model):
 @pytest.mark.parametrize(
     "options, policy, says",
     [
-        (dict(), "snapkv", "expected a policy that needs what was observed, nothing, got one that needs queries"),
+        (dict(), "snapkv", "expected a policy that needs what is observed, nothing, got one that needs queries"),
         (dict(observe={"queries"}), "snapkv", "a window of at most the observed 1 queries, got 32: observe_window="),
         (dict(), 7, "expected a name or a policy, got 7"),
     ],

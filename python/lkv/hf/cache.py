@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -79,6 +79,7 @@ class Cache(HFCache):
         observe = frozenset(observe) | policy.needs
         window = max(policy.window, 1) if observe_window is None else observe_window
         settings = Settings(policy, retention, budget, chunks, cap, interval, reserve, observe, window)
+        settings.check_needs()
         self._config, self._route = config, _ = route(model)
         if "pre_rope_keys" in observe and config.model_type not in ROTATED:
             raise ValueError(
@@ -144,13 +145,21 @@ class Cache(HFCache):
         return other
 
     def evict(
-        self, policy: str | policies.Policy | None = None, *, retention: float | None = None, budget: int | None = None
+        self,
+        policy: str | policies.Policy | None = None,
+        *,
+        retention: float | None = None,
+        budget: int | None = None,
+        scores: Sequence[Tensor] | None = None,
     ) -> None:
         """Evicts all layers now. What comes later is evicted as the cache's own settings say.
 
         Args:
             policy: default: the cache's own. What it needs must have been observed: see `observe`.
             retention, budget: as in `lkv.Cache`, of all tokens so far; default: the cache's own.
+            scores: `[B, H, L]` for each layer of `ragged`, made elsewhere, as in a second pass, in the place of what
+                the policy would say; it says the budgets alone, and needs nothing. L is that of whole rows, padding
+                included, or that of the fullest head (`RaggedCache.padded`).
 
         Raises:
             ValueError, TypeError: for arguments out of range, an empty cache, and whatever the policy answers that does
@@ -161,10 +170,16 @@ class Cache(HFCache):
             settings = replace(settings, policy=policies.get(policy))
         if retention is not None or budget is not None:
             settings = replace(settings, retention=retention, budget=budget)
+        if scores is None:
+            settings.check_needs()
+        elif len(scores) != len(self.ragged):
+            raise ValueError(
+                f"lkv.Cache.evict: expected scores of {len(self.ragged)} layers, got those of {len(scores)}"
+            )
         self._session.settle()
         if any(not layer.real for layer in self.ragged):
             raise ValueError("lkv.Cache.evict: expected a cache with tokens, got an empty one")
-        evict(self.ragged, settings)
+        evict(self.ragged, settings, scores=scores)
 
     # What transformers calls. Between the layers of a call, the tokens of that call are not there yet.
 

@@ -12,6 +12,7 @@ from lkv.hf.checks import check_budgets, check_scores
 from lkv.hf.choice import Choice
 from lkv.hf.observe import observe
 from lkv.hf.settings import Settings
+from lkv.policies import Observation, Policy
 from lkv_ext.ops.modes import keeps_tensors
 
 if TYPE_CHECKING:
@@ -19,18 +20,25 @@ if TYPE_CHECKING:
 
 
 @keeps_tensors
-def evict(layers: Sequence[RaggedLayer], settings: Settings, rows: int | None = None) -> None:
+def evict(
+    layers: Sequence[RaggedLayer],
+    settings: Settings,
+    rows: int | None = None,
+    scores: Sequence[Tensor] | None = None,
+) -> None:
     """Brings every sequence to `rows` per head, or to what the settings say of its logical length.
 
-    With scope "layer" every layer has its own total, with scope "model" they share one.
+    With scope "layer" every layer has its own total, with scope "model" they share one. `scores`, `[B, H, L]` for each
+    layer, stand for what the policy would say.
 
     Raises:
         ValueError: for answers of the policy that do not fit; no layer is evicted then.
     """
+    given = [None] * len(layers) if scores is None else list(scores)
     if settings.policy.scope == "model":
-        choices = _choose_together(layers, settings, rows)
+        choices = _choose_together(layers, settings, rows, given)
     else:
-        choices = [_choose(layer, settings, rows) for layer in layers]
+        choices = [_choose(layer, settings, rows, s) for layer, s in zip(layers, given, strict=True)]
     for layer, choice in zip(layers, choices, strict=True):
         layer.keep(choice, settings)
         choice.scores = None  # a layer's are gone with its rows
@@ -40,13 +48,19 @@ def _wanted(layer: RaggedLayer, settings: Settings, rows: int | None) -> list[in
     return [layer.heads * (settings.target(real) if rows is None else rows) for real in layer.real]
 
 
-def _choose(layer: RaggedLayer, settings: Settings, rows: int | None) -> Choice:
+def _score(layer: RaggedLayer, policy: Policy, given: Tensor | None) -> tuple[Tensor, Observation]:
+    observed = observe(layer, policy.needs if given is None else frozenset(), policy.window)
+    scores = policy.score(layer.index, observed) if given is None else given
+    check_scores(policy, scores, observed)
+    return scores, observed
+
+
+def _choose(layer: RaggedLayer, settings: Settings, rows: int | None, given: Tensor | None) -> Choice:
     totals = list(map(min, layer.held, _wanted(layer, settings, rows)))
     if totals == layer.held:
         return Choice(None, None, totals)
-    policy, observed = settings.policy, observe(layer, settings.policy)
-    scores = policy.score(layer.index, observed)
-    check_scores(policy, scores, observed)
+    policy = settings.policy
+    scores, observed = _score(layer, policy, given)
     budgets = policy.budgets(scores, observed.lengths, torch.tensor(totals), starts=observed.starts)
     check_budgets(policy, budgets, observed.lengths.shape)
     return Choice(scores, budgets if budgets.is_cpu else _within(budgets, totals), totals)
@@ -59,7 +73,9 @@ def _within(budgets: Tensor, totals: list[int]) -> Tensor:
     return budgets.minimum((left + budgets - budgets.cumsum(1)).clamp(min=0))
 
 
-def _choose_together(layers: Sequence[RaggedLayer], settings: Settings, rows: int | None) -> list[Choice]:
+def _choose_together(
+    layers: Sequence[RaggedLayer], settings: Settings, rows: int | None, given: Sequence[Tensor | None]
+) -> list[Choice]:
     policy = settings.policy
     held = [sum(each) for each in zip(*(layer.held for layer in layers), strict=True)]
     wanted = [sum(each) for each in zip(*(_wanted(layer, settings, rows) for layer in layers), strict=True)]
@@ -72,10 +88,9 @@ def _choose_together(layers: Sequence[RaggedLayer], settings: Settings, rows: in
             f"{[layer.heads for layer in layers]}"
         )
     scores, lengths, starts = [], [], None
-    for layer in layers:
-        observed = observe(layer, policy)
-        scores.append(policy.score(layer.index, observed))
-        check_scores(policy, scores[-1], observed)
+    for layer, known in zip(layers, given, strict=True):
+        score, observed = _score(layer, policy, known)
+        scores.append(score)
         lengths.append(observed.lengths)
         starts = observed.starts  # the same for all: padding while rows are whole, then 0
     stacked = torch.stack([each.to(lengths[0].device) for each in lengths])

@@ -11,7 +11,7 @@ from lkv.hf.attention import Real
 from lkv.hf.capture import HOOKED, Captured
 from lkv.hf.queries import LastQueries
 from lkv.hf.tape import Rotary, Tape
-from lkv.policies import Observation, Policy
+from lkv.policies import Observation
 
 if TYPE_CHECKING:
     from lkv.hf.layer import RaggedLayer
@@ -86,8 +86,8 @@ class Witness:
                 part.truncate(length)
 
 
-def observe(layer: RaggedLayer, policy: Policy) -> Observation:
-    """The rows of a layer, whole or packed, and what the policy needs beside them."""
+def observe(layer: RaggedLayer, needs: frozenset[str], window: int) -> Observation:
+    """The rows of a layer, whole or packed, and what is needed beside them, as many queries as the window says."""
     if layer.rows is None:
         keys, values = layer.keys, layer.values
         batch, heads, length = keys.shape[:3]
@@ -99,10 +99,9 @@ def observe(layer: RaggedLayer, policy: Policy) -> Observation:
         keys, values, positions = map(rows.padded, (rows.k, rows.v, rows.positions))
         lengths = rows.lengths.long()
         starts = torch.zeros_like(lengths)
-    witness, needs = layer.witness, policy.needs
-    queries = (None, None, None)
+    witness, queries = layer.witness, (None, None, None)
     if "queries" in needs:
-        queries = witness.queries.read(max(policy.window, 1))
+        queries = witness.queries.read(max(window, 1))
     pre_rope = hidden = None
     if "pre_rope_keys" in needs:
         pre_rope = witness.rotary.undo(keys, None if layer.rows is None else positions)

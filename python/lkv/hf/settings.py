@@ -39,21 +39,22 @@ class Settings:
         if self.cap is not None:
             expect(1 <= self.interval < self.cap, f"interval in [1, cap) = [1, {self.cap})", self.interval)
         expect(self.policy.scope in SCOPES, "a policy of scope 'layer' or 'model'", repr(self.policy.scope))
-        for says, needs in (("a policy that needs", self.policy.needs), ("observe of", self.observe)):
-            missing = needs - OBSERVED
-            expect(not missing, f"{says} at most {_names(OBSERVED)}", _names(missing))
-        missing = self.policy.needs - self.observe
-        expect(
-            not missing,
-            f"a policy that needs what was observed, {_names(self.observe) or 'nothing'}",
-            f"one that needs {_names(missing)}: observe= of lkv.Cache says what to hold",
-        )
         expect(self.observe_window >= 1, "observe_window >= 1", self.observe_window)
-        if "queries" in self.policy.needs:
-            expect(
-                self.policy.window <= self.observe_window,
-                f"a policy of a window of at most the observed {self.observe_window} queries",
-                f"{self.policy.window}: observe_window= of lkv.Cache says how many to hold",
+        unknown = self.observe - OBSERVED
+        expect(not unknown, f"observe of at most {_names(OBSERVED)}", _names(unknown))
+
+    def check_needs(self) -> None:
+        """Raises ValueError where the policy cannot score, as something that it needs is not observed."""
+        missing = self.policy.needs - self.observe
+        if missing:
+            raise ValueError(
+                f"lkv.Cache: expected a policy that needs what is observed, {_names(self.observe) or 'nothing'}, got "
+                f"one that needs {_names(missing)}: observe= of lkv.Cache says what to hold"
+            )
+        if "queries" in self.policy.needs and self.policy.window > self.observe_window:
+            raise ValueError(
+                f"lkv.Cache: expected a policy of a window of at most the observed {self.observe_window} queries, got "
+                f"{self.policy.window}: observe_window= of lkv.Cache says how many to hold"
             )
 
     def target(self, length: int) -> int:
