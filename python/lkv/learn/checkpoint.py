@@ -43,11 +43,11 @@ class Design:
     """Which modules there are; see `HeadBudget` and `TokenScorer`."""
 
     budget: str = "capped"
-    floor: float = 0.01
+    floor: float = 0.015
     input: str = "kv"
     hidden: int = 64
     sink: int = 4
-    window: int = 32
+    window: int = 8
 
     def build(self, shape: Shape) -> LKV:
         features = 2 * shape.head_dim if self.input == "kv" else shape.hidden_size

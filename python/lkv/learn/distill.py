@@ -58,7 +58,7 @@ def read(model: PreTrainedModel, policy: LKV, contexts: Sequence[Sequence[int]])
         with Cache(model, policy, retention=1.0, chunks="last") as cache:
             model.get_decoder()(text, past_key_values=cache, use_cache=True)
             for i, layer in enumerate(cache.ragged):
-                observed = observe(layer, policy)
+                observed = observe(layer, policy.needs, 1)
                 for parts, new in (
                     (keys, observed.keys),
                     (values, observed.values),
@@ -90,13 +90,17 @@ def log_masks(policy: LKV, reading: Reading, retention: Tensor, temperature: flo
     soft = policy.budget.log_masks(scores[..., sink:], retention, temperature, lengths, middle)
     soft = soft.clamp(min=FLOOR)
     if hard:
-        kept = soft.detach() >= soft.detach().sort(-1, descending=True).values.gather(
-            -1, (soft.detach().exp().sum(-1).round().long() - 1).clamp(0, soft.shape[-1] - 1)[..., None]
-        )
-        soft = soft + (torch.where(kept, 0.0, FLOOR) - soft).detach()
+        soft = soft + (evicted(soft.detach()) - soft).detach()
     places = torch.arange(size, device=soft.device)
     protected = (places < sink) | ((places >= sink + middle[:, None]) & (places < lengths[:, None]))
     return F.pad(soft, (sink, 0)).masked_fill(protected[:, None], 0.0)
+
+
+def evicted(soft: Tensor) -> Tensor:
+    """The log-mask `[..., m]` of the tokens that are kept when as many are as a relaxed one sums to."""
+    number = soft.exp().sum(-1).round().long()[..., None]
+    last = soft.sort(-1, descending=True).values.gather(-1, (number - 1).clamp(min=0))
+    return torch.where((soft >= last) & (number > 0), 0.0, FLOOR)
 
 
 @torch.no_grad()

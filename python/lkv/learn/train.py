@@ -74,7 +74,8 @@ class Trainer:
         self._resume()
         last = self.config.steps if until is None else min(until, self.config.steps)
         main = self.accelerator.is_main_process
-        with tqdm(total=last, initial=self.step, desc="lkv train", disable=not main) as bar:
+        warm = self.config.warm_steps
+        with tqdm(total=last + warm, initial=self.step + warm, desc="lkv train", disable=not main) as bar:
             while self.step < last:
                 begin = time.perf_counter()
                 numbers = self._warm() if self.step < 0 else self._distil()

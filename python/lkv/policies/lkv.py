@@ -30,7 +30,7 @@ class LKV:
     scorer: TokenScorer | Policy
     budget: HeadBudget
     sink: int = 4
-    window: int = 32
+    window: int = 8
 
     @property
     def needs(self) -> frozenset[str]:
@@ -40,8 +40,7 @@ class LKV:
 
     @property
     def scope(self) -> str:
-        """Shares of heads are known ahead; only a threshold for all of them has to wait for the last layer."""
-        return "layer" if self.budget.static else "model"
+        return "model"
 
     @torch.no_grad()
     def score(self, layer: int, observation: Observation) -> Tensor:

@@ -12,8 +12,16 @@ from lkv import tasks
 from lkv.tasks import Words
 
 IGNORE = -100
-MIX = {"single": 1, "multi_key": 3, "multi_value": 4, "multi_query": 3, "key_value": 3, "variable_tracking": 2}
-MIX |= {"common_words": 0.5, "frequent_words": 0.5}
+MIX = {
+    "single": 1,
+    "multi_key": 2,
+    "multi_value": 8,
+    "multi_query": 2,
+    "key_value": 4,
+    "variable_tracking": 2,
+    "common_words": 0.5,
+    "frequent_words": 0.5,
+}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ CURRICULUM = (
     Stage(512, 9, 16, 200),
     Stage(1024, 9, 10, 200),
     Stage(2048, 9, 5, 40, 1.1),
+    Stage(128, 9, 40, 300, 1.1),
+    Stage(256, 9, 28, 200, 1.1),
+    Stage(512, 9, 16, 150, 1.1),
     Stage(1024, 9, 10, 150, 1.1),
 )
 LAST = 250  # steps over which the learning rate falls to a tenth
