@@ -43,7 +43,7 @@ class Design:
     """Which modules there are; see `HeadBudget` and `TokenScorer`."""
 
     budget: str = "capped"
-    floor: float = 0.015
+    floor: float = 0.005
     input: str = "kv"
     hidden: int = 64
     sink: int = 4

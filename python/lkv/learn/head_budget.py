@@ -31,7 +31,7 @@ class HeadLogits(nn.Module):
 
 
 class HeadBudget(nn.Module):
-    """Shares of all heads of all layers, whose mean is the retention.
+    """Shares of all heads of all layers, whose mean is the retention: of the rows that compete, protected ones apart.
 
     Args:
         layers, heads: N and KV heads H of the model.
@@ -49,7 +49,7 @@ class HeadBudget(nn.Module):
         heads: int,
         kind: str = "capped",
         *,
-        floor: float = 0.01,
+        floor: float = 0.005,
         temperature: float = 1.0,
         dim: int = 32,
         hidden: int = 64,
@@ -96,9 +96,21 @@ class HeadBudget(nn.Module):
         return (floor[..., None] + (1 - floor[..., None]) * above).view(shape)
 
     @torch.no_grad()
-    def table(self, retention: float, length: int) -> Tensor:
-        """Rows of every head, int64 `[N, H]` on the host: `round(retention * N * H * length)` together."""
-        return budgets_from_shares(self(retention), retention=retention, lengths=length)
+    def table(self, total: int, lengths: int | Tensor, protected: int = 0) -> Tensor:
+        """Rows of every head, int64 `[N, H]` on the host.
+
+        Args:
+            total: of all heads together; no more than there are.
+            lengths: tokens of a head, an int or int `[N, H]`.
+            protected: rows that every head has, of which its share comes on top.
+        """
+        lengths = torch.as_tensor(lengths).cpu().expand(self.layers, self.heads)
+        sure = lengths.clamp(max=protected)
+        competing = lengths - sure
+        rest = min(total - int(sure.sum()), int(competing.sum()))
+        if rest <= 0:
+            return budgets_from_shares(torch.ones(lengths.shape), total=min(total, int(sure.sum())), lengths=sure)
+        return sure + budgets_from_shares(self(rest / int(competing.sum())), total=rest, lengths=competing)
 
     def log_masks(
         self, scores: Tensor, retention: Tensor, temperature: float, lengths: Tensor, competing: Tensor
@@ -115,15 +127,14 @@ class HeadBudget(nn.Module):
             `[N, B, H, m]`, log of the share of every token that is kept; with the protected ones they make the budgets.
         """
         layers, batch, heads, m = scores.shape
-        protected = lengths - competing
+        rest = (retention * lengths - (lengths - competing)) / competing  # retention of those that compete
         if self.static:
-            budgets = self(retention).permute(1, 0, 2) * lengths[:, None] - protected[:, None]
+            budgets = self(rest.clamp(min=1e-6)).permute(1, 0, 2) * competing[:, None]
             valid = competing[:, None].expand(layers, -1, heads)
             return soft_topk(scores, budgets, temperature, lengths=valid, log=True)
         joint = (scores + self.bias()[:, None, :, None]).permute(1, 3, 0, 2).reshape(batch, -1)
-        count = layers * heads
-        budgets = count * (retention * lengths - protected)
-        masks = soft_topk(joint, budgets, temperature, lengths=count * competing, log=True)
+        count = layers * heads * competing
+        masks = soft_topk(joint, rest * count, temperature, lengths=count, log=True)
         return masks.view(batch, m, layers, heads).permute(2, 0, 3, 1)
 
 

@@ -50,23 +50,16 @@ class LKV:
         return self.scorer(layer, features(self.scorer, observation), observation.valid())
 
     @torch.no_grad()
-    def shares(self, retention: Tensor) -> Tensor:
-        """float `[B, N, H]` of every head's length, for a retention `[B]` of the whole cache."""
-        return self.budget(retention)
-
-    @torch.no_grad()
     def budgets(
         self, scores: Tensor | Sequence[Tensor], lengths: Tensor, total: Tensor, *, starts: Tensor | None = None
     ) -> Tensor:
         """For all layers, `[N, B, H]`."""
-        lengths = lengths.cpu()
         if self.budget.static:
-            shares = self.shares(total / lengths.sum((0, 2)))
-            rows = [
-                lkv_ext.budgets_from_shares(shares[b], total=int(total[b]), lengths=lengths[:, b])
+            tables = [
+                self.budget.table(int(total[b]), lengths[:, b], self.sink + self.window)
                 for b in range(lengths.shape[1])
             ]
-            return torch.stack(rows, 1)
+            return torch.stack(tables, 1)
         biased = [s + bias[:, None] for s, bias in zip(scores, self.budget.bias(), strict=True)]
         options = dict(lengths=lengths, starts=starts, sink=self.sink, window=self.window)
         return lkv_ext.budgets_from_scores(biased, total, across="layers", **options)

@@ -1,0 +1,61 @@
+"""LKV-T: the batched MLPs are those of the heads, one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lkv.learn import token_scorer
+from lkv.learn.token_scorer import TokenScorer, standardise
+
+
+def make(input: str = "kv") -> TokenScorer:
+    torch.manual_seed(2)
+    return TokenScorer(2, 3, 10, input, hidden=7)
+
+
+def test_heads_have_mlps_of_their_own_on_standardised_input() -> None:
+    scorer, features = make(), 5 + 3 * torch.randn(2, 3, 40, 10)
+    valid = torch.ones(2, 3, 40, dtype=torch.bool)
+    scorer.fit_input(1, features, valid)
+    scores = scorer.raw(1, features)
+    for head in range(3):
+        x = features[:, head]
+        x = (x - x.flatten(0, 1).mean(0)) / x.flatten(0, 1).std(0)
+        hidden = F.silu(x @ scorer.up[1, head] + scorer.up_bias[1, head])
+        torch.testing.assert_close(scores[:, head], hidden @ scorer.down[1, head], rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, features = make(), torch.randn(2, 3, 50, 10)
+    whole = scorer.raw(0, features)
+    monkeypatch.setattr(token_scorer, "CHUNK", 16)
+    with torch.no_grad():
+        torch.testing.assert_close(scorer.raw(0, features), whole)
+
+
+def test_hidden_states_are_shared_by_the_heads() -> None:
+    scorer, features = make("hidden"), torch.randn(2, 1, 20, 10)
+    torch.testing.assert_close(scorer.raw(0, features), scorer.raw(0, features.expand(-1, 3, -1, -1)))
+
+
+def test_scores_are_of_one_scale_over_the_valid_tokens() -> None:
+    valid = torch.arange(30) < torch.tensor([30, 17])[:, None, None]
+    scores = make()(0, 9 * torch.randn(2, 3, 30, 10), valid.expand(2, 3, 30))
+    for b, count in ((0, 30), (1, 17)):
+        torch.testing.assert_close(scores[b, :, :count].mean(-1), torch.zeros(3), atol=1e-5, rtol=0)
+        torch.testing.assert_close(scores[b, :, :count].std(-1, correction=0), torch.ones(3), atol=1e-3, rtol=0)
+        assert (scores[b, :, count:] == 0).all()
+
+
+def test_standardise_has_no_nan() -> None:
+    assert (standardise(torch.full((2, 5), 3.0), torch.ones(2, 5, dtype=torch.bool)).abs() < 1e-3).all()
+    assert (standardise(torch.ones(2, 5), torch.zeros(2, 5, dtype=torch.bool)) == 0).all()
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match="expected an input of kv, hidden"):
+        TokenScorer(1, 1, 4, "queries")
+    with pytest.raises(ValueError, match=r"expected features \[B, 3, n, 10\], got \[1, 3, 4, 9\]"):
+        make().raw(0, torch.zeros(1, 3, 4, 9))
