@@ -2,8 +2,8 @@
 
 // The device primitives that are not plain C++. Kernels use nothing else but these, threadIdx, blockIdx, blockDim and
 // gridDim, __shfl_sync, __shfl_up_sync, __reduce_or_sync, atomicAdd on uint32_t, rsqrtf, and what <cmath> has under
-// the same name, so that the sources also compile against the emulator. Architecture guards live in here: before sm_90 a cluster
-// is one block, and dependent launches do not exist.
+// the same name, so that the sources also compile against the emulator. Architecture guards live in here: before sm_90
+// a cluster is one block, and dependent launches do not exist.
 
 #if defined(LKV_EMULATOR)
 #include "emulator/primitives.h"
