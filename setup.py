@@ -51,7 +51,7 @@ def _program(name: str) -> str | None:
 setup(
     packages=["lkv_ext", "lkv_ext.ops", "lkv", "lkv.hf", "lkv.policies", "lkv.reference"],
     package_dir={"lkv_ext": "lkv_ext", "lkv": "python/lkv"},
-    package_data={"lkv_ext": ["py.typed"]},
+    package_data={"lkv_ext": ["py.typed"], "lkv": ["tasks/*.json"]},
     ext_modules=[Extension("lkv_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,
