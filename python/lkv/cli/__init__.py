@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from lkv.extras import MissingPackage
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -22,6 +24,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(argv[1:])
     except ModuleNotFoundError as error:
         print(f"lkv {command}: {error}; it needs: pip install 'lkv-ext[lkv]'", file=sys.stderr)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, MissingPackage) as error:
         print(error, file=sys.stderr)
     return 2

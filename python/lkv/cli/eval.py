@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,14 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import lkv_ext
 from lkv import retriever, tasks
 from lkv.cli import models
-from lkv.evaluate import report
+from lkv.evaluate import metrics, report
 from lkv.evaluate.kept import kept_positions
 from lkv.evaluate.methods import FLOOR, FULL, choose, heuristics, learned
 from lkv.evaluate.run import Setting, evaluate
 from lkv.learn.checkpoint import load
 from lkv.policies import Policy
 from lkv.policies.lkv import LKV
-from lkv.tasks import Language, Sample
+from lkv.tasks import Language, Sample, files
 
 METHODS = [FULL, FLOOR, "random", "streaming", "snapkv", "adakv", "kvzip", "lkv"]
 GRID = ["uniform+snapkv", "uniform+kvzip", "uniform+lkv-t", "lkv-h+snapkv", "lkv-h+kvzip"]
@@ -34,13 +36,15 @@ def run(argv: Sequence[str]) -> int:
     methods = choose(options.methods or [*METHODS, *(GRID if options.grid else []), *variants(options)], policies)
     if lkv is None and not options.methods:
         methods = [m for m in methods if m.name not in ("lkv", *GRID)]
-    setting = Setting(tuple(options.retentions), options.see_question, options.batch, options.answer_tokens)
-    samples = make_samples(options, tokenizer, language)
+    setting = Setting(tuple(options.retentions), options.see_question, options.batch, options.answer_tokens or 24)
+    samples = load_samples(options) if options.file else make_samples(options, tokenizer, language)
     print(f"question {'seen' if options.see_question else 'not seen'} by the compression; {describe(samples, options)}")
     results = []
     with tqdm(total=len(samples), desc="lkv eval", unit="sample") as bar:
-        for task in options.tasks:
+        for task in dict.fromkeys(s.task for s in samples):
             group = [s for s in samples if s.task == task]
+            if options.file:
+                setting = replace(setting, limit=options.answer_tokens or group[0].limit, metric=metrics.score)
             for result in evaluate(model, tokenizer, group, methods, setting):
                 results.append(result)
                 bar.update(result.method == methods[-1].name and result.retention == setting.retentions[-1])
@@ -69,7 +73,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=300, help="per task")
     parser.add_argument("--split", default="test", choices=tasks.SPLITS)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--answer-tokens", type=int, default=24)
+    parser.add_argument("--answer-tokens", type=int, help="default: 24, of files what their benchmark has")
+    parser.add_argument("--file", nargs="+", metavar="PATH", help="of JSON lines, or data sets NAME:CONFIGURATION")
+    parser.add_argument("--format", choices=files.FORMATS, help="of the files; scored by the benchmark's own metrics")
+    parser.add_argument("--prompts", type=Path, help="LongBench: its dataset2prompt.json; default: our own wording")
+    parser.add_argument("--question-marker", help="RULER: what questions begin with; default: as its templates do")
     parser.add_argument("--see-question", action="store_true", help="compress the question along with the text")
     parser.add_argument("--out", type=Path, help="folder for report.json and the plots")
     options = parser.parse_args(argv)
@@ -78,6 +86,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             raise ValueError(f"lkv eval: expected retentions in (0, 1], got {retention}")
     if options.samples < 1 or options.batch < 1:
         raise ValueError("lkv eval: expected samples and batch >= 1")
+    if bool(options.file) != bool(options.format):
+        given, other = ("--file", "--format") if options.file else ("--format", "--file")
+        raise ValueError(f"lkv eval: expected {other} beside {given}, got none")
     return options
 
 
@@ -117,7 +128,23 @@ def make_samples(
     ]
 
 
+def load_samples(options: argparse.Namespace) -> list[files.FileSample]:
+    """The first `--samples` of every file."""
+    prompts = None
+    if options.prompts is not None:
+        prompts = json.loads(options.prompts.read_text(encoding="utf-8"))
+        if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
+            raise ValueError(f"lkv eval: expected prompts by subset, a JSON object of strings, in {options.prompts}")
+    more = {"count": options.samples, "split": options.split, "prompts": prompts, "marker": options.question_marker}
+    samples = [sample for source in options.file for sample in files.load(options.format, source, **more)]
+    metrics.check_packages(samples)
+    return samples
+
+
 def describe(samples: Sequence[Sample], options: argparse.Namespace) -> str:
+    if options.file:
+        wording = ", prompts in our own wording" if options.format == "longbench" and not options.prompts else ""
+        return f"{len(samples)} texts of {', '.join(options.file)}{wording}"
     evidence = max(s.evidence_tokens for s in samples)
     return f"{len(samples)} texts of {options.length} tokens, evidence of at most {evidence}"
 
@@ -127,9 +154,11 @@ def write(options: argparse.Namespace, setting: Setting, rows: list[report.Row],
 
     facts = {
         "model": options.model,
-        "tasks": options.tasks,
+        "tasks": options.file or options.tasks,
+        "format": options.format,
+        "prompts": str(options.prompts) if options.prompts else None,
         "split": options.split,
-        "length": options.length,
+        "length": None if options.file else options.length,
         "samples": options.samples,
         "question_seen": setting.see_question,
         "torch": torch.__version__,

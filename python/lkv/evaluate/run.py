@@ -53,13 +53,14 @@ class Setting:
     Attributes:
         see_question: whether the question is part of the text that is compressed.
         limit: most tokens of an answer.
+        metric: what an answer to a sample scores, 0 to 1.
     """
 
     retentions: Sequence[float] = (0.05, 0.1, 0.15, 0.3)
     see_question: bool = False
     batch: int = 16
     limit: int = 24
-    metric: Callable[[str, Sequence[str]], float] = field(default=lambda text, expected: found(text, expected))
+    metric: Callable[[str, Sample], float] = field(default=lambda text, sample: found(text, sample.expected))
 
 
 def found(text: str, expected: Sequence[str]) -> float:
@@ -116,7 +117,7 @@ def _batch(
                 for b, (sample, row) in enumerate(zip(samples, rows, strict=True)):
                     text = tokenizer.decode(row, skip_special_tokens=True)
                     yield Result(
-                        sample.task, sample.index, method.name, retention, setting.metric(text, sample.expected),
+                        sample.task, sample.index, method.name, retention, setting.metric(text, sample),
                         kept[b], text, seconds, second / len(samples),
                     )  # fmt: skip
 
