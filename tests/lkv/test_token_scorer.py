@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lkv.learn import token_scorer
-from lkv.learn.token_scorer import TokenScorer, standardise
+from lkv.learn.token_scorer import TokenScorer, moments, standardise
 
 
 def make(input: str = "kv") -> TokenScorer:
@@ -18,11 +18,11 @@ def make(input: str = "kv") -> TokenScorer:
 def test_heads_have_mlps_of_their_own_on_standardised_input() -> None:
     scorer, features = make(), 5 + 3 * torch.randn(2, 3, 40, 10)
     valid = torch.ones(2, 3, 40, dtype=torch.bool)
-    scorer.fit_input(1, features, valid)
+    scorer.fit_input(moments(features, valid).expand(2, -1, -1))
     scores = scorer.raw(1, features)
     for head in range(3):
         x = features[:, head]
-        x = (x - x.flatten(0, 1).mean(0)) / x.flatten(0, 1).std(0)
+        x = (x - x.flatten(0, 1).mean(0)) / x.flatten(0, 1).std(0, correction=0)
         hidden = F.silu(x @ scorer.up[1, head] + scorer.up_bias[1, head])
         torch.testing.assert_close(scores[:, head], hidden @ scorer.down[1, head], rtol=1e-4, atol=1e-4)
 
@@ -52,6 +52,14 @@ def test_scores_are_of_one_scale_over_the_valid_tokens() -> None:
 def test_standardise_has_no_nan() -> None:
     assert (standardise(torch.full((2, 5), 3.0), torch.ones(2, 5, dtype=torch.bool)).abs() < 1e-3).all()
     assert (standardise(torch.ones(2, 5), torch.zeros(2, 5, dtype=torch.bool)) == 0).all()
+
+
+def test_moments_leave_padding_out_and_add_up() -> None:
+    features, valid = torch.randn(2, 3, 9, 4), torch.rand(2, 3, 9) > 0.4
+    whole = moments(features, valid)
+    torch.testing.assert_close(moments(features[:1], valid[:1]) + moments(features[1:], valid[1:]), whole)
+    rows = features[:, 1][valid[:, 1]].double()
+    torch.testing.assert_close(whole[1], torch.cat([torch.tensor([len(rows)]), rows.sum(0), (rows**2).sum(0)]))
 
 
 def test_wrong_arguments() -> None:

@@ -18,7 +18,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     words = Words()
     torch.manual_seed(0)
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=16)
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=16, initializer_range=0.2)
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=len(words.vocabulary), num_key_value_heads=2, eos_token_id=3, bos_token_id=2, **shape)
     )
@@ -33,5 +33,7 @@ if __name__ == "__main__":
         answer_tokens=3,
         validate_every=100,
         retention=(0.3, 0.6),
+        lr_budget=1e-3,
+        lr_scorer=1e-3,
     )
     Trainer(model, build_tokenizer(words), words, config, sys.argv[1], accelerator=Accelerator(cpu=True)).run()

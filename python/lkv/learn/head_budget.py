@@ -21,9 +21,9 @@ class HeadLogits(nn.Module):
         super().__init__()
         self.shape = (layers, heads)
         self.embedding = nn.Embedding(layers * heads, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+        # A number added to all logits changes nothing: there is no last bias.
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, 1, bias=False))
         nn.init.zeros_(self.mlp[2].weight)
-        nn.init.zeros_(self.mlp[2].bias)
 
     def forward(self) -> Tensor:
         """float32 `[N, H]`."""

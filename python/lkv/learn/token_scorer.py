@@ -60,12 +60,23 @@ class TokenScorer(nn.Module):
         return (hidden @ self.down[layer][..., None])[..., 0]
 
     @torch.no_grad()
-    def fit_input(self, layer: int, features: Tensor, valid: Tensor) -> None:
-        """Takes mean and deviation of the input from a sample, `[B, H, n, F]` and bool `[B, H, n]`."""
-        for head in range(self.heads):
-            rows = features[:, min(head, features.shape[1] - 1)][valid[:, head]].float()
-            self.mean[layer, head] = rows.mean(0)
-            self.deviation[layer, head] = rows.std(0).clamp(min=1e-3)
+    def fit_input(self, moments: Tensor) -> None:
+        """Takes mean and deviation of the input from the summed `moments` of a sample, float64 `[N, H, 1 + 2 F]`."""
+        count, total, squares = moments.split([1, self.features, self.features], -1)
+        mean = total / count
+        self.mean.copy_(mean)
+        self.deviation.copy_((squares / count - mean**2).clamp(min=1e-6).sqrt())
+
+
+def moments(features: Tensor, valid: Tensor) -> Tensor:
+    """Of one layer, float64 `[H, 1 + 2 F]`: number of valid rows, their sum and the sum of their squares.
+
+    Args:
+        features: `[B, H, n, F]`, or with a single head for all. valid: bool `[B, H, n]`.
+    """
+    rows = features.double() * valid[..., None]
+    parts = (valid.double()[..., None], rows, rows * features.double())
+    return torch.cat([part.sum((0, 2)) for part in parts], -1)
 
 
 def standardise(scores: Tensor, valid: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from lkv.learn.checkpoint import Shape
 from lkv.learn.config import TrainConfig
 from lkv.learn.second_pass import repeat_scores
 from lkv.learn.source import Source
-from lkv.learn.token_scorer import standardise
+from lkv.learn.token_scorer import moments, standardise
 from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv import LKV
 from lkv.tasks import Language
@@ -71,7 +71,8 @@ class Trainer:
 
     def run(self, until: int | None = None) -> LKV:
         """Trains to the last step (or to step `until`); returns the policy."""
-        self._resume()
+        if not self._resume():
+            self._fit_inputs()
         last = self.config.steps if until is None else min(until, self.config.steps)
         main = self.accelerator.is_main_process
         warm = self.config.warm_steps
@@ -108,8 +109,6 @@ class Trainer:
             reading = distill.read(self.model, self.lkv, examples.contexts)
             wanted = repeat_scores(self.model, reading.context, reading.tokens, policy)
             valid = reading.valid.expand(-1, self.shape.heads, -1)
-            if step == 0:
-                self._fit_inputs(reading, valid)
             part = torch.zeros_like(loss)
             for layer, x in enumerate(reading.features):
                 target = standardise(wanted[layer].clamp(min=1e-4).log(), valid)
@@ -120,11 +119,15 @@ class Trainer:
         loss = self._update(loss, tokens, step, self.config.warm_steps)
         return {"warm": loss}
 
-    def _fit_inputs(self, reading: distill.Reading, valid: Tensor) -> None:
-        for layer, x in enumerate(reading.features):
-            self.lkv.scorer.fit_input(layer, x, valid)
-        for buffer in self.lkv.scorer.buffers():  # of the processes' own texts: their mean, the same for all
-            buffer.copy_(self.accelerator.reduce(buffer, "mean"))
+    def _fit_inputs(self) -> None:
+        """Mean and deviation of what LKV-T reads, from the texts of the first step."""
+        first = -1 if self.config.warm_steps else 0
+        total = torch.zeros((), device=self.accelerator.device)
+        for rows in self._rows():
+            reading = distill.read(self.model, self.lkv, self.source.examples(first, rows).contexts)
+            valid = reading.valid.expand(-1, self.shape.heads, -1)
+            total = total + torch.stack([moments(x, valid) for x in reading.features])
+        self.lkv.scorer.fit_input(self.accelerator.reduce(total, "sum"))
 
     def _distil(self) -> dict[str, float]:
         config, step = self.config, self.step
@@ -134,8 +137,6 @@ class Trainer:
         for rows in self._rows():
             examples = self.source.examples(step, rows)
             reading = distill.read(self.model, self.lkv, examples.contexts)
-            if step == 0 and config.warm_steps == 0:
-                self._fit_inputs(reading, reading.valid.expand(-1, self.shape.heads, -1))
             context = reading.context.repeat(config.questions)
             told = distill.answers(self.model, context, examples.questions, config.answer_tokens, self.ends)
             rates = torch.full((len(rows),), retention, device=self.accelerator.device)
@@ -199,15 +200,16 @@ class Trainer:
         torch.save(state, temporary)
         os.replace(temporary, self.folder / STATE)
 
-    def _resume(self) -> None:
-        """
+    def _resume(self) -> bool:
+        """Whether there was a run to go on with.
+
         Raises:
             ValueError: where the folder holds a run with another configuration.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / STATE
         if not path.exists():
-            return
+            return False
         state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
         ours, theirs = asdict(self.config), state["config"]
         other = [name for name in ours if _plain(ours[name]) != _plain(theirs.get(name))]
@@ -216,6 +218,7 @@ class Trainer:
         checkpoint.put(self.lkv, state["weights"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best = state["step"], state["best"]
+        return True
 
     def _log(self, numbers: dict[str, float]) -> None:
         with (self.folder / METRICS).open("a") as file:
