@@ -118,6 +118,9 @@ def test_teachers_answers_are_greedy(model: PreTrainedModel) -> None:
     for _ in range(len(told[0])):
         tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
     assert told[0] == tokens[63:]
+    context = distill.read(model, policy(model), text).context.repeat(3)
+    drafts = [told[0], [told[0][0], 499 - told[0][1], *told[0][2:]], [9, 9, 9, 9, 9, 9, 9, 9]]
+    assert distill.answers(model, context, question * 3, 6, [3], drafts) == told * 3
 
 
 def test_second_pass_is_attention_of_the_repeated_text(model: PreTrainedModel) -> None:

@@ -45,14 +45,12 @@ class Context:
         return Context(tuple(keys), tuple(values), self.lengths.repeat_interleave(times))
 
 
-@torch.no_grad()
-def read(model: PreTrainedModel, tokens: Tensor, lengths: Tensor) -> Context:
-    """Prefills `[B, n]` tokens, padded on the right, with the model's own attention."""
-    cache = DynamicCache()
-    # What is behind the last token of a sequence is computed as well; no token before sees it.
-    model.get_decoder()(tokens, past_key_values=cache, use_cache=True)
-    pairs = [(layer.keys, layer.values) for layer in cache.layers]
-    return Context(tuple(k for k, _ in pairs), tuple(v for _, v in pairs), lengths)
+    def pick(self, rows: Sequence[int]) -> Context:
+        """These sequences."""
+        index = list(rows)
+        return Context(
+            tuple(k[index] for k in self.keys), tuple(v[index] for v in self.values), self.lengths[index]
+        )
 
 
 def follow(

@@ -16,10 +16,11 @@ from lkv.text import encode
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts, and of every one the same number of questions, as tokens."""
+    """Texts, and of every one the same number of questions with the right answers, as tokens."""
 
     contexts: list[list[int]]
     questions: list[list[int]]
+    answers: list[list[int]]
 
 
 class Source:
@@ -32,6 +33,7 @@ class Source:
         """Texts number `rows` of a step."""
         contexts: list[list[int]] = []
         questions: list[list[int]] = []
+        answers: list[list[int]] = []
         for row in rows:
             rng = random.Random(f"{self.config.seed}/{step}/{row}")
             # In turns, so that a step has all tasks if it can.
@@ -48,7 +50,8 @@ class Source:
             asked = rng.sample(scene.questions, min(self.config.questions, len(scene.questions)))
             asked += rng.choices(scene.questions, k=self.config.questions - len(asked))
             questions += [encode(self.tokenizer, question.text) for question in asked]
-        return Examples(contexts, questions)
+            answers += [encode(self.tokenizer, question.answer) for question in asked]
+        return Examples(contexts, questions, answers)
 
     def count(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)

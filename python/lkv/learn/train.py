@@ -138,7 +138,9 @@ class Trainer:
             examples = self.source.examples(step, rows)
             reading = distill.read(self.model, self.lkv, examples.contexts)
             context = reading.context.repeat(config.questions)
-            told = distill.answers(self.model, context, examples.questions, config.answer_tokens, self.ends)
+            told = distill.answers(
+                self.model, context, examples.questions, config.answer_tokens, self.ends, examples.answers
+            )
             rates = torch.full((len(rows),), retention, device=self.accelerator.device)
             masks = distill.log_masks(self.lkv, reading, rates, temperature, hard)
             masks = masks.repeat_interleave(config.questions, 1)
