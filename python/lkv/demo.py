@@ -28,7 +28,7 @@ try:
     from lkv.evaluate.methods import FULL, Method, heuristics
     from lkv.evaluate.run import Result, Setting, evaluate
     from lkv.learn.checkpoint import load
-    from lkv.policies.lkv import LKV
+    from lkv.policies.lkv import Learned
 except ModuleNotFoundError as error:
     raise SystemExit(f"lkv.demo: {error}; the demo needs: pip install 'lkv-ext[lkv]'") from error
 
@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = heuristics()
     methods = [Method(FULL, None), Method("lkv", lkv), *(Method(name, known[name]) for name in HEURISTICS)]
     samples = [
-        tasks.make(task, i, options.tokens, split="validation") for i in range(options.samples) for task in tasks.RETRIEVAL
+        tasks.make(task, i, options.tokens, split="validation")
+        for i in range(options.samples)
+        for task in tasks.RETRIEVAL
     ]
     print(describe(model, options))
     setting = Setting(retentions=(options.retention,), batch=1 if options.samples < 2 else 8)
@@ -108,7 +110,7 @@ def example(results: Sequence[Result], samples: Sequence[tasks.Sample], model: t
 def pictures(
     model: transformers.PreTrainedModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
-    lkv: LKV,
+    lkv: Learned,
     samples: Sequence[tasks.Sample],
     rows: Sequence[report.Row],
     options: argparse.Namespace,

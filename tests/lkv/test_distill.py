@@ -15,12 +15,12 @@ from lkv.learn.checkpoint import Design, Shape
 from lkv.learn.passes import follow
 from lkv.learn.second_pass import repeat_scores
 from lkv.policies.kvzip import KVzip
-from lkv.policies.lkv import LKV
+from lkv.policies.lkv import Learned
 
 LENGTHS = [60, 47]
 
 
-def policy(model: PreTrainedModel, **design: object) -> LKV:
+def policy(model: PreTrainedModel, **design: object) -> Learned:
     torch.manual_seed(3)
     lkv = Design(hidden=16, floor=0.0, **design).build(Shape.of(model))
     if lkv.budget.logits is not None:

@@ -59,7 +59,8 @@ def test_texts_of_different_length_are_answered_as_each_alone(
 ) -> None:
     mixed = [tasks.make("multi_key", i, length) for i, length in enumerate((100, 128, 113))]
     policies = known(model)
-    methods = choose([FULL, "snapkv", "kvzip", "lkv"], policies)
+    # Not LKV: the same word twice has one score in the first layer, and rounding decides which of the two is kept.
+    methods = choose([FULL, "streaming", "snapkv", "kvzip"], policies)
     setting = replace(SETTING, see_question=see)
     together = list(evaluate(model, tokenizer, mixed, methods, setting))
     alone = [r for s in mixed for r in evaluate(model, tokenizer, [s], methods, setting)]
@@ -81,9 +82,8 @@ def test_found_counts_expected_strings() -> None:
 
 class TestStatistics:
     def test_interval_of_a_mean(self) -> None:
-        rng = np.random.default_rng(0)
-        got = interval(rng.random(400) < 0.7)
-        assert got.mean == pytest.approx(0.7, abs=0.05)
+        got = interval([1] * 280 + [0] * 120)
+        assert got.mean == pytest.approx(0.7)
         half = 1.96 * (got.mean * (1 - got.mean) / 400) ** 0.5
         assert got.low == pytest.approx(got.mean - half, abs=0.01)
         assert got.high == pytest.approx(got.mean + half, abs=0.01)

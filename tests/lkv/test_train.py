@@ -16,7 +16,7 @@ from lkv.learn import checkpoint
 from lkv.learn.checkpoint import Design, Shape
 from lkv.learn.config import TrainConfig
 from lkv.learn.train import BEST, LAST, METRICS, STATE, Trainer
-from lkv.policies.lkv import LKV
+from lkv.policies.lkv import Learned
 from lkv.tasks import Words
 
 CONFIG = TrainConfig(
@@ -29,7 +29,7 @@ def trainer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: 
     return Trainer(model, tokenizer, Words(), replace(CONFIG, **changes), folder)
 
 
-def same(first: LKV, second: LKV, **tolerance: float) -> None:
+def same(first: Learned, second: Learned, **tolerance: float) -> None:
     a, b = checkpoint.weights(first), checkpoint.weights(second)
     assert a.keys() == b.keys()
     for name in a:
@@ -96,7 +96,7 @@ def test_validation_decides_which_checkpoint_is_best(
     run = trainer(model, tokenizer, tmp_path)
     seen: list[dict[str, torch.Tensor]] = []
 
-    def validate(policy: LKV) -> dict[str, float]:
+    def validate(policy: Learned) -> dict[str, float]:
         seen.append({name: t.clone() for name, t in checkpoint.weights(policy).items()})
         return {"0.15": [0.7, 0.2][len(seen) - 1]}
 

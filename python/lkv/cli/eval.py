@@ -22,7 +22,7 @@ from lkv.evaluate.methods import FLOOR, FULL, choose, heuristics, learned
 from lkv.evaluate.run import Setting, evaluate
 from lkv.learn.checkpoint import load
 from lkv.policies import Policy
-from lkv.policies.lkv import LKV
+from lkv.policies.lkv import Learned
 from lkv.tasks import Language, Sample, files
 
 METHODS = [FULL, FLOOR, "random", "streaming", "snapkv", "adakv", "kvzip", "lkv"]
@@ -33,9 +33,10 @@ def run(argv: Sequence[str]) -> int:
     options = parse(argv)
     model, tokenizer, language = models.load(options)
     policies, lkv = known(options, model)
-    methods = choose(options.methods or [*METHODS, *(GRID if options.grid else []), *variants(options)], policies)
-    if lkv is None and not options.methods:
-        methods = [m for m in methods if m.name not in ("lkv", *GRID)]
+    names = [*METHODS, *(GRID if options.grid else []), *variants(options)]
+    if lkv is None:
+        names = [name for name in names if name not in ("lkv", *GRID)]
+    methods = choose(options.methods or names, policies)
     setting = Setting(tuple(options.retentions), options.see_question, options.batch, options.answer_tokens or 24)
     samples = load_samples(options) if options.file else make_samples(options, tokenizer, language)
     print(f"question {'seen' if options.see_question else 'not seen'} by the compression; {describe(samples, options)}")
@@ -92,7 +93,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def known(options: argparse.Namespace, model: PreTrainedModel) -> tuple[Mapping[str, Policy], LKV | None]:
+def known(options: argparse.Namespace, model: PreTrainedModel) -> tuple[Mapping[str, Policy], Learned | None]:
     """All methods by name, and LKV if there is a checkpoint."""
     path = options.checkpoint
     if path is None and options.model == models.RETRIEVER and retriever.LKV.exists():
@@ -115,9 +116,7 @@ def variants(options: argparse.Namespace) -> dict[str, str]:
     return out
 
 
-def make_samples(
-    options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, language: Language
-) -> list[Sample]:
+def make_samples(options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, language: Language) -> list[Sample]:
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False).input_ids)
 

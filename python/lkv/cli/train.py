@@ -18,7 +18,7 @@ from lkv.learn.head_budget import KINDS
 from lkv.learn.source import Source
 from lkv.learn.token_scorer import INPUTS
 from lkv.learn.train import BEST, Trainer, Validate
-from lkv.policies.lkv import LKV
+from lkv.policies.lkv import Learned
 
 CHOICES = {"budget": KINDS, "input": INPUTS}
 
@@ -56,7 +56,7 @@ def validation(trainer: Trainer, tokenizer: object) -> Validate:
     ]
     setting = Setting(retentions=config.validation_retentions, limit=config.answer_tokens)
 
-    def validate(policy: LKV) -> dict[str, float]:
+    def validate(policy: Learned) -> dict[str, float]:
         results = evaluate(trainer.model, tokenizer, samples, [Method("lkv", replace(policy))], setting)
         return {
             f"{retention:g}": sum(r.score for r in group) / len(group)

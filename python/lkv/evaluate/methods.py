@@ -9,7 +9,7 @@ from lkv.learn.head_budget import HeadBudget
 from lkv.policies import Policy
 from lkv.policies.adakv import AdaKV
 from lkv.policies.kvzip import KVzip
-from lkv.policies.lkv import LKV
+from lkv.policies.lkv import Learned
 from lkv.policies.random import Random
 from lkv.policies.snapkv import SnapKV
 from lkv.policies.streaming_llm import StreamingLLM
@@ -40,7 +40,7 @@ def heuristics() -> dict[str, Policy]:
     }
 
 
-def learned(lkv: LKV, variants: Mapping[str, LKV] | None = None) -> dict[str, Policy]:
+def learned(lkv: Learned, variants: Mapping[str, Learned] | None = None) -> dict[str, Policy]:
     """LKV, and the grid of {uniform, LKV-H} x {SnapKV, KVzip, LKV-T}.
 
     Args:
@@ -69,5 +69,3 @@ def choose(names: list[str], known: Mapping[str, Policy]) -> list[Method]:
             raise ValueError(f"lkv eval: expected methods of {', '.join([FULL, FLOOR, *known])}, got {name!r}")
         methods.append(Method(name, known.get(name)))
     return methods
-
-

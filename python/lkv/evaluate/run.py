@@ -17,7 +17,7 @@ from lkv.evaluate.decode import answer, pad_left
 from lkv.evaluate.methods import FLOOR, FULL, Method
 from lkv.hf import Cache
 from lkv.learn.passes import Context
-from lkv.learn.second_pass import Scored, repeat_scores
+from lkv.learn.second_pass import repeat_scores
 from lkv.policies.streaming_llm import StreamingLLM
 from lkv.tasks import Sample
 from lkv.text import encode, pad_and_ends
@@ -96,9 +96,12 @@ def _batch(
         questions = [q[-1:] for q in questions]
     tokens, real = (t.to(model.device) for t in pad_left(contexts, pad))
     needs = frozenset().union(*(m.policy.needs for m in methods if m.policy is not None)) - {"second_pass"}
-    with Cache(
-        model, StreamingLLM(), retention=1.0, chunks="last", observe=needs, observe_window=OBSERVED_WINDOW
-    ) as whole, torch.no_grad():
+    with (
+        Cache(
+            model, StreamingLLM(), retention=1.0, chunks="last", observe=needs, observe_window=OBSERVED_WINDOW
+        ) as whole,
+        torch.no_grad(),
+    ):
         places = (real.cumsum(1) - 1).clamp(min=0)
         model.get_decoder()(tokens, attention_mask=real, position_ids=places, past_key_values=whole, use_cache=True)
         for method in methods:
@@ -128,13 +131,10 @@ def _evict(cache: Cache, method: Method, retention: float, scores: Sequence[Tens
     if method.name == FLOOR:
         cache.evict(StreamingLLM(SINK), budget=SINK + WINDOW)
     else:
-        policy = method.policy if scores is None else Scored(method.policy, scores)
-        cache.evict(policy, retention=retention)
+        cache.evict(method.policy, retention=retention, scores=scores)
 
 
-def _second_pass(
-    model: PreTrainedModel, whole: Cache, tokens: Tensor, real: Tensor, method: Method
-) -> list[Tensor]:
+def _second_pass(model: PreTrainedModel, whole: Cache, tokens: Tensor, real: Tensor, method: Method) -> list[Tensor]:
     """Per layer `[B, H, n]`; one sequence at a time where they are padded, as the rows of a context come first."""
     keys, values = ([getattr(layer, name) for layer in whole.ragged] for name in ("keys", "values"))
     lengths, size = real.sum(1), tokens.shape[1]
@@ -143,7 +143,9 @@ def _second_pass(
     out = [k.new_zeros(k.shape[:3], dtype=torch.float32) for k in keys]
     for b, length in enumerate(lengths.tolist()):
         cut = slice(size - length, size)
-        one = Context(tuple(k[b : b + 1, :, cut] for k in keys), tuple(v[b : b + 1, :, cut] for v in values), lengths[b : b + 1])
+        one = Context(
+            tuple(k[b : b + 1, :, cut] for k in keys), tuple(v[b : b + 1, :, cut] for v in values), lengths[b : b + 1]
+        )
         for layer, scores in enumerate(repeat_scores(model, one, tokens[b : b + 1, cut], method.policy)):
             out[layer][b, :, cut] = scores[0]
     return out

@@ -12,7 +12,7 @@ from lkv.hf.checks import check_budgets, check_scores
 from lkv.hf.choice import Choice
 from lkv.hf.observe import observe
 from lkv.hf.settings import Settings
-from lkv.policies import Observation, Policy
+from lkv.policies import Ahead, Observation, Policy
 from lkv_ext.ops.modes import keeps_tensors
 
 if TYPE_CHECKING:
@@ -55,15 +55,36 @@ def _score(layer: RaggedLayer, policy: Policy, given: Tensor | None) -> tuple[Te
     return scores, observed
 
 
+def one_total(policy: Policy) -> bool:
+    """Whether all layers share what is kept, rather than each having its own total."""
+    return policy.scope == "model" or isinstance(policy, Ahead)
+
+
 def _choose(layer: RaggedLayer, settings: Settings, rows: int | None, given: Tensor | None) -> Choice:
+    policy = settings.policy
+    if isinstance(policy, Ahead):
+        return _choose_ahead(layer, settings, rows, given)
     totals = list(map(min, layer.held, _wanted(layer, settings, rows)))
     if totals == layer.held:
         return Choice(None, None, totals)
-    policy = settings.policy
     scores, observed = _score(layer, policy, given)
     budgets = policy.budgets(scores, observed.lengths, torch.tensor(totals), starts=observed.starts)
     check_budgets(policy, budgets, observed.lengths.shape)
     return Choice(scores, budgets if budgets.is_cpu else _within(budgets, totals), totals)
+
+
+def _choose_ahead(layer: RaggedLayer, settings: Settings, rows: int | None, given: Tensor | None) -> Choice:
+    policy, real = settings.policy, layer.real
+    wanted = [min(n, settings.target(n) if rows is None else rows) for n in real]
+    if wanted == real:
+        return Choice(None, None, layer.held)
+    scores, observed = _score(layer, policy, given)
+    budgets = policy.ahead(layer.index, torch.tensor(wanted), torch.tensor(real))
+    check_budgets(policy, budgets, observed.lengths.shape)
+    # Whole rows are as many as there are tokens; of packed ones only the device knows.
+    there = torch.tensor(real)[:, None] if layer.rows is None else observed.lengths.cpu()
+    budgets = budgets.clamp(min=0).minimum(there)
+    return Choice(scores, budgets, budgets.sum(1).tolist())
 
 
 def _within(budgets: Tensor, totals: list[int]) -> Tensor:

@@ -150,7 +150,7 @@ class Session:
         if settings.cap is None:
             return
         layers = [layer for layer in layers if layer.rows is not None]
-        groups = [layers] if settings.policy.scope == "model" else [[layer] for layer in layers]
+        groups = [layers] if eviction.one_total(settings.policy) else [[layer] for layer in layers]
         full = [group for group in groups if group and _rows_after(group) > settings.cap * _heads(group)]
         if full:
             eviction.evict([layer for group in full for layer in group], settings, settings.cap - settings.interval)

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lkv.learn.head_budget import HeadBudget
 from lkv.learn.token_scorer import TokenScorer
-from lkv.policies.lkv import LKV
+from lkv.policies.lkv import Learned, learned
 
 WEIGHTS, CONFIG = "lkv.safetensors", "lkv.json"
 
@@ -49,14 +49,14 @@ class Design:
     sink: int = 4
     window: int = 8
 
-    def build(self, shape: Shape) -> LKV:
+    def build(self, shape: Shape) -> Learned:
         features = 2 * shape.head_dim if self.input == "kv" else shape.hidden_size
         scorer = TokenScorer(shape.layers, shape.heads, features, self.input, self.hidden)
         budget = HeadBudget(shape.layers, shape.heads, self.budget, floor=self.floor)
-        return LKV(scorer, budget, self.sink, self.window)
+        return learned(scorer, budget, self.sink, self.window)
 
 
-def save(path: str | os.PathLike[str], lkv: LKV, design: Design, shape: Shape, facts: Mapping[str, object]) -> None:
+def save(path: str | os.PathLike[str], lkv: Learned, design: Design, shape: Shape, facts: Mapping[str, object]) -> None:
     """Writes a checkpoint; one that is there is replaced only by a whole one."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def save(path: str | os.PathLike[str], lkv: LKV, design: Design, shape: Shape, f
     _replace(folder / CONFIG, lambda to: to.write_text(text + "\n"))
 
 
-def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> LKV:
+def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> Learned:
     """The policy of a checkpoint, for `lkv.Cache(model, lkv.load(path))`.
 
     Args:
@@ -83,7 +83,9 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> 
         config = json.loads((folder / CONFIG).read_text())
         shape, design = Shape(**config["model"]), Design(**config["design"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"lkv.load: expected the configuration of a checkpoint in {folder / CONFIG}: {error}") from None
+        raise ValueError(
+            f"lkv.load: expected the configuration of a checkpoint in {folder / CONFIG}: {error}"
+        ) from None
     if model is not None:
         check(shape, Shape.of(model))
     lkv = design.build(shape)
@@ -108,12 +110,12 @@ def check(expected: Shape, got: Shape) -> None:
         raise ValueError(f"lkv.load: expected a model of {'; '.join(differences)}")
 
 
-def weights(lkv: LKV) -> dict[str, Tensor]:
+def weights(lkv: Learned) -> dict[str, Tensor]:
     parts = (("scorer", lkv.scorer), ("budget", lkv.budget))
     return {f"{name}.{key}": t.contiguous() for name, module in parts for key, t in module.state_dict().items()}
 
 
-def put(lkv: LKV, tensors: Mapping[str, Tensor], source: object) -> None:
+def put(lkv: Learned, tensors: Mapping[str, Tensor], source: object) -> None:
     """The inverse of `weights`.
 
     Raises:

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from lkv.hf import Cache
 from lkv.hf.observe import observe
 from lkv.learn.passes import Context, follow
-from lkv.policies.lkv import LKV, features
+from lkv.policies import Observation
+from lkv.policies.lkv import Learned
 
 FLOOR = -30.0  # log-mask of a token that is evicted for good: finite, so that its score is reached by gradients
 
@@ -43,7 +44,7 @@ class Reading:
 
 
 @torch.no_grad()
-def read(model: PreTrainedModel, policy: LKV, contexts: Sequence[Sequence[int]]) -> Reading:
+def read(model: PreTrainedModel, policy: Learned, contexts: Sequence[Sequence[int]]) -> Reading:
     """Prefills texts with the model's own attention; those of one length together."""
     lengths = [len(c) for c in contexts]
     size, device = max(lengths), model.device
@@ -62,7 +63,7 @@ def read(model: PreTrainedModel, policy: LKV, contexts: Sequence[Sequence[int]])
                 for parts, new in (
                     (keys, observed.keys),
                     (values, observed.values),
-                    (seen, features(policy.scorer, observed)),
+                    (seen, features(policy.scorer.input, observed)),
                 ):
                     if len(parts) <= i:
                         parts.append(new.new_zeros(len(contexts), new.shape[1], size, new.shape[3]))
@@ -71,7 +72,14 @@ def read(model: PreTrainedModel, policy: LKV, contexts: Sequence[Sequence[int]])
     return Reading(tokens, context, tuple(seen))
 
 
-def log_masks(policy: LKV, reading: Reading, retention: Tensor, temperature: float, hard: bool) -> Tensor:
+def features(input: str, observation: Observation) -> Tensor:
+    """What LKV-T reads of a layer: `[B, H, n, D + Dv]`, or `[B, 1, n, hidden]`."""
+    if input == "kv":
+        return torch.cat([observation.pre_rope_keys, observation.values], -1)
+    return observation.hidden_states[:, None]
+
+
+def log_masks(policy: Learned, reading: Reading, retention: Tensor, temperature: float, hard: bool) -> Tensor:
     """What the student sees of every token, `[N, B, H, n]`: 0 for all of it, `FLOOR` for nothing.
 
     The protected rows at both ends are seen in full, and their number comes off the budgets.
@@ -129,7 +137,9 @@ def answers(
         for i, b in enumerate(left):
             begin = len(questions[b]) + len(out[b]) - 1
             told = model.get_output_embeddings()(hidden[i, begin : begin + len(guesses[b]) + 1]).argmax(-1).tolist()
-            agreed = next((j for j, (t, g) in enumerate(zip(told, guesses[b], strict=False)) if t != g), len(guesses[b]))
+            agreed = next(
+                (j for j, (t, g) in enumerate(zip(told, guesses[b], strict=False)) if t != g), len(guesses[b])
+            )
             new = told[: agreed + 1]
             end = next((j + 1 for j, token in enumerate(new) if token in stops), len(new))
             out[b] = [*out[b], *new[:end]][:limit]

@@ -44,13 +44,10 @@ class Context:
         keys, values = ([t.repeat_interleave(times, 0) for t in part] for part in (self.keys, self.values))
         return Context(tuple(keys), tuple(values), self.lengths.repeat_interleave(times))
 
-
     def pick(self, rows: Sequence[int]) -> Context:
         """These sequences."""
         index = list(rows)
-        return Context(
-            tuple(k[index] for k in self.keys), tuple(v[index] for v in self.values), self.lengths[index]
-        )
+        return Context(tuple(k[index] for k in self.keys), tuple(v[index] for v in self.values), self.lengths[index])
 
 
 def follow(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,38 +13,6 @@ from lkv.policies import Observation, Policy
 
 CHUNK = 512  # tokens repeated at a time
 LEAD = 8  # tokens before a chunk that tell the model where it is
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A policy whose scores are there already, per layer `[B, H, L]`: what a second pass has found."""
-
-    policy: Policy
-    scores: Sequence[Tensor]
-
-    needs = frozenset()
-
-    @property
-    def scope(self) -> str:
-        return self.policy.scope
-
-    @property
-    def sink(self) -> int:
-        return self.policy.sink
-
-    @property
-    def window(self) -> int:
-        return self.policy.window
-
-    def score(self, layer: int, observation: Observation) -> Tensor:
-        return self.scores[layer]
-
-    def budgets(
-        self, scores: Tensor | Sequence[Tensor], lengths: Tensor, total: Tensor, *, starts: Tensor | None = None
-    ) -> Tensor:
-        return self.policy.budgets(scores, lengths, total, starts=starts)
-
-
 
 
 @torch.no_grad()

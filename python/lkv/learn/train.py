@@ -22,12 +22,12 @@ from lkv.learn.second_pass import repeat_scores
 from lkv.learn.source import Source
 from lkv.learn.token_scorer import moments, standardise
 from lkv.policies.kvzip import KVzip
-from lkv.policies.lkv import LKV
+from lkv.policies.lkv import Learned
 from lkv.tasks import Language
 from lkv.text import pad_and_ends
 
 STATE, METRICS, LAST, BEST = "state.pt", "metrics.jsonl", "last", "best"
-Validate = Callable[[LKV], dict[str, float]]
+Validate = Callable[[Learned], dict[str, float]]
 
 
 class Trainer:
@@ -69,7 +69,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=0.0)
         self.step, self.best = -config.warm_steps, -1.0
 
-    def run(self, until: int | None = None) -> LKV:
+    def run(self, until: int | None = None) -> Learned:
         """Trains to the last step (or to step `until`); returns the policy."""
         if not self._resume():
             self._fit_inputs()
@@ -229,4 +229,3 @@ class Trainer:
 
 def _plain(x: object) -> object:
     return json.loads(json.dumps(x))
-

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lkv.policies.adakv import AdaKV
-from lkv.policies.protocol import NEEDS, SCOPES, Observation, Policy
+from lkv.policies.protocol import NEEDS, SCOPES, Ahead, Observation, Policy
 from lkv.policies.snapkv import SnapKV
 from lkv.policies.streaming_llm import StreamingLLM
 
-__all__ = ["NEEDS", "POLICIES", "SCOPES", "AdaKV", "Observation", "Policy", "SnapKV", "StreamingLLM", "get"]
+__all__ = ["NEEDS", "POLICIES", "SCOPES", "AdaKV", "Ahead", "Observation", "Policy", "SnapKV", "StreamingLLM", "get"]
 
 POLICIES: dict[str, Callable[[], Policy]] = {"adakv": AdaKV, "snapkv": SnapKV, "streaming_llm": StreamingLLM}
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 import lkv_ext
 from lkv.learn.head_budget import HeadBudget
-from lkv.learn.token_scorer import TokenScorer
+from lkv.learn.token_scorer import TokenScorer, standardise
 from lkv.policies.protocol import Observation, Policy
 
 
 @dataclass(frozen=True)
-class LKV:
-    """A head's rows are scored by its own small MLP, and its budget is a share of the total that was learned.
+class Learned:
+    """A head's rows are scored by its own small MLP, and its budget follows from what was learned of the head.
 
     Either half may be exchanged: any policy as `scorer` gives LKV-H over other scores, a budget of kind "uniform" gives
     LKV-T with equal heads.
@@ -38,35 +38,56 @@ class LKV:
             return frozenset({"pre_rope_keys"} if self.scorer.input == "kv" else {"hidden_states"})
         return self.scorer.needs
 
-    @property
-    def scope(self) -> str:
-        return "model"
-
     @torch.no_grad()
     def score(self, layer: int, observation: Observation) -> Tensor:
-        """float32 `[B, H, L]`, standardised for every head."""
+        """float32 `[B, H, L]`, standardised for every head where LKV-T scores."""
         if not isinstance(self.scorer, TokenScorer):
             return self.scorer.score(layer, observation)
-        return self.scorer(layer, features(self.scorer, observation), observation.valid())
+        if self.scorer.input == "kv":
+            raw = self.scorer.raw(layer, torch.cat([observation.pre_rope_keys, observation.values], -1))
+        else:  # of tokens, those included whose rows are gone
+            raw = self.scorer.raw(layer, observation.hidden_states[:, None])
+            raw = raw.gather(2, observation.positions.long().clamp(0, raw.shape[2] - 1))
+        return standardise(raw, observation.valid())
+
+
+class LKV(Learned):
+    """Every head keeps a share of the total that is its own, whatever the text: layers are evicted one by one."""
+
+    scope = "layer"
+
+    def ahead(self, layer: int, rows: Tensor, lengths: Tensor) -> Tensor:
+        """int64 `[B, H]` of one layer: its part of the table for these rows and lengths; see `Ahead`."""
+        tables = [
+            self.budget.table(kept * self.budget.layers * self.budget.heads, length, self.sink + self.window)
+            for kept, length in zip(rows.tolist(), lengths.tolist(), strict=True)
+        ]
+        return torch.stack([table[layer] for table in tables])
+
+    def budgets(
+        self, scores: Tensor | Sequence[Tensor], lengths: Tensor, total: Tensor, *, starts: Tensor | None = None
+    ) -> Tensor:
+        """int64 `[N, B, H]`, for all layers at once."""
+        protected = self.sink + self.window
+        tables = [self.budget.table(int(total[b]), lengths[:, b], protected) for b in range(lengths.shape[1])]
+        return torch.stack(tables, 1)
+
+
+class LKVThreshold(Learned):
+    """All tokens of all heads compete, with a bias for every head: budgets that depend on the text."""
+
+    scope = "model"
 
     @torch.no_grad()
     def budgets(
         self, scores: Tensor | Sequence[Tensor], lengths: Tensor, total: Tensor, *, starts: Tensor | None = None
     ) -> Tensor:
-        """For all layers, `[N, B, H]`."""
-        if self.budget.static:
-            tables = [
-                self.budget.table(int(total[b]), lengths[:, b], self.sink + self.window)
-                for b in range(lengths.shape[1])
-            ]
-            return torch.stack(tables, 1)
+        """int64 `[N, B, H]`."""
         biased = [s + bias[:, None] for s, bias in zip(scores, self.budget.bias(), strict=True)]
         options = dict(lengths=lengths, starts=starts, sink=self.sink, window=self.window)
         return lkv_ext.budgets_from_scores(biased, total, across="layers", **options)
 
 
-def features(scorer: TokenScorer, observation: Observation) -> Tensor:
-    """What a scorer reads of an observation: `[B, H, L, D + Dv]`, or `[B, 1, L, hidden]`."""
-    if scorer.input == "kv":
-        return torch.cat([observation.pre_rope_keys, observation.values], -1)
-    return observation.hidden_states[:, None]
+def learned(scorer: TokenScorer | Policy, budget: HeadBudget, sink: int = 4, window: int = 8) -> Learned:
+    """The policy that a kind of budget asks for."""
+    return (LKV if budget.static else LKVThreshold)(scorer, budget, sink, window)

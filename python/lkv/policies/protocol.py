@@ -15,7 +15,8 @@ How the methods to come fit:
 - A threshold for the whole model (KVzip, LKV-H): scope "model". When the last layer of a call has attended, `score` is
   called for every layer, and `budgets` once, with the list of their scores, `lengths` `[N, B, H]` and the total of all
   layers; it returns `[N, B, H]`. Before anything is evicted all layers are there in full: scope "layer" holds one.
-- Learned scores of keys and values (LKV-T): needs nothing but the rows; static shares (LKV-H) ignore the scores.
+- Budgets that no score changes (LKV-H): with a method `ahead` a policy of scope "layer" says what the heads of a layer
+  keep while later layers are still to come, as its share of what the whole model keeps.
 - Hidden states or keys before RoPE: named in `needs`, they arrive as further fields of the observation. Hidden states
   are of tokens, not of rows: `hidden_states[b, positions[b, h, i]]` is that of a row, and a policy that scores tokens
   does so once and gathers the scores by `positions`.
@@ -115,5 +116,22 @@ class Policy(Protocol):
         Returns:
             int64 `[B, H]` (`[N, B, H]`). A sequence's budgets sum to its total, or to the rows it has if
             these are fewer.
+        """
+        ...
+
+
+@runtime_checkable
+class Ahead(Protocol):
+    """What a policy of scope "layer" may have beside `Policy`: budgets that are known before the scores are."""
+
+    def ahead(self, layer: int, rows: Tensor, lengths: Tensor) -> Tensor:
+        """Rows that every head of one layer keeps; `budgets` is not asked then.
+
+        Args:
+            rows: int64 `[B]`, on the host: to be kept per head, on average over all heads of all layers.
+            lengths: int64 `[B]`, on the host: logical lengths, evicted tokens included.
+
+        Returns:
+            int64 `[B, H]`, on the host.
         """
         ...

@@ -15,9 +15,9 @@ IGNORE = -100
 MIX = {
     "single": 1,
     "multi_key": 2,
-    "multi_value": 8,
+    "multi_value": 10,
     "multi_query": 2,
-    "key_value": 4,
+    "key_value": 6,
     "variable_tracking": 2,
     "common_words": 0.5,
     "frequent_words": 0.5,
@@ -79,7 +79,13 @@ def _size(task: str, stage: Stage) -> dict[str, int]:
     if task in ("multi_key", "multi_query"):
         return {"keys": max(min(8, facts), 2)}
     if task == "multi_value":
-        return {"keys": 3, "values": 3} if facts >= 9 else {"keys": 2, "values": 2} if facts >= 4 else {"keys": 1, "values": 2}
+        return (
+            {"keys": 3, "values": 3}
+            if facts >= 9
+            else {"keys": 2, "values": 2}
+            if facts >= 4
+            else {"keys": 1, "values": 2}
+        )
     if task == "key_value":
         return {"names": 3, "attributes": 3} if facts >= 9 else {"names": 2, "attributes": 2}
     if task == "variable_tracking":

@@ -36,7 +36,7 @@ CURRICULUM = (
     Stage(512, 9, 16, 200),
     Stage(1024, 9, 10, 200),
     Stage(2048, 9, 5, 40, 1.1),
-    Stage(128, 9, 40, 300, 1.1),
+    Stage(128, 9, 40, 400, 1.1),
     Stage(256, 9, 28, 200, 1.1),
     Stage(512, 9, 16, 150, 1.1),
     Stage(1024, 9, 10, 150, 1.1),
@@ -99,8 +99,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 recent.append(float(right.float().mean()))
             mean = sum(recent[-SMOOTH:]) / max(len(recent[-SMOOTH:]), 1)
             if step % 20 == 0:
-                line = dict(stage=stage.length, step=step, i=i, loss=round(loss.item(), 4), accuracy=round(mean, 4),
-                            tokens=seen, seconds=round(time.time() - begin))
+                line = dict(
+                    stage=stage.length,
+                    step=step,
+                    i=i,
+                    loss=round(loss.item(), 4),
+                    accuracy=round(mean, 4),
+                    tokens=seen,
+                    seconds=round(time.time() - begin),
+                )
                 print(json.dumps(line), file=log, flush=True)
             if len(recent) >= SMOOTH and mean >= stage.accuracy:
                 break
