@@ -1,8 +1,8 @@
 """The main job on real input: read a long text, keep 15 % of it, answer. Run `python -m lkv.demo --help`.
 
-The retriever that comes with the package reads texts in which a few facts stand among filler and decoys, without knowing
-what it will be asked. Then `lkv_ext` evicts its cache, and it answers from what is left: as LKV has learned to keep it,
-as two heuristics keep it, and from the whole cache.
+The retriever that comes with the package reads texts in which a few facts stand among filler and decoys, without
+knowing what it will be asked. Then `lkv_ext` evicts its cache, and it answers from what is left: as LKV has learned to
+keep it, as two heuristics keep it, and from the whole cache.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from lkv.hf import Cache
 from lkv.learn.checkpoint import Design, Shape
-from lkv.policies.lkv import LKV, LKVThreshold, Learned
+from lkv.policies.lkv import LKV, Learned, LKVThreshold
 
 
 def make(model: PreTrainedModel, spread: float = 2, **design: object) -> Learned:

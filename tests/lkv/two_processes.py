@@ -18,7 +18,14 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     words = Words()
     torch.manual_seed(0)
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=16, initializer_range=0.2)
+    shape = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=16,
+        initializer_range=0.2,  # attention is not uniform, and gradients are more than rounding,
+    )
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=len(words.vocabulary), num_key_value_heads=2, eos_token_id=3, bos_token_id=2, **shape)
     )

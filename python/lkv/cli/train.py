@@ -15,7 +15,6 @@ from lkv.evaluate.run import Setting, by_method, evaluate
 from lkv.learn.checkpoint import Design
 from lkv.learn.config import TrainConfig
 from lkv.learn.head_budget import KINDS
-from lkv.learn.source import Source
 from lkv.learn.token_scorer import INPUTS
 from lkv.learn.train import BEST, Trainer, Validate
 from lkv.policies.lkv import Learned

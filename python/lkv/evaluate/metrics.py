@@ -2,8 +2,9 @@
 
 All scores are 0 to 1. What differs from LongBench's own `metrics.py`, apart from that it says percent:
 
-- ROUGE-L by `rouge-score`, which is kept, in the place of `rouge`, which is not. Words, sentences (full stops) and the
-  union of longest common subsequences are the same; `rouge` counts every word once, however often it stands there.
+- ROUGE-L on the subsequences that `rapidfuzz` finds, in the place of `rouge`, which is no longer kept. As there, a word
+  counts once, however often it stands in a text (`rouge-score` counts every one, and so says more: 0.13 for 0.11 on
+  prose). Which of several longest subsequences is taken may differ: 0.076 for 0.076 over 300 pairs of paragraphs.
 - Edit distance by `rapidfuzz` in the place of `fuzzywuzzy`: the same ratio as that with python-Levenshtein.
 - Classification drops all classes that are part of the expected one; LongBench skips the class behind a dropped one.
 """
@@ -71,10 +72,19 @@ def qa_f1_zh(text: str, expected: str) -> float:
 
 
 def rouge_l(text: str, expected: str) -> float:
-    """F of ROUGE-L over whole texts, words between blanks, sentences between full stops."""
-    rouge = need("rouge_score.rouge_scorer", EXTRA, "ROUGE-L")
-    scorer = rouge.RougeScorer(["rougeLsum"], tokenizer=_Words())
-    return float(scorer.score(_lines(expected), _lines(text))["rougeLsum"].fmeasure)
+    """F of the words in common: in a longest common subsequence of any sentence of the one and any of the other.
+
+    Words stand between blanks, sentences between full stops.
+    """
+    subsequences = need("rapidfuzz.distance", EXTRA, "ROUGE-L").LCSseq
+    ours, theirs = _sentences(text), _sentences(expected)
+    common: set[str] = set()
+    for wanted in theirs:
+        for sentence in ours:
+            for block in subsequences.opcodes(wanted, sentence).as_matching_blocks():
+                common.update(wanted[block.a : block.a + block.size])
+    words = len(set().union(*ours)) + len(set().union(*theirs))
+    return 2 * len(common) / words if words else 0.0
 
 
 def rouge_l_zh(text: str, expected: str) -> float:
@@ -136,16 +146,8 @@ METRICS: dict[str, Callable[..., float]] = {
 }
 
 
-class _Words:
-    """A tokenizer for `rouge-score`, whose own would drop all that is not ASCII."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return text.split()
-
-
-def _lines(text: str) -> str:
-    """A sentence a line."""
-    return "\n".join(" ".join(sentence.split()) for sentence in text.split(".") if sentence.strip())
+def _sentences(text: str) -> list[list[str]]:
+    return [sentence.split() for sentence in text.split(".") if sentence.strip()]
 
 
 def _f1(words: Sequence[str], expected: Sequence[str]) -> float:

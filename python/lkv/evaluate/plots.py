@@ -32,10 +32,17 @@ def _accuracy(rows: Sequence[Mapping], path: Path) -> Path:
             continue
         x, y = [100 * p["retention"] for p in points], [100 * p["score"] for p in points]
         learned = method == "lkv"
-        line = axes.plot(x, y, marker="o", ms=4, lw=2.5 if learned else 1.2, zorder=3 if learned else 2, label=method)[0]
+        line = axes.plot(x, y, marker="o", ms=4, lw=2.5 if learned else 1.2, zorder=3 if learned else 2, label=method)[
+            0
+        ]
         low, high = ([100 * p[side] for p in points] for side in ("low", "high"))
         axes.fill_between(x, low, high, alpha=0.12, color=line.get_color(), lw=0)
-    axes.set(xlabel="rows kept, % of the cache", ylabel="accuracy, %", ylim=(-2, 102), title="Physical eviction, question not seen")
+    axes.set(
+        xlabel="rows kept, % of the cache",
+        ylabel="accuracy, %",
+        ylim=(-2, 102),
+        title="After physical eviction",
+    )
     axes.legend(fontsize=8, ncols=2)
     return _save(figure, path)
 
@@ -61,7 +68,9 @@ def _kept(kept: Mapping[str, object], path: Path) -> Path:
     for y, head in enumerate(heads):
         axes.plot(head["positions"], [y] * len(head["positions"]), "|", color="k", ms=5)
     axes.set_yticks(range(len(heads)), [head["name"] for head in heads], fontsize=7)
-    axes.set(xlim=(-1, kept["length"]), ylim=(len(heads) - 0.3, -0.7), xlabel="position in the text", title=kept["title"])
+    axes.set(
+        xlim=(-1, kept["length"]), ylim=(len(heads) - 0.3, -0.7), xlabel="position in the text", title=kept["title"]
+    )
     return _save(figure, path)
 
 

@@ -36,7 +36,9 @@ def rows(results: Iterable[Result], reference: str = "lkv") -> list[Row]:
             "evict_ms": 1e3 * _mean(r.evict_seconds for r in group),
             "second_pass_ms": 1e3 * _mean(r.second_pass_seconds for r in group),
             "samples": len(group),
-            "tasks": {task: _mean(r.score for r in group if r.task == task) for task in dict.fromkeys(r.task for r in group)},
+            "tasks": {
+                task: _mean(r.score for r in group if r.task == task) for task in dict.fromkeys(r.task for r in group)
+            },
         }
         ours = groups.get((reference, retention))
         if ours is not None and method != reference and len(ours) == len(group):

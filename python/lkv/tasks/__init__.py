@@ -11,12 +11,27 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from lkv.tasks.language import English, Language, Words
+from lkv.tasks.english import English
+from lkv.tasks.language import Language
 from lkv.tasks.reasoning import common_words, frequent_words, variable_tracking
 from lkv.tasks.retrieval import key_value, multi_key, multi_query, multi_value, single
 from lkv.tasks.scene import Count, Question, Sample, Scene
+from lkv.tasks.words import Words
 
-__all__ = ["REASONING", "RETRIEVAL", "SPLITS", "TASKS", "English", "Language", "Question", "Sample", "Scene", "Words", "make", "scene"]
+__all__ = [
+    "REASONING",
+    "RETRIEVAL",
+    "SPLITS",
+    "TASKS",
+    "English",
+    "Language",
+    "Question",
+    "Sample",
+    "Scene",
+    "Words",
+    "make",
+    "scene",
+]
 
 RETRIEVAL = ("single", "multi_key", "multi_value", "multi_query", "key_value")
 REASONING = ("variable_tracking", "common_words", "frequent_words")

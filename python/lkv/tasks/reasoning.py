@@ -1,4 +1,4 @@
-"""Variable tracking and word counting after RULER (arXiv 2404.06654): more than one place of the text has to be read."""
+"""Variable tracking and word counting after RULER (arXiv 2404.06654): many places of a text have to be read."""
 
 from __future__ import annotations
 

@@ -95,6 +95,4 @@ def _scene(
     rng.shuffle(order)
     left = {True: iter(evidence), False: iter(decoys)}
     sentences = [next(left[is_fact]) for is_fact in order]
-    return Scene(
-        weave(rng, sentences, lambda: language.filler(rng), length, count), tuple(questions), tuple(evidence)
-    )
+    return Scene(weave(rng, sentences, lambda: language.filler(rng), length, count), tuple(questions), tuple(evidence))

@@ -1,0 +1,193 @@
+"""EleutherAI's lm-eval harness on a cache that was evicted: its model class for Hugging Face, with `lkv.Cache`.
+
+A prompt of the harness is one string, so what is its question has to be said: see `Compression`. What is in front of it
+is read, evicted for good, and the rest of the prompt, the continuation or the answer come after, from the rows that are
+left. Prompts are run one at a time, as each has its own cut; continuations of one prompt share its eviction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lkv.hf import Cache
+from lkv.learn.passes import Context
+from lkv.learn.second_pass import repeat_scores
+from lkv.policies import Policy
+from lkv.policies.streaming_llm import StreamingLLM
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What of a prompt is compressed, and how.
+
+    Attributes:
+        policy: None for the full cache.
+        retention: rows to keep of what is compressed, in (0, 1].
+        see_question: compress the whole prompt, but for its last token, from which the answer is decoded.
+        question_tokens: else: the last tokens of a prompt, taken for its question, are not compressed; or
+        marker: the question begins at the last occurrence of this text.
+    """
+
+    policy: Policy | None
+    retention: float = 1.0
+    see_question: bool = False
+    question_tokens: int = 64
+    marker: str | None = None
+
+    def __str__(self) -> str:
+        if self.see_question:
+            return "question seen by the compression: all of a prompt is compressed but its last token"
+        question = f"its last {self.question_tokens} tokens"
+        if self.marker is not None:
+            question = f"what begins with the last {self.marker!r}"
+        return f"question not seen by the compression: all of a prompt is compressed but {question}"
+
+
+@dataclass
+class Tally:
+    """What came of it.
+
+    Attributes:
+        prompts: that were run. short: of these, those with nothing in front of the question, which nothing was evicted
+            of. kept, rows: of all heads and layers, after the evictions and before.
+    """
+
+    prompts: int = 0
+    short: int = 0
+    kept: int = 0
+    rows: int = 0
+
+    def __str__(self) -> str:
+        share = f"{self.kept / self.rows:.1%} of the rows" if self.rows else "no rows"
+        return f"{self.prompts} prompts, {self.short} too short to be compressed; of the others {share} kept"
+
+
+@register_model("lkv")
+class HarnessModel(HFLM):
+    """A model of transformers for `lm_eval.simple_evaluate`.
+
+    Attributes:
+        tally: of all prompts so far.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        compression: Compression,
+        max_length: int | None = None,
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=max_length)
+        self.compression, self.tally = compression, Tally()
+        self._cache: Cache | None = None  # of the prompt before, evicted
+        self._read: list[int] = []  # its tokens
+
+    def close(self) -> None:
+        """Gives the model its own attention back."""
+        if self._cache is not None:
+            self._cache.close()
+        self._cache = None
+
+    def cut(self, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt are compressed; the others are its question.
+
+        Raises:
+            ValueError: for a prompt without the marker.
+        """
+        how = self.compression
+        if how.see_question:
+            return len(prompt) - 1
+        if how.marker is None:
+            return max(0, len(prompt) - how.question_tokens)
+
+        def asks(begin: int) -> bool:
+            return how.marker in self.tokenizer.decode(prompt[begin:])
+
+        if not asks(0):
+            end = self.tokenizer.decode(prompt[-20:])
+            raise ValueError(f"lkv lm-eval: expected {how.marker!r} in every prompt, got one that ends with {end!r}")
+        low, high = 0, len(prompt)  # the marker is in prompt[low:], and no longer in prompt[high:]
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if asks(middle) else (low, middle)
+        return min(low, len(prompt) - 1)
+
+    def evicted(self, tokens: list[int]) -> Cache:
+        """A cache of these tokens, of which the policy has chosen; a copy that the caller closes."""
+        if self._cache is None or tokens != self._read:
+            self.close()
+            self._cache, self._read = self._evict(tokens), tokens
+        return self._cache.fork()
+
+    @torch.no_grad()
+    def _evict(self, tokens: list[int]) -> Cache:
+        policy, retention = self.compression.policy, self.compression.retention
+        window = 1 if policy is None else max(policy.window, 1)
+        needs = frozenset() if policy is None else policy.needs - {"second_pass"}
+        # Its own settings keep all: neither the question nor the answer is evicted later.
+        cache = Cache(self.model, StreamingLLM(), retention=1.0, chunks="last", observe=needs, observe_window=window)
+        self.tally.prompts += 1
+        if not tokens:
+            self.tally.short += 1
+            return cache
+        ids = self._tensor(tokens)
+        self.model.get_decoder()(ids, past_key_values=cache, use_cache=True)
+        rows = sum(layer.held[0] for layer in cache.ragged)
+        if policy is not None:
+            scores = None
+            if "second_pass" in policy.needs:
+                keys, values = (tuple(getattr(x, name) for x in cache.ragged) for name in ("keys", "values"))
+                lengths = torch.tensor([len(tokens)], device=self.device)
+                scores = repeat_scores(self.model, Context(keys, values, lengths), ids, policy)
+            cache.evict(policy, retention=retention, scores=scores)
+        self.tally.rows += rows
+        self.tally.kept += sum(layer.held[0] for layer in cache.ragged)
+        return cache
+
+    def _tensor(self, tokens: Sequence[int]) -> Tensor:
+        return torch.tensor([list(tokens)], device=self.device)
+
+    # What the harness calls.
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: object) -> Tensor:
+        """`[1, n]` tokens of a prompt: they and what comes after them."""
+        tokens = context[0].tolist()
+        with self.evicted(tokens[: self.cut(tokens)]) as cache:
+            return super()._model_generate(context, max_length, stop, past_key_values=cache, **kwargs)
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Of every continuation: the logarithm of its probability after its prompt, and whether it is the likeliest."""
+        answers = []
+        for key, prompt, continuation in tqdm(requests, "lkv lm-eval: loglikelihood", disable=disable_tqdm):
+            prompt = prompt[max(0, len(prompt) + len(continuation) - self.max_length - 1) :]
+            cut = self.cut(prompt)
+            with self.evicted(prompt[:cut]) as cache:
+                ids, wanted = self._tensor(prompt[cut:] + continuation[:-1]), self._tensor(continuation)
+                output = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=len(continuation))
+            logits = output.logits.float().log_softmax(-1)
+            total = logits.gather(2, wanted[..., None]).sum()
+            answers.append((float(total), bool((logits.argmax(-1) == wanted).all())))
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, answers[-1])
+        return answers
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
+        """
+        Raises:
+            ValueError: always: a text that is all scored has no prompt that could be compressed.
+        """
+        raise ValueError("lkv lm-eval: expected tasks with a prompt, got one of rolling loglikelihood")
