@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def test_rows_table_and_plots(tmp_path: Path) -> None:
     assert rows[1]["tasks"] == {"a": 1.0, "b": 0.5}
     assert rows[2]["behind"][0] == 0.5
     text = report.table(rows)
-    assert "| snapkv | 0.15      | 15.0% | 50.0 | 0.0   | 25.0" in text
+    assert "| snapkv | 0.15 | 15.0% | 50.0 | 0.0 | 25.0 |" in re.sub(" +", " ", text)
     extra = {
         "shares": {"0.15": [[0.1, 0.2], [0.05, 0.25]]},
         "kept_positions": {
