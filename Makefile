@@ -11,13 +11,13 @@ HF_VERSIONS := 4.56.2 5.2.0
 HF_NEEDS_4.56.2 := "huggingface_hub>=0.34,<1" "tokenizers>=0.22,<=0.23.0" requests urllib3 charset-normalizer certifi idna
 HF_NEEDS_5.2.0 := "huggingface_hub>=1.3,<2" "tokenizers>=0.22,<=0.23.0" typer-slim httpx httpcore h11 anyio certifi idna
 
-.PHONY: build demo test test-hf fuzz bench style clean
+.PHONY: build demo test test-hf fuzz retriever lkv lkv-eval bench style clean
 
 # Without isolation, so that the op library is built against the torch just installed.
 $(VENV)/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q "$(TORCH)" "setuptools>=77" wheel cmake ninja pybind11 numpy \
-	  "transformers>=4.56" tqdm pytest pytest-benchmark hypothesis matplotlib
+	  "transformers>=4.56" accelerate tqdm pytest pytest-benchmark hypothesis matplotlib rapidfuzz
 	touch $@
 
 build: $(VENV)/ready
@@ -43,6 +43,19 @@ build/transformers-%/ready: $(VENV)/ready
 
 fuzz: build
 	HYPOTHESIS_PROFILE=fuzz $(RUN) -m pytest tests/test_properties.py tests/test_budgets.py
+
+# The model that comes with the package and what LKV has learned of it; both take long (see docs/lkv.md). Blocks of memory
+# stay with the process: giving them back and taking them again is half of the time of a step.
+KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=1073741824
+
+retriever: build
+	$(KEEP) $(RUN) -m lkv.retriever.train --out build/retriever
+
+lkv: build
+	$(KEEP) $(RUN) -m lkv train --out build/lkv
+
+lkv-eval: build
+	$(KEEP) $(RUN) -m lkv eval --grid --out docs/lkv
 
 bench: build
 	$(RUN) -m pytest bench -q --benchmark-only --benchmark-quiet

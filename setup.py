@@ -48,10 +48,12 @@ def _program(name: str) -> str | None:
     return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
 
 
+ROOMS = ("cli", "evaluate", "hf", "learn", "policies", "reference", "retriever", "tasks")
+
 setup(
-    packages=["lkv_ext", "lkv_ext.ops", "lkv", "lkv.hf", "lkv.policies", "lkv.reference"],
+    packages=["lkv_ext", "lkv_ext.ops", "lkv", *(f"lkv.{room}" for room in ROOMS)],
     package_dir={"lkv_ext": "lkv_ext", "lkv": "python/lkv"},
-    package_data={"lkv_ext": ["py.typed"], "lkv": ["tasks/*.json"]},
+    package_data={"lkv_ext": ["py.typed"], "lkv": ["tasks/*.json", "retriever/weights/*", "retriever/weights/lkv/*"]},
     ext_modules=[Extension("lkv_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,

@@ -3,30 +3,35 @@
     cache = lkv.Cache(model, "snapkv", retention=0.15)
     model.generate(**inputs, past_key_values=cache)
 
-transformers is loaded with `lkv.Cache`, and nothing before.
+    cache = lkv.Cache(model, lkv.load("folder of lkv train", model), retention=0.15)
+
+transformers is loaded with these two, and nothing before.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lkv.hf.cache import Cache
+    from lkv.learn.checkpoint import load
 
-__all__ = ["Cache"]
+__all__ = ["Cache", "load"]
+_HOMES = {"Cache": "lkv.hf.cache", "load": "lkv.learn.checkpoint"}
 
 
 def __getattr__(name: str) -> object:
-    if name != "Cache":
+    if name not in _HOMES:
         raise AttributeError(f"module 'lkv' has no attribute {name!r}")
     try:
-        from lkv.hf.cache import Cache
+        found = getattr(import_module(_HOMES[name]), name)
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):
             raise
-        raise ImportError(f"lkv.Cache needs {error.name}: pip install torch 'transformers>=4.56'") from None
-    globals()[name] = Cache
-    return Cache
+        raise ImportError(f"lkv.{name} needs {error.name}: pip install torch 'transformers>=4.56'") from None
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

@@ -25,6 +25,12 @@ class Method:
     policy: Policy | None
 
     @property
+    def scorer(self) -> Policy | None:
+        """Whose scores they are."""
+        inner = getattr(self.policy, "scorer", None)
+        return inner if isinstance(inner, Policy) else self.policy
+
+    @property
     def second_pass(self) -> bool:
         return self.policy is not None and "second_pass" in self.policy.needs
 

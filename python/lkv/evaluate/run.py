@@ -18,6 +18,7 @@ from lkv.evaluate.methods import FLOOR, FULL, Method
 from lkv.hf import Cache
 from lkv.learn.passes import Context
 from lkv.learn.second_pass import repeat_scores
+from lkv.policies import Policy
 from lkv.policies.streaming_llm import StreamingLLM
 from lkv.tasks import Sample
 from lkv.text import encode, pad_and_ends
@@ -104,12 +105,15 @@ def _batch(
     ):
         places = (real.cumsum(1) - 1).clamp(min=0)
         model.get_decoder()(tokens, attention_mask=real, position_ids=places, past_key_values=whole, use_cache=True)
+        passes: dict[type, tuple[list[Tensor], float]] = {}  # methods that differ in their budgets share one
         for method in methods:
             scores, second = None, 0.0
             if method.second_pass:
-                clock = time.perf_counter()
-                scores = _second_pass(model, whole, tokens, real, method)
-                second = time.perf_counter() - clock
+                if type(method.scorer) not in passes:
+                    clock = time.perf_counter()
+                    told = _second_pass(model, whole, tokens, real, method.scorer)
+                    passes[type(method.scorer)] = told, time.perf_counter() - clock
+                scores, second = passes[type(method.scorer)]
             for retention in [1.0] if method.policy is None and method.name == FULL else setting.retentions:
                 with whole.fork() as cache:
                     clock = time.perf_counter()
@@ -134,19 +138,19 @@ def _evict(cache: Cache, method: Method, retention: float, scores: Sequence[Tens
         cache.evict(method.policy, retention=retention, scores=scores)
 
 
-def _second_pass(model: PreTrainedModel, whole: Cache, tokens: Tensor, real: Tensor, method: Method) -> list[Tensor]:
+def _second_pass(model: PreTrainedModel, whole: Cache, tokens: Tensor, real: Tensor, policy: Policy) -> list[Tensor]:
     """Per layer `[B, H, n]`; one sequence at a time where they are padded, as the rows of a context come first."""
     keys, values = ([getattr(layer, name) for layer in whole.ragged] for name in ("keys", "values"))
     lengths, size = real.sum(1), tokens.shape[1]
     if bool((lengths == size).all()):
-        return repeat_scores(model, Context(tuple(keys), tuple(values), lengths), tokens, method.policy)
+        return repeat_scores(model, Context(tuple(keys), tuple(values), lengths), tokens, policy)
     out = [k.new_zeros(k.shape[:3], dtype=torch.float32) for k in keys]
     for b, length in enumerate(lengths.tolist()):
         cut = slice(size - length, size)
         one = Context(
             tuple(k[b : b + 1, :, cut] for k in keys), tuple(v[b : b + 1, :, cut] for v in values), lengths[b : b + 1]
         )
-        for layer, scores in enumerate(repeat_scores(model, one, tokens[b : b + 1, cut], method.policy)):
+        for layer, scores in enumerate(repeat_scores(model, one, tokens[b : b + 1, cut], policy)):
             out[layer][b, :, cut] = scores[0]
     return out
 

@@ -68,6 +68,7 @@ class Trainer:
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=0.0)
         self.step, self.best = -config.warm_steps, -1.0
+        self._board: object = None
 
     def run(self, until: int | None = None) -> Learned:
         """Trains to the last step (or to step `until`); returns the policy."""
@@ -223,8 +224,28 @@ class Trainer:
         return True
 
     def _log(self, numbers: dict[str, float]) -> None:
+        """A line of JSON, and TensorBoard's event files where it is installed."""
         with (self.folder / METRICS).open("a") as file:
             print(json.dumps({"step": self.step, **numbers}), file=file)
+        if self._board is None:
+            self._board = _board(self.folder)
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, self.step)
+
+
+class _Nowhere:
+    """TensorBoard where there is none."""
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        pass
+
+
+def _board(folder: Path) -> object:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return _Nowhere()
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def _plain(x: object) -> object:

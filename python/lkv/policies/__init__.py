@@ -8,13 +8,34 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lkv.policies.adakv import AdaKV
+from lkv.policies.kvzip import KVzip
 from lkv.policies.protocol import NEEDS, SCOPES, Ahead, Observation, Policy
+from lkv.policies.random import Random
 from lkv.policies.snapkv import SnapKV
 from lkv.policies.streaming_llm import StreamingLLM
 
-__all__ = ["NEEDS", "POLICIES", "SCOPES", "AdaKV", "Ahead", "Observation", "Policy", "SnapKV", "StreamingLLM", "get"]
+__all__ = [
+    "NEEDS",
+    "POLICIES",
+    "SCOPES",
+    "AdaKV",
+    "Ahead",
+    "KVzip",
+    "Observation",
+    "Policy",
+    "Random",
+    "SnapKV",
+    "StreamingLLM",
+    "get",
+]
 
-POLICIES: dict[str, Callable[[], Policy]] = {"adakv": AdaKV, "snapkv": SnapKV, "streaming_llm": StreamingLLM}
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "adakv": AdaKV,
+    "kvzip": KVzip,
+    "random": Random,
+    "snapkv": SnapKV,
+    "streaming_llm": StreamingLLM,
+}
 
 
 def get(policy: str | Policy) -> Policy:
