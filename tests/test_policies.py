@@ -222,7 +222,7 @@ def test_policies_by_name_and_object():
     assert policies.get("streaming_llm") == StreamingLLM()
     policy = SnapKV(window=8)
     assert policies.get(policy) is policy
-    with pytest.raises(ValueError, match="expected one of adakv, snapkv, streaming_llm, got 'h2o'"):
+    with pytest.raises(ValueError, match="expected one of adakv, kvzip, random, snapkv, streaming_llm, got 'h2o'"):
         policies.get("h2o")
     with pytest.raises(TypeError, match=r"expected a name or a policy, got 3 without needs, scope"):
         policies.get(3)
