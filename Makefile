@@ -55,7 +55,7 @@ lkv: build
 	$(KEEP) $(RUN) -m lkv train --out build/lkv
 
 lkv-eval: build
-	$(KEEP) $(RUN) -m lkv eval --grid --out docs/lkv
+	$(KEEP) $(RUN) -m lkv eval --grid --soft --out docs/lkv
 
 bench: build
 	$(RUN) -m pytest bench -q --benchmark-only --benchmark-quiet

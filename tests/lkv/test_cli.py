@@ -39,7 +39,16 @@ def test_train_then_eval(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     capsys.readouterr()
 
     variant = f"threshold={tmp_path / 'threshold' / 'best'}"
-    options = ["--checkpoint", tmp_path / "run" / "best", "--grid", "--variants", variant, "--out", tmp_path / "report"]
+    options = [
+        "--checkpoint",
+        tmp_path / "run" / "best",
+        "--grid",
+        "--soft",
+        "--variants",
+        variant,
+        "--out",
+        tmp_path / "report",
+    ]
     assert run(EVAL, *options) == 0
     printed = capsys.readouterr().out
     assert "question not seen by the compression; 4 texts of 96 tokens" in printed
@@ -48,6 +57,7 @@ def test_train_then_eval(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert {"full", "floor", "random", "streaming", "snapkv", "adakv", "kvzip", "lkv", "lkv-h+kvzip"} <= methods
     assert {"uniform+snapkv", "uniform+lkv-t", "threshold"} <= methods
     assert report["facts"]["question_seen"] is False
+    assert report["soft_to_hard"].keys() == {"0.3", "0.6"}
     assert all((tmp_path / "report" / f"{name}.png").exists() for name in ("accuracy", "budgets", "kept"))
 
 

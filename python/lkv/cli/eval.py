@@ -20,6 +20,7 @@ from lkv.evaluate import metrics, report
 from lkv.evaluate.kept import kept_positions
 from lkv.evaluate.methods import FLOOR, FULL, choose, heuristics, learned
 from lkv.evaluate.run import Setting, evaluate
+from lkv.evaluate.soft import soft_accuracy
 from lkv.learn.checkpoint import load
 from lkv.policies import Policy
 from lkv.policies.lkv import Learned
@@ -51,8 +52,9 @@ def run(argv: Sequence[str]) -> int:
                 bar.update(result.method == methods[-1].name and result.retention == setting.retentions[-1])
     rows = report.rows(results)
     print(report.table(rows))
+    gap = soft_to_hard(model, tokenizer, samples, lkv, rows, options) if lkv is not None and options.soft else {}
     if options.out:
-        extra: dict[str, object] = {}
+        extra: dict[str, object] = {"soft_to_hard": gap}
         if lkv is not None:
             if lkv.budget.static:
                 extra["shares"] = {f"{r:g}": lkv.budget(r).tolist() for r in setting.retentions}
@@ -80,6 +82,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, help="LongBench: its dataset2prompt.json; default: our own wording")
     parser.add_argument("--question-marker", help="RULER: what questions begin with; default: as its templates do")
     parser.add_argument("--see-question", action="store_true", help="compress the question along with the text")
+    parser.add_argument("--soft", action="store_true", help="also answer through the relaxed mask of the training")
     parser.add_argument("--out", type=Path, help="folder for report.json and the plots")
     options = parser.parse_args(argv)
     for retention in options.retentions:
@@ -138,6 +141,27 @@ def load_samples(options: argparse.Namespace) -> list[files.FileSample]:
     samples = [sample for source in options.file for sample in files.load(options.format, source, **more)]
     metrics.check_packages(samples)
     return samples
+
+
+def soft_to_hard(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    lkv: Learned,
+    rows: Sequence[report.Row],
+    options: argparse.Namespace,
+) -> dict[str, list[float]]:
+    """Accuracy through the relaxed mask and after physical eviction, per retention."""
+    out = {}
+    for row in rows:
+        if row["method"] == "lkv":
+            retention = row["retention"]
+            soft = soft_accuracy(model, tokenizer, samples, lkv, retention, options.batch, options.answer_tokens)
+            out[f"{retention:g}"] = [soft, row["score"]]
+            print(
+                f"at {retention:g}: {100 * soft:.1f} through the relaxed mask, {100 * row['score']:.1f} after eviction"
+            )
+    return out
 
 
 def describe(samples: Sequence[Sample], options: argparse.Namespace) -> str:

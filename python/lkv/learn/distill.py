@@ -119,8 +119,9 @@ def answers(
     limit: int,
     ends: Sequence[int],
     drafts: Sequence[Sequence[int]] | None = None,
+    log_masks: Tensor | None = None,
 ) -> list[list[int]]:
-    """What the teacher answers, greedily, its end token included.
+    """What the teacher answers, greedily, its end token included; with log-masks `[N, B, H, n]` the student.
 
     Args:
         limit: most tokens of an answer.
@@ -133,7 +134,8 @@ def answers(
     while left:
         rows = [[*questions[b], *out[b], *guesses[b]] for b in left]
         tokens, _ = pad_right(rows, context.lengths.device)
-        hidden = follow(model, context if len(left) == len(out) else context.pick(left), tokens)
+        masks = None if log_masks is None else log_masks[:, left]
+        hidden = follow(model, context.pick(left), tokens, log_masks=masks)
         for i, b in enumerate(left):
             begin = len(questions[b]) + len(out[b]) - 1
             told = model.get_output_embeddings()(hidden[i, begin : begin + len(guesses[b]) + 1]).argmax(-1).tolist()

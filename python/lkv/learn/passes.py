@@ -47,6 +47,8 @@ class Context:
     def pick(self, rows: Sequence[int]) -> Context:
         """These sequences."""
         index = list(rows)
+        if index == list(range(self.batch)):
+            return self
         return Context(tuple(k[index] for k in self.keys), tuple(v[index] for v in self.values), self.lengths[index])
 
 
