@@ -54,6 +54,7 @@ struct Avx512 {
   }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats fadd(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static Floats fsub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static Floats fmul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats fdiv(Floats a, Floats b) { return _mm512_div_ps(a, b); }
   static Floats fmax(Floats a, Floats b) { return _mm512_max_ps(a, b); }
@@ -74,6 +75,7 @@ struct Avx512 {
     exponent = _mm512_cvtepi32_ps(n);
     return _mm512_castsi512_ps(sub(bits, _mm512_slli_epi32(n, 23)));
   }
+  static Floats times_power(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
   static Floats copy_sign(Floats x, Floats sign) {
     return _mm512_or_ps(x, _mm512_and_ps(sign, _mm512_castsi512_ps(set(0x80000000u))));
   }

@@ -6,9 +6,10 @@
 
 // Arithmetic on floats over a vector type S, one file per instruction set, internal linkage as in key_kernels_impl.h.
 //
-// S: Floats of `width` 32-bit lanes; fset, fload, fstore, fload of 16-bit types (from_bf16, from_f16), fma, fadd, fmul,
-// fdiv, fmin and fmax (the second operand where one is NaN), sum and highest over lanes, scale_by_exponent, zero_below,
-// where_below (of a < b), copy_sign, and mantissa: of a normal number above 0, in [sqrt(1/2), sqrt(2)), and exponent.
+// S: Floats of `width` 32-bit lanes; fset, fload, fstore, fload of 16-bit types (from_bf16, from_f16), fma, fadd, fsub,
+// fmul, fdiv, fmin and fmax (the second operand where one is NaN), sum and highest over lanes, scale_by_exponent,
+// zero_below, where_below (of a < b), copy_sign, times_power (of 2, a whole number from -126 on; infinity where it is
+// too high), and mantissa: of a normal number above 0, in [sqrt(1/2), sqrt(2)), and exponent.
 
 namespace lkv::cpu {
 namespace {
@@ -52,6 +53,21 @@ struct Exponential {
 
   auto value() const { return S::fma(scale, part, scale); }
 };
+
+constexpr float kPower[] = {9.671512959e-3f, 5.550733748e-2f, 2.402224208e-1f, 6.931469776e-1f, 1.0f};
+
+// 2^x within 2 ulp, by the polynomial of least relative error 1.1e-7, for x of at least -126, below which it is 2^-126;
+// infinity for x above 127 and NaN.
+template <class S>
+auto power_of_two(typename S::Floats x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  x = S::fmax(S::fmin(x, S::fset(200.0f)), S::fset(-126.0f));
+  const auto n = S::fadd(S::fadd(x, S::fset(kRound)), S::fset(-kRound));
+  const auto r = S::fsub(x, n);
+  auto p = S::fset(1.326472663e-3f);
+  for (const float c : kPower) p = S::fma(p, r, S::fset(c));
+  return S::times_power(p, n);
+}
 
 // e^x for x <= 0 within 2 ulp.
 template <class S>

@@ -49,6 +49,7 @@ struct Portable {
   static Floats from_f16(const uint16_t* p) { return to_float<ScoreType::f16>(*p); }
   static Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }
   static Floats fadd(Floats a, Floats b) { return a + b; }
+  static Floats fsub(Floats a, Floats b) { return a - b; }
   static Floats fmul(Floats a, Floats b) { return a * b; }
   static Floats fdiv(Floats a, Floats b) { return a / b; }
   static Floats fmax(Floats a, Floats b) { return a > b ? a : b; }
@@ -65,6 +66,10 @@ struct Portable {
     const int32_t signed_n = static_cast<int32_t>(bits - kRootHalf) >> 23;
     exponent = static_cast<float>(signed_n);
     return std::bit_cast<float>(bits - (n << 23));
+  }
+  static Floats times_power(Floats x, Floats n) {
+    const uint32_t whole = static_cast<uint32_t>(static_cast<int32_t>(n)) << 23;
+    return n > 126.5f ? INFINITY : std::bit_cast<float>(std::bit_cast<uint32_t>(x) + whole);
   }
   static Floats copy_sign(Floats x, Floats sign) { return std::copysign(x, sign); }
 

@@ -7,8 +7,8 @@
 #include "row_kernels.h"
 #include "units.h"
 
-// A row is a unit of work and stays in the cache of its thread: one pass finds its range, a few more its tau, of which
-// the last ones write.
+// A row is a unit of work and stays in the cache of its thread: a few passes find its tau, of which the last ones
+// write.
 
 namespace lkv::cpu {
 namespace {
@@ -20,8 +20,10 @@ constexpr int64_t kGrain = 8 << 10;
 constexpr int64_t kSampleBlock = 16;
 constexpr int64_t kLongRow = 2048;
 
+constexpr int64_t kLargestSample = 4096;
+
 int64_t sample_size(int64_t n) {
-  return n < kLongRow ? 0 : std::clamp<int64_t>(n / 16, 256, 4096) / kSampleBlock * kSampleBlock;
+  return n < kLongRow ? 0 : std::clamp<int64_t>(n / 32, 256, kLargestSample) / kSampleBlock * kSampleBlock;
 }
 
 const SoftKernels& kernels_of(const SoftRows& rows) {
@@ -46,13 +48,17 @@ class SoftTopk {
     const int64_t n = p_.rows.length_of(place);
     const double k = p_.rows.k.at(place), temperature = p_.rows.temperature_of(place);
     Real* mask = static_cast<Real*>(p_.mask) + row * p_.rows.length;
-    const SoftRange range = kernels_.range(scores, n);
     double weight = 0;
-    if (SoftThreshold<>::decided(range, k)) {
-      decide(scores, n, k > static_cast<double>(range.infinite), mask);
-    } else {
-      weight =
-          std::max(solve(scores, n, k, temperature, range, mask), kLeastWeight * static_cast<double>(range.finite));
+    if (!quick(scores, n, k, temperature, mask, weight)) {
+      const SoftRange range = kernels_.range(scores, n);
+      if (SoftThreshold<>::decided(range, k)) {
+        decide(scores, n, k > static_cast<double>(range.infinite), mask);
+      } else {
+        SoftThreshold<> threshold;
+        threshold.start(range, n, k, temperature);
+        find(threshold, scores, n, temperature, mask, kSoftSteps, false);
+        weight = std::max(threshold.weight, kLeastWeight * static_cast<double>(range.finite));
+      }
     }
     const double missing = p_.rows.log ? -std::numeric_limits<double>::infinity() : 0;
     std::fill(mask + n, mask + p_.rows.length, static_cast<Real>(missing));
@@ -60,45 +66,56 @@ class SoftTopk {
   }
 
  private:
-  // Writes the mask; returns its weight.
-  double solve(const char* scores, int64_t n, double k, double temperature, const SoftRange& range, void* mask) const {
+  // The mask of a long row whose scores are all finite, from a guess by a part of it and without a look at its range.
+  bool quick(const char* scores, int64_t n, double k, double temperature, void* mask, double& weight) const {
+    const int64_t size = sample_size(n);
     SoftThreshold<> threshold;
-    threshold.start(range, n, k, temperature);
-    if (const int64_t size = sample_size(n)) {
-      const double kept = (k - static_cast<double>(range.infinite)) / static_cast<double>(range.finite);
-      threshold.move_to(guess(scores, n, size, kept, temperature, threshold.tau));
-    }
-    auto state = SoftThreshold<>::far;
-    for (int i = 0; i < kSoftSteps && state == SoftThreshold<>::far; ++i) {
-      // Near tau a mask is made good by a small correction, so the second pass writes it; a logarithm costs more.
-      void* out = i > 0 && !p_.rows.log ? mask : nullptr;
-      state = threshold.step(kernels_.pass({scores, n, threshold.tau, temperature, out, false}), precision_);
-      if (out == nullptr || state == SoftThreshold<>::far) continue;
-      if (state == SoftThreshold<>::near) kernels_.nudge(mask, n, threshold.move);
-      return threshold.weight;
-    }
-    kernels_.pass({scores, n, threshold.tau, temperature, mask, p_.rows.log});
-    return threshold.weight;
+    if (size == 0 || p_.rows.wide || !(k > 0 && k < static_cast<double>(n))) return false;
+    if (!guess(threshold, scores, n, size, k, temperature)) return false;
+    const double tau = threshold.tau;
+    threshold.start({-1e30, 1e30, 0, 0, 0, n, 0}, n, k, temperature);
+    threshold.move_to(tau);
+    if (!find(threshold, scores, n, temperature, mask, 4, true)) return false;
+    weight = std::max(threshold.weight, kLeastWeight * static_cast<double>(n));
+    return true;
   }
 
-  // tau of a part of the row.
-  double guess(const char* scores, int64_t n, int64_t size, double share, double temperature, double fallback) const {
-    alignas(64) char sample[4096 * sizeof(double)];
-    const int64_t blocks = size / kSampleBlock;
+  // Moves the threshold until it is good, and writes the mask. False where that takes more steps.
+  bool find(SoftThreshold<>& threshold, const char* scores, int64_t n, double temperature, void* mask, int steps,
+            bool finite_only) const {
+    auto state = SoftThreshold<>::far;
+    for (int i = 0; i < steps && state == SoftThreshold<>::far; ++i) {
+      // Near tau a mask is made good by a small correction, so the second pass writes it; a logarithm costs more.
+      void* out = i > 0 && !p_.rows.log ? mask : nullptr;
+      const SoftSums sums = kernels_.pass({scores, n, threshold.tau, temperature, out, false});
+      if (finite_only && !sums.finite) return false;
+      state = threshold.step(sums, precision_);
+      if (out == nullptr || state == SoftThreshold<>::far) continue;
+      if (state == SoftThreshold<>::near) kernels_.nudge(mask, n, threshold.move);
+      return true;
+    }
+    if (finite_only && state == SoftThreshold<>::far) return false;
+    kernels_.pass({scores, n, threshold.tau, temperature, mask, p_.rows.log});
+    return true;
+  }
+
+  // The threshold of a part of the row; false where its scores do not tell.
+  bool guess(SoftThreshold<>& threshold, const char* scores, int64_t n, int64_t size, double k,
+             double temperature) const {
+    alignas(64) char sample[kLargestSample * sizeof(float)];
+    const int64_t blocks = size / kSampleBlock, bytes = kSampleBlock * item_;
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t from = i * (n - kSampleBlock) / (blocks - 1);
-      std::memcpy(sample + i * kSampleBlock * item_, scores + from * item_, static_cast<size_t>(kSampleBlock * item_));
+      std::memcpy(sample + i * bytes, scores + from * item_, static_cast<size_t>(bytes));
     }
     const SoftRange range = kernels_.range(sample, size);
-    const double k = static_cast<double>(range.infinite) + share * static_cast<double>(range.finite);
-    if (SoftThreshold<>::decided(range, k)) return fallback;
-    SoftThreshold<> threshold;
-    threshold.start(range, size, k, temperature);
+    if (range.finite != size) return false;
+    threshold.start(range, size, k * static_cast<double>(size) / static_cast<double>(n), temperature);
     for (int i = 0; i < kSoftSteps; ++i) {
       const SoftSums sums = kernels_.pass({sample, size, threshold.tau, temperature, nullptr, false});
-      if (threshold.step(sums, {1e-3, precision_.resolution, 0.1}) != SoftThreshold<>::far) break;
+      if (threshold.step(sums, {0.02, precision_.resolution, 0.1}) != SoftThreshold<>::far) break;
     }
-    return threshold.tau;
+    return true;
   }
 
   // All finite scores are kept, or none.

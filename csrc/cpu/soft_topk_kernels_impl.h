@@ -58,26 +58,27 @@ struct Soft {
 
   // At one score: e = e^-u, m = 1 / (1 + e), and rest = 1 - m without cancellation.
   struct Point {
-    Floats minus_u, e, sum, inverse, m, rest;
+    Floats power, e, sum, m, rest;
 
-    // `below` is -tau, `slope` -1 / temperature: of NaN comes m = 0.
+    // `below` is -tau, `slope` -1 / (temperature * ln 2): of NaN comes m = 0.
     Point(Floats score, Floats below, Floats slope, Floats shift) {
-      minus_u = S::fma(S::fadd(score, below), slope, shift);
-      e = Exponential<S>(S::fmax(S::fmin(minus_u, S::fset(kFarthest)), S::fset(-kFarthest))).value();
+      power = S::fma(S::fadd(score, below), slope, shift);
+      e = power_of_two<S>(power);
       sum = S::fadd(e, S::fset(1.0f));
-      inverse = S::fdiv(S::fset(1.0f), sum);
-      rest = S::fmul(e, inverse);
-      m = S::where_below(minus_u, S::fset(kFarthest), inverse, S::fset(0.0f));
+      m = S::fdiv(S::fset(1.0f), sum);
+      rest = S::fmin(S::fmul(e, m), S::fset(1.0f));
     }
 
     // log m = -log(1 + e), with what 1 + e has lost of e; u itself where that is out of reach.
     Floats log() const {
+      const auto minus_u = S::fmul(S::fmin(power, S::fset(-kMissing)), S::fset(static_cast<float>(kLn2)));
       const auto lost = S::fma(S::fadd(sum, S::fset(-1.0f)), S::fset(-1.0f), e);
-      const auto far = S::fmin(minus_u, S::fset(-kMissing));
-      const auto l = S::zero_below(S::fma(lost, inverse, log_normal<S>(sum)), far, S::fset(-kFarthest));
-      return S::fmul(S::fmax(l, far), S::fset(-1.0f));
+      const auto l = S::zero_below(S::fma(lost, m, log_normal<S>(sum)), minus_u, S::fset(-kFarthest));
+      return S::fmul(S::fmax(l, minus_u), S::fset(-1.0f));
     }
   };
+
+  static constexpr double kLn2 = 0.693147180559945309;
 
   enum class Out { none, mask, log };
 
@@ -86,12 +87,14 @@ struct Soft {
     const Item* items = static_cast<const Item*>(p.scores);
     float* to = static_cast<float*>(p.out);
     // tau in two parts: near it, differences are exact.
-    const float high = static_cast<float>(p.tau), inverse = static_cast<float>(1 / p.temperature);
-    const auto tau = S::fset(-high), scale = S::fset(-inverse);
-    const auto shift = S::fset(static_cast<float>((p.tau - static_cast<double>(high)) / p.temperature));
+    const float high = static_cast<float>(p.tau);
+    const double slope = 1 / (p.temperature * kLn2);
+    const auto tau = S::fset(-high), scale = S::fset(static_cast<float>(-slope));
+    const auto shift = S::fset(static_cast<float>((p.tau - static_cast<double>(high)) * slope));
     const auto zero = S::fset(0.0f);
-    auto m = zero, rest = zero, w = zero, tilt = zero;
+    auto m = zero, rest = zero, w = zero, tilt = zero, odd = zero;
     SoftSums sums = {};
+    sums.finite = true;
     const auto write = [&](const Point& x, float* at) {
       if constexpr (out == Out::mask) S::fstore(at, x.m);
       if constexpr (out == Out::log) S::fstore(at, x.log());
@@ -99,12 +102,14 @@ struct Soft {
     const int64_t at = Vectors<S>::for_each_vector(
         p.n,
         [&](int64_t i) {
-          const Point x(E::template load<S>(items + i), tau, scale, shift);
+          const auto score = E::template load<S>(items + i);
+          const Point x(score, tau, scale, shift);
+          if constexpr (out == Out::none) odd = S::fma(score, zero, odd);
           const auto weight = S::fmul(x.m, x.rest);
           m = S::fadd(m, x.m);
           rest = S::fadd(rest, x.rest);
           w = S::fadd(w, weight);
-          tilt = S::fma(weight, S::fma(x.m, S::fset(-1.0f), x.rest), tilt);
+          tilt = S::fma(weight, S::fsub(x.rest, x.m), tilt);
           write(x, to + i);
         },
         [&] {
@@ -112,6 +117,7 @@ struct Soft {
           sums.rest += S::sum(rest);
           sums.w += S::sum(w);
           sums.tilt += S::sum(tilt);
+          sums.finite &= S::sum(odd) == 0;  // 0 times what is not finite is NaN
           m = rest = w = tilt = zero;
         });
     if (at < p.n) {
@@ -123,6 +129,7 @@ struct Soft {
       S::fstore(rests, x.rest);
       for (int64_t i = 0; i < p.n - at; ++i) {
         const double a = ms[i], b = rests[i];
+        sums.finite &= to_float<type>(scores[i]) * 0.0f == 0.0f;
         sums.m += a;
         sums.rest += b;
         sums.w += a * b;

@@ -88,7 +88,7 @@ template <int kBlock>
 __device__ __forceinline__ void step_threshold(SoftShared<kBlock>* shared) {
   double sums[4];
   shared->totals.template read<0>(sums);
-  shared->state = shared->threshold.step({sums[0], sums[1], sums[2], sums[3]}, soft_precision(false));
+  shared->state = shared->threshold.step({sums[0], sums[1], sums[2], sums[3], true}, soft_precision(false));
   split_tau(shared);
 }
 

@@ -20,6 +20,7 @@ struct SoftRange {
 struct SoftSums {
   double m, rest;  // of m, and of 1 - m
   double w, tilt;  // of w, and of w (1 - 2 m)
+  bool finite;     // all scores are; said on the CPU alone
 };
 
 // Math: inverse, log and root of double. The device has its own, as a division there is a call.
