@@ -31,9 +31,10 @@ HEADLINE = ("evict", "evict_", "select", "gather", "evict_layers 16", "attend")
 
 
 def headline(run: Run) -> list[Result]:
-    """What the README shows: the sweep over L at the usual retention, and skewed budgets."""
+    """The sweep over L at the usual retention, skewed budgets, and the relaxation that budgets are learnt with."""
     usual = [r for r in run.results if r.op in HEADLINE and " bf16 15%" in r.shape and ", 128]" in r.shape]
-    return [r for r in usual if "[1, 8," in r.shape and "scores" not in r.shape]
+    soft = [r for r in run.results if r.op.startswith("soft_topk")]
+    return [r for r in usual if "[1, 8," in r.shape and "scores" not in r.shape] + soft
 
 
 def brief(run: Run) -> list[Result]:

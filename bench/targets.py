@@ -50,6 +50,20 @@ def _generate(what: str) -> str:
     return f"generate 8 {what} {Shape(16384, dim=64, dtype=torch.float32)}"
 
 
+def _soft_topk(rows: int, length: int) -> tuple[Target, ...]:
+    shape = f"[{rows}, {length}] fp32 15% T=0.1"
+    says = {"fwd": "forward", "both": "forward and backward"}
+    return tuple(
+        Target(
+            f"soft_topk, [{rows}, {length}]: {what}, speed over the best composition",
+            f"soft_topk {mode} {shape}",
+            "best",
+            4,
+        )
+        for mode, what in says.items()
+    )
+
+
 def _select(length: int) -> str:
     return f"select fresh {Shape(length)}"
 
@@ -88,6 +102,7 @@ TARGETS = (
     ),
     # One of eight layers in full, and the rows kept of all.
     Target("generate, 16k prompt: peak of the cache over the dense one", _generate("peak"), "scratch", 1 / 8 + 0.15),
+    *(target for sizes in ((32, 4096), (32, 32768), (8, 131072)) for target in _soft_topk(*sizes)),
     Target("evict: scratch over the input cache", f"evict scratch {Shape(131072)}", "scratch", 0.02),
     Target("evict_: scratch over the input cache", f"evict_ scratch {Shape(131072)}", "scratch", 0.02),
     Target("linear in L: speed of four calls at L/4", f"evict scaling warm {Shape(131072)}", "4 x L/4", 1 / LINEAR),
