@@ -52,10 +52,11 @@ retriever: build
 	$(KEEP) $(RUN) -m lkv.retriever.train --out build/retriever
 
 lkv: build
-	$(KEEP) $(RUN) -m lkv train --out build/lkv
+	$(KEEP) $(RUN) -m lkv train --out build/lkv --steps 240 --warm-steps 50 --batch 5 --questions 3 --validate-every 40 \
+	  --validation 10
 
 lkv-eval: build
-	$(KEEP) $(RUN) -m lkv eval --grid --soft --out docs/lkv
+	$(KEEP) $(RUN) -m lkv eval --grid --soft --samples 300 --batch 50 --retentions 0.05 0.1 0.15 --out docs/lkv
 
 bench: build
 	$(RUN) -m pytest bench -q --benchmark-only --benchmark-quiet

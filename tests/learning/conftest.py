@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from lkv.retriever.tokenizer import build_tokenizer
 from lkv.tasks import Words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NEEDED = ("transformers", "accelerate", "matplotlib", "tqdm")
+collect_ignore_glob = [] if all(map(find_spec, NEEDED)) else ["test_*.py"]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two threads wait for each other longer than they work on models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -17,12 +34,16 @@ def words() -> Words:
 
 @pytest.fixture(scope="session")
 def tokenizer(words: Words) -> PreTrainedTokenizerBase:
+    from lkv.retriever.tokenizer import build_tokenizer
+
     return build_tokenizer(words)
 
 
 @pytest.fixture
 def model(words: Words) -> PreTrainedModel:
     """3 layers, 4 query heads on 2 KV heads; weights large enough that attention is not uniform."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(words.vocabulary),
