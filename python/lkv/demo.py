@@ -118,8 +118,9 @@ def pictures(
     from lkv.evaluate.plots import draw
 
     sample = next(s for s in samples if s.task == "multi_query")
+    table = lkv.table(round(options.retention * options.tokens), options.tokens)
     extra = {
-        "shares": {f"{options.retention:g}": lkv.budget(options.retention).tolist()},
+        "shares": {f"{options.retention:g}": (table / options.tokens).tolist()},
         "kept_positions": kept_positions(model, tokenizer, lkv, sample, options.retention),
     }
     return draw({"rows": rows, **extra}, options.out)

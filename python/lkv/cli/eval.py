@@ -52,15 +52,30 @@ def run(argv: Sequence[str]) -> int:
                 bar.update(result.method == methods[-1].name and result.retention == setting.retentions[-1])
     rows = report.rows(results)
     print(report.table(rows))
-    gap = soft_to_hard(model, tokenizer, samples, lkv, rows, options) if lkv is not None and options.soft else {}
-    if options.out:
-        extra: dict[str, object] = {"soft_to_hard": gap}
-        if lkv is not None:
-            if lkv.budget.static:
-                extra["shares"] = {f"{r:g}": lkv.budget(r).tolist() for r in setting.retentions}
-            extra["kept_positions"] = kept_positions(model, tokenizer, lkv, samples[len(samples) // 2], 0.15)
+    extra: dict[str, object] = {}
+    if lkv is not None and options.out:
+        extra = seen(model, tokenizer, lkv, samples[len(samples) // 2], setting.retentions)
+    write(options, setting, rows, extra)
+    if lkv is not None and options.soft:
+        extra["soft_to_hard"] = soft_to_hard(model, tokenizer, samples, lkv, rows, setting)
         write(options, setting, rows, extra)
     return 0
+
+
+def seen(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lkv: Learned,
+    sample: Sample,
+    retentions: Sequence[float],
+) -> dict[str, object]:
+    """What the pictures show beside accuracy: shares of the heads, and what is kept of one text."""
+    extra: dict[str, object] = {"kept_positions": kept_positions(model, tokenizer, lkv, sample, 0.15)}
+    if lkv.budget.static:
+        length = extra["kept_positions"]["length"]
+        tables = (lkv.table(round(retention * length), length) / length for retention in retentions)
+        extra["shares"] = {f"{r:g}": table.tolist() for r, table in zip(retentions, tables, strict=True)}
+    return extra
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -149,14 +164,14 @@ def soft_to_hard(
     samples: Sequence[Sample],
     lkv: Learned,
     rows: Sequence[report.Row],
-    options: argparse.Namespace,
+    setting: Setting,
 ) -> dict[str, list[float]]:
     """Accuracy through the relaxed mask and after physical eviction, per retention."""
     out = {}
     for row in rows:
         if row["method"] == "lkv":
             retention = row["retention"]
-            soft = soft_accuracy(model, tokenizer, samples, lkv, retention, options.batch, options.answer_tokens)
+            soft = soft_accuracy(model, tokenizer, samples, lkv, retention, setting.batch, setting.limit)
             out[f"{retention:g}"] = [soft, row["score"]]
             print(
                 f"at {retention:g}: {100 * soft:.1f} through the relaxed mask, {100 * row['score']:.1f} after eviction"
@@ -173,6 +188,9 @@ def describe(samples: Sequence[Sample], options: argparse.Namespace) -> str:
 
 
 def write(options: argparse.Namespace, setting: Setting, rows: list[report.Row], extra: dict[str, object]) -> None:
+    """report.json and the pictures, where a folder was named."""
+    if options.out is None:
+        return
     from lkv.evaluate.plots import draw
 
     facts = {

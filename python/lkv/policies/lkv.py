@@ -58,11 +58,13 @@ class LKV(Learned):
 
     def ahead(self, layer: int, rows: Tensor, lengths: Tensor) -> Tensor:
         """int64 `[B, H]` of one layer: its part of the table for these rows and lengths; see `Ahead`."""
-        tables = [
-            self.budget.table(kept * self.budget.layers * self.budget.heads, length, self.sink + self.window)
-            for kept, length in zip(rows.tolist(), lengths.tolist(), strict=True)
-        ]
-        return torch.stack([table[layer] for table in tables])
+        pairs = zip(rows.tolist(), lengths.tolist(), strict=True)
+        return torch.stack([self.table(kept, length)[layer] for kept, length in pairs])
+
+    def table(self, rows: int, length: int) -> Tensor:
+        """int64 `[N, H]`: what every head keeps of a text, `rows` per head on average."""
+        total = rows * self.budget.layers * self.budget.heads
+        return self.budget.table(total, length, self.sink + self.window)
 
     def budgets(
         self, scores: Tensor | Sequence[Tensor], lengths: Tensor, total: Tensor, *, starts: Tensor | None = None
