@@ -42,7 +42,7 @@ def test_lkv_is_near_the_full_cache_and_ahead_of_heuristics(shipped) -> None:
     means = {name: sum(r.score for r in group) / len(group) for (name, _), group in groups.items()}
     assert means[FULL] >= 0.9
     assert means["lkv"] >= 0.95 * means[FULL]
-    assert means["lkv"] >= 0.2 + max(means[name] for name in ("random", "streaming", "snapkv", "adakv"))
+    assert means["lkv"] >= 0.1 + max(means[name] for name in ("random", "streaming", "snapkv", "adakv"))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
