@@ -10,6 +10,7 @@ from torch import Tensor
 
 import lkv_ext
 from lkv.policies.protocol import Observation
+from lkv.policies.uniform import uniform_budgets
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,6 @@ class KVzip:
         self, scores: Tensor | Sequence[Tensor], lengths: Tensor, total: Tensor, *, starts: Tensor | None = None
     ) -> Tensor:
         if self.across is None:
-            from lkv.policies.uniform import uniform_budgets
-
             return uniform_budgets(lengths, total)
         options = dict(lengths=lengths, starts=starts, sink=self.sink)
         return lkv_ext.budgets_from_scores(scores, total, across=self.across, **options)
