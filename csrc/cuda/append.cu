@@ -23,7 +23,8 @@ __device__ __forceinline__ void append_rows(const AppendParams& p, int64_t row, 
     char* to = p.outputs[payload] + added.first * row_bytes;
     const uint32_t bits = low_bits(from) | low_bits(to) | static_cast<uint32_t>(input.token | row_bytes);
     with_vector(bits, [&](auto vector) {
-      copy_rows<decltype(vector), kBlock>([&](int64_t i) { return from + i * input.token; }, to, row_bytes, added.rows);
+      copy_rows<decltype(vector), kBlock>([&](int64_t i) { return from + i * input.token; }, to, row_bytes, added.rows,
+                                          threadIdx.x);
     });
   }
   for (int64_t i = threadIdx.x; i < added.rows; i += kBlock) {
@@ -53,7 +54,7 @@ Status run(const AppendParams& p, Stream stream) {
 }  // namespace
 
 Status append(const AppendParams& p, Stream stream, const Tuning& tuning) {
-  return tuning.block == kTestBlock ? run<kTestBlock>(p, stream) : run<kProductionBlock>(p, stream);
+  return with_block<kProductionBlock>(tuning, [&]<int kBlock> { return run<kBlock>(p, stream); });
 }
 
 Status append(const AppendParams& p, Stream stream) {

@@ -56,19 +56,9 @@ size_t attend_scratch(const AttendParams& p) {
 
 Status attend(const AttendParams& p, void* scratch, Stream stream, const Tuning& tuning) {
   const AttendPlan plan = make_plan(p, scratch, tuning);
-  const auto typed = [&]<ScoreType type> {
-    return block_of(tuning) == kTestBlock ? run<type, kTestBlock>(p, plan, stream)
-                                          : run<type, kProductionBlock>(p, plan, stream);
-  };
-  switch (p.type) {
-    case ScoreType::f32:
-      return typed.template operator()<ScoreType::f32>();
-    case ScoreType::f16:
-      return typed.template operator()<ScoreType::f16>();
-    case ScoreType::bf16:
-      return typed.template operator()<ScoreType::bf16>();
-  }
-  return cudaErrorInvalidValue;
+  return with_type(p.type, [&]<ScoreType type> {
+    return with_block<kProductionBlock>(tuning, [&]<int kBlock> { return run<type, kBlock>(p, plan, stream); });
+  });
 }
 
 Status attend(const AttendParams& p, void* scratch, Stream stream) {

@@ -83,8 +83,8 @@ Status compact(const CompactParams& p, Stream stream, const Tuning& tuning) {
   if (status != cudaSuccess) return status;
   CompactParams params = p;
   params.source.lengths = params.source.starts = RowInts{};  // positions reach any row of a row set
-  return tuning.block == kTestBlock ? run<kTestBlock>(params, device.multiprocessors, stream)
-                                    : run<kProductionBlock>(params, device.multiprocessors, stream);
+  return with_block<kProductionBlock>(tuning,
+                                      [&]<int kBlock> { return run<kBlock>(params, device.multiprocessors, stream); });
 }
 
 Status compact(const CompactParams& p, Stream stream) {

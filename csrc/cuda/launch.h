@@ -11,7 +11,7 @@ namespace lkv::cuda {
 
 struct Grid {
   int64_t blocks;  // a multiple of `cluster`
-  int block;
+  int block = 0;
   size_t shared = 0;       // dynamic shared memory per block
   int cluster = 1;         // blocks per cluster; more than one needs sm_90
   bool dependent = false;  // may start before the grid in front of it is complete (programmatic dependent launch)
@@ -53,6 +53,20 @@ Status launch(void (*kernel)(Params...), const Grid& grid, Stream stream, const 
   if (grid.blocks <= 0) return cudaSuccess;
   const LaunchConfig launch(grid, stream);
   return cudaLaunchKernelEx(&launch.config, kernel, args...);
+}
+
+// f of a score type known at compile time.
+template <class F>
+Status with_type(ScoreType type, F&& f) {
+  switch (type) {
+    case ScoreType::f32:
+      return f.template operator()<ScoreType::f32>();
+    case ScoreType::f16:
+      return f.template operator()<ScoreType::f16>();
+    case ScoreType::bf16:
+      return f.template operator()<ScoreType::bf16>();
+  }
+  return cudaErrorInvalidValue;
 }
 
 // The current device, as far as launches depend on it.

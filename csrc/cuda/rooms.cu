@@ -1,6 +1,6 @@
 #include "block_scan.cuh"
-#include "launch.h"
 #include "tuning.h"
+#include "upload.cuh"
 
 namespace lkv::cuda {
 namespace {
@@ -30,10 +30,14 @@ __device__ __forceinline__ Wish wish_of(const RoomsParams& p, int64_t row) {
   return wish;
 }
 
-// One block walks all row sets, carrying the sum of the rooms so far.
+// One block walks all row sets, carrying the sum of the rooms so far. It first writes the tables that it and the
+// kernels behind it read: a launch of their own would take longer.
 template <int kBlock>
-__global__ void __launch_bounds__(kBlock) rooms_kernel(const LKV_GRID_CONSTANT RoomsParams p) {
+__global__ void __launch_bounds__(kBlock)
+    rooms_kernel(const LKV_GRID_CONSTANT RoomsParams p, const LKV_GRID_CONSTANT Chunk tables) {
   trigger_dependents();
+  write_chunk(tables);
+  block_sync();
   auto* scan = dyn_smem<BlockScan<int64_t, kBlock>>();
   const int64_t rows = p.source.rows();
   int64_t carry = 0, cut = 0;
@@ -62,19 +66,26 @@ __global__ void __launch_bounds__(kBlock) rooms_kernel(const LKV_GRID_CONSTANT R
 }
 
 template <int kBlock>
-Status run(const RoomsParams& p, Stream stream) {
+Status run(const RoomsParams& p, const Chunk& tables, Stream stream) {
   const Grid grid = {.blocks = 1, .block = kBlock, .shared = sizeof(BlockScan<int64_t, kBlock>)};
-  return launch(rooms_kernel<kBlock>, grid, stream, p);
+  return launch(rooms_kernel<kBlock>, grid, stream, p, tables);
 }
 
 }  // namespace
 
-Status rooms(const RoomsParams& p, Stream stream, const Tuning& tuning) {
-  return tuning.block == kTestBlock ? run<kTestBlock>(p, stream) : run<512>(p, stream);
+Status rooms(const RoomsParams& p, Upload tables, Stream stream, const Tuning& tuning) {
+  static_assert(sizeof(RoomsParams) + sizeof(Chunk) <= 4096);
+  Chunk last = take_chunk(tables);
+  while (tables.bytes > 0) {
+    const Status status = upload_chunk(last, stream);
+    if (status != cudaSuccess) return status;
+    last = take_chunk(tables);
+  }
+  return with_block<512>(tuning, [&]<int kBlock> { return run<kBlock>(p, last, stream); });
 }
 
-Status rooms(const RoomsParams& p, Stream stream) {
-  return rooms(p, stream, {});
+Status rooms(const RoomsParams& p, const Upload& tables, Stream stream) {
+  return rooms(p, tables, stream, {});
 }
 
 }  // namespace lkv::cuda

@@ -36,14 +36,14 @@ __device__ __forceinline__ uint32_t lanes_per_row(int64_t vectors, uint32_t most
   return lanes;
 }
 
-// Row i of `out` becomes the row that lies at source(i), zeros where that is nullptr. By all threads of the block.
-template <class Vector, int kBlock, class Source, class Count>
-__device__ __forceinline__ void copy_rows(Source&& source, char* out, int64_t row_bytes, Count rows) {
+// Row i of `out` becomes the row that lies at source(i), zeros where that is nullptr. By kThreads threads.
+template <class Vector, int kThreads, class Source, class Count>
+__device__ __forceinline__ void copy_rows(Source&& source, char* out, int64_t row_bytes, Count rows, uint32_t thread) {
   const int64_t vectors = row_bytes / static_cast<int64_t>(sizeof(Vector));
   const uint32_t lanes = lanes_per_row(vectors, kWarp);
-  const Count step = static_cast<Count>(kBlock / lanes);
-  for (Count row = threadIdx.x / lanes; row < rows; row += step * kInFlight) {
-    for (int64_t column = threadIdx.x % lanes; column < vectors; column += lanes) {
+  const Count step = static_cast<Count>(kThreads / lanes);
+  for (Count row = thread / lanes; row < rows; row += step * kInFlight) {
+    for (int64_t column = thread % lanes; column < vectors; column += lanes) {
       Vector moved[kInFlight];
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) {

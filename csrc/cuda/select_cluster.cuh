@@ -7,6 +7,8 @@
 
 namespace lkv::cuda {
 
+enum class KeysIn { shared, registers };
+
 template <int kBlock>
 struct ClusterShared {
   alignas(16) uint32_t histogram[kBins];  // of this block
@@ -16,7 +18,7 @@ struct ClusterShared {
   Counts warp_counts[kBlock / kWarp];
   Counts block_counts;
 
-  // The block's keys follow.
+  // The warps' keys follow.
   __device__ uint32_t* keys() { return reinterpret_cast<uint32_t*>(this + 1); }
 };
 
@@ -67,32 +69,51 @@ __device__ __forceinline__ Counts counts_before(ClusterShared<kBlock>* shared, c
   return warp_sum(before);
 }
 
-// `on_chip`: the keys that a block has shared memory for.
-template <ScoreType type, int kBlock>
+// Tiles that a warp keeps in registers.
+inline constexpr int kRegisterTiles = 2;
+
+template <int kBlock>
+inline constexpr uint32_t kRegisterKeys = kRegisterTiles * kWarpTile * (kBlock / kWarp);
+
+// Writes the positions of one row set. All blocks of the cluster call it; nobody's shared memory is read any more and
+// all positions are there once they have met.
+template <ScoreType type, int kBlock, KeysIn keys_in>
+__device__ __forceinline__ void select_row(const SelectParams& p, int64_t row, uint32_t warp_room,
+                                           const Cluster& cluster, ClusterShared<kBlock>* shared) {
+  const RowPlan& plan = share_plan(&shared->plan, p, row);
+  if (!plan.decided()) {
+    const Slice slice = slice_of<kBlock>(plan.count, cluster.rank, cluster.size);
+    auto keys = [&] {
+      const StreamedKeys<type> source = {Scores<type>(plan)};
+      if constexpr (keys_in == KeysIn::registers) {
+        return RegisterKeys<type, kRegisterTiles>{source, {}};
+      } else {
+        return SharedKeys<type>{source, shared->keys() + warp_id() * warp_room, warp_room};
+      }
+    }();
+    Pivot pivot = first_pivot(plan.wanted);
+    for (int round = 0; !pivot.exact; ++round) {
+      clear_histogram(shared->histogram);
+      count_digits(keys, slice, pivot, round, shared->histogram);
+      pivot = shared->search.next(sum_histograms(shared, cluster), pivot, round, kRounds<type>);
+    }
+    const Counts before = counts_before(shared, cluster, count_slice(keys, slice, pivot));
+    emit_slice(keys, slice, pivot, before, plan.begin + plan.sink, p.positions + plan.out + plan.sink);
+  }
+  emit_decided(p, plan, row, int64_t{cluster.rank} * kBlock + threadIdx.x, int64_t{cluster.size} * kBlock);
+}
+
+// `warp_room`: the keys that a warp has shared memory for.
+template <ScoreType type, int kBlock, KeysIn keys_in>
 __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
-    select_kernel(const LKV_GRID_CONSTANT SelectParams p, const uint32_t on_chip) {
+    select_kernel(const LKV_GRID_CONSTANT SelectParams p, const uint32_t warp_room) {
   grid_dependency_wait();
   trigger_dependents();
   auto* shared = dyn_smem<ClusterShared<kBlock>>();
   const Cluster cluster = {cluster_rank(), cluster_size()};
   const int64_t rows = p.source.rows();
   for (int64_t row = blockIdx.x / cluster.size; row < rows; row += gridDim.x / cluster.size) {
-    const RowPlan& plan = share_plan(&shared->plan, p, row);
-    if (!plan.decided()) {
-      const Slice slice = slice_of<kBlock>(plan.count, cluster.rank, cluster.size);
-      const Keys<type> keys = {plan.scores, plan.stride, slice.block_keys <= on_chip ? shared->keys() : nullptr,
-                               slice.block_begin};
-      Pivot pivot = first_pivot(plan.wanted);
-      for (int round = 0; !pivot.exact; ++round) {
-        clear_histogram(shared->histogram);
-        count_digits(keys, slice, pivot, round, shared->histogram);
-        pivot = shared->search.next(sum_histograms(shared, cluster), pivot, round, kRounds<type>);
-      }
-      const Counts before = counts_before(shared, cluster, count_slice(keys, slice, pivot));
-      emit_slice(keys, slice, pivot, before, plan.begin + plan.sink, p.positions + plan.out + plan.sink);
-    }
-    emit_decided(p, plan, row, int64_t{cluster.rank} * kBlock + threadIdx.x, int64_t{cluster.size} * kBlock);
-    // All positions are written, and no peer reads this block's shared memory any more.
+    select_row<type, kBlock, keys_in>(p, row, warp_room, cluster, shared);
     cluster.sync();
     if (p.ready != nullptr && cluster.rank == 0 && threadIdx.x == 0) store_release(&p.ready[row], 1);
   }

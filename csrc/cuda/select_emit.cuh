@@ -16,36 +16,34 @@ __device__ __forceinline__ uint32_t equal(Counts counts) {
   return static_cast<uint32_t>(counts);
 }
 
-template <ScoreType type>
-__device__ __forceinline__ Counts count_slice(const Keys<type>& keys, const Slice& slice, const Pivot& pivot) {
+template <class Keys>
+__device__ __forceinline__ Counts count_slice(const Keys& keys, const Slice& slice, const Pivot& pivot) {
   uint32_t greater = 0, ties = 0;
-  keys.each(slice, [&](uint32_t key) {
-    greater += key >> pivot.shift > pivot.prefix;
-    ties += key >> pivot.shift == pivot.prefix;
+  keys.each(slice, [&](uint32_t i, const Four& four) {
+    each_valid(i, slice.end, four, [&](uint32_t key) {
+      greater += key >> pivot.shift > pivot.prefix;
+      ties += key >> pivot.shift == pivot.prefix;
+    });
   });
   return warp_sum(Counts{greater} << 32 | ties);
 }
 
 // Writes the kept positions of one warp's slice. `out` and `first` belong to key 0 of the row set.
-template <ScoreType type>
-__device__ __forceinline__ void emit_slice(const Keys<type>& keys, const Slice& slice, const Pivot& pivot,
-                                           Counts before, int64_t first, int32_t* out) {
+template <class Keys>
+__device__ __forceinline__ void emit_slice(const Keys& keys, const Slice& slice, const Pivot& pivot, Counts before,
+                                           int64_t first, int32_t* out) {
   uint32_t greater_before = above(before), ties_before = equal(before);
-  for (uint32_t tile = slice.begin; tile < slice.end; tile += kWarpTile) {
-    const uint32_t i = tile + 4 * lane_id();
-    const uint4 loaded = keys.four(i, slice.end);
-    const uint32_t key[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+  keys.each(slice, [&](uint32_t i, const Four& four) {
     uint32_t found = 0;  // greater in the upper 16 bits, ties in the lower: a tile has 128 keys
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const uint32_t digits = key[k] >> pivot.shift;
-      if (i + k < slice.end) found += digits > pivot.prefix ? 1u << 16 : digits == pivot.prefix ? 1u : 0u;
-    }
+    each_valid(i, slice.end, four, [&](uint32_t key) {
+      const uint32_t digits = key >> pivot.shift;
+      found += digits > pivot.prefix ? 1u << 16 : digits == pivot.prefix ? 1u : 0u;
+    });
     const uint32_t upto = warp_inclusive_sum(found);
     uint32_t greater = greater_before + ((upto - found) >> 16), ties = ties_before + ((upto - found) & 0xffff);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const uint32_t digits = key[k] >> pivot.shift;
+      const uint32_t digits = four.key[k] >> pivot.shift;
       const bool is_greater = i + k < slice.end && digits > pivot.prefix;
       const bool is_tie = i + k < slice.end && digits == pivot.prefix;
       if (is_greater || (is_tie && ties < pivot.need)) {
@@ -57,7 +55,7 @@ __device__ __forceinline__ void emit_slice(const Keys<type>& keys, const Slice& 
     const uint32_t tile_sum = __shfl_sync(kFullWarp, upto, kWarp - 1);
     greater_before += tile_sum >> 16;
     ties_before += tile_sum & 0xffff;
-  }
+  });
 }
 
 // out[i] = first + i for i in [0, n), shared among `threads` threads.

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "select_row.cuh"
+#include "select_keys.cuh"
 
 // The radix search for the last key kept: 11, 11 and 10 bits a round (16-bit scores: two rounds). A round counts the
 // keys that agree with the digits found so far by their next digit, and walks the counts from the top.
@@ -32,16 +32,20 @@ __device__ __forceinline__ void clear_histogram(uint32_t* histogram) {
 }
 
 // Adds the warp's slice to the block's histogram of round `round`.
-template <ScoreType type>
-__device__ __forceinline__ void count_digits(const Keys<type>& keys, const Slice& slice, const Pivot& pivot, int round,
+template <class Keys>
+__device__ __forceinline__ void count_digits(Keys& keys, const Slice& slice, const Pivot& pivot, int round,
                                              uint32_t* histogram) {
   const uint32_t shift = round_shift(round);
   if (round == 0) {
-    keys.read(slice, [&](uint32_t key) { atomicAdd(&histogram[key >> shift], 1u); });
+    keys.first(slice, [&](uint32_t i, const Four& four) {
+      each_valid(i, slice.end, four, [&](uint32_t key) { atomicAdd(&histogram[key >> shift], 1u); });
+    });
   } else {
     const uint32_t mask = (1u << (pivot.shift - shift)) - 1;
-    keys.each(slice, [&](uint32_t key) {
-      if (key >> pivot.shift == pivot.prefix) atomicAdd(&histogram[key >> shift & mask], 1u);
+    keys.each(slice, [&](uint32_t i, const Four& four) {
+      each_valid(i, slice.end, four, [&](uint32_t key) {
+        if (key >> pivot.shift == pivot.prefix) atomicAdd(&histogram[key >> shift & mask], 1u);
+      });
     });
   }
 }

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
   const Pivot pivot = pivot_after<type>(shared, split.rows[row], plan, round);
   if (pivot.exact) return;
   const Slice slice = slice_of<kBlock>(plan.count, blockIdx.x % split.blocks, split.blocks);
-  const Keys<type> keys = {plan.scores, plan.stride, nullptr, 0};
+  StreamedKeys<type> keys = {Scores<type>(plan)};
   clear_histogram(shared->histogram);
   count_digits(keys, slice, pivot, round, shared->histogram);
   block_sync();
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
   if (plan.decided()) return;
   const Pivot pivot = pivot_after<type>(shared, split.rows[row], plan, kRounds<type>);
   const Slice slice = slice_of<kBlock>(plan.count, blockIdx.x % split.blocks, split.blocks);
-  const Counts counts = count_slice(Keys<type>{plan.scores, plan.stride, nullptr, 0}, slice, pivot);
+  const Counts counts = count_slice(StreamedKeys<type>{Scores<type>(plan)}, slice, pivot);
   if (lane_id() == 0) split.counts[int64_t{blockIdx.x} * warps + warp_id()] = counts;
 }
 
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
     const Counts* counts = split.counts + row * split.blocks * warps;
     Counts before = 0;
     for (uint32_t i = lane_id(); i < block * warps + warp_id(); i += kWarp) before += counts[i];
-    emit_slice(Keys<type>{plan.scores, plan.stride, nullptr, 0}, slice, pivot, warp_sum(before), plan.begin + plan.sink,
+    emit_slice(StreamedKeys<type>{Scores<type>(plan)}, slice, pivot, warp_sum(before), plan.begin + plan.sink,
                p.positions + plan.out + plan.sink);
   }
   emit_decided(p, plan, row, int64_t{block} * kBlock + threadIdx.x, int64_t{split.blocks} * kBlock);

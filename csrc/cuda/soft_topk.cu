@@ -67,19 +67,6 @@ struct SoftLaunch {
   }
 };
 
-template <class F>
-Status with_type(ScoreType type, F&& f) {
-  switch (type) {
-    case ScoreType::f32:
-      return f.template operator()<ScoreType::f32>();
-    case ScoreType::f16:
-      return f.template operator()<ScoreType::f16>();
-    case ScoreType::bf16:
-      return f.template operator()<ScoreType::bf16>();
-  }
-  return cudaErrorInvalidValue;
-}
-
 template <ScoreType type, int kBlock>
 Status run(const SoftTopkParams& p, Stream stream, const Tuning& tuning) {
   const SoftLaunch<SoftTopkParams> launch = {soft_topk_kernel<type, kBlock>, kBlock, sizeof(SoftShared<kBlock>),
@@ -99,8 +86,7 @@ Status run_grad(const SoftTopkGradParams& p, Stream stream, const Tuning& tuning
 Status soft_topk(const SoftTopkParams& p, Stream stream, const Tuning& tuning) {
   if (p.rows.wide) return cudaErrorInvalidValue;
   return with_type(p.rows.type, [&]<ScoreType type> {
-    return tuning.block == kTestBlock ? run<type, kTestBlock>(p, stream, tuning)
-                                      : run<type, kProductionBlock>(p, stream, tuning);
+    return with_block<kProductionBlock>(tuning, [&]<int kBlock> { return run<type, kBlock>(p, stream, tuning); });
   });
 }
 
@@ -111,8 +97,7 @@ Status soft_topk(const SoftTopkParams& p, Stream stream) {
 Status soft_topk_grad(const SoftTopkGradParams& p, Stream stream, const Tuning& tuning) {
   if (p.rows.wide) return cudaErrorInvalidValue;
   return with_type(p.rows.type, [&]<ScoreType type> {
-    return tuning.block == kTestBlock ? run_grad<type, kTestBlock>(p, stream, tuning)
-                                      : run_grad<type, kProductionBlock>(p, stream, tuning);
+    return with_block<kProductionBlock>(tuning, [&]<int kBlock> { return run_grad<type, kBlock>(p, stream, tuning); });
   });
 }
 

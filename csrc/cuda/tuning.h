@@ -7,21 +7,36 @@
 
 namespace lkv::cuda {
 
-inline constexpr int kTestBlock = 64;
+inline constexpr int kTestBlock = 64;  // in the emulator alone
 
 struct Tuning {
-  int block = 0;  // threads per block: kTestBlock, or 0 for what each kernel is made for
+  int block = 0;  // threads per block: kTestBlock in the emulator, or 0 for what each kernel is made for
   int cluster =
       0;  // select, soft_topk: blocks per row (set) in one cluster, a power of two up to 16; 0: chosen by size
-  int splits = -1;    // select: independent blocks per row set, without clusters; 0: never; -1: chosen by size
-  int resident = -1;  // select, soft_topk: the most keys a block keeps on chip; -1: as many as fit
-  int pieces = 0;     // attend: the most pieces that the rows of a row set are split into; 0: chosen by size
+  int splits = -1;     // select: independent blocks per row set, without clusters; 0: never; -1: chosen by size
+  int resident = -1;   // select, soft_topk: the most keys a block keeps on chip; -1: as many as fit
+  int registers = -1;  // select: 0: no keys in registers
+  int fused = -1;      // evict: 1: select and gather in one kernel, 0: never; -1: chosen by size
+  int bulk = -1;       // gather: 1: rows move by bulk copies, 0: through registers; -1: as LKV_CUDA_GATHER says
+  int pieces = 0;      // attend: the most pieces that the rows of a row set are split into; 0: chosen by size
 };
 
-Status rooms(const RoomsParams& p, Stream stream, const Tuning& tuning);
+// f of the threads per block, known at compile time.
+template <int kBlock, class F>
+Status with_block(const Tuning& tuning, F&& f) {
+#if defined(LKV_EMULATOR)
+  if (tuning.block == kTestBlock) return f.template operator()<kTestBlock>();
+#endif
+  (void)tuning;
+  return f.template operator()<kBlock>();
+}
+
+Status rooms(const RoomsParams& p, Upload tables, Stream stream, const Tuning& tuning);
 size_t select_scratch(int64_t rows, int64_t longest, const Tuning& tuning);
 Status select(const SelectParams& p, int64_t longest, void* scratch, Stream stream, const Tuning& tuning);
 Status gather(const GatherParams& p, bool behind_select, Stream stream, const Tuning& tuning);
+Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, int64_t bytes, void* scratch, Stream stream,
+             const Tuning& tuning);
 Status compact(const CompactParams& p, Stream stream, const Tuning& tuning);
 Status append(const AppendParams& p, Stream stream, const Tuning& tuning);
 size_t attend_scratch(const AttendParams& p, const Tuning& tuning);

@@ -31,11 +31,17 @@ Launch::Launch(host::Problem& problem, const Tensor* outputs, const Tensor& like
   tables_ = memory;
   ready_ = selects ? reinterpret_cast<uint32_t*>(memory + tables) : nullptr;
   scratch_ = memory + tables + flags;
-  cuda_->check(cuda::upload(problem.tables.data(), memory, problem.tables.size(), cuda_->stream()), "upload");
+  if (!selects) cuda_->check(cuda::upload(upload(), cuda_->stream()), "upload");  // else with the rooms
 #else
   (void)like, (void)selects;
 #endif
 }
+
+#ifdef LKV_WITH_CUDA
+cuda::Upload Launch::upload() const {
+  return {problem_.tables.data(), data<char>(*memory_), problem_.tables.size()};
+}
+#endif
 
 void Launch::select(const host::Sizes& sizes, const host::IndexPointers& out) {
   const host::Params params(problem_, tables_);
@@ -57,8 +63,9 @@ void Launch::evict(const host::Sizes& sizes, const host::IndexPointers& out, boo
   make_rooms(params.rooms(sizes, out, ready_));
 #ifdef LKV_WITH_CUDA
   if (cuda_) {
-    cuda_->check(cuda::select(select, problem_.longest, scratch_, cuda_->stream()), "select");
-    cuda_->check(cuda::gather(gather, /*behind_select=*/true, cuda_->stream()), "gather");
+    int64_t bytes = 0;
+    for (const host::Payload& payload : problem_.payloads) bytes += sizes.total * payload.row_bytes;
+    cuda_->check(cuda::evict(select, gather, problem_.longest, bytes, scratch_, cuda_->stream()), "evict");
     return;
   }
 #endif
@@ -105,7 +112,7 @@ void Launch::append(const AppendParams& append) {
 void Launch::make_rooms(const RoomsParams& rooms) {
 #ifdef LKV_WITH_CUDA
   if (cuda_) {
-    cuda_->check(cuda::rooms(rooms, cuda_->stream()), "rooms");
+    cuda_->check(cuda::rooms(rooms, upload(), cuda_->stream()), "rooms");
     return;
   }
 #endif

@@ -27,6 +27,9 @@ class Launch {
   void append(const AppendParams& append);
 
  private:
+#ifdef LKV_WITH_CUDA
+  cuda::Upload upload() const;  // of the tables
+#endif
   void make_rooms(const RoomsParams& rooms);
 
   const host::Problem& problem_;

@@ -30,11 +30,11 @@ void driver_sizes(int64_t* sizes) {
 }
 
 int driver_upload(const void* host, void* device, size_t bytes) {
-  return cuda::upload(host, device, bytes, stream);
+  return cuda::upload({host, device, bytes}, stream);
 }
 
-int driver_rooms(const RoomsParams* p, const cuda::Tuning* tuning) {
-  return cuda::rooms(*p, stream, *tuning);
+int driver_rooms(const RoomsParams* p, const void* host, void* device, size_t bytes, const cuda::Tuning* tuning) {
+  return cuda::rooms(*p, {host, device, bytes}, stream, *tuning);
 }
 
 size_t driver_select_scratch(int64_t rows, int64_t longest, const cuda::Tuning* tuning) {
@@ -47,6 +47,11 @@ int driver_select(const SelectParams* p, int64_t longest, void* scratch, const c
 
 int driver_gather(const GatherParams* p, int behind_select, const cuda::Tuning* tuning) {
   return cuda::gather(*p, behind_select != 0, stream, *tuning);
+}
+
+int driver_evict(const SelectParams* p, const GatherParams* g, int64_t longest, int64_t bytes, void* scratch,
+                 const cuda::Tuning* tuning) {
+  return cuda::evict(*p, *g, longest, bytes, scratch, stream, *tuning);
 }
 
 int driver_compact(const CompactParams* p, const cuda::Tuning* tuning) {

@@ -17,10 +17,17 @@ using Status = int;
 
 const char* describe(Status status);
 
-// Copies host bytes to device memory by kernel arguments: no pinned memory, no blocking copy, safe under capture.
-Status upload(const void* host, void* device, size_t bytes, Stream stream);
+// Host bytes and where they go on the device: by kernel arguments, so no pinned memory, no blocking copy, safe under
+// capture.
+struct Upload {
+  const void* host;
+  void* device;
+  size_t bytes;
+};
+Status upload(Upload bytes, Stream stream);
 
-Status rooms(const RoomsParams& p, Stream stream);
+// `tables`: uploaded by the same launch; the rooms and what follows may read them.
+Status rooms(const RoomsParams& p, const Upload& tables, Stream stream);
 
 // `longest` bounds the valid length of every row set. Scratch: device bytes, any content, 16-byte aligned.
 size_t select_scratch(int64_t rows, int64_t longest);
@@ -28,6 +35,10 @@ Status select(const SelectParams& p, int64_t longest, void* scratch, Stream stre
 
 // `behind_select`: launched with programmatic dependent launch right behind the select that sets p.ready.
 Status gather(const GatherParams& p, bool behind_select, Stream stream);
+
+// select, then gather, in one launch where little moves. `bytes`: of the output. p.ready must be g.ready, not nullptr.
+Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, int64_t bytes, void* scratch,
+             Stream stream);
 Status compact(const CompactParams& p, Stream stream);
 
 Status append(const AppendParams& p, Stream stream);

@@ -62,7 +62,7 @@ def texts(rng: random.Random, words: Words, stage: Stage, questions: int = 8) ->
 
 def _text(rng: random.Random, words: Words, stage: Stage, questions: int) -> tuple[list[int], list[int]]:
     task = rng.choices(list(MIX), list(MIX.values()))[0]
-    scene = tasks.scene(task, rng.randrange(10**9), stage.length, split="train", language=words, **_size(task, stage))
+    scene = tasks.scene(task, rng.randrange(10**9), stage.length, split="train", language=words, **size(task, stage))
     tokens = words.encode("<s> " + scene.context)
     labels = [IGNORE] * len(tokens)
     asked = rng.sample(scene.questions, min(questions, len(scene.questions)))
@@ -73,7 +73,7 @@ def _text(rng: random.Random, words: Words, stage: Stage, questions: int) -> tup
     return tokens, labels
 
 
-def _size(task: str, stage: Stage) -> dict[str, int]:
+def size(task: str, stage: Stage) -> dict[str, int]:
     """As many facts as the stage has; the tasks' own numbers at the end."""
     facts = stage.facts
     if task in ("multi_key", "multi_query"):

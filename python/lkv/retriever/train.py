@@ -1,7 +1,8 @@
 """Trains the retriever from nothing: `python -m lkv.retriever.train --out folder`.
 
 First it learns to go on with sequences that it has seen, then to look values up in texts that grow from 32 to 2048
-tokens (without the first part, looking up stays at chance for long).
+tokens (without the first part, looking up stays at chance for long), and at last it reads texts of all lengths while
+the learning rate falls.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from lkv import tasks
-from lkv.retriever.data import IGNORE, Stage, repeated, texts
+from lkv.retriever.data import IGNORE, Stage, repeated, size, texts
 from lkv.retriever.model import ATTENTION, build
 from lkv.tasks import Words
 
-CURRICULUM = (
+GROW = (
     Stage(0, 0, 128, 1500, 0.96),
     Stage(32, 2, 128, 500),
     Stage(40, 2, 96, 300),
@@ -36,18 +37,64 @@ CURRICULUM = (
     Stage(512, 9, 16, 200),
     Stage(1024, 9, 10, 200),
     Stage(2048, 9, 5, 40, 1.1),
-    Stage(128, 9, 40, 400, 1.1),
-    Stage(256, 9, 28, 200, 1.1),
-    Stage(512, 9, 16, 150, 1.1),
-    Stage(1024, 9, 10, 150, 1.1),
 )
-LAST = 250  # steps over which the learning rate falls to a tenth
+SETTLE = (Stage(128, 9, 40, 700), Stage(256, 9, 28, 500), Stage(512, 9, 16, 500), Stage(1024, 9, 10, 700))
 REPEATS = 0.1  # share of steps that go on with repeated sequences
 SMOOTH = 24  # steps that an accuracy is averaged over
 
 
+class Run:
+    """A model in training, and its log."""
+
+    def __init__(self, out: Path, device: str, lr: float, seed: int) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self.lr, self.words = out, lr, Words()
+        self.model = build(self.words, seed).to(device)
+        self.model.config._attn_implementation = ATTENTION
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
+        self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.begin, self.steps, self.tokens = time.time(), 0, 0
+        self.recent: list[float] = []
+
+    def step(self, stage: Stage, rate: float = 1.0) -> None:
+        """Reads one batch. `recent` has the share of right answers of those that the stage is about."""
+        copying = stage.length == 0 or self.rng.random() < REPEATS
+        if copying:
+            longest = max(32, stage.length // 3)
+            tokens, labels = repeated(self.generator, stage.batch, len(self.words.vocabulary), longest)
+        else:
+            tokens, labels = texts(self.rng, self.words, stage)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rate * min(1.0, (self.steps + 1) / 50)
+        loss, right = loss_of(self.model, tokens, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.steps, self.tokens = self.steps + 1, self.tokens + tokens.numel()
+        if stage.length == 0 or not copying:
+            self.recent = [*self.recent, float(right.float().mean())][-SMOOTH:]
+        if self.steps % 20 == 0:
+            self.write(stage=stage.length, loss=round(loss.item(), 4), accuracy=round(self.accuracy, 4))
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.recent) / max(len(self.recent), 1)
+
+    def write(self, **entry: object) -> None:
+        entry |= {"step": self.steps, "tokens": self.tokens, "seconds": round(time.time() - self.begin)}
+        with (self.out / "log.jsonl").open("a") as log:
+            print(json.dumps(entry), file=log)
+
+    def save(self, stage: Stage) -> None:
+        if stage.length >= 64:
+            self.write(stage=stage.length, probe=probe(self.model, self.words, stage))
+        self.model.save_pretrained(self.out)
+
+
 def loss_of(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross entropy of the labels, and which of them were right."""
+    tokens, labels = tokens.to(model.device), labels.to(model.device)
     with torch.autocast(tokens.device.type, torch.bfloat16):
         hidden = model.model(tokens, use_cache=False).last_hidden_state
         at = labels[:, 1:] != IGNORE
@@ -62,73 +109,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--begin", type=int, default=0)
-    parser.add_argument("--load", type=Path)
     options = parser.parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
-    words = Words()
-    model = build(words, options.seed).to(options.device)
-    if options.load:
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(options.load).state_dict())
-    model.config._attn_implementation = ATTENTION
-    optimizer = torch.optim.AdamW(model.parameters(), options.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    rng, generator = random.Random(options.seed), torch.Generator().manual_seed(options.seed)
-    begin, step, seen = time.time(), 0, 0
-    log = (options.out / "log.jsonl").open("a")
-    for number, stage in enumerate(CURRICULUM):
-        if number < options.begin:
-            continue
-        recent: list[float] = []
-        for i in range(stage.steps):
-            copying = stage.length == 0 or rng.random() < REPEATS
-            if copying:
-                tokens, labels = repeated(generator, stage.batch, len(words.vocabulary), max(32, stage.length // 3))
-            else:
-                tokens, labels = texts(rng, words, stage)
-            left = sum(s.steps for s in CURRICULUM[number:]) - i
-            rate = min(1.0, (step + 1) / 50) * (1 if left >= LAST else 0.1 + 0.9 * left / LAST)
-            for group in optimizer.param_groups:
-                group["lr"] = options.lr * rate
-            loss, right = loss_of(model, tokens.to(options.device), labels.to(options.device))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            step, seen = step + 1, seen + tokens.numel()
-            if stage.length == 0 or not copying:
-                recent.append(float(right.float().mean()))
-            mean = sum(recent[-SMOOTH:]) / max(len(recent[-SMOOTH:]), 1)
-            if step % 20 == 0:
-                line = dict(
-                    stage=stage.length,
-                    step=step,
-                    i=i,
-                    loss=round(loss.item(), 4),
-                    accuracy=round(mean, 4),
-                    tokens=seen,
-                    seconds=round(time.time() - begin),
-                )
-                print(json.dumps(line), file=log, flush=True)
-            if len(recent) >= SMOOTH and mean >= stage.accuracy:
+    run = Run(options.out, options.device, options.lr, options.seed)
+    for stage in GROW:
+        run.recent = []
+        for _ in range(stage.steps):
+            run.step(stage)
+            if len(run.recent) == SMOOTH and run.accuracy >= stage.accuracy:
                 break
-        if stage.length >= 64:
-            print(json.dumps(dict(stage=stage.length, probe=probe(model, words, stage))), file=log, flush=True)
-        model.save_pretrained(options.out)
+        run.save(stage)
+    order = [stage for stage in SETTLE for _ in range(stage.steps)]
+    run.rng.shuffle(order)
+    for i, stage in enumerate(order):
+        run.step(stage, rate=1 - 0.98 * i / len(order))
+        if (i + 1) % 300 == 0:
+            run.save(SETTLE[-1])
 
 
 @torch.no_grad()
 def probe(model: LlamaForCausalLM, words: Words, stage: Stage) -> dict[str, float]:
     """Share of answer tokens foretold, per task."""
-    from lkv.retriever.data import _size
-
     out: dict[str, list[float]] = defaultdict(list)
     for task in tasks.TASKS:
         for index in range(12):
-            s = tasks.make(task, index, stage.length, split="validation", **_size(task, stage))
+            s = tasks.make(task, index, stage.length, split="validation", **size(task, stage))
             head, answer = words.encode("<s> " + s.context + " " + s.question), words.encode(s.answer)
-            tokens = torch.tensor([head + answer], device=model.device)
-            labels = torch.tensor([[IGNORE] * len(head) + answer], device=model.device)
-            out[task].append(float(loss_of(model, tokens, labels)[1].float().mean()))
+            labels = torch.tensor([[IGNORE] * len(head) + answer])
+            out[task].append(float(loss_of(model, torch.tensor([head + answer]), labels)[1].float().mean()))
     return {task: round(sum(values) / len(values), 3) for task, values in out.items()}
 
 

@@ -79,7 +79,7 @@ def expected(case: Case) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
 
 def run(emulator: Emulator, seed: int, schedule: Schedule) -> None:
     case = make_case(seed)
-    emulator.configure(schedule, Tuning(case.block, splits=-1, resident=-1))
+    emulator.configure(schedule, Tuning(case.block))
     batch, heads, count = case.sizes
     valid = RowInts(None, 0, 0, 0, count, False)
     if case.valid is not None:

@@ -105,7 +105,7 @@ def expected(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 def run(emulator: Emulator, seed: int, schedule: Schedule) -> None:
     case = make_case(seed)
-    emulator.configure(schedule, Tuning(case.block, splits=-1, resident=-1, pieces=case.pieces))
+    emulator.configure(schedule, Tuning(case.block, pieces=case.pieces))
     batch, query_heads, queries, dim = case.q.values.shape
     dim_v = case.v.values.shape[-1]
 

@@ -44,11 +44,13 @@ class Emulator:
         lib.emulator_free.argtypes = [c_void_p]
         lib.emulator_configure.argtypes = [c_char_p, c_ulonglong, c_int, c_int, c_int]
         lib.driver_upload.argtypes = [c_void_p, c_void_p, c_size_t]
-        lib.driver_rooms.argtypes = [POINTER(RoomsParams), POINTER(Tuning)]
+        lib.driver_rooms.argtypes = [POINTER(RoomsParams), c_void_p, c_void_p, c_size_t, POINTER(Tuning)]
         lib.driver_select_scratch.argtypes = [c_int64, c_int64, POINTER(Tuning)]
         lib.driver_select_scratch.restype = c_size_t
         lib.driver_select.argtypes = [POINTER(SelectParams), c_int64, c_void_p, POINTER(Tuning)]
         lib.driver_gather.argtypes = [POINTER(GatherParams), c_int, POINTER(Tuning)]
+        lib.driver_evict.argtypes = [POINTER(SelectParams), POINTER(GatherParams), c_int64, c_int64, c_void_p,
+                                     POINTER(Tuning)]  # fmt: skip
         lib.driver_compact.argtypes = [POINTER(CompactParams), POINTER(Tuning)]
         lib.driver_append.argtypes = [POINTER(AppendParams), POINTER(Tuning)]
         lib.driver_attend_scratch.argtypes = [POINTER(AttendParams), POINTER(Tuning)]
@@ -95,8 +97,9 @@ class Emulator:
     def upload(self, host: np.ndarray, device: np.ndarray) -> None:
         self._check(self._lib.driver_upload(pointer(host), pointer(device), host.nbytes))
 
-    def rooms(self, p: RoomsParams) -> None:
-        self._check(self._lib.driver_rooms(p, self._tuning))
+    def rooms(self, p: RoomsParams, host: np.ndarray, device: np.ndarray) -> None:
+        """With an upload in the same launch."""
+        self._check(self._lib.driver_rooms(p, pointer(host), pointer(device), host.nbytes, self._tuning))
 
     def select(self, p: SelectParams, longest: int) -> None:
         scratch = self.empty(self._lib.driver_select_scratch(rows_of(p.source), longest, self._tuning), np.uint8)
@@ -104,6 +107,10 @@ class Emulator:
 
     def gather(self, p: GatherParams, behind_select: bool) -> None:
         self._check(self._lib.driver_gather(p, behind_select, self._tuning))
+
+    def evict(self, p: SelectParams, g: GatherParams, longest: int, moved: int) -> None:
+        scratch = self.empty(self._lib.driver_select_scratch(rows_of(p.source), longest, self._tuning), np.uint8)
+        self._check(self._lib.driver_evict(p, g, longest, moved, pointer(scratch), self._tuning))
 
     def compact(self, p: CompactParams) -> None:
         self._check(self._lib.driver_compact(p, self._tuning))

@@ -25,7 +25,9 @@ class Run:
     def __init__(self, emulator: Emulator, case: Case, schedule: Schedule) -> None:
         self.emulator, self.case = emulator, case
         cluster = min(case.cluster, 1) if schedule.capability < 90 else case.cluster
-        emulator.configure(schedule, Tuning(case.block, cluster, case.splits, case.resident_keys))
+        bulk = case.bulk if schedule.capability >= 90 else 0
+        emulator.configure(schedule, Tuning(case.block, cluster, case.splits, case.resident_keys, case.registers,
+                                            case.fused, bulk))  # fmt: skip
 
     def table(self, values: np.ndarray) -> np.ndarray:
         if not self.case.by_upload:
@@ -67,15 +69,21 @@ class Run:
         source = self.source(sets.cu_seqlens)
         lengths, cu_seqlens = emulator.empty(sets.count, np.int32), emulator.empty(sets.count + 1, np.int32)
         overflow, ready = emulator.empty(1, np.int32), emulator.empty(sets.count, np.uint32)
+        bytes_beside = np.random.default_rng(sets.count).integers(0, 256, sets.count * 37, dtype=np.uint8)
+        uploaded = emulator.empty(bytes_beside.size, np.uint8)
         emulator.rooms(RoomsParams(source, self.ints(sets.budgets), layout.max_budget, layout.reserve, layout.align,
                                    layout.padded, layout.total, pointer(lengths), pointer(cu_seqlens),
-                                   pointer(overflow), pointer(ready)))  # fmt: skip
+                                   pointer(overflow), pointer(ready)), bytes_beside, uploaded)  # fmt: skip
 
-        positions = self.select(source, lengths, cu_seqlens, ready)
-        out = self.gather(source, positions, cu_seqlens, ready if case.behind_select else None)
+        select, longest, positions = self.select(source, lengths, cu_seqlens, ready)
+        gather, out = self.gather(source, positions, cu_seqlens, ready if case.behind_select else None)
         if case.behind_select:
+            emulator.evict(select, gather, longest, sum(o.size for o in out))
             # Whoever comes next on the stream may use the select's memory again.
             emulator.upload(np.full(sets.count, 7, np.uint32), ready)
+        else:
+            emulator.select(select, longest)
+            emulator.gather(gather, False)
         moved = [[self.strided(layer, fill=0x5A) for layer in payload] for payload in case.payloads]
         buffers = emulator.structs([one for payload in moved for one, _ in payload])
         row_bytes = self.table(np.array(self.sizes, np.int64))
@@ -83,6 +91,7 @@ class Run:
                                        pointer(positions), pointer(lengths), pointer(cu_seqlens)))  # fmt: skip
         emulator.synchronize()
 
+        oracle.same("bytes uploaded with the rooms", uploaded, bytes_beside)
         oracle.same("lengths", lengths, want.lengths)
         oracle.same("cu_seqlens", cu_seqlens, want.cu_seqlens)
         oracle.same("overflow", overflow[0], want.overflow)
@@ -101,12 +110,18 @@ class Run:
         source = self.source(sets.cu_seqlens)
         positions = rng.integers(-4, max(sets.tokens) + 4, total).astype(np.int32)
         cu_seqlens = np.sort(rng.integers(0, total + 1, sets.count + 1)).astype(np.int32)
-        out = self.gather(source, emulator.copy(positions), emulator.copy(cu_seqlens), None)
+        gather, out = self.gather(source, emulator.copy(positions), emulator.copy(cu_seqlens), None)
+        emulator.gather(gather, False)
         wild = rng.choice([-(2**31), -1, 0, 3, total, 2**31 - 1], 2 * sets.count + 1).astype(np.int32)
         anywhere, lengths = emulator.copy(wild[sets.count :]), emulator.copy(wild[: sets.count])
         source = self.source(wild[sets.count :] if self.ragged else None)
-        self.select(source, lengths, anywhere, None)
-        self.gather(source, emulator.copy(positions), anywhere, None)
+        select, longest, chosen = self.select(source, lengths, anywhere, None)
+        gather, _ = self.gather(source, emulator.copy(positions), anywhere, None)
+        emulator.select(select, longest)
+        emulator.gather(gather, False)
+        if case.fused == 1:
+            gather, _ = self.gather(source, chosen, anywhere, None)
+            emulator.evict(select, gather, longest, 0)
         emulator.synchronize()
         for i, payload in enumerate(case.payloads):
             data = [layer.data for layer in payload]
@@ -114,30 +129,28 @@ class Run:
 
     def select(
         self, source: Source, lengths: np.ndarray, cu_seqlens: np.ndarray, ready: np.ndarray | None
-    ) -> np.ndarray:
+    ) -> tuple[SelectParams, int, np.ndarray]:
         case, sets = self.case, self.case.sets
         # Gaps hold high scores: whoever reads them selects other rows.
         scores = self.emulator.structs([self.strided(layer, fill=0x7B)[0] for layer in case.scores])
         positions = self.emulator.empty(case.layout.total, np.int32)
         longest = max((sets.valid(row)[1] for row in range(sets.count)), default=0)
-        self.emulator.select(SelectParams(source, pointer(scores), case.score_type, case.sink, case.window,
-                                          pointer(lengths), pointer(cu_seqlens), case.layout.total,
-                                          pointer(positions), pointer(ready)), longest)  # fmt: skip
-        return positions
+        select = SelectParams(source, pointer(scores), case.score_type, case.sink, case.window, pointer(lengths),
+                              pointer(cu_seqlens), case.layout.total, pointer(positions), pointer(ready))  # fmt: skip
+        return select, longest, positions
 
     def gather(
         self, source: Source, positions: np.ndarray, cu_seqlens: np.ndarray, ready: np.ndarray | None
-    ) -> list[np.ndarray]:
+    ) -> tuple[GatherParams, list[np.ndarray]]:
         total = self.case.layout.total
         placed = [[self.strided(layer, fill=0x5A) for layer in payload] for payload in self.case.payloads]
         inputs = self.emulator.structs([one for payload in placed for one, _ in payload])
         out = [self.emulator.empty(total * size, np.uint8) for size in self.sizes]
         outputs = self.table(np.array([pointer(o) for o in out], np.uint64))
         row_bytes = self.table(np.array(self.sizes, np.int64))
-        self.emulator.gather(GatherParams(source, len(out), pointer(inputs), pointer(outputs), pointer(row_bytes),
-                                          pointer(positions), pointer(cu_seqlens), total, pointer(ready), False),
-                             ready is not None)  # fmt: skip
-        return [o.reshape(total, size) for o, size in zip(out, self.sizes, strict=True)]
+        gather = GatherParams(source, len(out), pointer(inputs), pointer(outputs), pointer(row_bytes),
+                              pointer(positions), pointer(cu_seqlens), total, pointer(ready), False)  # fmt: skip
+        return gather, [o.reshape(total, size) for o, size in zip(out, self.sizes, strict=True)]
 
     @property
     def sizes(self) -> list[int]:

@@ -59,7 +59,7 @@ def make_case(seed: int) -> Case:
         lengths = rng.integers(0, n + 1, axes)
         lengths[rng.random(axes) < 0.2] = one_of(-3, n, 2**31 - 1)
         lengths = numbers(lengths, one_of(np.int32, np.int64))
-    tuning = Tuning(0 if production else 64, cluster=one_of(0, 0, 1, 2, 4), splits=-1, resident=one_of(-1, -1, 0, 40))
+    tuning = Tuning(0 if production else 64, cluster=one_of(0, 0, 1, 2, 4), resident=one_of(-1, -1, 0, 40))
     return Case((*axes, n), seen.astype(np.float64), data, kind, one_of(0, 0, 3), numbers(k, np.float32), temperature,
                 lengths, rng.random() < 0.5, rng.standard_normal((*axes, n)).astype(np.float32),
                 (rng.random() < 0.8, rng.random() < 0.6), tuning)  # fmt: skip

@@ -81,6 +81,34 @@ T load_once(const T* p) {
   return *p;
 }
 
+using ArrivalBarrier = uint64_t;
+
+inline void make_barrier(ArrivalBarrier* barrier, uint32_t threads) {
+  emulator::make_barrier(barrier, threads);
+}
+inline void arrive_expecting(ArrivalBarrier* barrier, uint32_t bytes,
+                             emulator::Where where = emulator::Where::current()) {
+  emulator::arrive_expecting(barrier, bytes, where);
+}
+inline void wait_arrivals(ArrivalBarrier* barrier, uint32_t parity,
+                          emulator::Where where = emulator::Where::current()) {
+  emulator::wait_arrivals(barrier, parity, where);
+}
+inline void bulk_load(void* shared, const void* global, uint32_t bytes, ArrivalBarrier* barrier,
+                      emulator::Where where = emulator::Where::current()) {
+  emulator::bulk_load(shared, global, bytes, barrier, where);
+}
+inline void fence_bulk() {
+  emulator::preemption_point();
+}
+inline void bulk_store(void* global, const void* shared, uint32_t bytes,
+                       emulator::Where where = emulator::Where::current()) {
+  emulator::bulk_store(global, shared, bytes, where);
+}
+inline void wait_bulk_stores() {
+  emulator::wait_bulk_stores();
+}
+
 inline float reciprocal(float x) {
   return 1.0f / x;
 }

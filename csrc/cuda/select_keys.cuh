@@ -1,0 +1,156 @@
+#pragma once
+
+#include "select_row.cuh"
+
+// The keys of a warp's slice, tile by tile: four next to each other for every lane. first() reads the scores, each()
+// goes over the keys again, from the chip as far as they were kept there. All kinds call f(i, keys) by the whole warp
+// for every tile that begins in the slice; what lies at or behind its end is not valid.
+
+namespace lkv::cuda {
+
+struct Four {
+  uint32_t key[4];
+};
+
+// f(key) for those of the keys i .. i + 3 that lie before `end`.
+template <class F>
+__device__ __forceinline__ void each_valid(uint32_t i, uint32_t end, const Four& four, F&& f) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (i + k < end) f(four.key[k]);
+  }
+}
+
+template <ScoreType type>
+struct Scores {
+  using Bits = typename ScoreTraits<type>::Bits;
+  using Vector = std::conditional_t<sizeof(Bits) == 4, uint4, uint2>;
+  struct Raw {
+    Bits bits[4];
+  };
+
+  const char* data;
+  int64_t stride;
+  bool wide;  // four scores are one aligned vector
+
+  __device__ explicit Scores(const RowPlan& plan)
+      : data(plan.scores),
+        stride(plan.stride),
+        wide(stride == sizeof(Bits) && reinterpret_cast<uintptr_t>(data) % sizeof(Vector) == 0) {}
+
+  __device__ __forceinline__ Raw load(uint32_t i, uint32_t end) const {
+    Raw raw = {};
+    if (wide && i + 3 < end) {
+      const Vector v = *reinterpret_cast<const Vector*>(data + int64_t{i} * sizeof(Bits));
+      if constexpr (sizeof(Bits) == 4) {
+        raw = {v.x, v.y, v.z, v.w};
+      } else {
+        raw = {static_cast<Bits>(v.x), static_cast<Bits>(v.x >> 16), static_cast<Bits>(v.y),
+               static_cast<Bits>(v.y >> 16)};
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (i + k < end) raw.bits[k] = *reinterpret_cast<const Bits*>(data + int64_t{i + k} * stride);
+      }
+    }
+    return raw;
+  }
+
+  __device__ __forceinline__ static Four keys(const Raw& raw) {
+    return {ordered_key<type>(raw.bits[0]), ordered_key<type>(raw.bits[1]), ordered_key<type>(raw.bits[2]),
+            ordered_key<type>(raw.bits[3])};
+  }
+};
+
+// Read each time.
+template <ScoreType type>
+struct StreamedKeys {
+  static constexpr uint32_t kAhead = 2;  // tiles loaded before the first is used
+  Scores<type> scores;
+
+  template <class F>
+  __device__ __forceinline__ void from(uint32_t begin, const Slice& slice, F&& f) const {
+    for (uint32_t tile = begin; tile < slice.end; tile += kAhead * kWarpTile) {
+      const uint32_t i = tile + 4 * lane_id();
+      typename Scores<type>::Raw raw[kAhead];
+#pragma unroll
+      for (uint32_t t = 0; t < kAhead; ++t) raw[t] = scores.load(i + t * kWarpTile, slice.end);
+#pragma unroll
+      for (uint32_t t = 0; t < kAhead; ++t) {
+        if (tile + t * kWarpTile < slice.end) f(i + t * kWarpTile, Scores<type>::keys(raw[t]));
+      }
+    }
+  }
+
+  template <class F>
+  __device__ __forceinline__ void first(const Slice& slice, F&& f) const {
+    from(slice.begin, slice, f);
+  }
+
+  template <class F>
+  __device__ __forceinline__ void each(const Slice& slice, F&& f) const {
+    from(slice.begin, slice, f);
+  }
+};
+
+// As many as there is room for stay in shared memory.
+template <ScoreType type>
+struct SharedKeys {
+  StreamedKeys<type> source;
+  uint32_t* kept;  // of this warp
+  uint32_t room;   // keys, whole tiles
+
+  __device__ __forceinline__ uint4& at(const Slice& slice, uint32_t i) const {
+    return *reinterpret_cast<uint4*>(kept + (i - slice.begin));
+  }
+
+  template <class F>
+  __device__ __forceinline__ void first(const Slice& slice, F&& f) const {
+    source.from(slice.begin, slice, [&](uint32_t i, const Four& four) {
+      if (i - slice.begin < room) at(slice, i) = {four.key[0], four.key[1], four.key[2], four.key[3]};
+      f(i, four);
+    });
+  }
+
+  template <class F>
+  __device__ __forceinline__ void each(const Slice& slice, F&& f) const {
+    const uint32_t end = slice.end - slice.begin < room ? slice.end : slice.begin + room;
+    for (uint32_t tile = slice.begin; tile < end; tile += kWarpTile) {
+      const uint4 keys = at(slice, tile + 4 * lane_id());
+      f(tile + 4 * lane_id(), Four{keys.x, keys.y, keys.z, keys.w});
+    }
+    source.from(end, slice, f);
+  }
+};
+
+// The first kTiles stay in registers.
+template <ScoreType type, int kTiles>
+struct RegisterKeys {
+  StreamedKeys<type> source;
+  Four kept[kTiles];
+
+  template <class F>
+  __device__ __forceinline__ void first(const Slice& slice, F&& f) {
+    typename Scores<type>::Raw raw[kTiles];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      raw[t] = source.scores.load(slice.begin + t * kWarpTile + 4 * lane_id(), slice.end);
+    }
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) kept[t] = Scores<type>::keys(raw[t]);
+    each(slice, f);
+  }
+
+  template <class F>
+  __device__ __forceinline__ void each(const Slice& slice, F&& f) const {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const uint32_t tile = slice.begin + t * kWarpTile;
+      if (tile < slice.end) f(tile + 4 * lane_id(), kept[t]);
+    }
+    source.from(slice.begin + kTiles * kWarpTile, slice, f);
+  }
+};
+
+}  // namespace lkv::cuda
