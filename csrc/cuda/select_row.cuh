@@ -23,18 +23,20 @@ struct RowPlan {
 };
 
 __device__ inline RowPlan plan_row(const SelectParams& p, int64_t row) {
+  // Loaded first, so that none of these waits for another.
+  const int64_t out = p.cu_seqlens[row], end = p.cu_seqlens[row + 1], keep = p.lengths[row];
+  const Strided scores = p.scores[row / (p.source.heads * p.source.batch)];
   const RowSet set = row_set(p.source, row);
   RowPlan plan;
   plan.begin = set.begin;
   plan.length = set.length;
-  plan.out = clamp(p.cu_seqlens[row], 0, p.total);
-  plan.room = clamp(p.cu_seqlens[row + 1], plan.out, p.total) - plan.out;
-  plan.keep = clamp(p.lengths[row], 0, set.length < plan.room ? set.length : plan.room);
+  plan.out = clamp(out, 0, p.total);
+  plan.room = clamp(end, plan.out, p.total) - plan.out;
+  plan.keep = clamp(keep, 0, set.length < plan.room ? set.length : plan.room);
   plan.sink = clamp(p.sink, 0, plan.keep);
   plan.window = clamp(p.window, 0, plan.keep - plan.sink);
   plan.count = static_cast<uint32_t>(set.length - plan.sink - plan.window);
   plan.wanted = static_cast<uint32_t>(plan.keep - plan.sink - plan.window);
-  const Strided& scores = p.scores[set.layer];
   plan.scores = set.at(scores, set.begin + plan.sink);
   plan.stride = scores.token;
   return plan;

@@ -6,12 +6,8 @@ namespace lkv::torch_ops {
 void add_outputs(Tensors& list, const host::Problem& problem, const Tensors& payload, int64_t total, int64_t padded) {
   for (size_t p = 0; p < problem.payloads.size(); ++p) {
     const host::Payload& like = problem.payloads[p];
-    list.push_back(empty(problem.output_shape(total, padded, like.trailing), static_cast<int32_t>(like.dtype),
-                         payload[p * problem.layers]));
-    if (problem.device.kind == host::Device::cpu) {
-      const Tensor& out = list.back();
-      cpu::advise_huge_pages(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
-    }
+    list.push_back(empty_output(problem.output_shape(total, padded, like.trailing), static_cast<int32_t>(like.dtype),
+                                payload[p * problem.layers]));
   }
 }
 

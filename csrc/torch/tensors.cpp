@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "lkv/cpu.h"
+
 namespace lkv::torch_ops {
 
 namespace {
@@ -79,6 +81,14 @@ Tensor empty(const Shape& shape, int32_t dtype, const Tensor& like) {
                                device_type(like), device_index(like), &handle) != 0)
     host::fail("MemoryError", "cannot allocate a tensor of shape ", shape);
   return Tensor(handle);
+}
+
+Tensor empty_output(const Shape& shape, int32_t dtype, const Tensor& like) {
+  Tensor out = empty(shape, dtype, like);
+  if (kind_of(device_type(like)) == host::Device::cpu) {
+    cpu::advise_huge_pages(out.data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
+  }
+  return out;
 }
 
 Tensor empty_int32(const Shape& shape, const Tensor& like) {

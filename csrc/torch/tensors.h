@@ -27,6 +27,8 @@ T* data(const Tensor& t) {
 
 // On the device of `like`.
 Tensor empty(const Shape& shape, int32_t dtype, const Tensor& like);
+// The same, of what may be large and is written at once.
+Tensor empty_output(const Shape& shape, int32_t dtype, const Tensor& like);
 Tensor empty_int32(const Shape& shape, const Tensor& like);
 Tensor empty_bytes(int64_t count, const Tensor& like);
 

@@ -9,6 +9,7 @@ import numpy as np
 from harness.oracle import Layout, RowSets, rooms
 
 ROW_BYTES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 40, 48, 64, 80, 256)
+ALIGNED_ROW_BYTES = (16, 48, 80, 256, 1024)
 SCORES = ("normal", "ties", "constant", "minus_infinity", "hostile", "tiny", "ascending", "descending", "one_bin")
 
 
@@ -156,9 +157,10 @@ def make_case(seed: int) -> Case:
     transposed, gap = rng.random() < 0.3, element * one_of(0, 0, 1, 3)
     scores = [Placed(data, transposed, gap, element * one_of(0, 1)) for data, _ in coded]
     payloads = []
+    aligned = rng.random() < 0.4
     for _ in range(one_of(1, 2, 2, 3, 5)):
-        size, transposed = one_of(*ROW_BYTES), rng.random() < 0.5
-        gap, lead = one_of(0, 0, size, 1, 4), one_of(0, 0, 0, 2, 8)
+        size, transposed = one_of(*(ALIGNED_ROW_BYTES if aligned else ROW_BYTES)), rng.random() < 0.5
+        gap, lead = (one_of(0, 16), 0) if aligned else (one_of(0, 0, size, 1, 4), one_of(0, 0, 0, 2, 8))
         payloads.append(
             [Placed(rng.integers(1, 256, (*s, size), dtype=np.uint8), transposed, gap, lead) for s in shapes]
         )
