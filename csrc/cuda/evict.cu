@@ -42,8 +42,10 @@ __global__ void __launch_bounds__(kBlock)
   copy(used, p.total, blockIdx.x, gridDim.x, [](int64_t) { return TokenRow{{}, -1}; });
 }
 
+// As many blocks as run at once, as long as each has something to select from.
 Plan plan_fused(const SelectSize& x) {
-  if (x.tuning.cluster > 0 || !x.device.clusters) return x.with_cluster(x.device.clusters ? x.tuning.cluster : 1);
+  if (!x.device.clusters) return x.with_cluster(1);
+  if (x.tuning.cluster > 0) return x.with_cluster(x.tuning.cluster);
   int cluster = 1;
   while (cluster < kMaxCluster && x.rows * cluster * 2 <= x.device.multiprocessors && x.longest > kLeastRow * cluster) {
     cluster *= 2;

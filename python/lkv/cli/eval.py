@@ -42,6 +42,7 @@ def run(argv: Sequence[str]) -> int:
     samples = load_samples(options) if options.file else make_samples(options, tokenizer, language)
     print(f"question {'seen' if options.see_question else 'not seen'} by the compression; {describe(samples, options)}")
     results = []
+    last = methods[-1].name, 1.0 if methods[-1].name == FULL else setting.retentions[-1]
     with tqdm(total=len(samples), desc="lkv eval", unit="sample") as bar:
         for task in dict.fromkeys(s.task for s in samples):
             group = [s for s in samples if s.task == task]
@@ -49,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
                 setting = replace(setting, limit=options.answer_tokens or group[0].limit, metric=metrics.score)
             for result in evaluate(model, tokenizer, group, methods, setting):
                 results.append(result)
-                bar.update(result.method == methods[-1].name and result.retention == setting.retentions[-1])
+                bar.update((result.method, result.retention) == last)
     rows = report.rows(results)
     print(report.table(rows))
     extra: dict[str, object] = {}
