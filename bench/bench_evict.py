@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
+import contenders
 import pytest
 import rivals
 import torch
 from conftest import Bench
+from contenders import same_bytes
 from shapes import LENGTHS, Inputs, Shape, make_inputs
 from timing import Call
 
 import lkv_ext
 from lkv_ext import RaggedKV
 
-MODES = ("fresh", "warm")
+MODES = ("fresh", "warm", "graph")
 
 
 def evict(inputs: Inputs) -> Call:
@@ -32,32 +33,24 @@ def moved_bytes(shape: Shape) -> int:
     return 2 * shape.output_bytes + shape.score_bytes
 
 
-def same_bytes(moved: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
-    return all(
-        torch.equal(m.reshape(-1).view(torch.uint8), e.reshape(-1).view(torch.uint8))
-        for m, e in zip(moved, expected, strict=True)
-    )
-
-
 def race(bench: Bench, mode: str, shape: Shape, others: Callable[[Inputs], dict[str, Call]] | None = None) -> None:
-    """evict against memcpy and the PyTorch pipelines, or `others`."""
+    """evict against memcpy, the PyTorch pipelines or `others`, and on CUDA whoever else is there."""
     inputs = make_inputs(shape, bench.device)
     out = lkv_ext.evict(inputs.k, inputs.v, inputs.scores, shape.budgets)
     pair = [out.k, out.v]
     found = {"best": rivals.best(inputs)} if others is None else others(inputs)
     if others is None and bench.device == "cpu":
         found["best by mask"] = rivals.best_by_mask(inputs)
-    if shape.score_dtype == torch.float32:  # fewer bits tie, and torch.topk keeps any of a tie
+    if contenders.settled(shape):
         for name, call in found.items():
             assert name == "uniform" or same_bytes(call(), pair), f"{name} moves other rows than evict"
     if others is None and shape.dtype != torch.float8_e4m3fn:
         found["naive"] = rivals.naive(inputs)
-    if others is None and bench.device == "cuda" and find_spec("flashinfer") is not None:
-        found["flashinfer"] = rivals.flashinfer(inputs)
+    found |= bench.admit(lambda: contenders.for_evict(inputs, pair))
     if mode != "warm":
         bench.time("evict", mode, shape, evict(inputs), {"memcpy": rivals.clone(pair), **found}, moved_bytes(shape))
         return
-    if others is None:
+    if others is None and bench.device == "cpu":
         found = {"best out=": rivals.best_out(inputs)}
     everyone = {"memcpy": rivals.copy_warm(pair), **found}
     bench.time("evict", mode, shape, evict_warm(inputs, out), everyone, moved_bytes(shape))
@@ -79,12 +72,12 @@ def test_cold_caches(bench: Bench, length: int) -> None:
 
 @pytest.mark.parametrize("batch, heads, length", [(1, 2, 32768), (1, 32, 8192), (4, 8, 8192)])
 def test_heads_and_batch(bench: Bench, batch: int, heads: int, length: int) -> None:
-    race(bench, "fresh", Shape(length, heads=heads, batch=batch))
+    race(bench, bench.sweep, Shape(length, heads=heads, batch=batch))
 
 
 @pytest.mark.parametrize("retention", [0.05, 0.3, 0.5])
 def test_retention(bench: Bench, retention: float) -> None:
-    race(bench, "fresh", Shape(32768, retention=retention))
+    race(bench, bench.sweep, Shape(32768, retention=retention))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +91,7 @@ def test_retention(bench: Bench, retention: float) -> None:
     ids=str,
 )
 def test_dtype(bench: Bench, dtype: torch.dtype, score_dtype: torch.dtype, dim: int) -> None:
-    race(bench, "fresh", Shape(32768, dtype=dtype, score_dtype=score_dtype, dim=dim))
+    race(bench, bench.sweep, Shape(32768, dtype=dtype, score_dtype=score_dtype, dim=dim))
 
 
 @pytest.mark.parametrize("length", [8192, 131072])
@@ -109,7 +102,7 @@ def test_skewed_budgets(bench: Bench, length: int, mode: str) -> None:
     warm = lkv_ext.evict(uniform.k, uniform.v, uniform.scores, uniform.shape.budgets)
 
     def others(inputs: Inputs) -> dict[str, Call]:
-        if mode == "warm":
+        if mode == "warm" and bench.device == "cpu":
             return {"uniform": evict_warm(uniform, warm)}
         return {"loop": rivals.loop(inputs), "best": rivals.best_ragged(inputs), "uniform": evict(uniform)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contenders
 import pytest
 import rivals
 from bench_evict import evict, moved_bytes
@@ -23,6 +24,8 @@ def test_in_place(bench: Bench, length: int) -> None:
         "evict": evict(whole),
         "best, copied back": rivals.best_in_place(inputs),
     }
+
+    others |= bench.admit(lambda: contenders.for_evict_in_place(inputs))
 
     def subject() -> lkv_ext.RaggedIndex:
         return lkv_ext.evict_(inputs.k, inputs.v, inputs.scores, shape.budgets)

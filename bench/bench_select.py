@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contenders
 import pytest
 import rivals
 import torch
 from conftest import Bench
 from shapes import LENGTHS, Shape, make_inputs
+from torch import Tensor
 
 import lkv_ext
+
+
+def flat_positions(index: lkv_ext.RaggedIndex, length: int) -> Tensor:
+    """`row * length + position`."""
+    counts = index.lengths.flatten()
+    rows = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts)
+    return (index.positions + rows * length).to(torch.int32)
 
 
 def race(bench: Bench, shape: Shape) -> None:
@@ -23,8 +32,10 @@ def race(bench: Bench, shape: Shape) -> None:
             "unsorted, then sort": rivals.topk_positions(inputs),
         }
     others = {"memcpy": rivals.clone([inputs.scores]), **others}
+    expected = flat_positions(lkv_ext.select(inputs.scores, budgets), shape.length)
+    others |= bench.admit(lambda: contenders.for_select(inputs, expected))
     moved = shape.score_bytes + 4 * shape.kept
-    bench.time("select", "fresh", shape, lambda: lkv_ext.select(inputs.scores, budgets), others, moved)
+    bench.time("select", bench.sweep, shape, lambda: lkv_ext.select(inputs.scores, budgets), others, moved)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

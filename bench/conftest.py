@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from contenders import Field, reason, versions
 from results import Result, Run, machine
 from shapes import Shape
 from timing import Call, Clock, CudaClock, WallClock, captured, take_turns
@@ -15,6 +16,7 @@ from timing import Call, Clock, CudaClock, WallClock, captured, take_turns
 HERE = Path(__file__).parent
 T = TypeVar("T")
 RUNS = pytest.StashKey[dict[str, list[Result]]]()
+SKIPPED = pytest.StashKey[dict[str, None]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,11 +25,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--seconds", type=float, default=2.0, help="time per case")
     group.addoption("--threads", type=int, default=2, help="CPU threads")
     group.addoption("--warm-gigabytes", type=float, default=6.0, help="host memory touched before the first case")
+    group.addoption("--rivals", choices=("torch", "all"), default="all", help="on CUDA: others than PyTorch too")
     group.addoption("--results", type=Path, default=HERE / "results", help="folder for cpu.json or <gpu name>.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RUNS] = {}
+    config.stash[SKIPPED] = {}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -35,6 +39,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         asked = metafunc.config.getoption("device")
         present = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
         metafunc.parametrize("device", [d for d in present if asked in (d, "all")])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A graph is a thing of CUDA."""
+    drawn = [(item, item.callspec.params if hasattr(item, "callspec") else {}) for item in items]
+    items[:] = [item for item, case in drawn if (case.get("device"), case.get("mode")) != ("cpu", "graph")]
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
@@ -46,7 +56,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     for device, results in session.config.stash[RUNS].items():
         name = "cpu" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
         path = session.config.getoption("results") / f"{name}.json"
-        Run(device, machine(device), results).write(path)
+        found = machine(device)
+        if device == "cuda":
+            found |= {"rivals": versions(), "rivals skipped": list(session.config.stash[SKIPPED])}
+        Run(device, found, results).write(path)
         reporter.write_line(f"{len(results)} results in {path}")
 
 
@@ -64,7 +77,9 @@ class Bench:
         self.device = device
         self._benchmark = benchmark
         self._seconds = request.config.getoption("seconds")
+        self._everybody = device == "cuda" and request.config.getoption("rivals") == "all"
         self._results = request.config.stash[RUNS].setdefault(device, [])
+        self._skipped = request.config.stash[SKIPPED]
         self._reporter = request.config.pluginmanager.get_plugin("terminalreporter")
         self._capture = request.config.pluginmanager.get_plugin("capturemanager")
 
@@ -89,8 +104,8 @@ class Bench:
         if self.device == "cuda":
             # The caching allocator gives warm memory to everybody: what differs is the L2 cache.
             clock = CudaClock(cold=mode != "warm")
-            if mode == "warm":
-                subject, rivals = captured(subject), {name: captured(call) for name, call in rivals.items()}
+            if mode in ("warm", "graph"):
+                subject, rivals = captured(subject), self._captured(rivals)
             mode = {"fresh": "cold"}.get(mode, mode)
         samples = take_turns(self._benchmark, subject, rivals, clock, self._seconds)
         result = Result(
@@ -110,6 +125,35 @@ class Bench:
         self.report(result)
         return result
 
+    @property
+    def sweep(self) -> str:
+        """The mode of shapes that are measured in one mode only."""
+        return "graph" if self.device == "cuda" else "fresh"
+
+    def admit(self, field: Callable[[], Field]) -> dict[str, Call]:
+        """On CUDA the rivals that are there; says once who is missing and why."""
+        if not self._everybody:
+            return {}
+        found = field()
+        for name, why in found.skipped.items():
+            self._skip(name, why)
+        return found.calls
+
+    def _captured(self, calls: dict[str, Call]) -> dict[str, Call]:
+        graphs = {}
+        for name, call in calls.items():
+            try:
+                graphs[name] = captured(call)
+            except RuntimeError as error:
+                self._skip(f"{name} in a graph", reason(error))
+        return graphs
+
+    def _skip(self, name: str, why: str) -> None:
+        line = f"{name} skipped: {why}"
+        if line not in self._skipped:
+            self._skipped[line] = None
+            self._say(line)
+
     def once(self, call: Callable[[], T]) -> T:
         """For what is not timed."""
         return self._benchmark.pedantic(call, rounds=1, iterations=1)
@@ -117,8 +161,11 @@ class Bench:
     def report(self, result: Result) -> None:
         self._results.append(result)
         self._benchmark.extra_info.update(case=result.case, **vars(result))
+        self._say(result.line())
+
+    def _say(self, line: str) -> None:
         with self._capture.global_and_fixture_disabled():
-            self._reporter.write_line(result.line())
+            self._reporter.write_line(line)
 
 
 @pytest.fixture

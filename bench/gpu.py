@@ -4,8 +4,15 @@
     python bench/gpu.py --library path/to/_torch.so         with an op library built elsewhere; needs no compiler
     python bench/gpu.py --steps bench --seconds 0.5         one part of it
 
-Writes `bench/results/<gpu>.json`, `<gpu>-checks.json` and `<gpu>.md`. Nothing is installed; needs torch, pytest and
-pytest-benchmark. Exits with 1 where a step failed; a step that this machine cannot do is skipped and says why.
+Writes `bench/results/<gpu>.json`, `<gpu>-checks.json` and `<gpu>.md` (speeds, the ceiling of a gather, every target of
+bench/targets_gpu.py with its prediction). Nothing is installed; needs torch, pytest and pytest-benchmark. Exits with 1
+where a step failed; a step that this machine cannot do is skipped and says why.
+
+The benchmark runs the rivals that it finds and names those that it misses. Besides torch they need the packages triton,
+flashinfer-python (with what it depends on, nvcc and ninja) and nvidia-cuda-cccl >= 13.3.5 (and nvcc): where nothing can
+be downloaded, carry their wheels or a folder of `pip install --target`, named in PYTHONPATH. flashinfer-python alone,
+unpacked, also has CUB's headers for long rows. `python bench/rivals_cuda.py` builds the CUB rivals on another machine:
+name what it made in LKV_RIVALS. `--rivals torch` leaves all of them out.
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ("build", "tests", "sanitizer", "bench")
+SANITIZERS = ("memcheck", "synccheck", "racecheck")
 SANITIZED = "parity"  # what compute-sanitizer runs, as an expression of `pytest -k`: it slows kernels a hundredfold
 
 
@@ -133,15 +141,18 @@ def sanitizer(machine: Machine) -> Outcome:
         )
         return skipped("sanitizer", f"compute-sanitizer is refused here: {refusal.strip('= ')}")
     subset = machine.pytest("tests", "-m", "cuda", "-k", machine.args.sanitize, "-x", *without_hypothesis())
-    outcomes = [
-        machine.run("sanitizer", [tool, "--tool", kind, "--error-exitcode", "9", *subset], machine.args.limit)
+    found = {
+        kind: machine.run("sanitizer", [tool, "--tool", kind, "--error-exitcode", "9", *subset], machine.args.limit)
         for kind in machine.args.sanitizers
-    ]
-    return next((outcome for outcome in outcomes if outcome.state != "passed"), outcomes[-1])
+    }
+    state = next((outcome.state for outcome in found.values() if outcome.state != "passed"), "passed")
+    says = "; ".join(f"{kind} {outcome.state}: {outcome.says.strip('= ')}" for kind, outcome in found.items())
+    return Outcome("sanitizer", state, sum(outcome.seconds for outcome in found.values()), says)
 
 
 def bench(machine: Machine) -> Outcome:
     options = ["--device", "cuda", "--seconds", str(machine.args.seconds), "--results", str(machine.args.results)]
+    options += ["--rivals", machine.args.rivals]
     command = machine.pytest(
         "bench", "--benchmark-only", "--benchmark-quiet", "--warm-gigabytes", "0", *machine.args.select, *options
     )
@@ -175,9 +186,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--seconds", type=float, default=1.0, help="time per benchmark case")
-    parser.add_argument("--limit", type=float, default=1200, help="seconds that any one command may take")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds that any one command may take")
     parser.add_argument("--sanitize", default=SANITIZED, help="pytest -k expression for compute-sanitizer")
-    parser.add_argument("--sanitizers", nargs="+", default=["memcheck"], help="its tools, e.g. memcheck racecheck")
+    parser.add_argument("--sanitizers", nargs="+", default=list(SANITIZERS), help="its tools")
+    parser.add_argument("--rivals", choices=("torch", "all"), default="all", help="torch: PyTorch compositions alone")
     parser.add_argument("--select", nargs="*", default=[], help="more arguments for the pytest of the benchmarks")
     args = parser.parse_args(arguments)
     if args.library is not None and not args.library.is_file():

@@ -15,6 +15,7 @@ from targets import BEST
 
 TITLES = {
     "cold": "cold L2 cache",
+    "graph": "CUDA graph, cold L2 cache",
     "fresh": "the call allocates its result",
     "warm": "the result goes into memory that is there already",
 }
@@ -23,6 +24,7 @@ NAMES = {
     "best": "best PyTorch composition",
     "best out=": "best PyTorch composition",
     "flashinfer": "FlashInfer top_k, index_select",
+    "triton": "Triton select and gather",
     "memcpy": "memcpy of the output",
 }
 STYLES = {
@@ -30,6 +32,7 @@ STYLES = {
     "best": ("#d98032", "^", "-"),
     "best out=": ("#d98032", "^", "-"),
     "flashinfer": ("#7a5bb5", "D", "-"),
+    "triton": ("#4a8f5c", "v", "-"),
     "memcpy": ("#5f6368", "", "--"),
 }
 RATIO = {"ha": "center", "fontsize": 8.5, "color": "#a85a12"}

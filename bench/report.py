@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import targets
+import targets_gpu
 from results import Result, Run, merge
 
 HERE = Path(__file__).parent
@@ -19,15 +20,22 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 # The rivals of each column; where a result has several of them, the fastest counts.
 COLUMNS = {
     "naive PyTorch": ("naive", "torch.gather", "topk"),
-    "best PyTorch": (*targets.BEST, "best out=", "best, copied back", "index_select", "unsorted, then sort"),
+    "best PyTorch": (
+        *(*targets.BEST, "best batched", "best out=", "best, copied back"),
+        *("index_select", "unsorted, then sort"),
+    ),
     "per-head loop": ("loop",),
+    "torch.compile": ("torch.compile",),
     "FlashInfer": ("flashinfer",),
+    "Triton": ("triton",),
+    "CUB": tuple(f"cub {form}, sort{rest}" for form in ("batched", "per row") for rest in (", our gather", "")),
+    "one block per head": ("one block per head",),
     "evict, uniform": ("uniform",),
     "SDPA, all rows": ("dense",),
     "SDPA, padded": ("padded",),
     "evict per layer": ("evict per layer",),
 }
-HEADLINE = ("evict", "evict_", "select", "gather", "evict_layers 16", "attend")
+HEADLINE = ("evict", "evict_", "select", "gather", "evict_layers 16", "evict_layers 32", "attend")
 
 
 def headline(run: Run) -> list[Result]:
@@ -64,7 +72,10 @@ def caption(run: Run) -> str:
     processes = f", medians over {m['processes']} processes" if "processes" in m else ""
     modes = {
         "cpu": "Fresh: the call allocates its result. Warm: it writes into memory that is there already (`out=`).",
-        "cuda": "Cold: the L2 cache is overwritten before each call. Warm: a CUDA graph, cache as it was left.",
+        "cuda": (
+            "Cold: the L2 cache is overwritten before each call. Graph: the same of a CUDA graph. "
+            "Warm: a CUDA graph, cache as it was left."
+        ),
     }[run.device]
     return (
         f"{place}, torch {m['torch']}, {m['date']}{processes}. Shapes are `[B, H, L, D]`. {modes} "
@@ -77,7 +88,9 @@ def markdown(run: Run) -> str:
     parts = [caption(run), speed_table(run, headline(run))]
     if run.device == "cpu":
         parts.append(targets.table(run))
-    return "\n\n".join(parts)
+    else:
+        parts += [targets_gpu.ceilings(run), targets_gpu.table(run)]
+    return "\n\n".join(filter(None, parts))
 
 
 def replace_between_markers(path: Path, text: str) -> None:

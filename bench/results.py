@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,8 +20,9 @@ class Result:
 
     Attributes:
         op, mode, shape: the case. Modes on the CPU: "fresh", the call allocates its result, "warm", it writes into
-            memory that is there already, and "cold", fresh and with overwritten caches; on CUDA "cold" and "warm" L2
-            cache. "" where there is no such distinction.
+            memory that is there already, and "cold", fresh and with overwritten caches; on CUDA "cold", call by call
+            with a cold L2 cache, and as CUDA graphs "graph", L2 cache cold, and "warm". "" where there is no such
+            distinction.
         us: microseconds per call, median over the rounds.
         gbps: bytes that the op must read and write, per second. None where none are counted.
         ratios: how many times as long every rival takes, median of the per-round ratios.
@@ -123,7 +125,7 @@ def machine(device: str) -> dict[str, object]:
         "load": round(os.getloadavg()[0], 1),
     }
     if device == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
+        found |= _gpu()
     try:
         from lkv_ext import build_info
 
@@ -132,6 +134,35 @@ def machine(device: str) -> dict[str, object]:
     except ImportError:  # a prebuilt op library stands alone
         pass
     return found
+
+
+def _gpu() -> dict[str, object]:
+    """The card, what drives it, and the commit that is measured."""
+    card = torch.cuda.get_device_properties(0)
+    here = ("git", "-C", str(Path(__file__).parent))
+    commit = _words(*here, "rev-parse", "HEAD")
+    if commit is not None and _words(*here, "status", "--porcelain", "--untracked-files=no"):
+        commit += " and changes"
+    # By its UUID: nvidia-smi counts cards that CUDA_VISIBLE_DEVICES hides.
+    smi = ("nvidia-smi", f"--id=GPU-{card.uuid}", "--format=csv,noheader")
+    return {
+        "gpu": card.name,
+        "multiprocessors": card.multi_processor_count,
+        "memory_gb": round(card.total_memory / 2**30, 1),
+        "l2_mb": card.L2_cache_size >> 20,
+        "driver": _words(*smi, "--query-gpu=driver_version"),
+        "clocks": _words(*smi, "--query-gpu=clocks.max.sm,clocks.max.memory,power.limit"),
+        "cuda": torch.version.cuda,
+        "commit": commit,
+    }
+
+
+def _words(*command: str) -> str | None:
+    """What a command prints; None where it cannot be run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _cpu_name() -> str:

@@ -6,8 +6,11 @@ variants write into memory that they own, as `evict(out=...)` does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
-from shapes import Inputs
+from shapes import Inputs, Shape
 from timing import Call
 from torch import Tensor
 
@@ -37,29 +40,31 @@ def naive(inputs: Inputs) -> Call:
 
 def best(inputs: Inputs) -> Call:
     """topk(sorted=False), sort the positions, one index_select over the flattened rows."""
-    rows, scores, base = _flat(inputs)
+    flat = _flat(inputs)
     budget = inputs.shape.budgets
-
-    def call() -> list[Tensor]:
-        index = scores.topk(budget, dim=-1, sorted=False).indices.sort(dim=-1).values
-        index = index.add_(base).view(-1)
-        return [t.index_select(0, index) for t in rows]
-
-    return call
+    return lambda: _best(*flat, budget)
 
 
 def best_by_mask(inputs: Inputs) -> Call:
-    """`best` with the positions put in order by a mask and nonzero instead of a sort. On CUDA nonzero synchronises."""
+    """`best` with the positions put in order by a mask and nonzero instead of a sort."""
     rows, scores, _ = _flat(inputs)
-    budget = inputs.shape.budgets
+    budget, total = inputs.shape.budgets, inputs.shape.kept
 
     def call() -> list[Tensor]:
         picked = scores.topk(budget, dim=-1, sorted=False).indices
-        mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, picked, True)
-        index = mask.view(-1).nonzero().view(-1)
-        return [t.index_select(0, index) for t in rows]
+        mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, picked, True).view(-1)
+        # On CUDA nonzero waits for the device to learn how many there are.
+        index = mask.nonzero_static(size=total) if mask.is_cuda else mask.nonzero()
+        return [t.index_select(0, index.view(-1)) for t in rows]
 
     return call
+
+
+def compiled(inputs: Inputs) -> Call:
+    """`best` under torch.compile."""
+    flat, budget = _flat(inputs), inputs.shape.budgets
+    fast = _compile(_best, inputs.shape)
+    return lambda: fast(*flat, budget)
 
 
 def best_out(inputs: Inputs) -> Call:
@@ -81,7 +86,7 @@ def best_out(inputs: Inputs) -> Call:
 
 def loop(inputs: Inputs) -> Call:
     """Ragged budgets head by head: topk, sort, index, and a cat in the end."""
-    budgets = _per_row(inputs)
+    budgets = inputs.shape.per_row
     k, v = (t.flatten(0, 1) for t in inputs.payload)
     scores = inputs.scores.flatten(0, 1)
 
@@ -99,18 +104,23 @@ def loop(inputs: Inputs) -> Call:
 def best_ragged(inputs: Inputs) -> Call:
     """Ragged budgets with only the selection head by head, then one index_select for all rows."""
     rows, scores, _ = _flat(inputs)
-    budgets = _per_row(inputs)
-    length = inputs.shape.length
+    budgets = inputs.shape.per_row
+    return lambda: _best_ragged(rows, scores, budgets)
 
-    def call() -> list[Tensor]:
-        picked = [
-            scores[row].topk(budget, sorted=False).indices.sort().values.add_(row * length)
-            for row, budget in enumerate(budgets)
-        ]
-        index = torch.cat(picked)
-        return [t.index_select(0, index) for t in rows]
 
-    return call
+def best_batched(inputs: Inputs) -> Call:
+    """Ragged budgets without a loop: topk for the largest of them, of which every row keeps as many as it may."""
+    rows, scores, _ = _flat(inputs)
+    most, total, budgets = max(inputs.shape.per_row), inputs.shape.kept, _budget_column(inputs)
+    return lambda: _best_of_ranked(rows, scores, scores.topk(most, dim=-1).indices, budgets, total)
+
+
+def compiled_ragged(inputs: Inputs) -> Call:
+    """`best_ragged` under torch.compile."""
+    rows, scores, _ = _flat(inputs)
+    budgets = inputs.shape.per_row
+    fast = _compile(_best_ragged, inputs.shape)
+    return lambda: fast(rows, scores, budgets)
 
 
 def best_in_place(inputs: Inputs) -> Call:
@@ -136,7 +146,7 @@ def topk_positions(inputs: Inputs) -> Call:
 
 def topk_loop(inputs: Inputs) -> Call:
     """The positions of ragged budgets, head by head."""
-    budgets, scores = _per_row(inputs), inputs.scores.flatten(0, 1)
+    budgets, scores = inputs.shape.per_row, inputs.scores.flatten(0, 1)
     return lambda: torch.cat(
         [row.topk(n, sorted=False).indices.sort().values for row, n in zip(scores, budgets, strict=True)]
     )
@@ -157,16 +167,63 @@ def gather_rows(inputs: Inputs, positions: Tensor) -> Call:
 
 def flashinfer(inputs: Inputs) -> Call:
     """FlashInfer's top_k in place of torch's; ImportError where it is not installed."""
-    from flashinfer import top_k
-
-    rows, scores, base = _flat(inputs)
-    budget = inputs.shape.budgets
+    rows, *_ = _flat(inputs)
+    find = flashinfer_positions(inputs)
 
     def call() -> list[Tensor]:
-        index = top_k(scores, budget, sorted=False)[1].long().sort(dim=-1).values.add_(base).view(-1)
+        index = find()
         return [t.index_select(0, index) for t in rows]
 
     return call
+
+
+def flashinfer_positions(inputs: Inputs) -> Callable[[], Tensor]:
+    """Positions in the flattened rows, ascending, from FlashInfer's top_k."""
+    from flashinfer import top_k
+
+    _, scores, base = _flat(inputs)
+    budget = inputs.shape.budgets
+    return lambda: top_k(scores, budget, sorted=False)[1].sort(dim=-1).values.add_(base).view(-1)
+
+
+def flashinfer_ragged(inputs: Inputs) -> Call:
+    """`best_batched` with FlashInfer's top_k, which has one k for all rows as well."""
+    from flashinfer import top_k
+
+    rows, scores, _ = _flat(inputs)
+    most, total, budgets = max(inputs.shape.per_row), inputs.shape.kept, _budget_column(inputs)
+    return lambda: _best_of_ranked(rows, scores, top_k(scores, most, sorted=True)[1], budgets, total)
+
+
+def _best(rows: list[Tensor], scores: Tensor, base: Tensor, budget: int) -> list[Tensor]:
+    index = scores.topk(budget, dim=-1, sorted=False).indices.sort(dim=-1).values
+    index = index.add_(base).view(-1)
+    return [t.index_select(0, index) for t in rows]
+
+
+def _best_ragged(rows: list[Tensor], scores: Tensor, budgets: list[int]) -> list[Tensor]:
+    length = scores.shape[1]
+    picked = [
+        scores[row].topk(budget, sorted=False).indices.sort().values.add_(row * length)
+        for row, budget in enumerate(budgets)
+    ]
+    index = torch.cat(picked)
+    return [t.index_select(0, index) for t in rows]
+
+
+def _best_of_ranked(rows: list[Tensor], scores: Tensor, ranked: Tensor, budgets: Tensor, total: int) -> list[Tensor]:
+    """The first `budgets` `[rows, 1]` of each row of `ranked`, in ascending position; `total` in all."""
+    keep = torch.arange(ranked.shape[1], device=ranked.device) < budgets
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, ranked, keep)
+    index = mask.view(-1).nonzero_static(size=total).view(-1)
+    return [t.index_select(0, index) for t in rows]
+
+
+@lru_cache(maxsize=1)
+def _compile(composition: Callable[..., list[Tensor]], shape: Shape) -> Callable[..., list[Tensor]]:
+    # All shapes go through one code object: without the reset the ninth would silently run uncompiled.
+    torch.compiler.reset()
+    return torch.compile(composition, dynamic=False)
 
 
 def _flat(inputs: Inputs) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -176,6 +233,5 @@ def _flat(inputs: Inputs) -> tuple[list[Tensor], Tensor, Tensor]:
     return [t.flatten(0, 2) for t in inputs.payload], scores, base
 
 
-def _per_row(inputs: Inputs) -> list[int]:
-    budgets = inputs.shape.budgets
-    return (budgets if isinstance(budgets, list) else [budgets] * inputs.shape.heads) * inputs.shape.batch
+def _budget_column(inputs: Inputs) -> Tensor:
+    return torch.tensor(inputs.shape.per_row, device=inputs.scores.device)[:, None]

@@ -36,10 +36,15 @@ class Shape:
         return [first] + [each + (head < extra) for head in range(self.heads - 1)]
 
     @property
+    def per_row(self) -> list[int]:
+        """The budget of every (sequence, head)."""
+        budgets = self.budgets
+        return (budgets if isinstance(budgets, list) else [budgets] * self.heads) * self.batch
+
+    @property
     def kept(self) -> int:
         """Rows in the output."""
-        budgets = self.budgets
-        return self.batch * (budgets * self.heads if isinstance(budgets, int) else sum(budgets))
+        return sum(self.per_row)
 
     @property
     def row_bytes(self) -> int:

@@ -55,7 +55,7 @@ def test_train_then_eval(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     methods = {row["method"] for row in report["rows"]}
     assert {"full", "floor", "random", "streaming", "snapkv", "adakv", "kvzip", "lkv", "lkv-h+kvzip"} <= methods
-    assert {"uniform+snapkv", "uniform+lkv-t", "threshold"} <= methods
+    assert {"uniform+kvzip", "uniform+lkv-t", "threshold"} <= methods
     assert report["facts"]["question_seen"] is False
     assert report["soft_to_hard"].keys() == {"0.3", "0.6"}
     assert all((tmp_path / "report" / f"{name}.png").exists() for name in ("accuracy", "budgets", "kept"))

@@ -27,7 +27,7 @@ from lkv.policies.lkv import Learned
 from lkv.tasks import Language, Sample, files
 
 METHODS = [FULL, FLOOR, "random", "streaming", "snapkv", "adakv", "kvzip", "lkv"]
-GRID = ["uniform+snapkv", "uniform+kvzip", "uniform+lkv-t", "lkv-h+snapkv", "lkv-h+kvzip"]
+GRID = ["uniform+kvzip", "uniform+lkv-t", "lkv-h+snapkv", "lkv-h+kvzip"]
 
 
 def run(argv: Sequence[str]) -> int:
@@ -118,7 +118,6 @@ def known(options: argparse.Namespace, model: PreTrainedModel) -> tuple[Mapping[
     if path is None and options.model == models.RETRIEVER and retriever.LKV.exists():
         path = retriever.LKV
     policies = heuristics()
-    policies["uniform+snapkv"] = policies["snapkv"]
     if path is None:
         return policies, None
     lkv = load(path, model)

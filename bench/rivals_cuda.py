@@ -1,0 +1,252 @@
+"""Rivals in CUDA C++ (cuda/rivals.cu), compiled with nvcc at first use and loaded by ctypes.
+
+CUB's headers are the newest of those in the packages nvidia-cuda-cccl (top-k for short rows) and flashinfer-python
+(brings a later CUB, with clusters for long rows) and in CUDA_HOME, or those in LKV_CCCL alone: a folder with `cub/` in
+it or a checkout of CCCL. LKV_RIVALS names a library that was built elsewhere:
+
+    python bench/rivals_cuda.py --arch 90          builds it and says where it is
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from shapes import Inputs
+from timing import Call
+from torch import Tensor
+
+import lkv_ext
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "bench" / "cuda" / "rivals.cu"
+BUILT = ROOT / "build" / "bench"
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+VECTOR = 16  # bytes
+
+
+class Selection(ctypes.Structure):
+    """What to select: rivals::Selection."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("scores", "budgets", "offsets")),
+        *((name, ctypes.POINTER(ctypes.c_int32)) for name in ("host_budgets", "host_offsets")),
+        *((name, ctypes.c_void_p) for name in ("unordered", "positions")),
+        *((name, ctypes.c_int64) for name in ("rows", "length", "total")),
+        *((name, ctypes.c_int32) for name in ("dtype", "batched")),
+    )
+
+
+class Move(ctypes.Structure):
+    """What to move: rivals::Move."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p * 2) for name in ("source", "target")),
+        *((name, ctypes.c_void_p) for name in ("positions", "offsets")),
+        *((name, ctypes.c_int64) for name in ("rows", "length", "vectors")),
+        ("in_place", ctypes.c_int32),
+    )
+
+
+def include_folders() -> tuple[str, list[Path]]:
+    """Version of the newest CUB to be found, e.g. "3.5", and the folders to include it from."""
+    found = [(version, folders) for root in _roots() if (version := _cub_version(folders := _layout(root)))]
+    if not found:
+        raise RuntimeError("no CUB headers: install nvidia-cuda-cccl or name some in LKV_CCCL")
+    (major, minor), folders = max(found, key=lambda pair: pair[0])
+    return f"{major}.{minor}", folders
+
+
+def find_nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("nvcc", path=str(_cuda_home() / "bin"))
+
+
+def build(arch: str) -> Path:
+    """The library for one architecture, "90" or so; compiled unless it was already, from this source and headers.
+
+    Raises:
+        RuntimeError: nvcc or the headers are missing, or it does not compile.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("no nvcc on PATH or in CUDA_HOME")
+    version, folders = include_folders()
+    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:8]
+    path = BUILT / f"rivals-cub{version}-sm{arch}-{digest}.so"
+    if path.exists():
+        return path
+    BUILT.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    # -I and not -isystem: the toolkit's own, older copy of the headers would come first.
+    command = [nvcc, "-shared", "-O3", "-std=c++20", f"-arch=sm_{arch}", "-Werror", "all-warnings"]
+    command += ["-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden"]
+    command += [*(f"-I{folder}" for folder in folders), "-o", str(part), str(SOURCE)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        log = (result.stdout + result.stderr).splitlines()
+        raise RuntimeError(next((line for line in log if "error" in line), f"nvcc gave {result.returncode}"))
+    return part.replace(path)
+
+
+def cub_version() -> str:
+    """Of the CUB inside the library, e.g. "3.5"."""
+    number = library().rivals_cub_version()
+    return f"{number // 100000}.{number // 100 % 1000}"
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library; RuntimeError where it cannot be had."""
+    result = _try_library()
+    if isinstance(result, str):
+        raise RuntimeError(result)
+    return result
+
+
+def form(length: int) -> str:
+    """Which of CUB's two takes rows of this length, "batched" or "per row"; RuntimeError where it has neither."""
+    longest = library().rivals_longest()
+    if longest == 0:
+        raise RuntimeError(f"CUB {cub_version()} has no batched top-k: install nvidia-cuda-cccl >= 13.3.5")
+    return "batched" if length <= longest else "per row"
+
+
+def select(inputs: Inputs) -> Call:
+    """CUB's top-k, batched where it takes such rows, else row by row, and one radix sort of all positions.
+
+    Returns:
+        A call that gives positions `row * L + position`, ascending, int32 `[T']`, in memory of its own.
+    """
+    lib, shape = library(), inputs.shape
+    batched = form(shape.length) == "batched"
+    scores = inputs.scores.flatten(0, 1).contiguous()
+    rows, length = scores.shape
+    counts = shape.per_row
+    host = [(ctypes.c_int32 * rows)(*ints) for ints in (counts, [sum(counts[:row]) for row in range(rows)])]
+    budgets, offsets = (torch.tensor(list(ints), dtype=torch.int32, device=scores.device) for ints in host)
+    unordered, positions = budgets.new_empty(shape.kept), budgets.new_empty(shape.kept)
+    asked = Selection(
+        *(t.data_ptr() for t in (scores, budgets, offsets)),
+        *host,
+        *(t.data_ptr() for t in (unordered, positions)),
+        *(rows, length, shape.kept),
+        *(DTYPES[scores.dtype], batched),
+    )
+    size = ctypes.c_size_t(0)
+    _check(lib.rivals_select(ctypes.byref(asked), None, ctypes.byref(size), _stream()))
+    scratch = torch.empty(max(size.value, 1), dtype=torch.uint8, device=scores.device)
+    asked.held = scores, budgets, offsets, unordered  # of which it has addresses alone
+
+    def call() -> Tensor:
+        pointer = ctypes.c_void_p(scratch.data_ptr())
+        _check(lib.rivals_select(ctypes.byref(asked), pointer, ctypes.byref(size), _stream()))
+        return positions
+
+    return call
+
+
+def evict(inputs: Inputs) -> Call:
+    """`select`, then our gather: of one row set that holds all rows."""
+    find, total = select(inputs), inputs.shape.kept
+    ends = torch.tensor([0, total], dtype=torch.int32, device=inputs.k.device)
+    index = lkv_ext.RaggedIndex(find(), ends[1:].view(1, 1), ends, total)
+    rows = [t.view(1, 1, -1, inputs.shape.dim) for t in inputs.payload]
+
+    def call() -> list[Tensor]:
+        find()
+        return lkv_ext.gather(rows, index)
+
+    return call
+
+
+def one_block_per_head(inputs: Inputs) -> Call:
+    """Our select, then a compaction by one block for each payload and head."""
+    total = inputs.shape.kept
+
+    def call() -> list[Tensor]:
+        out = [t.new_empty(total, inputs.shape.dim) for t in inputs.payload]
+        _move(inputs, out, in_place=False)
+        return out
+
+    return call
+
+
+def one_block_in_place(inputs: Inputs) -> Call:
+    """The same to the front of every head's own buffer."""
+    return lambda: _move(inputs, list(inputs.payload), in_place=True)
+
+
+def _move(inputs: Inputs, out: list[Tensor], in_place: bool) -> None:
+    shape = inputs.shape
+    if shape.row_bytes % VECTOR:
+        raise ValueError(f"expected rows of whole {VECTOR}-byte vectors, got {shape.row_bytes} bytes")
+    index = lkv_ext.select(inputs.scores, shape.budgets)
+    pairs = [(ctypes.c_void_p * 2)(*(t.data_ptr() for t in tensors)) for tensors in (inputs.payload, out)]
+    sizes = (shape.batch * shape.heads, shape.length, shape.row_bytes // VECTOR)
+    move = Move(*pairs, index.positions.data_ptr(), index.cu_seqlens.data_ptr(), *sizes, in_place)
+    _check(library().rivals_move(ctypes.byref(move), _stream()))
+
+
+def _stream() -> ctypes.c_void_p:
+    return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        raise RuntimeError(library().rivals_error(status).decode())
+
+
+@cache
+def _try_library() -> ctypes.CDLL | str:
+    """The library or why there is none, found out once: compiling takes long."""
+    try:
+        given = os.environ.get("LKV_RIVALS")
+        arch = "".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else "90"
+        lib = ctypes.CDLL(given or str(build(arch)))
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    lib.rivals_longest.restype = ctypes.c_int64
+    lib.rivals_error.restype = ctypes.c_char_p
+    return lib
+
+
+def _cuda_home() -> Path:
+    return Path(os.environ.get("CUDA_HOME", os.environ.get("CUDA_PATH", "/usr/local/cuda")))
+
+
+def _roots() -> Iterator[Path]:
+    if given := os.environ.get("LKV_CCCL"):
+        yield Path(given)
+        return
+    for package, inside in (("flashinfer", "data/cccl"), ("nvidia", "cu13/include/cccl")):
+        spec = find_spec(package)
+        yield from (Path(folder) / inside for folder in (spec and spec.submodule_search_locations) or ())
+    yield from (_cuda_home() / inside for inside in ("include/cccl", "include"))
+
+
+def _layout(root: Path) -> list[Path]:
+    """The folders to include of an installed CCCL, or of its sources."""
+    if (root / "cub" / "cub").is_dir():
+        return [root / "cub", root / "thrust", root / "libcudacxx" / "include"]
+    return [root]
+
+
+def _cub_version(folders: list[Path]) -> tuple[int, int] | None:
+    header = folders[0] / "cub" / "version.cuh"
+    match = re.search(r"#define CUB_VERSION (\d+)", header.read_text()) if header.is_file() else None
+    return (int(match[1]) // 100000, int(match[1]) // 100 % 1000) if match else None
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Builds the rivals in CUDA C++ for a machine without nvcc or headers.")
+    parser.add_argument("--arch", default="90", help="compute capability without the dot")
+    print(build(parser.parse_args().arch))
