@@ -32,7 +32,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ("build", "tests", "sanitizer", "bench")
 SANITIZERS = ("memcheck", "synccheck", "racecheck")
-SANITIZED = "parity"  # what compute-sanitizer runs, as an expression of `pytest -k`: it slows kernels a hundredfold
+# What compute-sanitizer runs, as an expression of `pytest -k`; it slows kernels a hundredfold.
+SANITIZED = "(parity and not test_scores) or test_every_size"
 
 
 @dataclass

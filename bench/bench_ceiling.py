@@ -1,0 +1,76 @@
+"""The ceiling of a gather: rows of 256 bytes at given positions, beside a memcpy of as many bytes.
+
+What evict can reach at best on a card. Rows that lie next to each other need fewer memory pages; how real ones lie
+depends on the scores: pooled ones come in runs.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import rivals
+from conftest import Bench
+from positions import index_of, runs_of
+from shapes import Shape, make_inputs
+from timing import Call
+from torch import Tensor
+
+import lkv_ext
+
+LENGTH = 131072
+RUNS = (1, 4, 8, 16)
+SWITCH = "LKV_CUDA_GATHER"  # read at every launch
+
+
+def by_bulk_copies(call: Call) -> Call:
+    """The same call with the other gather kernel, if it is captured or made now."""
+
+    def switched() -> object:
+        before = os.environ.get(SWITCH)
+        os.environ[SWITCH] = "bulk"
+        try:
+            return call()
+        finally:
+            if before is None:
+                del os.environ[SWITCH]
+            else:
+                os.environ[SWITCH] = before
+
+    return switched
+
+
+def race(bench: Bench, name: str, mode: str, shape: Shape, run: int) -> None:
+    inputs = make_inputs(shape, bench.device)
+    positions = runs_of(shape, run, bench.device)
+    index = index_of(positions)
+
+    def subject() -> list[Tensor]:
+        return lkv_ext.gather(inputs.payload, index)
+
+    others = {
+        "memcpy": rivals.clone(subject()),
+        "bulk copies": by_bulk_copies(subject),
+        "index_select": rivals.gather_rows(inputs, positions),
+    }
+    bench.time(f"ceiling {name}", mode, shape, subject, others, 2 * shape.output_bytes + 4 * shape.kept)
+
+
+# A graph, which a CPU has none of: what is asked for is the ceiling of a card.
+
+
+@pytest.mark.parametrize("mode", ["graph"])
+def test_contiguous(bench: Bench, mode: str) -> None:
+    race(bench, "contiguous", mode, Shape(LENGTH), run=LENGTH)
+
+
+@pytest.mark.parametrize("retention", [0.15, 0.3, 0.5])
+@pytest.mark.parametrize("mode", ["graph"])
+def test_random(bench: Bench, mode: str, retention: float) -> None:
+    race(bench, "random", mode, Shape(LENGTH, retention=retention), run=1)
+
+
+@pytest.mark.parametrize("run", RUNS[1:])
+@pytest.mark.parametrize("mode", ["graph"])
+def test_runs(bench: Bench, mode: str, run: int) -> None:
+    race(bench, f"runs of {run}", mode, Shape(LENGTH), run)

@@ -1,0 +1,299 @@
+"""What the compiler made of the CUDA kernels: registers, shared memory, spills, and the instructions that move memory.
+
+    python bench/resources.py                          every kernel of csrc/cuda for sm_80, sm_90 and sm_120
+    python bench/resources.py csrc/cuda/gather.cu --arch 90
+    python bench/resources.py --summary                a line per kernel, over its instantiations
+
+Prints a Markdown table and exits with 1 where a kernel breaks its limit. Needs nvcc, no GPU. Instructions are counted
+where cuobjdump and nvdisasm are found: in a CUDA toolkit, in the packages nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm, or in triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = (80, 90, 120)
+SCORE_TYPES = ("f32", "f16", "bf16")  # lkv::ScoreType
+WIDE = {"128", "256"}  # bits, as a suffix of an opcode
+
+
+class Code(NamedTuple):
+    """Instructions of one kernel, as they stand in it; how often they run is not known."""
+
+    loads: int  # from global memory, 16 bytes or more each
+    stores: int
+    shared_loads: int  # 16 bytes each
+    bulk: int  # bulk copies
+    generic: int  # loads and stores whose address space the compiler did not find out
+    local: int  # loads and stores of local memory: spills and arrays with computed indices
+    total: int
+
+
+class Kernel(NamedTuple):
+    name: str
+    arch: int
+    registers: int
+    shared: int  # static, bytes per block; what the launchers ask for comes on top
+    stack: int  # bytes of local memory per thread
+    spills: int  # bytes stored and loaded
+    code: Code | None = None
+
+
+class Limit(NamedTuple):
+    kernels: str  # pattern of their names; the first limit that matches holds
+    registers: int  # at most
+    vectors: int = 0  # 16-byte loads, and as many stores: at least
+    bulk: int = 0  # bulk copies, from sm_90 on: at least
+
+
+# What was measured and up to a tenth more, in the steps of 8 that registers are handed out in, but at most 64 where that
+# is met: beyond it a multiprocessor holds no 1024 threads. No kernel has a stack, spills or static shared memory.
+LIMITS = (
+    Limit(r"gather_bulk_kernel", 64, vectors=4, bulk=2),
+    Limit(r"(gather|evict|compact|append)_kernel", 64, vectors=4),
+    Limit(r"split_(histogram|count)_kernel|rooms_kernel", 48),
+    Limit(r"soft_topk_\w*kernel", 56),
+    Limit(r"upload_kernel", 40),
+    Limit(r"attend_kernel", 128),
+    Limit(r"", 64),  # any other, and any new one
+)
+
+
+def limit_of(kernel: Kernel) -> Limit:
+    return next(limit for limit in LIMITS if re.search(limit.kernels, kernel.name))
+
+
+def excesses(kernels: Iterable[Kernel]) -> list[str]:
+    """What ptxas reports beyond the limits, a line each."""
+    return [
+        f"{kernel.name} for sm_{kernel.arch}: {field} {has}, at most {most}"
+        for kernel in kernels
+        for field, has, most in (
+            ("registers", kernel.registers, limit_of(kernel).registers),
+            ("static shared memory", kernel.shared, 0),
+            ("stack", kernel.stack, 0),
+            ("spills", kernel.spills, 0),
+        )
+        if has > most
+    ]
+
+
+def defects(kernels: Iterable[Kernel]) -> list[str]:
+    """What is wrong with their instructions, a line each."""
+    found = []
+    for kernel in kernels:
+        code, limit = kernel.code, limit_of(kernel)
+        if code is None:
+            continue
+        name = f"{kernel.name} for sm_{kernel.arch}"
+        if code.local:
+            found.append(f"{name}: {code.local} instructions on local memory")
+        if min(code.loads, code.stores) < limit.vectors:
+            found.append(f"{name}: {code.loads} 16-byte loads, {code.stores} stores, at least {limit.vectors} of each")
+        if kernel.arch >= 90 and code.bulk < limit.bulk:
+            found.append(f"{name}: {code.bulk} bulk copies, at least {limit.bulk}")
+    return found
+
+
+def find_nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("nvcc", path=str(_toolkit()))
+
+
+def find_disassembler() -> str | None:
+    """cuobjdump with nvdisasm beside it; the packages that may hold them are not imported."""
+    folders = [*map(Path, os.get_exec_path()), _toolkit()]
+    for package, pattern in (("nvidia", "*/bin"), ("triton", "backends/nvidia/bin")):
+        spec = importlib.util.find_spec(package)
+        for location in (spec and spec.submodule_search_locations) or ():
+            folders += sorted(Path(location).glob(pattern))
+    for folder in folders:
+        tools = [shutil.which(tool, path=str(folder)) for tool in ("cuobjdump", "nvdisasm")]
+        if all(tools):
+            return tools[0]
+    return None
+
+
+def _toolkit() -> Path:
+    return Path(os.environ.get("CUDA_HOME", os.environ.get("CUDA_PATH", "/usr/local/cuda"))) / "bin"
+
+
+def measure(source: Path, archs: Sequence[int] = ARCHITECTURES) -> list[Kernel]:
+    """The kernels of one source, compiled once. Raises RuntimeError with nvcc's words where that warns or fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = Path(folder) / "out.o"
+        kernels = parse_report(_compile(source, compiled, archs))
+        tool = find_disassembler()
+        with ThreadPoolExecutor() as pool:  # most of the time goes into starting the tools
+            texts = list(pool.map(partial(_disassemble, tool, compiled), archs)) if tool else []
+    codes = parse_sass("\n".join(texts))
+    names = short_names([kernel.name for kernel in kernels])
+    return [
+        kernel._replace(name=name, code=codes.get((kernel.name, kernel.arch)))
+        for kernel, name in zip(kernels, names, strict=True)
+    ]
+
+
+def _compile(source: Path, compiled: Path, archs: Sequence[int]) -> str:
+    command = [find_nvcc() or "nvcc", "-c", str(source), "-o", str(compiled), "-O3", "-std=c++20", "-lineinfo"]
+    command += ["-I", str(ROOT / "csrc" / "include"), "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
+    command += ["-Xptxas", "-v"]
+    for arch in archs:
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"nvcc failed on {source.name}:\n{result.stdout}")
+    return result.stdout
+
+
+def _disassemble(tool: str, compiled: Path, arch: int) -> str:
+    path = os.pathsep.join([str(Path(tool).parent), *os.get_exec_path()])  # cuobjdump calls nvdisasm
+    command = [tool, "-sass", "-arch", f"sm_{arch}", str(compiled)]
+    return subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True).stdout
+
+
+def parse_report(log: str) -> list[Kernel]:
+    """From the words of `ptxas -v`. A kernel answers for the functions that it calls."""
+    kernels = []
+    for part in re.split(r"(?=Compiling entry function)", log):
+        head = re.match(r"Compiling entry function '(\w+)' for 'sm_(\d+)", part)
+        used = re.search(r"Used (\d+) registers.*", part)
+        if not head or not used:
+            continue
+        shared = re.search(r"(\d+) bytes smem", used[0])
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        kernels.append(
+            Kernel(
+                name=head[1],
+                arch=int(head[2]),
+                registers=int(used[1]),
+                shared=int(shared[1]) if shared else 0,
+                stack=sum(int(stack) for stack, _, _ in frames),
+                spills=sum(int(stores) + int(loads) for _, stores, loads in frames),
+            )
+        )
+    return kernels
+
+
+SASS_LINE = re.compile(
+    r"\s+code for sm_(?P<arch>\d+)|\s+Function : (?P<name>\S+)"
+    r"|\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?(?P<opcode>[A-Z][\w.]*)"
+)
+
+
+def parse_sass(text: str) -> dict[tuple[str, int], Code]:
+    """(name, architecture) -> instructions, from the words of `cuobjdump -sass`."""
+    opcodes: dict[tuple[str, int], list[str]] = {}
+    arch, function = 0, []
+    for line in filter(None, map(SASS_LINE.match, text.splitlines())):
+        if line["arch"]:
+            arch = int(line["arch"])
+        elif line["name"]:
+            function = opcodes.setdefault((line["name"], arch), [])
+        else:
+            function.append(line["opcode"])
+    return {key: count(function) for key, function in opcodes.items()}
+
+
+def count(opcodes: Iterable[str]) -> Code:
+    parts = [opcode.split(".") for opcode in opcodes]
+
+    def number(*names: str, wide: bool = False) -> int:
+        return sum(name in names and (not wide or not WIDE.isdisjoint(suffixes)) for name, *suffixes in parts)
+
+    return Code(
+        loads=number("LDG", "LDGSTS", "LD", wide=True),
+        stores=number("STG", "ST", wide=True),
+        shared_loads=number("LDS", wide=True),
+        bulk=sum(name.startswith(("UBLK", "UTMA")) for name, *_ in parts),
+        generic=number("LD", "ST"),
+        local=number("LDL", "STL"),
+        total=len(parts) - number("NOP"),
+    )
+
+
+def short_names(mangled: Sequence[str]) -> list[str]:
+    """`select_kernel<bf16, 512>` of the mangled name, which is left as it is where no c++filt is installed."""
+    tool = shutil.which("c++filt")
+    if tool is None or not mangled:
+        return list(mangled)
+    result = subprocess.run([tool], input="\n".join(mangled), capture_output=True, text=True, check=True)
+    return [shorten(name) for name in result.stdout.splitlines()]
+
+
+def shorten(name: str) -> str:
+    name = re.sub(r"\(lkv::ScoreType\)(\d+)", lambda value: SCORE_TYPES[int(value[1])], name)
+    name = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", name)
+    name = re.sub(r"\(\w+\)(?=\d)", "", name)  # other enumerations: by number
+    return re.sub(r"^void |\(.*", "", name)
+
+
+def markdown(kernels: Iterable[Kernel]) -> str:
+    """A line per instantiation and architecture."""
+    head = ["kernel", "sm", "registers", "limit", "shared", "stack", "spills"]
+    head += ["16-byte loads", "stores", "from shared", "bulk", "generic", "local", "instructions"]
+    unknown = ("",) * len(Code._fields)
+    rows = [[k.name, k.arch, k.registers, limit_of(k).registers, *k[3:6], *(k.code or unknown)] for k in kernels]
+    return _table(head, rows)
+
+
+def summary(kernels: Iterable[Kernel]) -> str:
+    """A line per kernel: the worst of its instantiations."""
+    families: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        families.setdefault(kernel.name.split("<")[0], []).append(kernel)
+    archs = sorted({kernel.arch for family in families.values() for kernel in family})
+    head = ["kernel", *(f"registers sm_{arch}" for arch in archs), "limit", "stack", "spills"]
+    head += ["16-byte loads", "stores", "local"]
+    rows = []
+    for name, family in sorted(families.items()):
+        row: list[object] = [name]
+        row += [max((kernel.registers for kernel in family if kernel.arch == arch), default="") for arch in archs]
+        row += [max(limit_of(kernel).registers for kernel in family)]
+        row += [max(kernel.stack for kernel in family), max(kernel.spills for kernel in family)]
+        codes = [kernel.code for kernel in family if kernel.code]
+        if codes:
+            row += [min(code.loads for code in codes), min(code.stores for code in codes)]
+            row += [max(code.local for code in codes)]
+        else:
+            row += ["", "", ""]
+        rows.append(row)
+    return _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sources", nargs="*", type=Path, default=SOURCES)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="such as 90")
+    parser.add_argument("--summary", action="store_true", help="a line per kernel")
+    args = parser.parse_args()
+    if find_nvcc() is None:
+        parser.error("no nvcc on the PATH or in CUDA_HOME")
+    kernels = [kernel for source in args.sources for kernel in measure(source, args.arch)]
+    print((summary if args.summary else markdown)(kernels))
+    broken = excesses(kernels) + defects(kernels)
+    print(*broken, sep="\n", file=sys.stderr)
+    return bool(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
