@@ -6,38 +6,18 @@ depends on the scores: pooled ones come in runs.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import rivals
 from conftest import Bench
 from positions import index_of, runs_of
 from shapes import Shape, make_inputs
-from timing import Call
+from switches import switched
 from torch import Tensor
 
 import lkv_ext
 
 LENGTH = 131072
 RUNS = (1, 4, 8, 16)
-SWITCH = "LKV_CUDA_GATHER"  # read at every launch
-
-
-def by_bulk_copies(call: Call) -> Call:
-    """The same call with the other gather kernel, if it is captured or made now."""
-
-    def switched() -> object:
-        before = os.environ.get(SWITCH)
-        os.environ[SWITCH] = "bulk"
-        try:
-            return call()
-        finally:
-            if before is None:
-                del os.environ[SWITCH]
-            else:
-                os.environ[SWITCH] = before
-
-    return switched
 
 
 def race(bench: Bench, name: str, mode: str, shape: Shape, run: int) -> None:
@@ -50,7 +30,7 @@ def race(bench: Bench, name: str, mode: str, shape: Shape, run: int) -> None:
 
     others = {
         "memcpy": rivals.clone(subject()),
-        "bulk copies": by_bulk_copies(subject),
+        "bulk copies": switched(subject, "LKV_CUDA_GATHER", "bulk"),
         "index_select": rivals.gather_rows(inputs, positions),
     }
     bench.time(f"ceiling {name}", mode, shape, subject, others, 2 * shape.output_bytes + 4 * shape.kept)

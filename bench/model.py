@@ -22,13 +22,13 @@ from shapes import Shape
 
 # Of csrc/cuda: sizes and limits of select_plan.h, evict.cu and gather_tile.h; registers as bench/resources.py finds
 # them for sm_90.
-SELECT_FIXED = 16688  # ClusterShared<512>: two histograms of 2048 bins, and a little more
+SELECT_FIXED = 20784  # ClusterShared<512>: a histogram of 2048 bins, three half ones for sums, and a little more
 TILE_SHARED = 2080  # TileShared: where 64 rows of four payloads lie
 SELECT_WARPS, SELECT_REGISTERS = 16, 58
-GATHER = Kernel(threads=256, registers=48, shared=TILE_SHARED)
+GATHER = Kernel(threads=512, registers=64, shared=TILE_SHARED)
 FOR_GATHER = 16 << 10  # shared memory that a select leaves to it
 WARP_TILE, REGISTER_TILES, SHORT_PART, SHORT_ROW, MAX_CLUSTER = 128, 2, 256, 16384, 16
-LEAST_ROW, FUSED_BYTES, TILE_ROWS, CHUNK_BYTES = 256, 64 << 10, 64, 3456
+FUSED_BYTES, TILE_ROWS, CHUNK_BYTES = 32 << 10, 64, 3456
 BINS, AHEAD = 2048, 2  # bins of a round; tiles that a warp loads ahead
 # Throughput of a multiprocessor, in keys per cycle: estimates.
 COUNTED = 8  # into a histogram: four lanes of a warp meet in a bank
@@ -95,12 +95,13 @@ def keys_per_warp(length: int, cluster: int) -> int:
 
 
 def make_plan(gpu: Gpu, work: Work) -> Plan:
-    fused = _with_cluster(gpu, work, _fused_cluster(gpu, work), fused=True)
+    cluster = _select_cluster(gpu, work)
+    fused = _with_cluster(gpu, work, cluster, fused=True)
     blocks = min(work.rows * fused.cluster, gpu.multiprocessors)
     fits = fused.keys_in == "registers" and work.output_bytes <= blocks * FUSED_BYTES
     if work.op == "evict" and fits:
         return fused
-    return _with_cluster(gpu, work, _select_cluster(gpu, work), fused=False)
+    return _with_cluster(gpu, work, cluster, fused=False)
 
 
 def _in_shared(gpu: Gpu, fixed: int) -> int:
@@ -118,17 +119,6 @@ def _select_cluster(gpu: Gpu, work: Work) -> int:
         part = keys_per_warp(length, cluster)
         if part <= most and (part <= SHORT_PART or work.rows * cluster * 2 > gpu.multiprocessors):
             break
-        cluster *= 2
-    return cluster
-
-
-def _fused_cluster(gpu: Gpu, work: Work) -> int:
-    cluster = 1
-    while (
-        cluster < MAX_CLUSTER
-        and work.rows * cluster * 2 <= gpu.multiprocessors
-        and work.shape.length > LEAST_ROW * cluster
-    ):
         cluster *= 2
     return cluster
 
@@ -214,17 +204,16 @@ def _select_wave_us(gpu: Gpu, work: Work, plan: Plan) -> float:
 
 
 def _exchange_us(gpu: Gpu, cluster: int) -> float:
-    """Histograms summed over a cluster: every block reads its share of the bins of all, and hands the sums to all."""
+    """Histograms summed over a cluster: every block adds to the owners of the bins, and then reads all sums."""
     if cluster == 1:
         return gpu.barrier_us(1)
-    share = ceil(BINS / cluster / (32 * SELECT_WARPS)) * ceil(cluster / 4)  # four loads in flight
-    read = max(share * gpu.remote_us, 4 * BINS / gpu.remote_rate / 1e3)
-    return 2 * gpu.barrier_us(cluster) + read + 4 * BINS / gpu.remote_rate / 1e3
+    read = max(gpu.remote_us, 4 * BINS / gpu.remote_rate / 1e3)  # four bins of a thread by one load
+    return gpu.remote_us + gpu.barrier_us(cluster) + read
 
 
 def _tile_us(gpu: Gpu) -> float:
-    """One tile of K and V by one block: offsets, positions and strides, then both payloads in turn."""
-    return 3 * gpu.l2_us + 2 * gpu.memory_us
+    """One tile by one block: offsets, positions and strides, then K and V side by side."""
+    return 3 * gpu.l2_us + gpu.memory_us
 
 
 def _gather_us(gpu: Gpu, work: Work, plan: Plan) -> float:

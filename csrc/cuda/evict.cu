@@ -1,14 +1,14 @@
 #include "gather_tile.cuh"
 #include "select_plan.h"
 
-// Small evictions in one launch: the cluster that has selected a row set's rows moves them as well. It has as many
-// blocks as the device has room for, and keys in registers. Large ones are a select with a gather beside it.
+// Small evictions in one launch: the blocks that have selected a row set's rows move them as well, which is worth it
+// where each has little to move. Otherwise a select with a gather beside it, whose tiles balance whatever the budgets
+// are.
 
 namespace lkv::cuda {
 namespace {
 
-constexpr int64_t kLeastRow = 256;         // keys per block
-constexpr int64_t kFusedBytes = 64 << 10;  // of the output per block, up to which the launch saved is worth it
+constexpr int64_t kFusedBytes = 32 << 10;  // of the output per block: a tile of K and V
 
 template <int kBlock>
 struct EvictShared {
@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(kBlock)
                  const uint32_t warp_room) {
   grid_dependency_wait();
   auto* shared = dyn_smem<EvictShared<kBlock>>();
-  const Cluster cluster = {cluster_rank(), cluster_size()};
+  Cluster cluster;
+  meet(&shared->select, cluster);
   const int64_t rows = p.source.rows();
   // Output rows [begin, end), tile by tile over `blocks` blocks.
   const auto copy = [&](int64_t begin, int64_t end, int64_t block, int64_t blocks, auto&& token_at) {
@@ -42,19 +43,10 @@ __global__ void __launch_bounds__(kBlock)
   copy(used, p.total, blockIdx.x, gridDim.x, [](int64_t) { return TokenRow{{}, -1}; });
 }
 
-// As many blocks as run at once, as long as each has something to select from.
-Plan plan_fused(const SelectSize& x) {
-  if (!x.device.clusters) return x.with_cluster(1);
-  if (x.tuning.cluster > 0) return x.with_cluster(x.tuning.cluster);
-  int cluster = 1;
-  while (cluster < kMaxCluster && x.rows * cluster * 2 <= x.device.multiprocessors && x.longest > kLeastRow * cluster) {
-    cluster *= 2;
-  }
-  return x.with_cluster(cluster);
-}
-
 bool fuses(const SelectSize& x, const Plan& plan, int64_t bytes) {
   if (x.tuning.fused >= 0) return x.tuning.fused > 0;
+  if (asked("LKV_CUDA_EVICT", "fused")) return true;
+  if (asked("LKV_CUDA_EVICT", "pair")) return false;
   const int64_t blocks = std::min<int64_t>(x.rows * plan.cluster, x.device.multiprocessors);
   return plan.keys_in == KeysIn::registers && bytes <= blocks * kFusedBytes;
 }
@@ -77,7 +69,7 @@ Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, int6
   SelectSize x = {device, p.source.rows(), longest, tuning};
   x.beside = tuning.block == kTestBlock ? sizeof(EvictShared<kTestBlock>) - sizeof(ClusterShared<kTestBlock>)
                                         : sizeof(EvictShared<kSelectBlock>) - sizeof(ClusterShared<kSelectBlock>);
-  const Plan plan = plan_fused(x);
+  const Plan plan = plan_clusters(x);
   if (x.rows == 0 || !fuses(x, plan, bytes)) {
     status = select(p, longest, scratch, stream, tuning);
     return status == cudaSuccess ? gather(g, /*behind_select=*/true, stream, tuning) : status;

@@ -1,6 +1,3 @@
-#include <cstdlib>
-#include <cstring>
-
 #include "gather_bulk.cuh"
 #include "launch.h"
 #include "tuning.h"
@@ -13,7 +10,7 @@ __global__ void __launch_bounds__(kBlock) gather_kernel(const LKV_GRID_CONSTANT 
   auto* shared = dyn_smem<TileShared>();
   for (int64_t first = int64_t{blockIdx.x} * kTileRows; first < p.total; first += int64_t{gridDim.x} * kTileRows) {
     const int rows = static_cast<int>(p.total - first < kTileRows ? p.total - first : kTileRows);
-    copy_tile<kBlock>(p, first, rows, shared, [&](int i) { return find_token(p, first + i); });
+    copy_tile<kBlock>(p, first, rows, shared, [&](int i) { return find_token(p, first, i); });
   }
   // What follows on the stream waits for this grid alone: it must not end before the select does.
   grid_dependency_wait();
@@ -21,9 +18,7 @@ __global__ void __launch_bounds__(kBlock) gather_kernel(const LKV_GRID_CONSTANT 
 
 // Rows move through registers unless the caller or the environment asks for bulk copies.
 bool moves_in_bulk(const Tuning& tuning) {
-  if (tuning.bulk >= 0) return tuning.bulk > 0;
-  const char* asked = std::getenv("LKV_CUDA_GATHER");
-  return asked != nullptr && std::strcmp(asked, "bulk") == 0;
+  return tuning.bulk >= 0 ? tuning.bulk > 0 : asked("LKV_CUDA_GATHER", "bulk");
 }
 
 }  // namespace
@@ -41,7 +36,7 @@ Status gather(const GatherParams& p, bool behind_select, Stream stream, const Tu
     grid.shared = sizeof(BulkShared);
     return launch(gather_bulk_kernel, grid, stream, params);
   }
-  return with_block<256>(tuning, [&]<int kBlock> {
+  return with_block<512>(tuning, [&]<int kBlock> {
     grid.block = kBlock;
     return launch(gather_kernel<kBlock>, grid, stream, params);
   });

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kBulkBlock) gather_bulk_kernel(const LKV_GRID_
     const int rows = static_cast<int>(p.total - first < kTileRows ? p.total - first : kTileRows);
     for (int64_t payload = 0; payload < p.payloads; payload += kPayloadGroup) {
       const int group = static_cast<int>(p.payloads - payload < kPayloadGroup ? p.payloads - payload : kPayloadGroup);
-      stage_tile(p, payload, group, &shared->tile, [&](int i) { return find_token(p, first + i); });
+      stage_tile(p, payload, group, &shared->tile, [&](int i) { return find_token(p, first, i); });
       for (int g = warp_id(); g < group; g += kBulkBlock / kWarp) {
         const int64_t row_bytes = p.row_bytes[payload + g];
         char* out = p.outputs[payload + g] + first * row_bytes;

@@ -43,9 +43,28 @@ __device__ __forceinline__ int64_t row_of(const int32_t* cu_seqlens, int64_t row
   return low < rows && cu_seqlens[low] <= j ? low : -1;
 }
 
-// Waits for the positions of the row set that it finds.
-__device__ __forceinline__ TokenRow find_token(const GatherParams& p, int64_t j) {
-  const int64_t row = j < p.total ? row_of(p.cu_seqlens, p.source.rows(), j) : -1;
+// The last row set that begins at or before output row j, by a whole warp: of 1024 row sets in two loads that wait for
+// each other, where row_of takes ten.
+__device__ __forceinline__ int64_t warp_row_of(const int32_t* cu_seqlens, int64_t rows, int64_t j) {
+  int64_t low = 0;
+  for (int64_t size = rows; size > 1;) {
+    const int64_t step = (size + kWarp - 1) / kWarp, probe = low + lane_id() * step;
+    const bool begins = lane_id() * step < size && cu_seqlens[probe] <= j;
+    const int before = __popc(__ballot_sync(kFullWarp, begins)) - 1;
+    const int64_t skipped = before > 0 ? before * step : 0;
+    low += skipped;
+    size = size - skipped < step ? size - skipped : step;
+  }
+  return low;
+}
+
+// Row i of the tile that begins at output row `first`, by all lanes of a warp. Waits for the positions of its row set.
+__device__ __forceinline__ TokenRow find_token(const GatherParams& p, int64_t first, int i) {
+  const int64_t rows = p.source.rows(), j = first + i;
+  int64_t row = rows > 0 ? warp_row_of(p.cu_seqlens, rows, first) : -1;
+  if (row >= 0 && !(j < p.total && p.cu_seqlens[row] <= j && j < p.cu_seqlens[row + 1])) {
+    row = j < p.total ? row_of(p.cu_seqlens, rows, j) : -1;
+  }
   if (row < 0) return {{}, -1};
   if (p.ready != nullptr) {
     while (load_acquire(&p.ready[row]) == 0) spin_pause();
@@ -78,19 +97,21 @@ __device__ __forceinline__ uint32_t tile_bits(const TileShared* shared, int g, c
   return bits;
 }
 
-// Rows first .. first + rows of every payload.
+// Rows first .. first + rows of every payload, two payloads at a time.
 template <int kBlock, class TokenAt>
 __device__ __forceinline__ void copy_tile(const GatherParams& p, int64_t first, int rows, TileShared* shared,
                                           TokenAt&& token_at) {
+  constexpr int kTeam = kBlock / 2;
   for (int64_t payload = 0; payload < p.payloads; payload += kPayloadGroup) {
     const int group = static_cast<int>(p.payloads - payload < kPayloadGroup ? p.payloads - payload : kPayloadGroup);
     stage_tile(p, payload, group, shared, token_at);
-    for (int g = 0; g < group; ++g) {
+    for (int g = threadIdx.x / kTeam; g < group; g += kBlock / kTeam) {
       const int64_t row_bytes = p.row_bytes[payload + g];
       char* out = p.outputs[payload + g] + first * row_bytes;
       const char* const* source = shared->source[g];
       with_vector(tile_bits(shared, g, out, row_bytes), [&](auto vector) {
-        copy_rows<decltype(vector), kBlock>([&](int row) { return source[row]; }, out, row_bytes, rows, threadIdx.x);
+        copy_rows<decltype(vector), kTeam>([&](int row) { return source[row]; }, out, row_bytes, rows,
+                                           threadIdx.x % kTeam);
       });
     }
     block_sync();

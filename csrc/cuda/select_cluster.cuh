@@ -11,8 +11,8 @@ enum class KeysIn { shared, registers };
 
 template <int kBlock>
 struct ClusterShared {
-  alignas(16) uint32_t histogram[kBins];  // of this block
-  uint32_t sums[kBins];                   // over the cluster
+  alignas(16) uint32_t histogram[kBins];    // of this block
+  alignas(16) uint32_t sums[3][kBins / 2];  // over the cluster, of the bins that this block owns; in turn
   RowPlan plan;
   PivotSearch<kBlock> search;
   Counts warp_counts[kBlock / kWarp];
@@ -23,7 +23,9 @@ struct ClusterShared {
 };
 
 struct Cluster {
-  uint32_t rank, size;
+  uint32_t rank = cluster_rank(), size = cluster_size();
+  uint32_t turn = 0;  // which of `sums` is next
+
   __device__ __forceinline__ void sync() const {
     if (size > 1) {
       cluster_sync();
@@ -33,22 +35,37 @@ struct Cluster {
   }
 };
 
-// Every block sums its share of the bins over the cluster and hands the sums to all; returns them.
+// All blocks are there, and their first `sums` are zero.
 template <int kBlock>
-__device__ __forceinline__ const uint32_t* sum_histograms(ClusterShared<kBlock>* shared, const Cluster& cluster) {
+__device__ __forceinline__ void meet(ClusterShared<kBlock>* shared, const Cluster& cluster) {
+  if (cluster.size == 1) return;
+  for (uint32_t i = threadIdx.x; i < kBins / 2; i += kBlock) shared->sums[0][i] = 0;
   cluster.sync();
-  if (cluster.size == 1) return shared->histogram;
-  const uint32_t share = kBins / cluster.size;
-  for (uint32_t i = threadIdx.x; i < share; i += kBlock) {
-    const uint32_t bin = cluster.rank * share + i;
-    uint32_t sum = 0;
-#pragma unroll 4
-    for (uint32_t peer = 0; peer < cluster.size; ++peer) sum += *map_shared_rank(&shared->histogram[bin], peer);
-#pragma unroll 4
-    for (uint32_t peer = 0; peer < cluster.size; ++peer) *map_shared_rank(&shared->sums[bin], peer) = sum;
+}
+
+// The histograms summed over the cluster: every block owns a share of the bins and all add what they have to it, which
+// is little, as most bins are empty. One barrier does: the sums of the next turn are cleared before it, and those of
+// the turn before are read no more.
+template <int kBlock>
+__device__ __forceinline__ void sum_histograms(ClusterShared<kBlock>* shared, Cluster& cluster) {
+  block_sync();
+  if (cluster.size == 1) return;
+  const uint32_t share = kBins / cluster.size, next = cluster.turn == 2 ? 0 : cluster.turn + 1;
+  uint32_t* sums = shared->sums[cluster.turn];
+  for (uint32_t i = threadIdx.x; i < share; i += kBlock) shared->sums[next][i] = 0;
+  for (uint32_t bin = threadIdx.x; bin < kBins; bin += kBlock) {
+    const uint32_t count = shared->histogram[bin];
+    if (count > 0) atomicAdd(map_shared_rank(&sums[bin % share], bin / share), count);
   }
   cluster.sync();
-  return shared->sums;
+}
+
+// Counts of bin .. bin + 3 over the cluster.
+template <int kBlock>
+__device__ __forceinline__ uint4 four_bins(ClusterShared<kBlock>* shared, const Cluster& cluster, uint32_t bin) {
+  if (cluster.size == 1) return *reinterpret_cast<const uint4*>(&shared->histogram[bin]);
+  const uint32_t share = kBins / cluster.size;
+  return *reinterpret_cast<const uint4*>(map_shared_rank(&shared->sums[cluster.turn][bin % share], bin / share));
 }
 
 // What the slices before this warp's hold, over the cluster.
@@ -78,8 +95,8 @@ inline constexpr uint32_t kRegisterKeys = kRegisterTiles * kWarpTile * (kBlock /
 // Writes the positions of one row set. All blocks of the cluster call it; nobody's shared memory is read any more and
 // all positions are there once they have met.
 template <ScoreType type, int kBlock, KeysIn keys_in>
-__device__ __forceinline__ void select_row(const SelectParams& p, int64_t row, uint32_t warp_room,
-                                           const Cluster& cluster, ClusterShared<kBlock>* shared) {
+__device__ __forceinline__ void select_row(const SelectParams& p, int64_t row, uint32_t warp_room, Cluster& cluster,
+                                           ClusterShared<kBlock>* shared) {
   const RowPlan& plan = share_plan(&shared->plan, p, row);
   if (!plan.decided()) {
     const Slice slice = slice_of<kBlock>(plan.count, cluster.rank, cluster.size);
@@ -95,7 +112,10 @@ __device__ __forceinline__ void select_row(const SelectParams& p, int64_t row, u
     for (int round = 0; !pivot.exact; ++round) {
       clear_histogram(shared->histogram);
       count_digits(keys, slice, pivot, round, shared->histogram);
-      pivot = shared->search.next(sum_histograms(shared, cluster), pivot, round, kRounds<type>);
+      sum_histograms(shared, cluster);
+      const auto four = [&](uint32_t bin) { return four_bins(shared, cluster, bin); };
+      pivot = shared->search.next(four, pivot, round, kRounds<type>);
+      cluster.turn = cluster.turn == 2 ? 0 : cluster.turn + 1;
     }
     const Counts before = counts_before(shared, cluster, count_slice(keys, slice, pivot));
     emit_slice(keys, slice, pivot, before, plan.begin + plan.sink, p.positions + plan.out + plan.sink);
@@ -110,7 +130,8 @@ __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
   grid_dependency_wait();
   trigger_dependents();
   auto* shared = dyn_smem<ClusterShared<kBlock>>();
-  const Cluster cluster = {cluster_rank(), cluster_size()};
+  Cluster cluster;
+  meet(shared, cluster);
   const int64_t rows = p.source.rows();
   for (int64_t row = blockIdx.x / cluster.size; row < rows; row += gridDim.x / cluster.size) {
     select_row<type, kBlock, keys_in>(p, row, warp_room, cluster, shared);

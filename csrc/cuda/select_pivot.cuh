@@ -55,22 +55,36 @@ struct PivotSearch {
   BlockScan<uint32_t, kBlock> scan;
   Pivot found;
 
-  // The pivot one digit further, from the histogram over the whole row set. All threads call it and get it.
-  // Needs 1 <= need <= the sum of the bins; ends with a barrier, so the histogram may be overwritten.
-  __device__ __forceinline__ Pivot next(const uint32_t* histogram, const Pivot& pivot, int round, int rounds) {
+  // The pivot one digit further, from the histogram over the whole row set; four(bin) loads the counts of bin .. bin
+  // + 3. All threads call it and get it. Needs 1 <= need <= the sum of the bins; ends with a barrier, so the histogram
+  // may be overwritten.
+  template <class FourBins>
+  __device__ __forceinline__ Pivot next(FourBins&& four, const Pivot& pivot, int round, int rounds) {
     constexpr int kOwn = kBins / kBlock;
+    static_assert(kOwn % 4 == 0);
     const uint32_t top = kBins - threadIdx.x * kOwn;  // one past this thread's highest bin
     uint32_t sum = 0, total;
-#pragma unroll 4
-    for (int i = 1; i <= kOwn; ++i) sum += histogram[top - i];
+#pragma unroll 2
+    for (int i = 4; i <= kOwn; i += 4) {
+      const uint4 counts = four(top - i);
+      sum += counts.x + counts.y + counts.z + counts.w;
+    }
     uint32_t above = scan.exclusive(sum, total);
     if (above < pivot.need && pivot.need <= above + sum) {
-      uint32_t bin = top - 1;
-      while (above + histogram[bin] < pivot.need) above += histogram[bin--];
       const uint32_t shift = round_shift(round);
-      const uint32_t prefix = round == 0 ? bin : (pivot.prefix << (pivot.shift - shift)) | bin;
-      const uint32_t need = pivot.need - above;
-      found = {prefix, shift, need, round + 1 == rounds || need == histogram[bin]};
+      for (uint32_t bin = top; bin > top - kOwn && above < pivot.need;) {
+        const uint4 counts = four(bin -= 4);
+        const uint32_t count[4] = {counts.x, counts.y, counts.z, counts.w};
+#pragma unroll
+        for (int i = 3; i >= 0; --i) {
+          if (above < pivot.need && pivot.need <= above + count[i]) {
+            const uint32_t digit = bin + i, need = pivot.need - above;
+            const uint32_t prefix = round == 0 ? digit : (pivot.prefix << (pivot.shift - shift)) | digit;
+            found = {prefix, shift, need, round + 1 == rounds || need == count[i]};
+          }
+          above += count[i];
+        }
+      }
     }
     block_sync();
     return found;

@@ -90,38 +90,45 @@ Status allow(Kernel* kernel, const Device& device, const Plan& plan) {
   return status;
 }
 
-// Launches kernel_of(plan), behind the rooms, on clusters that walk the row sets. `per_multiprocessor`: how many blocks
-// of it there are for each, so that none waits for another to end and what follows may start beside them.
+// How many clusters of a plan run at once; 0 where the device refuses them.
+template <class Kernel>
+int64_t active_clusters(Kernel* kernel, const SelectSize& x, const Plan& plan, Stream stream) {
+  int active = 0;
+  const LaunchConfig one({.blocks = plan.cluster, .block = plan.block, .shared = plan.shared, .cluster = plan.cluster},
+                         stream);
+  if (cudaOccupancyMaxActiveClusters(&active, kernel, &one.config) == cudaSuccess) return active;
+  cudaGetLastError();
+  return 0;
+}
+
+// Launches kernel_of(plan), behind the rooms, on clusters that walk the row sets: no more than run at once, and than
+// `per_multiprocessor` blocks for each, so that what follows may start beside them.
 template <class KernelOf, class... Params>
 Status launch_clusters(KernelOf&& kernel_of, const SelectSize& x, Plan plan, int per_multiprocessor, Stream stream,
                        const Params&... params) {
-  const auto grid_of = [&](const Plan& plan) {
-    const int64_t resident = int64_t{x.device.multiprocessors} * per_multiprocessor / plan.cluster;
-    return Grid{.blocks = std::min(x.rows, std::max<int64_t>(resident, 1)) * plan.cluster,
-                .block = plan.block,
-                .shared = plan.shared,
-                .cluster = plan.cluster,
-                .dependent = x.device.clusters};
-  };
   Status status = allow(kernel_of(plan), x.device, plan);
+  int64_t active = INT64_MAX;
   // Large clusters need as many free multiprocessors next to each other: halved until all row sets run at once, as
   // long as the keys stay on chip, or until one cluster fits at all.
-  while (status == cudaSuccess && plan.cluster > 1 && x.tuning.cluster == 0) {
-    int active = 0;
-    const LaunchConfig launch(grid_of(plan), stream);
-    if (cudaOccupancyMaxActiveClusters(&active, kernel_of(plan), &launch.config) != cudaSuccess) {
-      active = 0;
-      cudaGetLastError();
-    }
+  while (status == cudaSuccess && plan.cluster > 1) {
+    active = active_clusters(kernel_of(plan), x, plan, stream);
     const Plan half = x.with_cluster(plan.cluster / 2);
     const bool spills = plan.on_chip && !half.on_chip;
     const bool waits = active < x.rows && plan.cluster > kPortableCluster && !spills;
-    if (active > 0 && !waits) break;
+    if (x.tuning.cluster > 0 || (active > 0 && !waits)) break;
     plan = half;
+    active = INT64_MAX;
     status = allow(kernel_of(plan), x.device, plan);
   }
   if (status != cudaSuccess) return status;
-  return launch(kernel_of(plan), grid_of(plan), stream, params..., plan.warp_room);
+  const int64_t wanted = int64_t{x.device.multiprocessors} * per_multiprocessor / plan.cluster;
+  const int64_t clusters = std::min(x.rows, std::max<int64_t>(std::min(wanted, active), 1));
+  const Grid grid = {.blocks = clusters * plan.cluster,
+                     .block = plan.block,
+                     .shared = plan.shared,
+                     .cluster = plan.cluster,
+                     .dependent = x.device.clusters};
+  return launch(kernel_of(plan), grid, stream, params..., plan.warp_room);
 }
 
 }  // namespace lkv::cuda

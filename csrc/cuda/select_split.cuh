@@ -32,7 +32,8 @@ __device__ __forceinline__ Pivot pivot_after(SplitShared<kBlock>* shared, const 
                                              int rounds) {
   Pivot pivot = first_pivot(plan.wanted);
   for (int round = 0; round < rounds && !pivot.exact; ++round) {
-    pivot = shared->search.next(row.histograms[round], pivot, round, kRounds<type>);
+    const auto four = [&](uint32_t bin) { return *reinterpret_cast<const uint4*>(&row.histograms[round][bin]); };
+    pivot = shared->search.next(four, pivot, round, kRounds<type>);
   }
   return pivot;
 }

@@ -1,5 +1,8 @@
 #pragma once
 
+#include <cstdlib>
+#include <string_view>
+
 #include "lkv/cuda.h"
 
 // The launchers with their choices made by the caller, so that tests reach every path with few threads and short rows.
@@ -20,6 +23,13 @@ struct Tuning {
   int bulk = -1;       // gather: 1: rows move by bulk copies, 0: through registers; -1: as LKV_CUDA_GATHER says
   int pieces = 0;      // attend: the most pieces that the rows of a row set are split into; 0: chosen by size
 };
+
+// What the environment asks for where a tuning leaves the choice: for benchmarks that compare two ways. Read anew every
+// time.
+inline bool asked(const char* variable, std::string_view value) {
+  const char* given = std::getenv(variable);
+  return given != nullptr && value == given;
+}
 
 // f of the threads per block, known at compile time.
 template <int kBlock, class F>
