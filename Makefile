@@ -11,13 +11,16 @@ HF_VERSIONS := 4.56.2 5.2.0
 HF_NEEDS_4.56.2 := "huggingface_hub>=0.34,<1" "tokenizers>=0.22,<=0.23.0" requests urllib3 charset-normalizer certifi idna
 HF_NEEDS_5.2.0 := "huggingface_hub>=1.3,<2" "tokenizers>=0.22,<=0.23.0" typer-slim httpx httpcore h11 anyio certifi idna
 
-.PHONY: build demo test test-hf fuzz retriever lkv lkv-eval bench style clean
+# Counts the instructions of the CUDA kernels, of any toolkit up to its version (see bench/resources.py): 6 MB.
+DISASSEMBLER := "nvidia-cuda-cuobjdump==13.5.37; sys_platform == 'linux'" "nvidia-cuda-nvdisasm==13.5.37; sys_platform == 'linux'"
+
+.PHONY: build demo test test-hf fuzz retriever lkv lkv-variants lkv-eval bench style clean
 
 # Without isolation, so that the op library is built against the torch just installed.
 $(VENV)/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q "$(TORCH)" "setuptools>=77" wheel cmake ninja pybind11 numpy \
-	  "transformers>=4.56" accelerate tqdm pytest pytest-benchmark hypothesis matplotlib rapidfuzz
+	  "transformers>=4.56" accelerate tqdm pytest pytest-benchmark hypothesis matplotlib rapidfuzz $(DISASSEMBLER)
 	touch $@
 
 build: $(VENV)/ready
@@ -51,12 +54,21 @@ KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MAL
 retriever: build
 	$(KEEP) $(RUN) -m lkv.retriever.train --out build/retriever
 
+# Its caches are small, so that few rows are protected and heads may have next to none.
+LKV_TRAIN := --steps 240 --warm-steps 50 --batch 5 --questions 3 --sink 1 --window 1 --floor 0.001 --retention 0.01 0.5 \
+  --validate-every 40 --validation 10 --validation-retentions 0.02 0.05 0.15
+
 lkv: build
-	$(KEEP) $(RUN) -m lkv train --out build/lkv --steps 240 --warm-steps 50 --batch 5 --questions 3 --validate-every 40 \
-	  --validation 10
+	$(KEEP) $(RUN) -m lkv train --out build/lkv $(LKV_TRAIN)
+
+# Its ablations: a scorer trained for equal budgets, and budgets that depend on the text.
+lkv-variants: build
+	$(KEEP) $(RUN) -m lkv train --out build/lkv-uniform --budget uniform $(LKV_TRAIN)
+	$(KEEP) $(RUN) -m lkv train --out build/lkv-threshold --budget threshold $(LKV_TRAIN)
 
 lkv-eval: build
-	$(KEEP) $(RUN) -m lkv eval --grid --soft --samples 300 --batch 50 --retentions 0.05 0.1 0.15 --out docs/lkv
+	$(KEEP) $(RUN) -m lkv eval --grid --soft --samples 300 --batch 50 --retentions 0.02 0.05 0.1 0.15 --out docs/lkv \
+	  --variants uniform=build/lkv-uniform/best threshold=build/lkv-threshold/best
 
 bench: build
 	$(RUN) -m pytest bench -q --benchmark-only --benchmark-quiet

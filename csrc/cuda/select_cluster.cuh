@@ -109,7 +109,7 @@ __device__ __forceinline__ void select_row(const SelectParams& p, int64_t row, u
       }
     }();
     Pivot pivot = first_pivot(plan.wanted);
-    for (int round = 0; !pivot.exact; ++round) {
+    for (int round = 0; round < kRounds<type> && !pivot.exact; ++round) {
       clear_histogram(shared->histogram);
       count_digits(keys, slice, pivot, round, shared->histogram);
       sum_histograms(shared, cluster);
