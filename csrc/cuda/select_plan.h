@@ -92,7 +92,7 @@ Status allow(Kernel* kernel, const Device& device, const Plan& plan) {
 
 // How many clusters of a plan run at once; 0 where the device refuses them.
 template <class Kernel>
-int64_t active_clusters(Kernel* kernel, const SelectSize& x, const Plan& plan, Stream stream) {
+int64_t active_clusters(Kernel* kernel, const Plan& plan, Stream stream) {
   int active = 0;
   const LaunchConfig one({.blocks = plan.cluster, .block = plan.block, .shared = plan.shared, .cluster = plan.cluster},
                          stream);
@@ -111,7 +111,7 @@ Status launch_clusters(KernelOf&& kernel_of, const SelectSize& x, Plan plan, int
   // Large clusters need as many free multiprocessors next to each other: halved until all row sets run at once, as
   // long as the keys stay on chip, or until one cluster fits at all.
   while (status == cudaSuccess && plan.cluster > 1) {
-    active = active_clusters(kernel_of(plan), x, plan, stream);
+    active = active_clusters(kernel_of(plan), plan, stream);
     const Plan half = x.with_cluster(plan.cluster / 2);
     const bool spills = plan.on_chip && !half.on_chip;
     const bool waits = active < x.rows && plan.cluster > kPortableCluster && !spills;
