@@ -61,8 +61,8 @@ class Limit(NamedTuple):
     bulk: int = 0  # bulk copies, from sm_90 on: at least
 
 
-# What was measured and up to a tenth more, in the steps of 8 that registers are handed out in, but at most 64 where that
-# is met: beyond it a multiprocessor holds no 1024 threads. No kernel has a stack, spills or static shared memory.
+# What was measured and up to a tenth more, in the steps of 8 that registers are handed out in, but at most 64 where
+# that is met: beyond it a multiprocessor holds no 1024 threads. No kernel has a stack, spills or static shared memory.
 LIMITS = (
     Limit(r"gather_bulk_kernel", 64, vectors=4, bulk=2),
     Limit(r"(gather|evict|compact|append)_kernel", 64, vectors=4),
