@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> soft_topk(Tensor scores, std::optional<Tensor> k, dou
   const host::Array array = view(scores);
   SoftTopkParams p =
       host::check_soft_topk(array, {view(k), k_value}, {view(temperature), temperature_value}, view(lengths), log);
-  const Tensor mask = empty_output(array.shape(), mask_dtype(p.rows.wide), scores);
+  const Tensor mask = empty(array.shape(), mask_dtype(p.rows.wide), scores);
   const Tensor weights = empty(leading_shape(scores), mask_dtype(p.rows.wide), scores);
   p.mask = mask.data_ptr();
   p.weights = weights.data_ptr();
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_topk_backward(Tensor grad, Tensor mask, 
   }
   host::check_value(view(weights).shape() == leading_shape(mask) && view(weights).dtype == array.dtype,
                     "expected weights of the rows of the mask");
-  const Tensor grad_scores = empty_output(to_scores ? array.shape() : Shape{0}, score_dtype(p.rows), mask);
+  const Tensor grad_scores = empty(to_scores ? array.shape() : Shape{0}, score_dtype(p.rows), mask);
   const Tensor grad_k = empty(leading_shape(mask), mask_dtype(p.rows.wide), mask);
   const Tensor grad_temperature = empty(to_temperature ? leading_shape(mask) : Shape{0}, mask_dtype(p.rows.wide), mask);
   p.grad = grad.data_ptr();

@@ -8,10 +8,12 @@ from harness.mutations import MUTATIONS, caught_by
 
 TRIED = (
     "scan without its closing barrier",
-    "sums read too early",
+    "sums read before all have added",
     "block ends while its peers read",
     "gather does not wait for the flag",
     "gather ends before the select",
+    "bulk: rows stored before they have come",
+    "fused: does not wait for the rooms",
     "last rows of a tile skipped",
     "ties from the end",
     "store before all loads of a tile",
