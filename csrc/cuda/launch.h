@@ -90,4 +90,29 @@ struct Device {
   }
 };
 
+// Lets a kernel have the shared memory and the cluster that a grid asks for.
+template <class Kernel>
+Status allow(Kernel* kernel, const Grid& grid, const Device& device) {
+  cudaError_t status = cudaSuccess;
+  if (grid.shared > kDefaultShared) {
+    // Always the same value, as other threads may launch the kernel meanwhile.
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+  }
+  if (status == cudaSuccess && grid.cluster > kPortableCluster) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  return status;
+}
+
+// How many clusters of a grid run at once, which need as many free multiprocessors next to each other; 0 where the
+// device refuses them.
+template <class Kernel>
+int64_t active_clusters(Kernel* kernel, const Grid& grid, Stream stream) {
+  int active = 0;
+  const LaunchConfig config(grid, stream);
+  if (cudaOccupancyMaxActiveClusters(&active, kernel, &config.config) == cudaSuccess) return active;
+  cudaGetLastError();
+  return 0;
+}
+
 }  // namespace lkv::cuda

@@ -77,58 +77,36 @@ inline Plan plan_clusters(const SelectSize& x) {
   return x.with_cluster(cluster);
 }
 
-template <class Kernel>
-Status allow(Kernel* kernel, const Device& device, const Plan& plan) {
-  cudaError_t status = cudaSuccess;
-  if (plan.shared > kDefaultShared) {
-    // Always the same value, as other threads may launch the kernel meanwhile.
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-  }
-  if (status == cudaSuccess && plan.cluster > kPortableCluster) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  return status;
-}
-
-// How many clusters of a plan run at once; 0 where the device refuses them.
-template <class Kernel>
-int64_t active_clusters(Kernel* kernel, const Plan& plan, Stream stream) {
-  int active = 0;
-  const LaunchConfig one({.blocks = plan.cluster, .block = plan.block, .shared = plan.shared, .cluster = plan.cluster},
-                         stream);
-  if (cudaOccupancyMaxActiveClusters(&active, kernel, &one.config) == cudaSuccess) return active;
-  cudaGetLastError();
-  return 0;
-}
-
 // Launches kernel_of(plan), behind the rooms, on clusters that walk the row sets: no more than run at once, and than
 // `per_multiprocessor` blocks for each, so that what follows may start beside them.
 template <class KernelOf, class... Params>
 Status launch_clusters(KernelOf&& kernel_of, const SelectSize& x, Plan plan, int per_multiprocessor, Stream stream,
                        const Params&... params) {
-  Status status = allow(kernel_of(plan), x.device, plan);
+  const auto grid_of = [&](const Plan& plan, int64_t clusters) {
+    return Grid{.blocks = clusters * plan.cluster,
+                .block = plan.block,
+                .shared = plan.shared,
+                .cluster = plan.cluster,
+                .dependent = x.device.clusters};
+  };
+  Status status = allow(kernel_of(plan), grid_of(plan, 1), x.device);
   int64_t active = INT64_MAX;
-  // Large clusters need as many free multiprocessors next to each other: halved until all row sets run at once, as
-  // long as the keys stay on chip, or until one cluster fits at all.
+  // Large clusters are halved until all row sets run at once, as long as the keys stay on chip, or until one cluster
+  // fits at all.
   while (status == cudaSuccess && plan.cluster > 1) {
-    active = active_clusters(kernel_of(plan), plan, stream);
+    active = active_clusters(kernel_of(plan), grid_of(plan, 1), stream);
     const Plan half = x.with_cluster(plan.cluster / 2);
     const bool spills = plan.on_chip && !half.on_chip;
     const bool waits = active < x.rows && plan.cluster > kPortableCluster && !spills;
     if (x.tuning.cluster > 0 || (active > 0 && !waits)) break;
     plan = half;
     active = INT64_MAX;
-    status = allow(kernel_of(plan), x.device, plan);
+    status = allow(kernel_of(plan), grid_of(plan, 1), x.device);
   }
   if (status != cudaSuccess) return status;
   const int64_t wanted = int64_t{x.device.multiprocessors} * per_multiprocessor / plan.cluster;
   const int64_t clusters = std::min(x.rows, std::max<int64_t>(std::min(wanted, active), 1));
-  const Grid grid = {.blocks = clusters * plan.cluster,
-                     .block = plan.block,
-                     .shared = plan.shared,
-                     .cluster = plan.cluster,
-                     .dependent = x.device.clusters};
-  return launch(kernel_of(plan), grid, stream, params..., plan.warp_room);
+  return launch(kernel_of(plan), grid_of(plan, clusters), stream, params..., plan.warp_room);
 }
 
 }  // namespace lkv::cuda

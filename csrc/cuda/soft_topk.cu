@@ -37,33 +37,11 @@ struct SoftLaunch {
                          .block = block,
                          .shared = fixed + static_cast<size_t>(on_chip) * item,
                          .cluster = cluster};
-      status = allow(grid, device);
-      if (status != cudaSuccess || cluster == 1 || runs(grid, stream)) {
+      status = allow(kernel, grid, device);
+      if (status != cudaSuccess || cluster == 1 || active_clusters(kernel, grid, stream) > 0) {
         return status != cudaSuccess ? status : launch(kernel, grid, stream, p, static_cast<int>(on_chip));
       }
     }
-  }
-
- private:
-  Status allow(const Grid& grid, const Device& device) const {
-    cudaError_t status = cudaSuccess;
-    if (grid.shared > kDefaultShared) {
-      // Always the same value, as other threads may launch the kernel meanwhile.
-      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-    }
-    if (status == cudaSuccess && grid.cluster > kPortableCluster) {
-      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    }
-    return status;
-  }
-
-  // Whether as many multiprocessors lie next to each other as a cluster needs.
-  bool runs(const Grid& grid, Stream stream) const {
-    int active = 0;
-    const LaunchConfig config(grid, stream);
-    if (cudaOccupancyMaxActiveClusters(&active, kernel, &config.config) == cudaSuccess) return active > 0;
-    cudaGetLastError();
-    return false;
   }
 };
 

@@ -60,7 +60,6 @@ MUTATIONS = (
     Mutation("registers: tiles behind them skipped", "select_keys.cuh",
              "source.from(slice.begin + kTiles * kWarpTile, slice, f);", ""),
     Mutation("shared: keys behind the room skipped", "select_keys.cuh", "source.from(end, slice, f);", ""),
-    Mutation("last of four scores read behind the end", "select_keys.cuh", "wide && i + 3 < end", "wide"),
     Mutation("last rows of a tile skipped", "rows_copy.cuh", "row < rows;", "row + 1 < rows;"),
     Mutation("store before all loads of a tile", "compact.cu", "block_sync();", ""),
     Mutation("ready flags not cleared", "rooms.cu", "p.ready[row] = 0;", "p.ready[row] = p.ready[row];"),
