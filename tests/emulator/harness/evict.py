@@ -69,11 +69,14 @@ class Run:
         source = self.source(sets.cu_seqlens)
         lengths, cu_seqlens = emulator.empty(sets.count, np.int32), emulator.empty(sets.count + 1, np.int32)
         overflow, ready = emulator.empty(1, np.int32), emulator.empty(sets.count, np.uint32)
-        bytes_beside = np.random.default_rng(sets.count).integers(0, 256, sets.count * 37, dtype=np.uint8)
-        uploaded = emulator.empty(bytes_beside.size, np.uint8)
+        # The tokens of the layers travel with the rooms, which read them, and other bytes behind them.
+        others = np.random.default_rng(sets.count).integers(0, 256, sets.count * 37, dtype=np.uint8)
+        tables = np.concatenate([np.array(sets.tokens, np.int64).view(np.uint8), others])
+        uploaded = emulator.empty(tables.size, np.uint8)
+        source.tokens = pointer(uploaded)
         emulator.rooms(RoomsParams(source, self.ints(sets.budgets), layout.max_budget, layout.reserve, layout.align,
                                    layout.padded, layout.total, pointer(lengths), pointer(cu_seqlens),
-                                   pointer(overflow), pointer(ready)), bytes_beside, uploaded)  # fmt: skip
+                                   pointer(overflow), pointer(ready)), tables, uploaded)  # fmt: skip
 
         select, longest, positions = self.select(source, lengths, cu_seqlens, ready)
         gather, out = self.gather(source, positions, cu_seqlens, ready if case.behind_select else None)
@@ -91,7 +94,7 @@ class Run:
                                        pointer(positions), pointer(lengths), pointer(cu_seqlens)))  # fmt: skip
         emulator.synchronize()
 
-        oracle.same("bytes uploaded with the rooms", uploaded, bytes_beside)
+        oracle.same("bytes uploaded with the rooms", uploaded, tables)
         oracle.same("lengths", lengths, want.lengths)
         oracle.same("cu_seqlens", cu_seqlens, want.cu_seqlens)
         oracle.same("overflow", overflow[0], want.overflow)

@@ -56,7 +56,7 @@ MUTATIONS = (
     Mutation("fused: does not wait for the rooms", "evict.cu", "grid_dependency_wait();", ""),
     Mutation("fused: rows behind the last room not cleared", "evict.cu", "copy(used, p.total,", "copy(used, used,"),
     Mutation("rooms read before the tables are written", "rooms.cu", "write_chunk(tables);\n  block_sync();",
-             "write_chunk(tables);", suite="tables"),
+             "write_chunk(tables);"),
     Mutation("registers: tiles behind them skipped", "select_keys.cuh",
              "source.from(slice.begin + kTiles * kWarpTile, slice, f);", ""),
     Mutation("shared: keys behind the room skipped", "select_keys.cuh", "source.from(end, slice, f);", ""),
