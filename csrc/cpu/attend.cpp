@@ -36,6 +36,11 @@ struct Partial {
   float *highest, *sum, *acc;
 };
 
+// Rows of K and V in use.
+struct Span {
+  int64_t begin, length;
+};
+
 class Attention {
  public:
   explicit Attention(const AttendParams& p)
@@ -47,6 +52,9 @@ class Attention {
     piece_ = std::max(kPieceRows, divide_up(p.longest, most));
     pieces_ = std::max<int64_t>(1, divide_up(p.longest, piece_));
     partials_.reset(new float[static_cast<size_t>(units() * partial_size())]);
+    // Read once: who else has these tensors may write to them.
+    spans_.reserve(static_cast<size_t>(row_sets_));
+    for (int64_t row = 0; row < row_sets_; ++row) spans_.push_back(span_of(row));
     left_ = std::vector<std::atomic<int64_t>>(static_cast<size_t>(row_sets_ * tiles_));
     for (int64_t i = 0; i < row_sets_ * tiles_; ++i) left_[i] = pieces_of(length_of(i / tiles_));
   }
@@ -55,7 +63,7 @@ class Attention {
 
   int64_t work() const {
     int64_t rows = 0;
-    for (int64_t row = 0; row < row_sets_; ++row) rows += length_of(row);
+    for (const Span& span : spans_) rows += span.length;
     return rows * queries_ * (p_.dim + p_.dim_v);
   }
 
@@ -68,11 +76,13 @@ class Attention {
   }
 
  private:
-  int64_t begin_of(int64_t row) const { return clamp(p_.cu_seqlens[row], 0, p_.tokens); }
-  int64_t length_of(int64_t row) const {
-    const int64_t begin = begin_of(row), room = clamp(p_.cu_seqlens[row + 1], begin, p_.tokens) - begin;
-    return clamp(p_.lengths[row], 0, std::min(room, p_.longest));
+  Span span_of(int64_t row) const {
+    const int64_t begin = clamp(p_.cu_seqlens[row], 0, p_.tokens);
+    const int64_t room = clamp(p_.cu_seqlens[row + 1], begin, p_.tokens) - begin;
+    return {begin, clamp(p_.lengths[row], 0, std::min(room, p_.longest))};
   }
+  int64_t begin_of(int64_t row) const { return spans_[row].begin; }
+  int64_t length_of(int64_t row) const { return spans_[row].length; }
   int64_t pieces_of(int64_t length) const { return std::max<int64_t>(1, divide_up(length, piece_)); }
   int64_t partial_size() const { return tile_ * (2 + acc_stride_); }
   Partial partial(int64_t unit) const {
@@ -162,6 +172,7 @@ class Attention {
   const AttendParams& p_;
   int64_t row_sets_, queries_, acc_stride_;
   int64_t tile_ = 1, tiles_ = 0, piece_ = 1, pieces_ = 0;
+  std::vector<Span> spans_;  // of each row set
   std::unique_ptr<float[]> partials_;
   std::vector<std::atomic<int64_t>> left_;  // pieces of each tile that are not done
 };

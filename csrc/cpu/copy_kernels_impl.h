@@ -64,7 +64,8 @@ struct Blocks {
 // The address of a position that may be anything is computed as an integer and only ever prefetched.
 template <int64_t lines>
 void prefetch_row(const RowCopy& c, int64_t i) {
-  const uintptr_t row = reinterpret_cast<uintptr_t>(c.from) + static_cast<uintptr_t>(c.positions[i] * c.from_stride);
+  const uintptr_t row = reinterpret_cast<uintptr_t>(c.from) +
+                        static_cast<uintptr_t>(c.positions[i]) * static_cast<uintptr_t>(c.from_stride);
   const int64_t end = lines > 0 ? lines * kLine : c.bytes;
   for (int64_t at = 0; at < end; at += kLine) __builtin_prefetch(reinterpret_cast<const void*>(row + at));
 }

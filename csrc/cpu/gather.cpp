@@ -21,13 +21,11 @@ struct Segment {
 };
 
 // The rooms around destination row j. Whatever cu_seqlens holds, the bisection ends on an i with
-// cu_seqlens[i - 1] <= j < cu_seqlens[i], so the segment is never empty and its row set exists.
+// cu_seqlens[i - 1] <= j < cu_seqlens[i], so its row set exists, and the segment is never empty.
 Segment segment_at(const GatherParams& p, int64_t rows, int64_t j, int64_t end) {
-  const int32_t* next = std::upper_bound(p.cu_seqlens, p.cu_seqlens + rows + 1, j);
-  const int64_t i = next - p.cu_seqlens;
-  if (i == 0) return {-1, j, std::min<int64_t>(end, *next)};
+  const int64_t i = std::upper_bound(p.cu_seqlens, p.cu_seqlens + rows + 1, j) - p.cu_seqlens;
   if (i > rows) return {-1, j, end};
-  return {i - 1, j, std::min<int64_t>(end, *next)};
+  return {i - 1, j, clamp(p.cu_seqlens[i], j + 1, end)};  // clamped, as it may be another by now
 }
 
 int64_t bytes_of(const GatherParams& p) {

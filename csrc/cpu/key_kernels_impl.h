@@ -105,13 +105,14 @@ Emitted emit(const void* items, int64_t n, uint32_t key, int64_t ties, int64_t p
       done.ties += __builtin_popcount(tied);
       kept |= tied;
     }
-    const int count = __builtin_popcount(kept);
+    int64_t count = __builtin_popcount(kept);
     const auto positions = S::add(S::set(static_cast<uint32_t>(position + i)), S::iota());
     if (done.count + S::width <= space) {
       S::compress(reinterpret_cast<uint32_t*>(out + done.count), positions, kept);
     } else if (count > 0) {
       uint32_t last[S::width];
       S::compress(last, positions, kept);
+      count = count < space - done.count ? count : space - done.count;  // more only of scores that somebody changes
       memcpy(out + done.count, last, static_cast<size_t>(count) * sizeof(last[0]));
     }
     done.count += count;

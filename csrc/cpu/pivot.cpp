@@ -48,8 +48,12 @@ class PivotSearch {
     row_.for_each_piece([&](const void* items, int64_t count, int64_t) {
       row_.kernels().histogram(items, count, all.low, shift, bins_);
     });
-    const Range digit = digit_of_pivot(all, shift);
-    collect(digit.low, digit.high);
+    Range digit = digit_of_pivot(all, shift);
+    // As many as were counted, unless somebody writes to the scores meanwhile: then any pivot will do, but no key of
+    // the scratch that is not of this digit may be counted.
+    digit.size = collect(digit.low, digit.high).inside;
+    if (digit.size == 0) return {digit.high, 0};
+    digit.rank = std::min(digit.rank, digit.size);
     return refine(digit);
   }
 

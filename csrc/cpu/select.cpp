@@ -29,8 +29,9 @@ int32_t* count_up(int32_t* out, int64_t count, int64_t first) {
   return out + count;
 }
 
-void select_row(const SelectParams& p, const RowKernels& kernels, int64_t row, uint32_t* scratch) {
-  const RowSet set = row_set(p.source, row);
+void select_row(const SelectParams& p, const RowKernels& kernels, int64_t row, int64_t longest, uint32_t* scratch) {
+  RowSet set = row_set(p.source, row);
+  set.length = std::min(set.length, longest);  // whoever else writes to cu_seqlens: the scratch is for no more
   const Room room = room_of(p, set, row, p.source.rows());
   const int64_t sink = clamp(p.sink, 0, room.kept);
   const int64_t window = clamp(p.window, 0, room.kept - sink);
@@ -51,6 +52,8 @@ void select_row(const SelectParams& p, const RowKernels& kernels, int64_t row, u
       done.count += more.count;
       done.ties += more.ties;
     });
+    // Fewer only if somebody wrote to the scores meanwhile.
+    if (done.count < best) std::fill(out + done.count, out + best, -1);
   }
   count_up(room.begin, sink, set.begin);
   int32_t* end = count_up(out + best, window, set.begin + set.length - window);
@@ -74,7 +77,7 @@ int64_t select_workers(const SelectParams& p, const Threads& threads) {
 }
 
 SelectUnits::SelectUnits(const SelectParams& p, int64_t workers)
-    : p_(p), kernels_(row_kernels()), words_(pivot_scratch(longest_row(p.source))) {
+    : p_(p), kernels_(row_kernels()), longest_(longest_row(p.source)), words_(pivot_scratch(longest_)) {
   scratch_.reset(new uint32_t[static_cast<size_t>(workers * words_)]);
 }
 
@@ -82,7 +85,7 @@ void SelectUnits::run(int64_t unit, int64_t worker) const {
   if (p_.source.rows() == 0) {
     std::fill_n(p_.positions, p_.total, -1);
   } else {
-    select_row(p_, kernels_, unit, scratch_.get() + worker * words_);
+    select_row(p_, kernels_, unit, longest_, scratch_.get() + worker * words_);
   }
 }
 

@@ -21,7 +21,7 @@ class SelectUnits {
  private:
   const SelectParams& p_;
   const RowKernels& kernels_;
-  int64_t words_;
+  int64_t longest_, words_;
   std::unique_ptr<uint32_t[]> scratch_;  // words_ for each worker
 };
 

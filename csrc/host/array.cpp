@@ -89,9 +89,12 @@ RowLayout row_layout(const Named& a, bool ragged) {
     layout.strided.head = array.stride(1);
   }
   layout.trailing.assign(array.sizes + token + 1, array.sizes + array.rank);
-  bool contiguous = true;
-  for (int64_t i = array.rank; i-- > token + 1; layout.row_bytes *= array.sizes[i])
+  bool contiguous = true, fits = true;
+  for (int64_t i = array.rank; i-- > token + 1;) {
     contiguous &= array.sizes[i] == 1 || array.stride(i) == layout.row_bytes;
+    fits &= !__builtin_mul_overflow(layout.row_bytes, array.sizes[i], &layout.row_bytes);
+  }
+  check_value(fits, "expected ", a.name, " with rows of fewer bytes than 2**63, got ", array.shape());
   if (!contiguous && array.numel() != 0)
     fail("ValueError", "expected ", a.name, " contiguous after the token axis, got strides ",
          Shape(array.strides, array.strides + array.rank), " for shape ", array.shape());

@@ -28,7 +28,8 @@ void check_outputs(const Problem& problem, const Sizes& sizes, const Outputs& ou
     const Array& array = written[p].array;
     const Shape expected = problem.output_shape(sizes.total, sizes.padded, like.trailing);
     check_device(written[p], problem.device);
-    check_type(array.dtype == like.dtype, "expected ", written[p].name, " of the dtype of what moves into it");
+    check_type(array.dtype == like.dtype && array.itemsize == like.itemsize, "expected ", written[p].name,
+               " of the dtype of what moves into it");
     check_value(array.shape() == expected && array.is_contiguous(), "expected ", written[p].name,
                 " contiguous of shape ", expected, ", got ", array.shape());
   }

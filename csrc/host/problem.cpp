@@ -22,17 +22,20 @@ Problem::Problem(const Arrays& payload, const Arrays& score_list, const Layout& 
   if (offsets) {
     const Named cu{*offsets, "cu_seqlens"};
     check_device(cu, device);
+    check_value(layers == 1, "expected one layer of ragged rows, got ", layers);
+    check_rows();
     check_int32(cu, {rows() + 1}, "[B * H + 1]");
     cu_seqlens = reinterpret_cast<const int32_t*>(cu.array.data);
   } else {
     read_shape({first[0], from_payload ? "payload[0]" : indexed("scores", 0, layers > 1)});
+    check_rows();
   }
 
   std::vector<int64_t> token_counts(layers, -1), bytes;
   const std::vector<Strided> input_rows = read_rows(payload, "payload", token_counts);
   for (size_t i = 0; i < payload.size(); i += layers) {
     const RowLayout head = row_layout({payload[i], ""}, cu_seqlens != nullptr);
-    payloads.push_back({head.trailing, payload[i].dtype, head.row_bytes});
+    payloads.push_back({head.trailing, payload[i].dtype, payload[i].itemsize, head.row_bytes});
     bytes.push_back(head.row_bytes);
   }
   const std::vector<Strided> score_rows = read_rows(score_list, "scores", token_counts);
@@ -56,6 +59,13 @@ void Problem::read_shape(const Named& first) {
   heads = first.array.sizes[1];
 }
 
+// Row sets are counted in 32 bits, as rows are. Each factor first, so that no product overflows.
+void Problem::check_rows() const {
+  const bool fits = batch >= 0 && heads >= 0 && batch <= kMost && heads <= kMost && layers <= kMost;
+  check_value(fits && (batch == 0 || heads <= kMost / batch) && batch * heads <= kMost / layers,
+              "expected at most 2**31 - 1 heads of all sequences and layers, got ", Shape{layers, batch, heads});
+}
+
 // Checks the arrays of a list against the shape and against each other; fills in the token counts of the layers.
 std::vector<Strided> Problem::read_rows(const Arrays& list, const char* name, std::vector<int64_t>& token_counts) {
   const bool ragged = cu_seqlens != nullptr, is_scores = name[0] == 's';
@@ -73,6 +83,8 @@ std::vector<Strided> Problem::read_rows(const Arrays& list, const char* name, st
     if (!fits || (is_scores && array.rank != axes))
       fail("ValueError", "expected ", t.name, " of shape ", ragged ? "[T" : "[B, H, L",
            is_scores ? "] = " : ", ...] with ", Shape(expected + 3 - axes, expected + 3), ", got ", array.shape());
+    check_value(count <= kMost, "expected ", t.name, " of at most 2**31 - 1 tokens, as positions are int32, got ",
+                count);
     const Array& head = list[i - i % layers];
     if (!is_scores && i % layers != 0) {
       if (!std::equal(array.sizes + axes, array.sizes + array.rank, head.sizes + axes, head.sizes + head.rank))
@@ -86,12 +98,16 @@ std::vector<Strided> Problem::read_rows(const Arrays& list, const char* name, st
 }
 
 void Problem::read_sizes(const Sizes& sizes) {
-  check_value(sizes.total >= 0 && sizes.total <= INT32_MAX, "expected at most 2**31 - 1 rows in the output, got ",
+  check_value(sizes.total >= 0 && sizes.total <= kMost, "expected at most 2**31 - 1 rows in the output, got ",
               sizes.total);
+  check_value(sizes.padded < 0 || (sizes.padded <= kMost && sizes.total == rows() * sizes.padded),
+              "expected a padded output of ", rows(), " rooms of ", sizes.padded, " rows, got ", sizes.total, " rows");
   check_value(sizes.sink >= 0 && sizes.window >= 0, "expected sink and window of at least 0, got ", sizes.sink, " and ",
               sizes.window);
   check_value(sizes.reserve >= 0 && sizes.align >= 1, "expected reserve >= 0 and align >= 1, got ", sizes.reserve,
               " and ", sizes.align);
+  check_value(sizes.reserve <= kMost && sizes.align <= kMost,
+              "expected reserve and align of at most 2**31 - 1 rows, got ", sizes.reserve, " and ", sizes.align);
   budgets = read_ints(sizes.budgets, "budgets", layers > 1 ? "[N, H] or [N, B, H]" : "[H] or [B, H]", true, 0);
   lengths = read_ints(sizes.lengths, "lengths", "[B] or [B, H]", false, INT64_MAX);
   starts = read_ints(sizes.starts, "starts", "[B] or [B, H]", false, 0);

@@ -9,6 +9,9 @@
 
 namespace lkv::host {
 
+// Rows, positions and row sets are counted in int32.
+inline constexpr int64_t kMost = INT32_MAX;
+
 // Integers of the caller: on the host, in an array, or both (then the host copy has sized the output already).
 struct Ints {
   std::vector<int64_t> host;
@@ -67,7 +70,7 @@ struct IntTable {
 
 struct Payload {
   Shape trailing;
-  int64_t dtype, row_bytes;
+  int64_t dtype, itemsize, row_bytes;
 };
 
 // Payload-major: tensor p of layer n is payload[p * layers + n]. Either list may be empty; the first tensor of the
@@ -98,6 +101,7 @@ class Problem {
 
  private:
   void read_shape(const Named& first);
+  void check_rows() const;
   std::vector<Strided> read_rows(const Arrays& list, const char* name, std::vector<int64_t>& tokens);
 };
 

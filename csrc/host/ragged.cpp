@@ -4,10 +4,13 @@
 
 namespace lkv::host {
 
-int64_t check_append(const Problem& problem, const Ragged& cache, const Arrays& rows) {
+int64_t check_append(const Problem& problem, const Ragged& cache, const Arrays& rows, int64_t position) {
   check_value(cache.rows.size() == problem.payloads.size(), "expected ", cache.rows.size(),
               " tensors of new rows, one for each of the cache, got ", problem.payloads.size());
   const int64_t tokens = cache.positions->numel();
+  check_value(tokens <= kMost, "expected a cache of at most 2**31 - 1 rows, got ", tokens);
+  check_value(position >= 0 && position <= kMost - problem.longest,
+              "expected at most 2**31 - 1 tokens, as positions are int32, got ", problem.longest, " after ", position);
   std::vector<Named> written;
   for (size_t p = 0; p < cache.rows.size(); ++p) {
     const Payload& like = problem.payloads[p];
@@ -36,7 +39,7 @@ int64_t check_append(const Problem& problem, const Ragged& cache, const Arrays& 
   return tokens;
 }
 
-AttendParams check_attend(const Array& q, const Ragged& cache) {
+AttendParams check_attend(const Array& q, const Ragged& cache, int64_t longest) {
   const Named query{q, "q"}, k{cache.rows[0], "k"}, v{cache.rows[1], "v"};
   check_value(q.rank == 4, "expected q of shape [B, Hq, n, D], got ", q.shape());
   check_value(cache.lengths.rank == 2, "expected lengths of shape [B, H], got ", cache.lengths.shape());
@@ -61,6 +64,9 @@ AttendParams check_attend(const Array& q, const Ragged& cache) {
   check_value(v.array.sizes[0] == k.array.sizes[0], "expected v of shape [T, Dv] with T = ", k.array.sizes[0], ", got ",
               v.array.shape());
   p.tokens = k.array.sizes[0];
+  check_value(p.tokens <= kMost, "expected k of at most 2**31 - 1 rows, got ", k.array.shape());
+  check_value(longest >= 0, "expected max_length of at least 0, got ", longest);
+  p.longest = std::min(longest, p.tokens);
   p.dim_v = v.array.sizes[1];
   const Named offsets{cache.cu_seqlens, "cu_seqlens"}, lengths{cache.lengths, "lengths"};
   for (const Named& index : {offsets, lengths}) check_device(index, q.device);

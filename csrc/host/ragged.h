@@ -12,10 +12,12 @@ struct Ragged {
   std::optional<Array> positions;
 };
 
-// Raises unless the new rows of `problem` ([B, H, n, ...]) fit what they are appended to. Returns T.
-int64_t check_append(const Problem& problem, const Ragged& cache, const Arrays& rows);
+// Raises unless the new rows of `problem` ([B, H, n, ...]), from token `position` on, fit what they are appended to.
+// Returns T.
+int64_t check_append(const Problem& problem, const Ragged& cache, const Arrays& rows, int64_t position);
 
-// Raises unless q [B, Hq, n, D] can attend to k, v. `pointers` of the result are those of the arrays; `out` is not set.
-AttendParams check_attend(const Array& q, const Ragged& cache);
+// Raises unless q [B, Hq, n, D] can attend to k, v, `longest` rows of each row set at most. Pointers of the result are
+// those of the arrays; `out` is not set.
+AttendParams check_attend(const Array& q, const Ragged& cache, int64_t longest);
 
 }  // namespace lkv::host

@@ -5,8 +5,7 @@ namespace lkv::torch_ops {
 
 Tensor attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, int64_t longest, bool causal,
               double scale, double softcap) {
-  AttendParams params = host::check_attend(view(q), {{view(k), view(v)}, view(cu_seqlens), view(lengths), {}});
-  params.longest = longest;
+  AttendParams params = host::check_attend(view(q), {{view(k), view(v)}, view(cu_seqlens), view(lengths), {}}, longest);
   params.causal = causal;
   params.scale = static_cast<float>(scale);
   params.softcap = static_cast<float>(softcap);

@@ -62,6 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_topk_backward(Tensor grad, Tensor mask, 
                                                       std::optional<Tensor> lengths, int64_t element, bool log,
                                                       bool to_scores, bool to_temperature) {
   const host::Array array = view(mask);
+  host::check_value(element >= 0 && element <= 3, "expected element in [0, 3], got ", element);
   SoftTopkGradParams p{};
   p.rows = host::soft_rows({array, "mask"}, {}, {view(temperature), temperature_value}, view(lengths));
   p.rows.wide = element == 3;
@@ -72,8 +73,10 @@ std::tuple<Tensor, Tensor, Tensor> soft_topk_backward(Tensor grad, Tensor mask, 
                           like.array.dtype == mask_dtype(p.rows.wide) && like.array.device == array.device,
                       "expected ", like.name, " contiguous and like the mask");
   }
-  host::check_value(view(weights).shape() == leading_shape(mask) && view(weights).dtype == array.dtype,
-                    "expected weights of the rows of the mask");
+  const host::Array of_rows = view(weights);
+  host::check_value(of_rows.shape() == leading_shape(mask) && of_rows.dtype == array.dtype && of_rows.is_contiguous() &&
+                        of_rows.device == array.device,
+                    "expected weights of the rows of the mask, contiguous, got ", of_rows.shape());
   const Tensor grad_scores = empty(to_scores ? array.shape() : Shape{0}, score_dtype(p.rows), mask);
   const Tensor grad_k = empty(leading_shape(mask), mask_dtype(p.rows.wide), mask);
   const Tensor grad_temperature = empty(to_temperature ? leading_shape(mask) : Shape{0}, mask_dtype(p.rows.wide), mask);

@@ -75,10 +75,14 @@ host::Ints ints(std::optional<std::vector<int64_t>> held, const std::optional<Te
 Tensor empty(const Shape& shape, int32_t dtype, const Tensor& like) {
   Shape strides(shape.size());
   int64_t step = 1;
-  for (size_t i = shape.size(); i-- > 0; step *= std::max<int64_t>(shape[i], 1)) strides[i] = step;
+  bool fits = true;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = step;
+    fits &= !__builtin_mul_overflow(step, std::max<int64_t>(shape[i], 1), &step);
+  }
   AtenTensorHandle handle = nullptr;
-  if (aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype,
-                               device_type(like), device_index(like), &handle) != 0)
+  if (!fits || aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype,
+                                        device_type(like), device_index(like), &handle) != 0)
     host::fail("MemoryError", "cannot allocate a tensor of shape ", shape);
   return Tensor(handle);
 }
