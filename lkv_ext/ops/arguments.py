@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +11,9 @@ from torch import Tensor
 
 from lkv_ext._arguments import Options, check_options, integer_shapes, ragged_heads, ragged_limits, shape_of
 from lkv_ext._sizes import RowSets, size_output
-from lkv_ext.ops.ints import Ints, Plan, split
+from lkv_ext.ops.ints import Held, Ints, Plan, hold, split
+
+Known = int | tuple[int, ...] | Held
 
 
 def find_row_sets(
@@ -65,25 +66,23 @@ def request(
     Args:
         options: the fields of `Options`; a plain tuple, which costs less.
     """
-    simple = lengths is None and starts is None and cu_seqlens is None and isinstance(budgets, (int, list, tuple))
-    if simple and not torch.compiler.is_compiling():
-        try:
-            held = budgets if isinstance(budgets, int) else tuple(map(operator.index, budgets))
-        except TypeError:
-            pass  # nested, or wrong: told apart below
-        else:
-            return _remembered(tensor.shape, held, *options)
+    if cu_seqlens is None and type(tensor) is Tensor and not torch.compiler.is_compiling():
+        known = budgets if type(budgets) is int else hold(budgets)
+        many = None if lengths is None else hold(lengths)
+        first = None if starts is None else hold(starts)
+        if known is not None and (many is None) is (lengths is None) and (first is None) is (starts is None):
+            return _remembered(tensor.shape, known, many, first, *options)
     row_sets, budgets, lengths = find_row_sets(tensor, cu_seqlens, budgets, lengths)
     return request_for(row_sets, cu_seqlens, budgets, lengths, starts, Options(*options))
 
 
 @lru_cache(maxsize=1024)
-def _remembered(shape: torch.Size, budgets: int | tuple[int, ...], *options: object) -> Request:
+def _remembered(shape: torch.Size, budgets: Known, lengths: Known | None, starts: Known | None, *options) -> Request:
     """Engines evict with the same sizes over and over: at decode time this memo is most of what the wrapper saves."""
     if len(shape) < 3:
         raise ValueError(f"expected a dense tensor of shape [B, H, L, ...], got {list(shape)}")
     row_sets = RowSets(1, shape[0], shape[1], (shape[2],))
-    return request_for(row_sets, None, budgets, None, None, Options(*options))
+    return request_for(row_sets, None, budgets, lengths, starts, Options(*options))
 
 
 def request_for(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +13,13 @@ from torch import Tensor
 from lkv_ext._arguments import host_ints, wrong_shape
 
 Ints = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
+
+
+class Held(NamedTuple):
+    """What stood in a tensor on the host, as a memo can compare it."""
+
+    values: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -57,12 +66,35 @@ def _both(values: Ints, what: str, device: torch.device | str | None) -> tuple[l
     return tensor.flatten().tolist(), tensor.to(device or torch.get_default_device(), torch.int64)
 
 
-def split(values: Ints | None, name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[Sequence[int], Tensor | None]:
+def hold(values: object) -> int | tuple[int, ...] | Held | None:
+    """Integers that the host can read now, as a memo can compare them; None of what needs a closer look."""
+    if type(values) is Tensor:  # values of a subclass may not be there to read
+        if not values.is_cpu or (values.dtype is not torch.int32 and values.dtype is not torch.int64):
+            return None
+        shape = tuple(values.shape)
+        return Held(tuple(values.tolist() if len(shape) == 1 else values.flatten().tolist()), shape)
+    if isinstance(values, int):
+        return values
+    if isinstance(values, (list, tuple)):
+        try:
+            return tuple(map(index, values))
+        except TypeError:  # nested, or wrong
+            pass
+    return None
+
+
+def split(
+    values: Ints | Held | None, name: str, shapes: Sequence[tuple[int, ...]]
+) -> tuple[Sequence[int], Tensor | None]:
     """Host integers as a flat list, or a tensor that the host cannot or must not read (then the list is empty)."""
     if values is None:
         return (), None
     if isinstance(values, (int, torch.SymInt)):
         return (values,), None
+    if isinstance(values, Held):
+        if values.shape and values.shape not in shapes:
+            raise wrong_shape(name, shapes, values.shape)
+        return values.values, None
     if not isinstance(values, Tensor):
         return host_ints(values, name, shapes, trusted=torch.compiler.is_compiling()), None
     if values.dtype not in (torch.int32, torch.int64):
