@@ -45,6 +45,15 @@ def queries(batch: int, heads: int, n: int, dim: int, dtype: torch.dtype) -> Ten
     return torch.randn(batch, n, heads, dim, generator=generator(n)).to(dtype).transpose(1, 2)
 
 
+def sinks_of(heads: int) -> Tensor:
+    """`[Hq]`: none, unlike any logit, and such as are learned."""
+    sinks = torch.randn(heads, generator=generator(heads)) * 3
+    sinks[0] = -torch.inf
+    if heads > 2:
+        sinks[-2:] = torch.tensor([40.0, -40.0])
+    return sinks
+
+
 def error_of(q: Tensor, kv: lkv_ext.RaggedKV, got: Tensor, **options) -> float:
     want = reference.attend(q, kv.k, kv.v, kv.cu_seqlens, kv.lengths, **options)
     return float((got.double().cpu() - want).abs().max())
@@ -59,8 +68,10 @@ def test_attend(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None
     there = SimpleNamespace(
         **{name: getattr(kv, name).to(device) for name in ("k", "v", "cu_seqlens", "lengths")}, max_length=longest
     )
-    for options in (dict(causal=True), dict(causal=False, scale=0.3), dict(causal=True, softcap=2.0)):
-        got = lkv_ext.attend(q.to(device), there, backend="lkv", **options)
+    sinks = sinks_of(heads * group)
+    for options in (dict(causal=True), dict(causal=False, scale=0.3), dict(causal=True, softcap=2.0, sinks=sinks)):
+        moved = {name: value.to(device) if name == "sinks" else value for name, value in options.items()}
+        got = lkv_ext.attend(q.to(device), there, backend="lkv", **moved)
         assert got.shape == (batch, heads * group, n, dim_v) and got.dtype == dtype
         assert got.transpose(1, 2).is_contiguous()
         assert error_of(q, kv, got, **options) <= TOLERANCE[dtype]
@@ -70,13 +81,13 @@ ON_ISA = """
 import sys
 import torch
 import lkv_ext
-from test_attend import SHAPES, TOLERANCE, error_of, queries, ragged
+from test_attend import SHAPES, TOLERANCE, error_of, queries, ragged, sinks_of
 
 assert lkv_ext.build_info()["cpu_isa"] == sys.argv[1]
 for batch, heads, group, n, dim, dim_v, longest in SHAPES:
     for dtype, tolerance in TOLERANCE.items():
         kv, q = ragged(batch, heads, dim, dim_v, longest, dtype), queries(batch, heads * group, n, dim, dtype)
-        for options in (dict(causal=True), dict(causal=False, softcap=2.0)):
+        for options in (dict(causal=True), dict(causal=False, softcap=2.0, sinks=sinks_of(heads * group))):
             assert error_of(q, kv, lkv_ext.attend(q, kv, **options), **options) <= tolerance
 """
 
@@ -89,16 +100,71 @@ def test_instruction_sets(isa: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def one_row_set(logits: Tensor) -> lkv_ext.RaggedKV:
+    """Rows that have these logits for a query of 1."""
+    v = torch.randn(len(logits), 4, generator=generator(1))
+    lengths = torch.tensor([[len(logits)]], dtype=torch.int32)
+    ends = torch.tensor([0, len(logits)], dtype=torch.int32)
+    return lkv_ext.RaggedKV(logits[:, None].clone(), v, (), lengths, lengths, ends, len(logits))
+
+
 def test_far_logits_do_not_overflow() -> None:
     """Running softmax over pieces whose logits lie far apart, ascending and descending, and -inf among them."""
-    logits = torch.cat(
-        [torch.linspace(-400, 400, 3000), torch.full((200,), -torch.inf), torch.linspace(300, -900, 3000)]
+    kv = one_row_set(
+        torch.cat([torch.linspace(-400, 400, 3000), torch.full((200,), -torch.inf), torch.linspace(300, -900, 3000)])
     )
-    k, v = logits[:, None].clone(), torch.randn(len(logits), 4, generator=generator(1))
-    lengths = torch.tensor([[len(logits)]], dtype=torch.int32)
-    kv = lkv_ext.RaggedKV(k, v, (), lengths, lengths, torch.tensor([0, len(logits)], dtype=torch.int32), len(logits))
     q = torch.ones(1, 1, 1, 1)
     assert error_of(q, kv, lkv_ext.attend(q, kv, scale=1.0), scale=1.0) <= 2e-5
+
+
+@pytest.mark.parametrize("sink", [-torch.inf, -500.0, -1.0, 0.0, 80.0, 500.0, 1e30, torch.inf])
+@pytest.mark.parametrize("count", [1, 70, 5000])
+def test_sinks_beside_far_logits(count: int, sink: float) -> None:
+    """One row, several tiles, several pieces; the sink above all logits, among them and below."""
+    kv, sinks = one_row_set(torch.linspace(-400, 400, count)), torch.tensor([sink])
+    got = lkv_ext.attend(torch.ones(1, 1, 1, 1), kv, scale=1.0, sinks=sinks)
+    assert error_of(torch.ones(1, 1, 1, 1), kv, got, scale=1.0, sinks=sinks) <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_sinks_of_every_dtype(dtype: torch.dtype) -> None:
+    kv, q = ragged(2, 3, 64, 64, 300, torch.float32), queries(2, 6, 3, 64, torch.float32)
+    sinks = sinks_of(6).to(dtype)
+    got = lkv_ext.attend(q, kv, sinks=sinks)
+    assert error_of(q, kv, got, sinks=sinks) <= TOLERANCE[torch.float32]
+    assert torch.equal(got, lkv_ext.attend(q, kv, sinks=sinks.float()))
+
+
+def test_a_sink_of_minus_infinity_is_none() -> None:
+    kv, q = ragged(2, 3, 64, 64, 3000, torch.bfloat16), queries(2, 6, 3, 64, torch.bfloat16)
+    assert torch.equal(lkv_ext.attend(q, kv, sinks=torch.full((6,), -torch.inf)), lkv_ext.attend(q, kv))
+
+
+@pytest.mark.parametrize("sink", [-torch.inf, 0.0, 1e30, torch.inf, torch.nan])
+def test_sinks_without_rows(sink: float) -> None:
+    """A query that sees no row gets zeros, whatever its sink."""
+    cache, sinks = lkv_ext.RaggedCache.empty(1, 2, 8, reserve=0), torch.full((4,), sink)
+    assert torch.equal(lkv_ext.attend(torch.ones(1, 4, 3, 8), cache, sinks=sinks), torch.zeros(1, 4, 3, 8))
+    kv = one_row_set(torch.zeros(2))  # the first of three queries sees none
+    got = lkv_ext.attend(torch.ones(1, 1, 3, 1), kv, sinks=sinks[:1])
+    assert torch.equal(got[0, 0, 0], torch.zeros(4)) and got[0, 0, 1:].isnan().all() == torch.tensor(sink).isnan()
+
+
+@pytest.mark.parametrize("group, n", [(1, 1), (4, 1), (3, 70)])
+def test_sinks_as_gpt_oss_has_them(group: int, n: int) -> None:
+    """transformers' eager attention of gpt-oss over whole rows."""
+    eager = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss").eager_attention_forward
+    g, heads, length = generator(n), 2, 200
+    k, v = (torch.randn(2, heads, length, 32, generator=g) for _ in range(2))
+    q, sinks = queries(2, heads * group, n, 32, torch.float32), torch.randn(heads * group, generator=g) * 2
+    cache = lkv_ext.RaggedCache.empty(2, heads, 32)
+    cache.append(k, v)
+    later = torch.arange(length) > torch.arange(n)[:, None] + length - n
+    mask = torch.zeros(n, length).masked_fill(later, torch.finfo().min)
+    module = SimpleNamespace(sinks=sinks, num_key_value_groups=group, training=False)
+    want, _ = eager(module, q, k, v, mask, scaling=0.2)
+    got = cache.attend(q, scale=0.2, sinks=sinks)
+    torch.testing.assert_close(got.transpose(1, 2), want, rtol=0, atol=1e-5)
 
 
 def test_nan_stays_with_its_query() -> None:
@@ -152,16 +218,25 @@ def wrong(**changes: object) -> dict[str, object]:
         (dict(q=torch.zeros(2, 4, 1, 8, requires_grad=True)), "require no gradient"),
         (dict(v=None), "expected a cache with v"),
         (dict(v=torch.zeros(3, 8)), r"expected v of shape \[T, Dv\]"),
+        (dict(k=torch.zeros(9, 8, device="meta")), "expected k on cpu, got meta"),
         (dict(lengths=torch.zeros(2, 2)), "expected lengths of dtype int32"),
+        (dict(sinks=torch.zeros(2)), r"expected sinks of shape \[Hq\] = \[4\], got \[2\]"),
+        (dict(sinks=torch.zeros(1, 4)), r"expected sinks of shape \[Hq\] = \[4\], got \[1, 4\]"),
+        (dict(sinks=torch.zeros(4, dtype=torch.int32)), "expected sinks of dtype float32, float16 or bfloat16"),
+        (dict(sinks=torch.zeros(4, dtype=torch.float64)), "expected sinks of dtype float32, float16 or bfloat16"),
+        (dict(sinks=torch.zeros(4, device="meta")), "expected sinks on cpu"),
+        (dict(sinks=torch.zeros(8)[::2]), "expected sinks contiguous"),
+        (dict(sinks=[0.0] * 4), r"expected sinks in a tensor of shape \[Hq\], got list"),
+        (dict(sinks=torch.zeros(4, requires_grad=True)), "require no gradient"),
         (dict(lengths=torch.zeros(4, dtype=torch.int32)), r"expected lengths of shape \[B, H\]"),
         (dict(cu_seqlens=torch.zeros(4, dtype=torch.int32)), r"expected cu_seqlens of shape \[B \* H \+ 1\]"),
     ],
 )
 def test_errors(changes: dict[str, object], message: str) -> None:
     arguments = wrong(**changes)
-    q = arguments.pop("q")
+    q, sinks = arguments.pop("q"), arguments.pop("sinks", None)
     with pytest.raises((ValueError, TypeError), match=f"lkv_ext.attend: .*{message}"):
-        lkv_ext.attend(q, SimpleNamespace(**arguments, max_length=20))
+        lkv_ext.attend(q, SimpleNamespace(**arguments, max_length=20), sinks=sinks)
 
 
 @pytest.mark.parametrize(

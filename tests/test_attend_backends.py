@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
-from test_attend import TOLERANCE, error_of, queries, ragged
+from test_attend import TOLERANCE, error_of, queries, ragged, sinks_of
 from torch import Tensor
 
 import lkv_ext
@@ -26,16 +27,62 @@ def sequences(q: Tensor, k: Tensor, v: Tensor, n: int, cu_k: Tensor, lengths: Te
     return out.transpose(1, 2).flatten(0, 1).to(q.dtype)
 
 
-def flash_attn_3(q, k, v, cu_q, cu_k, max_q, max_k, *, seqused_k, softmax_scale, causal):
+def logsumexp(q: Tensor, k: Tensor, n: int, cu_k: Tensor, lengths: Tensor, *, causal, scale, softcap=None) -> Tensor:
+    """float32 `[group, R * n]` of the logits that `sequences` has; infinite where there are none."""
+    lse = torch.full(q.shape[:2], torch.inf)
+    for i in range(len(q)):
+        r, seen = i // n, int(lengths[i // n]) - (n - 1 - i % n if causal else 0)
+        if seen > 0:
+            logits = q[i].double() @ k[cu_k[r] : cu_k[r] + seen].double().T * scale
+            lse[i] = (softcap * torch.tanh(logits / softcap) if softcap else logits).logsumexp(1)
+    return lse.T
+
+
+def flash_attn_3(q, k, v, cu_q, cu_k, max_q, max_k, *, seqused_k, softmax_scale, causal, return_attn_probs=False):
     assert cu_q.tolist() == list(range(0, len(q) + 1, max_q)) and max_k >= int(seqused_k.max())
-    return sequences(q, k[:, 0], v[:, 0], max_q, cu_k, seqused_k, causal=causal, scale=softmax_scale)
+    sizes, options = (max_q, cu_k, seqused_k), dict(causal=causal, scale=softmax_scale)
+    out = sequences(q, k[:, 0], v[:, 0], *sizes, **options)
+    return (out, logsumexp(q, k[:, 0], *sizes, **options)) if return_attn_probs else out
+
+
+def flash_attn_3_of_old(q, k, v, cu_q, cu_k, max_q, max_k, *, seqused_k, softmax_scale, causal):
+    """Those that always return both."""
+    options = dict(seqused_k=seqused_k, softmax_scale=softmax_scale, causal=causal)
+    return flash_attn_3(q, k, v, cu_q, cu_k, max_q, max_k, **options, return_attn_probs=True)
 
 
 def flash_attn_varlen(
-    q, k, v, cu_q, cu_k, max_q, max_k, dropout_p=0.0, softmax_scale=None, causal=False, softcap=0.0, block_table=None
+    q,
+    k,
+    v,
+    cu_q,
+    cu_k,
+    max_q,
+    max_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    softcap=0.0,
+    return_attn_probs=False,
+    block_table=None,
 ):
     assert cu_q.tolist() == list(range(0, len(q) + 1, max_q)) and block_table is None and dropout_p == 0
-    return sequences(q, k[:, 0], v[:, 0], max_q, cu_k, cu_k.diff(), causal=causal, scale=softmax_scale, softcap=softcap)
+    sizes, options = (max_q, cu_k, cu_k.diff()), dict(causal=causal, scale=softmax_scale, softcap=softcap)
+    out = sequences(q, k[:, 0], v[:, 0], *sizes, **options)
+    return (out, logsumexp(q, k[:, 0], *sizes, **options), None) if return_attn_probs else out
+
+
+class AuxRequest(NamedTuple):
+    lse: bool = False
+
+
+def varlen_attn(
+    q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa, seqused_k
+):
+    assert enable_gqa and window_size in ((-1, 0), (-1, -1))
+    sizes, options = (max_q, cu_k, seqused_k), dict(causal=window_size == (-1, 0), scale=scale)
+    out = sequences(q, k[:, 0], v[:, 0], *sizes, **options)
+    return (out, logsumexp(q, k[:, 0], *sizes, **options)) if return_aux is not None and return_aux.lse else out
 
 
 def unpaged(pool: Tensor, pages: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -47,7 +94,18 @@ def unpaged(pool: Tensor, pages: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def flash_attn_with_kvcache(
-    q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, block_table, softmax_scale, causal, softcap=0.0
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    *,
+    cache_seqlens,
+    block_table,
+    softmax_scale,
+    causal,
+    softcap=0.0,
+    return_softmax_lse=False,
 ):
     batch, n, _, _ = q.shape
     assert k_cache.shape[1] % 256 == 0 and block_table.dtype == cache_seqlens.dtype == torch.int32
@@ -55,7 +113,11 @@ def flash_attn_with_kvcache(
     assert int(block_table.max()) < len(k_cache) and block_table.shape[1] * k_cache.shape[1] >= int(cache_seqlens.max())
     (k, cu), (v, _) = (unpaged(pool, block_table.tolist()) for pool in (k_cache, v_cache))
     options = dict(causal=causal, scale=softmax_scale, softcap=softcap)
-    return sequences(q.flatten(0, 1), k, v, n, cu, cache_seqlens, **options).unflatten(0, (batch, n))
+    out = sequences(q.flatten(0, 1), k, v, n, cu, cache_seqlens, **options).unflatten(0, (batch, n))
+    if not return_softmax_lse:
+        return out
+    lse = logsumexp(q.flatten(0, 1), k, n, cu, cache_seqlens, **options)
+    return out, lse.unflatten(1, (batch, n)).transpose(0, 1)
 
 
 class BatchPrefillWithPagedKVCacheWrapper:
@@ -103,6 +165,7 @@ class BatchPrefillWithPagedKVCacheWrapper:
 
 MODULES = {
     "flash_attn": ("flash_attn_interface", SimpleNamespace(flash_attn_varlen_func=flash_attn_3)),
+    "torch": ("torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen_attn, AuxRequest=AuxRequest)),
     "flash_attn_2": (
         "flash_attn",
         SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen, flash_attn_with_kvcache=flash_attn_with_kvcache),
@@ -124,7 +187,8 @@ def installed(monkeypatch: pytest.MonkeyPatch):
 
     def install(*names: str) -> None:
         for backend, (name, module) in MODULES.items():
-            monkeypatch.setitem(sys.modules, name, module if backend in names else None)
+            if backend in names or backend != "torch":
+                monkeypatch.setitem(sys.modules, name, module if backend in names else None)
         forget()
 
     yield install
@@ -191,6 +255,58 @@ def test_flashinfer(installed, align: int, n: int) -> None:
     assert BatchPrefillWithPagedKVCacheWrapper.made == before + 1
 
 
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("backend", ["flash_attn", "flash_attn_2", "torch"])
+def test_sinks(installed, backend: str, n: int) -> None:
+    """What a library computed without them is corrected; of a query without rows, zeros stay zeros."""
+    installed(backend)
+    q, sinks = queries(2, 6, n, 16, BF16), sinks_of(6).to(BF16)
+    options = [dict(causal=causal, sinks=sinks.to(dtype)) for causal in (True, False) for dtype in TOLERANCE]
+    if backend == "flash_attn_2":
+        check(q, in_pages(256, 16), backend, *options, dict(sinks=sinks, softcap=2.0))
+        k = torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(n)).to(BF16)
+        check(q, lkv_ext.evict(k, k, k[..., 0].float(), [40, 0, 3]), backend, *options)
+    else:
+        check(q, ragged(2, 3, 16, 16, 40, BF16), backend, *options)
+
+
+def test_sinks_in_an_older_flash_attention_3(installed, monkeypatch) -> None:
+    installed("flash_attn")
+    module = SimpleNamespace(flash_attn_varlen_func=flash_attn_3_of_old)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    check(queries(2, 6, 3, 16, BF16), ragged(2, 3, 16, 16, 40, BF16), "flash_attn", dict(sinks=sinks_of(6)))
+
+
+def test_no_result_without_the_denominators_that_sinks_need(installed, monkeypatch) -> None:
+    installed("flash_attn")
+    for wrong in (flash_attn_3, lambda *sizes, **options: (flash_attn_3(*sizes, **options), torch.zeros(5))):
+        without = lambda *sizes, seqused_k, softmax_scale, causal, wrong=wrong: wrong(  # noqa: E731
+            *sizes, seqused_k=seqused_k, softmax_scale=softmax_scale, causal=causal
+        )
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_varlen_func=without))
+        BACKENDS["flash_attn"].load.cache_clear()
+        with pytest.raises(RuntimeError, match="lkv_ext.attend: expected logsumexp of shape"):
+            lkv_ext.attend(
+                queries(2, 6, 1, 16, BF16), ragged(2, 3, 16, 16, 40, BF16), backend="flash_attn", sinks=sinks_of(6)
+            )
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("n", [1, 4])
+def test_torch_on_a_gpu(n: int) -> None:
+    if BACKENDS["torch"].load() is None:
+        pytest.skip("torch.nn.attention.varlen takes used lengths from torch 2.13 on")
+    kv, q, sinks = ragged(2, 3, 64, 64, 300, BF16), queries(2, 6, n, 64, BF16), sinks_of(6)
+    there = SimpleNamespace(
+        **{name: getattr(kv, name).cuda() for name in ("k", "v", "cu_seqlens", "lengths")}, max_length=300
+    )
+    for options in (dict(), dict(causal=False), dict(sinks=sinks)):
+        moved = {name: value.cuda() if name == "sinks" else value for name, value in options.items()}
+        got = lkv_ext.attend(q.cuda(), there, backend="torch", **moved)
+        assert error_of(q, kv, got, **options) <= TOLERANCE[BF16]
+
+
 def chosen(cache: object, dtype: torch.dtype = BF16, dim: int = 16, softcap: float | None = None) -> str | None:
     """The backend of a call on CUDA that names none."""
     call = attend_module._call(torch.zeros(2, 6, 1, dim, dtype=dtype), cache, True, 1.0, softcap)
@@ -216,7 +332,14 @@ def test_the_first_that_is_installed_and_fits(installed) -> None:
     [
         ("flash_attn_2", 16, dict(), "expected rows without reserve, or an align that is a multiple of 256, for"),
         ("flash_attn", 16, dict(softcap=1.0), "expected float16 or bfloat16, Dv = D <= 256 and no softcap for"),
-        ("flashinfer", 16, dict(), "expected float16 or bfloat16, Dv = D of 64, 128, 256 for backend 'flashinfer'"),
+        (
+            "flashinfer",
+            16,
+            dict(),
+            "expected float16 or bfloat16, Dv = D of 64, 128, 256 and no sinks for backend 'fla",
+        ),
+        ("flashinfer", 64, dict(sinks=torch.zeros(6)), "expected float16 .*, align 1, sinks"),
+        ("flash_attn", 16, dict(sinks=torch.zeros(5)), r"expected sinks of shape \[Hq\] = \[6\], got \[5\]"),
         ("flash_attn", 16, dict(), "expected a backend that is installed, got 'flash_attn'"),
         ("cudnn", 16, dict(), "expected backend 'lkv' or one of 'flash_attn', 'flash_attn_2', 'torch', 'flashinfer'"),
     ],

@@ -23,6 +23,8 @@ constexpr int64_t kPieces = 256;      // of all tiles together, about
 // Multiply-adds that are worth a thread of their own.
 constexpr int64_t kGrain = 256 << 10;
 
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
 int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
@@ -57,6 +59,7 @@ class Attention {
     for (int64_t row = 0; row < row_sets_; ++row) spans_.push_back(span_of(row));
     left_ = std::vector<std::atomic<int64_t>>(static_cast<size_t>(row_sets_ * tiles_));
     for (int64_t i = 0; i < row_sets_ * tiles_; ++i) left_[i] = pieces_of(length_of(i / tiles_));
+    if (p.sinks != nullptr) with_type(p.sinks_type, [&]<ScoreType type>() { load_sinks<type>(); });
   }
 
   int64_t units() const { return row_sets_ * tiles_ * pieces_; }
@@ -90,11 +93,31 @@ class Attention {
     return {at, at + tile_, at + 2 * tile_};
   }
 
+  template <class F>
+  static void with_type(ScoreType type, F&& f) {
+    switch (type) {
+      case ScoreType::f32:
+        return f.template operator()<ScoreType::f32>();
+      case ScoreType::f16:
+        return f.template operator()<ScoreType::f16>();
+      case ScoreType::bf16:
+        return f.template operator()<ScoreType::bf16>();
+    }
+  }
+
+  template <ScoreType type>
+  void load_sinks() {
+    const auto* from = static_cast<const typename ScoreTraits<type>::Bits*>(p_.sinks);
+    for (int64_t head = 0; head < p_.heads * p_.group; ++head) sinks_.push_back(to_float<type>(from[head]));
+  }
+
   // Query i of a row set is head i % group of the group at token i / group: neighbours see about the same rows.
+  int64_t head_of(int64_t row, int64_t i) const { return row % p_.heads * p_.group + i % p_.group; }
+
   template <ScoreType type>
   void load_query(int64_t row, int64_t i, float* to) const {
-    const int64_t head = row % p_.heads * p_.group + i % p_.group;
-    const char* from = p_.q.data + row / p_.heads * p_.q.batch + head * p_.q.head + i / p_.group * p_.q.token;
+    const char* from =
+        p_.q.data + row / p_.heads * p_.q.batch + head_of(row, i) * p_.q.head + i / p_.group * p_.q.token;
     typename ScoreTraits<type>::Bits bits;
     for (int64_t d = 0; d < p_.dim; ++d) {
       std::memcpy(&bits, from + d * static_cast<int64_t>(sizeof(bits)), sizeof(bits));
@@ -105,40 +128,30 @@ class Attention {
 
   template <ScoreType type>
   void store(int64_t row, int64_t i, const float* from) const {
-    const int64_t head = row % p_.heads * p_.group + i % p_.group;
-    char* to = p_.out.data + row / p_.heads * p_.out.batch + head * p_.out.head + i / p_.group * p_.out.token;
+    char* to =
+        p_.out.data + row / p_.heads * p_.out.batch + head_of(row, i) * p_.out.head + i / p_.group * p_.out.token;
     for (int64_t d = 0; d < p_.dim_v; ++d) {
       const auto bits = from_float<type>(from[d]);
       std::memcpy(to + d * static_cast<int64_t>(sizeof(bits)), &bits, sizeof(bits));
     }
   }
 
-  template <class F>
-  void with_type(F&& f) const {
-    switch (p_.type) {
-      case ScoreType::f32:
-        return f.template operator()<ScoreType::f32>();
-      case ScoreType::f16:
-        return f.template operator()<ScoreType::f16>();
-      case ScoreType::bf16:
-        return f.template operator()<ScoreType::bf16>();
-    }
-  }
-
   void attend(int64_t row, int64_t query, int64_t piece, const Partial& to) const {
     const int64_t count = std::min(tile_, queries_ - query), stride = stride_of(p_.dim);
     const int64_t length = length_of(row), first = piece * piece_, rows = clamp(length - first, 0, piece_);
-    std::fill_n(to.highest, count, -std::numeric_limits<float>::infinity());
-    std::fill_n(to.sum, count, 0.0f);
     std::fill_n(to.acc, count * acc_stride_, 0.0f);
     std::vector<float> queries(static_cast<size_t>(count * stride));
     int64_t visible[kQueryTile];
-    with_type([&]<ScoreType type>() {
+    with_type(p_.type, [&]<ScoreType type>() {
       for (int64_t i = 0; i < count; ++i) load_query<type>(row, query + i, queries.data() + i * stride);
     });
     for (int64_t i = 0; i < count; ++i) {
       const int64_t behind = p_.causal ? p_.queries - 1 - (query + i) / p_.group : 0;
       visible[i] = length - behind - first;
+      // The running softmax begins at the sink, if there are rows behind it.
+      const bool sinks = !sinks_.empty() && piece == 0 && visible[i] > 0;
+      to.highest[i] = sinks ? sinks_[head_of(row, query + i)] : kNever;
+      to.sum[i] = to.highest[i] == kNever ? 0.0f : 1.0f;
     }
     const int64_t last = clamp(*std::max_element(visible, visible + count), 0, rows);
     const char* k = p_.k.data + (begin_of(row) + first) * p_.k.token;
@@ -165,7 +178,7 @@ class Attention {
       }
       const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
       for (int64_t d = 0; d < p_.dim_v; ++d) acc[d] *= inverse;
-      with_type([&]<ScoreType type>() { store<type>(row, query + i, acc); });
+      with_type(p_.type, [&]<ScoreType type>() { store<type>(row, query + i, acc); });
     }
   }
 
@@ -174,6 +187,7 @@ class Attention {
   int64_t tile_ = 1, tiles_ = 0, piece_ = 1, pieces_ = 0;
   std::vector<Span> spans_;  // of each row set
   std::unique_ptr<float[]> partials_;
+  std::vector<float> sinks_;                // of every query head; empty: none
   std::vector<std::atomic<int64_t>> left_;  // pieces of each tile that are not done
 };
 

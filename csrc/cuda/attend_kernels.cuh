@@ -37,20 +37,32 @@ __device__ __forceinline__ void find_queries(AttendShared<type, kBlock>* shared,
     const int64_t behind = p.causal ? p.queries - 1 - i / p.group : 0;
     shared->query[q] = exists ? query_at(p, p.q, u.row, i) : nullptr;
     shared->out[q] = exists ? query_at(p, p.out, u.row, i) : nullptr;
-    shared->end[q] = exists ? clamp(length - behind, 0, end) : 0;
+    shared->end[q] = exists ? static_cast<int>(clamp(length - behind, 0, end)) : 0;
   }
   block_sync();
 }
 
+// One more row of the first piece, for the queries that see any.
+template <ScoreType type, int kBlock>
+__device__ __forceinline__ void find_sinks(AttendShared<type, kBlock>* shared, const AttendParams& p, const Unit& u) {
+  if (threadIdx.x >= kQueries) return;
+  const int q = threadIdx.x;
+  shared->sink[q] = kNever;
+  if (p.sinks == nullptr || u.piece > 0 || shared->end[q] == 0) return;
+  shared->sink[q] = load_float(p.sinks_type, p.sinks, query_head(p, u.row, int64_t{u.tile} * kQueries + q));
+}
+
 // Adds up what the teams have, and writes it to where the plan says.
 template <ScoreType type, int kBlock>
-__device__ __forceinline__ void finish(AttendShared<type, kBlock>* shared, const Softmax<kBlock>& softmax,
+__device__ __forceinline__ void finish(AttendShared<type, kBlock>* shared, Softmax<kBlock>& softmax,
                                        const Accumulators& mine, const AttendParams& p, const AttendPlan& plan,
                                        const Unit& u) {
+  find_sinks(shared, p, u);
   block_sync();  // sums lie where the tile was
 #pragma unroll
   for (int i = 0; i < softmax.kMine; ++i) {
     const int q = warp_id() + i * softmax.kWarps;
+    shared->factor[q] = softmax.add_row(i, shared->sink[q]);
     shared->highest[q] = softmax.highest[i];
     shared->sum[q] = softmax.sum[i];
   }
@@ -77,6 +89,7 @@ __device__ __forceinline__ void finish(AttendShared<type, kBlock>* shared, const
     float acc = 0;
 #pragma unroll
     for (int team = 0; team < kBlock / kTeam; ++team) acc += shared->sums[team][q][column];
+    acc *= shared->factor[q];
     if (partial != nullptr) {
       partial->acc[q][column] = acc;
     } else {
@@ -94,9 +107,9 @@ __global__ void __launch_bounds__(kBlock, 4)
   const Unit u = unit_of_block(plan);
   const Room room = attended_rows(p, u.row);
   if (u.piece >= plan.pieces_of(room.length)) return;
-  const int64_t begin = int64_t{u.piece} * plan.piece_rows;
+  const auto begin = static_cast<int>(u.piece * plan.piece_rows);  // lengths are int32
   find_queries(shared, p, u, room.length, clamp(begin + plan.piece_rows, 0, room.length));
-  int64_t end = 0;
+  int end = 0;
 #pragma unroll
   for (int q = 0; q < kQueries; ++q) end = shared->end[q] > end ? shared->end[q] : end;
 
@@ -105,7 +118,7 @@ __global__ void __launch_bounds__(kBlock, 4)
   Softmax<kBlock> softmax;
   softmax.reset();
   Accumulators mine = {};
-  for (int64_t first = begin; first < end; first += kBlock) {
+  for (int first = begin; first < end; first += kBlock) {
     const int rows = smaller(end - first, kBlock);
     const char* k = p.k.data + (room.begin + first) * p.k.token;
     const char* v = p.v.data + (room.begin + first) * p.v.token;

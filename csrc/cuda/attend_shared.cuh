@@ -49,10 +49,10 @@ struct AttendShared {
   };
   float queries[kResident][kQueries][kChunk];  // scaled
   float weights[kQueries][kBlock + kQuad];     // of the rows of the tile; logits first
-  float highest[kQueries], sum[kQueries], factor[kQueries];
+  float highest[kQueries], sum[kQueries], factor[kQueries], sink[kQueries];
   const char* query[kQueries];  // nullptr: there is none
   char* out[kQueries];
-  int64_t end[kQueries];  // rows of the row set that the query sees
+  int end[kQueries];  // rows of the row set that the query sees
 };
 
 // The rows that a row set has in use, as far as `longest` allows.
@@ -62,10 +62,31 @@ __device__ __forceinline__ Room attended_rows(const AttendParams& p, int64_t row
   return room;
 }
 
+// The head of a query of a row set.
+__device__ __forceinline__ int64_t query_head(const AttendParams& p, int64_t row, int64_t i) {
+  return row % p.heads * p.group + i % p.group;
+}
+
 // Where a query of a row set, or what becomes of it, lies.
 __device__ __forceinline__ char* query_at(const AttendParams& p, const Strided& t, int64_t row, int64_t i) {
-  const int64_t head = row % p.heads * p.group + i % p.group;
-  return t.data + row / p.heads * t.batch + head * t.head + i / p.group * t.token;
+  return t.data + row / p.heads * t.batch + query_head(p, row, i) * t.head + i / p.group * t.token;
+}
+
+template <ScoreType type>
+__device__ __forceinline__ float load_float(const void* items, int64_t i) {
+  return to_float<type>(static_cast<const typename ScoreTraits<type>::Bits*>(items)[i]);
+}
+
+// Of a type that is known when it runs.
+__device__ __forceinline__ float load_float(ScoreType type, const void* items, int64_t i) {
+  switch (type) {
+    case ScoreType::f32:
+      return load_float<ScoreType::f32>(items, i);
+    case ScoreType::f16:
+      return load_float<ScoreType::f16>(items, i);
+    default:
+      return load_float<ScoreType::bf16>(items, i);
+  }
 }
 
 // kCount floats from as many items at an aligned address.

@@ -98,14 +98,23 @@ struct Softmax {
     }
   }
 
+  // One more row of value zero, for query i of this warp; returns what its sums are multiplied with.
+  __device__ __forceinline__ float add_row(int i, float logit) {
+    const float before = highest[i];
+    highest[i] = fmaxf(before, logit);
+    const float factor = highest[i] == before ? 1.0f : expf(before - highest[i]);
+    sum[i] = sum[i] * factor + (highest[i] == logit ? 1.0f : expf(logit - highest[i]));
+    return factor;
+  }
+
   // Logits of the tile that begins at row `first` become weights relative to the highest logit so far, and `factor`
   // what sums relative to the highest before must be multiplied with. NaN is nobody's highest, but stays in the sum.
   template <ScoreType type>
-  __device__ __forceinline__ void add(AttendShared<type, kBlock>* shared, int64_t first) {
+  __device__ __forceinline__ void add(AttendShared<type, kBlock>* shared, int first) {
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       const int q = warp_id() + i * kWarps;
-      const int64_t seen = shared->end[q] - first;
+      const int seen = shared->end[q] - first;
       float* weights = shared->weights[q];
       float logits[kWarps], top = kNever;
 #pragma unroll

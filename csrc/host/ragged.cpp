@@ -39,7 +39,7 @@ int64_t check_append(const Problem& problem, const Ragged& cache, const Arrays& 
   return tokens;
 }
 
-AttendParams check_attend(const Array& q, const Ragged& cache, int64_t longest) {
+AttendParams check_attend(const Array& q, const Ragged& cache, const std::optional<Array>& sinks, int64_t longest) {
   const Named query{q, "q"}, k{cache.rows[0], "k"}, v{cache.rows[1], "v"};
   check_value(q.rank == 4, "expected q of shape [B, Hq, n, D], got ", q.shape());
   check_value(cache.lengths.rank == 2, "expected lengths of shape [B, H], got ", cache.lengths.shape());
@@ -77,6 +77,15 @@ AttendParams check_attend(const Array& q, const Ragged& cache, int64_t longest) 
   p.v = row_layout(v, true).strided;
   p.cu_seqlens = reinterpret_cast<const int32_t*>(cache.cu_seqlens.data);
   p.lengths = reinterpret_cast<const int32_t*>(cache.lengths.data);
+  if (sinks) {
+    const Named named_sinks{*sinks, "sinks"};
+    check_device(named_sinks, q.device);
+    p.sinks_type = check_scores_dtype(named_sinks);
+    check_value(sinks->shape() == Shape{query_heads}, "expected sinks of shape [Hq] = ", Shape{query_heads}, ", got ",
+                sinks->shape());
+    check_value(sinks->is_contiguous(), "expected sinks contiguous");
+    p.sinks = sinks->data;
+  }
   return p;
 }
 

@@ -16,8 +16,8 @@ struct Ragged {
 // Returns T.
 int64_t check_append(const Problem& problem, const Ragged& cache, const Arrays& rows, int64_t position);
 
-// Raises unless q [B, Hq, n, D] can attend to k, v, `longest` rows of each row set at most. Pointers of the result are
-// those of the arrays; `out` is not set.
-AttendParams check_attend(const Array& q, const Ragged& cache, int64_t longest);
+// Raises unless q [B, Hq, n, D] can attend to k, v, `longest` rows of each row set at most, with sinks [Hq]. Pointers
+// of the result are those of the arrays; `out` is not set.
+AttendParams check_attend(const Array& q, const Ragged& cache, const std::optional<Array>& sinks, int64_t longest);
 
 }  // namespace lkv::host

@@ -4,8 +4,9 @@
 namespace lkv::torch_ops {
 
 Tensor attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, int64_t longest, bool causal,
-              double scale, double softcap) {
-  AttendParams params = host::check_attend(view(q), {{view(k), view(v)}, view(cu_seqlens), view(lengths), {}}, longest);
+              double scale, double softcap, std::optional<Tensor> sinks) {
+  const host::Ragged cache = {{view(k), view(v)}, view(cu_seqlens), view(lengths), {}};
+  AttendParams params = host::check_attend(view(q), cache, view(sinks), longest);
   params.causal = causal;
   params.scale = static_cast<float>(scale);
   params.softcap = static_cast<float>(softcap);

@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY(lkv_ext, m) {
       "SymInt position, SymInt[]? valid=None, Tensor? valid_tensor=None) -> ()");
   m.def(
       "attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, SymInt longest, bool causal, "
-      "float scale, float softcap=0.) -> Tensor");
+      "float scale, float softcap=0., Tensor? sinks=None) -> Tensor");
   m.def(
       "soft_topk(Tensor scores, Tensor? k, float k_value, Tensor? temperature, float temperature_value, "
       "Tensor? lengths, bool log) -> (Tensor, Tensor)");

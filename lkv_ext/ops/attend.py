@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lkv_ext.ops import errors
-from lkv_ext.ops.attend_backends import BACKENDS, Call
+from lkv_ext.ops.attend_backends import BACKENDS, HALF, Call
 from lkv_ext.ops.library import ops
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def attend(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Softmax attention of `q` over the rows that every (sequence, KV head) has.
@@ -36,11 +37,14 @@ def attend(
             last n - 1 - i. False: every query sees every row.
         scale: of the logits, default `D ** -0.5`.
         softcap: logits become `softcap * tanh(logit / softcap)`, as in Gemma 2 (arXiv 2408.00118); default: no cap.
+        sinks: `[Hq]`, float32, float16 or bfloat16, contiguous: a logit per query head that enlarges the denominator of
+            the softmax and is neither scaled nor capped, as in gpt-oss (arXiv 2508.10925). -inf: none.
         backend: "lkv": our kernels, on the CPU flash-style (arXiv 2205.14135) over pieces of rows; "flash_attn":
             FlashAttention 3; "flash_attn_2": FlashAttention 2, for rows without reserve or with an `align` that is a
             multiple of 256; "torch": `torch.nn.attention.varlen`, from torch 2.13; "flashinfer": in pages of `align`
             rows, synchronises. Default: on CUDA the first of flash_attn, flash_attn_2 and torch that is there and fits
-            (16-bit, Dv = D, no softcap save in flash_attn_2), else lkv.
+            (16-bit, Dv = D, no softcap save in flash_attn_2), else lkv. flashinfer knows no sinks; the others give the
+            logarithm of the denominator, by which their result is corrected.
 
     Returns:
         `[B, Hq, n, Dv]` of q's dtype; its memory is `[B, n, Hq, Dv]`. A query that sees no row gets zeros.
@@ -54,7 +58,10 @@ def attend(
             raise ValueError(f"expected q of shape [B, Hq, n, D], got {_shape(q)}")
         if cache.v is None:
             raise ValueError("expected a cache with v, got one without")
-        if torch.is_grad_enabled() and any([t.requires_grad for t in (q, cache.k, cache.v)]):
+        if sinks is not None and not isinstance(sinks, Tensor):
+            raise TypeError(f"expected sinks in a tensor of shape [Hq], got {_shape(sinks)}")
+        tensors = (q, cache.k, cache.v) if sinks is None else (q, cache.k, cache.v, sinks)
+        if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
             raise ValueError("expected tensors that require no gradient, got some: attend has none")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if softcap is not None and not softcap > 0:
@@ -63,13 +70,13 @@ def attend(
             names = ", ".join(map(repr, BACKENDS))
             raise ValueError(f"expected backend 'lkv' or one of {names}, got {backend!r}")
         if q.numel() and (q.is_cuda if backend is None else backend != "lkv"):
-            call = _call(q, cache, causal, scale, softcap)
+            call = _call(q, cache, causal, scale, softcap, sinks)
             read = _reader(call, backend)
             if read is not None:
                 out = read(call).unflatten(0, (*cache.lengths.shape, q.shape[2]))  # [B, H, n, group, Dv]
                 return out.transpose(1, 2).flatten(2, 3).transpose(1, 2)
         rooms = (cache.k, cache.v, cache.cu_seqlens, cache.lengths, cache.max_length)
-        return ops.attend(q, *rooms, causal, scale, softcap or 0.0).transpose(1, 2)
+        return ops.attend(q, *rooms, causal, scale, softcap or 0.0, sinks).transpose(1, 2)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("attend", error)
 
@@ -78,7 +85,14 @@ def _shape(q: object) -> object:
     return list(q.shape) if isinstance(q, Tensor) else type(q).__name__
 
 
-def _call(q: Tensor, cache: RaggedCache | RaggedKV, causal: bool, scale: float, softcap: float | None) -> Call:
+def _call(
+    q: Tensor,
+    cache: RaggedCache | RaggedKV,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None = None,
+) -> Call:
     batch, query_heads, n, dim = q.shape
     rows, heads = cache.lengths.numel(), max(cache.lengths.shape[-1], 1)
     if rows != batch * heads or query_heads % heads:
@@ -87,7 +101,15 @@ def _call(q: Tensor, cache: RaggedCache | RaggedKV, causal: bool, scale: float, 
             f"{list(q.shape)}"
         )
     queries = q.unflatten(1, (heads, -1)).transpose(2, 3).reshape(rows * n, query_heads // heads, dim)
-    return Call(queries, cache, n, causal, scale, softcap)
+    if sinks is not None:
+        if sinks.shape != (query_heads,):
+            raise ValueError(f"expected sinks of shape [Hq] = [{query_heads}], got {list(sinks.shape)}")
+        if sinks.dtype not in (torch.float32, *HALF):
+            raise TypeError(f"expected sinks of dtype float32, float16 or bfloat16, got {sinks.dtype}")
+        if sinks.device != q.device:
+            raise ValueError(f"expected sinks on {q.device}, got {sinks.device}")
+        sinks = sinks.unflatten(0, (heads, -1))
+    return Call(queries, cache, n, causal, scale, softcap, sinks)
 
 
 def _reader(call: Call, backend: str | None) -> Callable[[Call], Tensor] | None:
@@ -101,6 +123,7 @@ def _reader(call: Call, backend: str | None) -> Callable[[Call], Tensor] | None:
         raise ValueError(
             f"expected {lack} for backend {backend!r}, got {call.queries.dtype}, D = {call.queries.shape[-1]}, "
             f"Dv = {call.cache.v.shape[-1]}, softcap {call.softcap}, align {call.align}"
+            f"{'' if call.sinks is None else ', sinks'}"
         )
     read = chosen.load()
     if read is None:

@@ -35,6 +35,7 @@ class Call:
         queries: `[R * n, group, D]`, R = B * H.
         cache: packed rows of R heads.
         n: queries of every row set.
+        sinks: `[H, group]`.
     """
 
     queries: Tensor
@@ -43,6 +44,7 @@ class Call:
     causal: bool
     scale: float
     softcap: float | None
+    sinks: Tensor | None = None
 
     @property
     def starts(self) -> Tensor:
@@ -70,6 +72,28 @@ class Call:
         k, v = (t[:whole].unflatten(0, (-1, self.align))[:, :, None] for t in (self.cache.k, self.cache.v))
         return k, v
 
+    def finish(self, result: Tensor | tuple[Tensor, ...]) -> Tensor:
+        """What a library returned, as if the sinks had been among its logits.
+
+        Args:
+            result: out, `[R * n, group, D]` or `[R, n, group, D]`, or a tuple that begins with out and float32 lse,
+                `[group, R * n]` or `[R, group, n]`, the natural logarithm of the sum of the exponentials of a query's
+                logits.
+        """
+        out, lse = result[:2] if isinstance(result, tuple) else (result, None)
+        out = out.flatten(0, -3)
+        if self.sinks is None:
+            return out
+        (total, group), rows = out.shape[:2], self.cache.lengths
+        if lse is None or lse.shape not in ((group, total), (rows.numel(), group, self.n)):
+            got = None if lse is None else list(lse.shape)
+            raise RuntimeError(f"expected logsumexp of shape {[group, total]} from this backend, got {got}")
+        lse = lse.T if lse.dim() == 2 else lse.transpose(1, 2).flatten(0, 1)
+        sinks = self.sinks[:, None].expand(*rows.shape, self.n, group).flatten(0, 2)
+        # e^lse / (e^lse + e^sink); lse is infinite where a query saw no row, and out zero.
+        share = torch.sigmoid(lse - sinks).where(lse.isfinite(), 1.0)
+        return (out * share[..., None]).to(out.dtype)
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -86,13 +110,14 @@ class Backend:
     by_default: bool = True
 
 
-def _lacks(call: Call, dims: range | tuple[int, ...], softcap: bool) -> str | None:
+def _lacks(call: Call, dims: range | tuple[int, ...], softcap: bool, sinks: bool = True) -> str | None:
     q, k, v = call.queries, call.cache.k, call.cache.v
-    fits = q.dtype == k.dtype in HALF and q.shape[-1] == k.shape[-1] == v.shape[-1] in dims
-    if fits and (softcap or call.softcap is None):
+    fits = q.dtype == k.dtype == v.dtype in HALF and q.shape[-1] == k.shape[-1] == v.shape[-1] in dims
+    if fits and (softcap or call.softcap is None) and (sinks or call.sinks is None):
         return None
     allowed = f"D <= {dims[-1]}" if isinstance(dims, range) else f"D of {', '.join(map(str, dims))}"
-    return f"float16 or bfloat16, Dv = {allowed}{'' if softcap else ' and no softcap'}"
+    refused = [name for name, known in (("softcap", softcap), ("sinks", sinks)) if not known]
+    return f"float16 or bfloat16, Dv = {allowed}{' and no ' if refused else ''}{' or '.join(refused)}"
 
 
 def _import(name: str) -> ModuleType | None:
@@ -107,10 +132,12 @@ def _flash_attn_3() -> Callable[[Call], Tensor] | None:
     module = _import("flash_attn_interface")
     if module is None:
         return None
+    # Older versions always return lse.
+    asks = "return_attn_probs" in inspect.signature(module.flash_attn_varlen_func).parameters
 
     def read(call: Call) -> Tensor:
-        cache = call.cache
-        out = module.flash_attn_varlen_func(
+        cache, options = call.cache, {} if call.sinks is None or not asks else dict(return_attn_probs=True)
+        result = module.flash_attn_varlen_func(
             call.queries,
             cache.k[:, None],
             cache.v[:, None],
@@ -121,8 +148,9 @@ def _flash_attn_3() -> Callable[[Call], Tensor] | None:
             seqused_k=call.lengths,
             softmax_scale=call.scale,
             causal=call.causal,
+            **options,
         )
-        return out[0] if isinstance(out, tuple) else out
+        return call.finish(result)
 
     return read
 
@@ -139,12 +167,14 @@ def _flash_attn_2() -> Callable[[Call], Tensor] | None:
         if call.is_tight:
             k, v = cache.k[:, None], cache.v[:, None]
             sizes = (call.starts, cache.cu_seqlens, call.n, cache.max_length)
-            return module.flash_attn_varlen_func(call.queries, k, v, *sizes, **options)
+            if call.sinks is not None:
+                options["return_attn_probs"] = True
+            return call.finish(module.flash_attn_varlen_func(call.queries, k, v, *sizes, **options))
+        if call.sinks is not None:
+            options["return_softmax_lse"] = True
+        rooms = dict(cache_seqlens=call.lengths, block_table=cache.block_table)
         queries = call.queries.unflatten(0, (-1, call.n))
-        out = module.flash_attn_with_kvcache(
-            queries, *call.pages(), cache_seqlens=call.lengths, block_table=cache.block_table, **options
-        )
-        return out.flatten(0, 1)
+        return call.finish(module.flash_attn_with_kvcache(queries, *call.pages(), **rooms, **options))
 
     return read
 
@@ -164,8 +194,10 @@ def _torch_varlen() -> Callable[[Call], Tensor] | None:
     def read(call: Call) -> Tensor:
         cache, sides = call.cache, (-1, 0) if call.causal else (-1, -1)
         options = dict(scale=call.scale, window_size=sides, enable_gqa=True, seqused_k=call.lengths)
+        if call.sinks is not None:
+            options["return_aux"] = module.AuxRequest(lse=True)
         sizes = (call.starts, cache.cu_seqlens, call.n, cache.max_length)
-        return module.varlen_attn(call.queries, cache.k[:, None], cache.v[:, None], *sizes, **options)
+        return call.finish(module.varlen_attn(call.queries, cache.k[:, None], cache.v[:, None], *sizes, **options))
 
     return read
 
@@ -220,5 +252,7 @@ BACKENDS: dict[str, Backend] = {
     "flash_attn": Backend(_flash_attn_3, lambda call: _lacks(call, range(1, 257), softcap=False)),
     "flash_attn_2": Backend(_flash_attn_2, _flash_attn_2_lacks),
     "torch": Backend(_torch_varlen, lambda call: _lacks(call, range(1, 257), softcap=False)),
-    "flashinfer": Backend(_flashinfer, lambda call: _lacks(call, (64, 128, 256), softcap=True), by_default=False),
+    "flashinfer": Backend(
+        _flashinfer, lambda call: _lacks(call, (64, 128, 256), softcap=True, sinks=False), by_default=False
+    ),
 }

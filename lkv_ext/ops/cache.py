@@ -174,10 +174,16 @@ class RaggedCache:
         self._tail = 0
 
     def attend(
-        self, q: Tensor, *, causal: bool = True, scale: float | None = None, softcap: float | None = None
+        self,
+        q: Tensor,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """`lkv_ext.attend(q, self)`: q `[B, Hq, n, D]` to `[B, Hq, n, Dv]`."""
-        return attend(q, self, causal, scale=scale, softcap=softcap)
+        return attend(q, self, causal, scale=scale, softcap=softcap, sinks=sinks)
 
     @keeps_tensors
     def crop(self, tokens: int) -> None:

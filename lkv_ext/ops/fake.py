@@ -84,7 +84,10 @@ def _append_(cache, positions, lengths, cu_seqlens, rows, *_):
 
 
 @torch.library.register_fake("lkv_ext::attend")
-def _attend(q, k, v, *_):
+def _attend(q, k, v, cu_seqlens, lengths, longest, causal, scale, softcap=0.0, sinks=None):
+    for name, t in (("k", k), ("v", v), ("cu_seqlens", cu_seqlens), ("lengths", lengths), ("sinks", sinks)):
+        if t is not None and t.device != q.device:
+            raise RuntimeError(f"ValueError: expected {name} on {q.device}, got {t.device}")
     return q.new_empty([q.shape[0], q.shape[2], q.shape[1], v.shape[1]])
 
 

@@ -150,7 +150,8 @@ struct AppendParams {
 // Attention of queries [B, Hq, q_len, D] over a ragged cache: query heads [h * group, (h + 1) * group) read the rows
 // [cu_seqlens[r], cu_seqlens[r] + lengths[r]) of row set r = b * heads + h. Causal: the last q_len rows are those of
 // the queries themselves, query i sees all but the last q_len - 1 - i. A query that sees no row gets zeros. logit =
-// scale * (q . k), then softcap * tanh(logit / softcap) where softcap > 0. Sums are float32.
+// scale * (q . k), then softcap * tanh(logit / softcap) where softcap > 0. The sink of a query head is the logit of one
+// more row, whose value is zero. Sums are float32.
 struct AttendParams {
   int64_t batch, heads, group, queries, dim, dim_v;
   ScoreType type;             // of q, k, v and out
@@ -162,6 +163,8 @@ struct AttendParams {
   int64_t longest;            // bounds lengths
   bool causal;
   float scale, softcap;
+  const void* sinks;  // [Hq], contiguous; may be nullptr
+  ScoreType sinks_type;
 };
 
 }  // namespace lkv

@@ -16,6 +16,7 @@ def attend(
     causal: bool = True,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of every query head over the rows of its KV head, in float64.
 
@@ -23,6 +24,7 @@ def attend(
         q: `[B, Hq, n, D]`.
         k, v: `[T, D]` and `[T, Dv]`; those of (b, h) are the `lengths[b, h]` from `cu_seqlens[b * H + h]` on.
         causal: query i sees all rows but the last n - 1 - i.
+        sinks: `[Hq]`, a logit per query head that only enlarges the denominator of the softmax.
 
     Returns:
         float64 `[B, Hq, n, Dv]`; zeros for a query that sees nothing.
@@ -42,5 +44,10 @@ def attend(
                 logits = k[rows][:seen].double() @ q[b, head, i].double() * (dim**-0.5 if scale is None else scale)
                 if softcap is not None:
                     logits = softcap * torch.tanh(logits / softcap)
-                out[b, head, i] = logits.softmax(0) @ v[rows][:seen].double()
+                highest = logits.max()
+                weights = (logits - highest).exp()
+                total = weights.sum()
+                if sinks is not None:
+                    total += (sinks[head].double() - highest).exp()
+                out[b, head, i] = weights / total @ v[rows][:seen].double()
     return out

@@ -37,6 +37,7 @@ class Case:
     causal: bool
     scale: float
     softcap: float
+    sinks: tuple[np.ndarray, np.ndarray, int] | None  # bytes, the values they stand for, their type
     block: int
     pieces: int
 
@@ -76,10 +77,16 @@ def make_case(seed: int) -> Case:
         data = data.reshape(*shape[:-1], shape[-1] * element)
         return Tensor(seen.astype(np.float64), Placed(data, rng.random() < 0.5, gap, element * one_of(0, 0, 1)))
 
+    sinks = None
+    if rng.random() < 0.4:
+        values = rng.choice([-np.inf, -3.0, 0.0, 1.0, 100.0, np.inf, np.nan], heads * group).astype(np.float32)
+        type_of_sinks = int(rng.integers(3))
+        data, seen = encode(values, type_of_sinks)
+        sinks = data, seen.astype(np.float64), type_of_sinks
     q, k, v = tensor(batch, heads * group, queries, dim), tensor(1, 1, tokens, dim), tensor(1, 1, tokens, dim_v)
     return Case(q, k, v, heads, kind, rng.random() < 0.5, cu_seqlens.astype(np.int32), lengths.astype(np.int32),
                 longest, causal=rng.random() < 0.6, scale=one_of(1.0, 0.3) / dim**0.5, softcap=one_of(0.0, 0.0, 2.0),
-                block=0 if production else 64, pieces=one_of(0, 1, 2, 3, 100))  # fmt: skip
+                sinks=sinks, block=0 if production else 64, pieces=one_of(0, 1, 2, 3, 100))  # fmt: skip
 
 
 def expected(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -96,9 +103,14 @@ def expected(case: Case) -> tuple[np.ndarray, np.ndarray]:
         if case.softcap > 0:
             logits = case.softcap * np.tanh(logits / case.softcap)
         reached = ~(logits == -np.inf)  # other rows have no weight, whatever they hold
+        sink = -np.inf if case.sinks is None else case.sinks[1][head]
+        if seen > 0 and np.isnan(sink):
+            out[b, head, i] = np.nan
+            continue
         if reached.any():
-            weights = np.exp(logits[reached] - logits[reached].max())
-            weights /= weights.sum()
+            highest = logits[reached].max()
+            weights = np.exp(logits[reached] - highest)
+            weights /= weights.sum() + np.exp(sink - highest)
             out[b, head, i], size[b, head, i] = weights @ v[reached], weights @ np.abs(v[reached])
     return out, size
 
@@ -121,15 +133,17 @@ def run(emulator: Emulator, seed: int, schedule: Schedule) -> None:
     out, memory = strided(wanted, 0x5A)
     cu_seqlens, lengths = emulator.copy(case.cu_seqlens), emulator.copy(case.lengths)
     q, k, v = (strided(t.placed, 0xFF)[0] for t in (case.q, case.k, case.v))
+    sinks = None if case.sinks is None else emulator.copy(case.sinks[0])
     emulator.attend(AttendParams(batch, case.heads, query_heads // case.heads, queries, dim, dim_v, case.type, q, out,
                                  k, v, case.k.values.shape[2], pointer(cu_seqlens), pointer(lengths), case.longest,
-                                 case.causal, case.scale, case.softcap))  # fmt: skip
+                                 case.causal, case.scale, case.softcap, pointer(sinks),
+                                 0 if case.sinks is None else case.sinks[2]))  # fmt: skip
     emulator.synchronize()
 
     got = decode(np.ascontiguousarray(wanted.view(memory)), case.type)
     wanted.view(memory)[:] = 0x5A
     oracle.same("bytes around the output", memory, np.full_like(memory, 0x5A))
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         want, size = expected(case)
         bound = 2e-5 * size + ROUNDING[case.type] * np.abs(want) + 2.0**-24
         close = (np.abs(got - want) <= bound) | (np.isnan(got) & np.isnan(want)) | (got == want)

@@ -129,6 +129,8 @@ class AttendParams(ctypes.Structure):
         ("causal", c_bool),
         ("scale", c_float),
         ("softcap", c_float),
+        ("sinks", c_void_p),
+        ("sinks_type", c_int32),
     ]
 
 
