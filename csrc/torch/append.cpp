@@ -11,6 +11,9 @@ void append_(Tensors cache, Tensor positions, Tensor lengths, Tensor cu_seqlens,
       problem.read_ints(ints(std::move(valid), valid_tensor), "valid", "[B]", false, problem.longest);
   const int64_t tokens =
       host::check_append(problem, {view(cache), view(cu_seqlens), view(lengths), view(positions)}, fresh, position);
+  mark_written(cache, "cache");
+  mark_written(positions, "cache.positions");
+  mark_written(lengths, "cache.lengths");
   Launch launch(problem, cache.data(), rows[0], false);
   AppendParams append = launch.append_params(counts);
   append.tokens = tokens;

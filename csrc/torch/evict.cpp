@@ -65,6 +65,10 @@ void evict_out(Tensors out, Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS
                        index[2],
                        count_overflow ? std::optional(index[3]) : std::nullopt},
                       sources, ranking);
+  for (size_t i = 0; i < out.size(); ++i) {
+    constexpr const char* kIndex[] = {"out.positions", "out.lengths", "out.cu_seqlens", "out.overflow"};
+    mark_written(out[i], i < moved ? host::Name("out", static_cast<int64_t>(i)) : kIndex[i - moved]);
+  }
   run(problem, sizes, out, count_overflow, true);
 }
 
@@ -74,6 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evict_(Tensors payload, Tensors score
   host::Problem problem(moved, ranking, LKV_LAYOUT(static_cast<int64_t>(scores.size())));
   problem.read_sizes(sizes);
   host::check_in_place(problem, sizes, moved, ranking);
+  mark_written(payload, "payload");
   Tensors index;
   add_index(index, problem, sizes, scores[0], count_overflow);
   const host::IndexPointers where = pointers(index.data(), count_overflow);

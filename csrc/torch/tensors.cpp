@@ -72,6 +72,17 @@ host::Ints ints(std::optional<std::vector<int64_t>> held, const std::optional<Te
   return {held ? std::move(*held) : std::vector<int64_t>(), view(tensor)};
 }
 
+void mark_written(const Tensor& written, const host::Name& name) {
+  // The one in-place op of the stable ABI that runs through autograd and, with itself as source, moves nothing.
+  host::check_value(aoti_torch_copy_(written.get(), written.get(), 0) == 0, "expected ", name,
+                    " that may be written in place, got a leaf that requires a gradient, a view of one, or a tensor "
+                    "made in inference mode");
+}
+
+void mark_written(const Tensors& written, const char* name) {
+  for (size_t i = 0; i < written.size(); ++i) mark_written(written[i], {name, static_cast<int64_t>(i)});
+}
+
 Tensor empty(const Shape& shape, int32_t dtype, const Tensor& like) {
   Shape strides(shape.size());
   int64_t step = 1;
