@@ -188,5 +188,5 @@ def check_rows(rows: Sequence[Tensor], buffers: Sequence[Tensor], names: Sequenc
             raise TypeError(f"expected {name} of dtype {buffer.dtype}, got {row.dtype}")
         if row.device != buffer.device:
             raise ValueError(f"expected {name} on {buffer.device}, got {row.device}")
-        if torch.is_grad_enabled() and row.requires_grad:
+        if torch.is_grad_enabled() and (row.requires_grad or buffer.requires_grad):
             raise ValueError(f"expected {name} that requires no gradient: a cache has none")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from lkv_ext.ops import errors
+from lkv_ext.ops import derivatives, errors
 from lkv_ext.ops.attend_backends import BACKENDS, HALF, Call
 from lkv_ext.ops.library import ops
 
@@ -61,8 +60,7 @@ def attend(
         if sinks is not None and not isinstance(sinks, Tensor):
             raise TypeError(f"expected sinks in a tensor of shape [Hq], got {_shape(sinks)}")
         tensors = (q, cache.k, cache.v) if sinks is None else (q, cache.k, cache.v, sinks)
-        if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-            raise ValueError("expected tensors that require no gradient, got some: attend has none")
+        derivatives.refuse(tensors, "attend has no derivative")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if softcap is not None and not softcap > 0:
             raise ValueError(f"expected softcap above 0, got {softcap}")

@@ -8,7 +8,7 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from lkv_ext.ops import cache_file, errors, rooms
+from lkv_ext.ops import cache_file, derivatives, errors, rooms
 from lkv_ext.ops.arguments import check_rows
 from lkv_ext.ops.attend import attend
 from lkv_ext.ops.evict import evict
@@ -130,6 +130,7 @@ class RaggedCache:
         try:
             rows = [k, v, *companions]
             check_rows(rows, [self.k, self.v, *self.companions], names, self.batch, self.heads)
+            derivatives.refuse_tangents((*rows, self.k, self.v, *self.companions), "a cache has no derivative")
             counts = (None, None) if valid is None else split(valid, "valid", [(self.batch,)])
             count = k.shape[2]
             if count > self._free:

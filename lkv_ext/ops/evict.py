@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lkv_ext._arguments import Options
 from lkv_ext._sizes import RowSets
-from lkv_ext.ops import errors
+from lkv_ext.ops import derivatives, errors
 from lkv_ext.ops.arguments import Request, request, request_for
 from lkv_ext.ops.ints import Ints, Plan
 from lkv_ext.ops.library import ops
@@ -78,8 +77,8 @@ def evict(
     try:
         _check_rank(k, v, 4 if cu_seqlens is None else 2)
         asked = request(k, cu_seqlens, budgets, lengths, starts, options)
-        if torch.is_grad_enabled() and any([t.requires_grad for t in (scores, *payload)]):
-            if any(t.requires_grad for t in payload):
+        if derivatives.wanted((scores, *payload)):
+            if derivatives.wanted(payload):
                 return _select_and_gather(payload, v is not None, scores, cu_seqlens, asked, out)
             scores = scores.detach()  # they rank, and a ranking has no gradient
         return _evict(payload, v is not None, [scores], asked, out)
@@ -135,8 +134,7 @@ def evict_layers(
         payload = [t for part in moved for t in part]
         for k, v in zip(ks, vs or [None] * len(ks), strict=True):
             _check_rank(k, v, 4)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in payload):
-            raise ValueError("expected tensors that require no gradient, got some: use evict per layer, or no_grad")
+        derivatives.refuse(payload, "use evict per layer")
         layers, (batch, heads) = len(ks), ks[0].shape[:2]
         tokens = [k.shape[2] for k in ks]
         if all(count == tokens[0] for count in tokens):
@@ -197,8 +195,7 @@ def evict_(
     payload = [k, *companions] if v is None else [k, v, *companions]
     try:
         _check_rank(k, v, 4 if cu_seqlens is None else 2)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in payload):
-            raise ValueError("expected tensors that require no gradient, got some: an eviction in place has none")
+        derivatives.refuse(payload, "an eviction in place has no derivative")
         asked = request(k, cu_seqlens, budgets, lengths, starts, options)
         index = ops.evict_(payload, [scores.detach()], *asked.arguments)
         return new_index(index, asked)
@@ -213,6 +210,7 @@ def _evict(payload: list[Tensor], has_v: bool, scores: list[Tensor], asked: Requ
             return RaggedKV(k, v, (), *index, asked.max_length)
         return _ragged(ops.evict(payload, scores, *asked.arguments), has_v, asked)
     moved = [out.k, *out.companions] if out.v is None else [out.k, out.v, *out.companions]
+    derivatives.refuse(moved, "what is in out is overwritten")
     index = [out.positions, out.lengths, out.cu_seqlens, *([] if out.overflow is None else [out.overflow])]
     ops.evict_out(moved + index, payload, scores, *asked.arguments)
     out.max_length, out.reserve, out.align = asked.max_length, asked.reserve, asked.align
@@ -229,15 +227,15 @@ def _select_and_gather(
 ) -> RaggedKV:
     """`_evict` with gradients. Neither op sees scores and rows together, so their fit is checked here."""
     if out is not None:
-        raise ValueError("expected no out where gradients are required, got one")
+        raise ValueError("expected no out where gradients or tangents are required, got one")
     form, leading = ("[B, H, L]", payload[0].shape[:3]) if cu_seqlens is None else ("[T]", payload[0].shape[:1])
     if scores.shape != leading:
         raise ValueError(f"expected scores of shape {form} = {list(leading)}, got {list(scores.shape)}")
     if scores.device != payload[0].device:
         raise ValueError(f"expected scores on {payload[0].device}, got {scores.device}")
     index = ops.select([scores.detach()], *asked.arguments)
-    where = () if cu_seqlens is None else (1, cu_seqlens, asked.row_sets.batch, asked.row_sets.heads)
-    return _ragged(ops.gather(payload, index[0], index[2], *where) + index, has_v, asked)
+    where = () if cu_seqlens is None else (cu_seqlens, asked.row_sets.batch, asked.row_sets.heads)
+    return _ragged(derivatives.gather(payload, index[0], index[2], *where) + index, has_v, asked)
 
 
 def _ragged(result: list[Tensor], has_v: bool, asked: Request) -> RaggedKV:

@@ -1,4 +1,4 @@
-"""Fake kernels of the ops (shapes and dtypes without data) and the gradient of gather."""
+"""Fake kernels of the ops: shapes and dtypes without data."""
 
 from __future__ import annotations
 
@@ -106,41 +106,3 @@ def _soft_topk_backward(grad, mask, weights, temperature, temperature_value, len
         mask.new_empty(weights.shape),
         mask.new_empty(weights.shape if to_temperature else [0]),
     )
-
-
-def _gather_setup(ctx, inputs, output) -> None:
-    tensors, positions, cu_seqlens, ctx.layers, source_cu_seqlens, _, _ = inputs
-    ctx.shapes = [t.shape for t in tensors]
-    ctx.ragged = source_cu_seqlens is not None
-    ctx.save_for_backward(positions, cu_seqlens, source_cu_seqlens)
-
-
-def _gather_backward(ctx, grads: list[Tensor]):
-    """Every kept row sends its gradient back to where it came from; slack rows add zero to row 0."""
-    positions, cu_seqlens, source = ctx.saved_tensors
-    positions = positions.reshape(-1).long()
-    slots = torch.arange(positions.numel(), device=positions.device)
-    row_set = torch.searchsorted(cu_seqlens, slots, right=True).sub_(1).clamp_(0, cu_seqlens.numel() - 2)
-    results: list[Tensor | None] = []
-    for i, shape in enumerate(ctx.shapes):
-        if not ctx.needs_input_grad[0][i]:
-            results.append(None)
-            continue
-        layer, tokens = i % ctx.layers, shape[0 if ctx.ragged else 2]
-        rows = shape[:1].numel() if ctx.ragged else shape[:3].numel()
-        if ctx.ragged:
-            origin, mine = source[row_set].long(), True
-            limit = source[row_set + 1].long() - origin
-        else:
-            per_layer = shape[0] * shape[1]
-            origin = (row_set - layer * per_layer) * tokens
-            mine, limit = row_set // max(per_layer, 1) == layer, tokens
-        valid = (positions >= 0) & (positions < limit) & mine
-        target = torch.where(valid, origin + positions, 0)
-        grad = grads[i // ctx.layers].reshape(positions.numel(), -1)
-        grad = torch.where(valid[:, None], grad, 0)
-        results.append(grad.new_zeros(rows, grad.shape[1]).index_add_(0, target, grad).view(shape))
-    return results, *(None for _ in ctx.needs_input_grad[1:])  # arguments left at their defaults are not counted
-
-
-torch.library.register_autograd("lkv_ext::gather", _gather_backward, setup_context=_gather_setup)

@@ -22,4 +22,4 @@ def _load() -> None:
 _load()
 ops = torch.ops.lkv_ext
 
-from lkv_ext.ops import fake  # noqa: E402, F401  (registers on the ops just loaded)
+from lkv_ext.ops import batching, derivatives, fake  # noqa: E402, F401  (register on the ops just loaded)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lkv_ext.ops import errors
+from lkv_ext.ops import derivatives, errors
 from lkv_ext.ops.arguments import Request, request
 from lkv_ext.ops.ints import Ints, Plan
 from lkv_ext.ops.library import ops
@@ -70,10 +70,10 @@ def gather(tensors: Sequence[Tensor], index: RaggedIndex, *, cu_seqlens: Tensor 
         if not tensors:
             return []
         if cu_seqlens is None:
-            return ops.gather(tensors, index.positions, index.cu_seqlens)
+            return derivatives.gather(tensors, index.positions, index.cu_seqlens)
         heads = index.lengths.shape[-1]
         batch = index.lengths.numel() // max(heads, 1)
-        return ops.gather(tensors, index.positions, index.cu_seqlens, 1, cu_seqlens, batch, heads)
+        return derivatives.gather(tensors, index.positions, index.cu_seqlens, cu_seqlens, batch, heads)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("gather", error, [f"tensors[{i}]" for i in range(len(tensors))])
 

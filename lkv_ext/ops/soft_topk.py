@@ -7,11 +7,11 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from lkv_ext.ops import errors
+from lkv_ext.ops import derivatives, errors
+from lkv_ext.ops.batching import EachSample
 from lkv_ext.ops.library import ops
+from lkv_ext.ops.soft_slopes import Slopes
 
 _ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 _AXES = 4  # in front of n, as the kernels count them
@@ -26,8 +26,9 @@ def soft_topk(
 ) -> Tensor:
     """`m = sigmoid((scores - tau) / temperature)` with tau of every row such that the row of m sums to k.
 
-    As the temperature goes to 0 this is the mask of the k best scores; k need not be an integer. Differentiable once in
-    scores, k and temperature (with w = m (1 - m), W = sum w and g the gradient of m):
+    As the temperature goes to 0 this is the mask of the k best scores; k need not be an integer. Differentiable in
+    scores, k and temperature, in either mode and any number of times (with w = m (1 - m), W = sum w and g the gradient
+    of m):
 
         dL/dk = sum(w g) / W,  dL/dscores = w (g - dL/dk) / T,  dL/dT = -sum(w (u - u') g) / T
 
@@ -92,30 +93,40 @@ def _flattened(scores: Tensor, k: Tensor | None, k_value: float, t: Tensor | Non
 
 
 def _run(scores: Tensor, k: Tensor | None, k_value: float, t: Tensor | None, *rest) -> Tensor:
-    if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in (scores, k, t)]):
-        return _SoftTopk.apply(scores, k, k_value, t, *rest)
+    if derivatives.wanted([x for x in (scores, k, t) if x is not None]):
+        op = _SoftTopkInForwardMode if derivatives.in_forward_mode() else _SoftTopk
+        return op.apply(scores, k, k_value, t, *rest)[0]
     return ops.soft_topk(scores, k, k_value, t, *rest)[0]
 
 
-class _SoftTopk(Function):
+class _SoftTopk(EachSample):
     @staticmethod
-    def forward(ctx, scores, k, k_value, temperature, t_value, lengths, log):
-        mask, weights = ops.soft_topk(scores, k, k_value, temperature, t_value, lengths, log)
-        ctx.save_for_backward(mask, weights, temperature, lengths)
-        ctx.t_value, ctx.log = t_value, log
-        ctx.element = _ELEMENTS[scores.dtype]
-        ctx.shapes = [None if x is None else x.shape for x in (k, temperature)]
-        return mask
+    def forward(scores, k, k_value, temperature, t_value, lengths, log):
+        return ops.soft_topk(scores, k, k_value, temperature, t_value, lengths, log)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
+    def setup_context(ctx, inputs, output) -> None:
+        scores, k, _, temperature, ctx.t_value, lengths, ctx.log = inputs
+        mask, weights = output
+        ctx.mark_non_differentiable(weights)
+        ctx.save_for_backward(mask, weights, temperature, lengths)
+        ctx.save_for_forward(mask, weights, temperature)
+        ctx.dtype = scores.dtype
+        ctx.shapes = [None if x is None else x.shape for x in (k, temperature)]
+
+    @staticmethod
+    def backward(ctx, grad, _weights):
         mask, weights, temperature, lengths = ctx.saved_tensors
         to_scores, to_k, to_temperature = (ctx.needs_input_grad[i] for i in (0, 1, 3))
-        of_scores, of_k, of_temperature = ops.soft_topk_backward(
-            grad.contiguous(), mask, weights, temperature, ctx.t_value, lengths, ctx.element, ctx.log, to_scores,
-            to_temperature,
-        )  # fmt: skip
+        if derivatives.wanted((grad, mask)):  # the kernel has no derivative of its own
+            slopes = Slopes(mask, weights, ctx.t_value if temperature is None else temperature, ctx.log)
+            of_scores, of_k, of_temperature = slopes.backward(grad)
+            of_scores = of_scores.to(ctx.dtype)
+        else:
+            of_scores, of_k, of_temperature = ops.soft_topk_backward(
+                grad.contiguous(), mask, weights, temperature, ctx.t_value, lengths, _ELEMENTS[ctx.dtype], ctx.log,
+                to_scores, to_temperature,
+            )  # fmt: skip
         k_shape, t_shape = ctx.shapes
         return (
             of_scores if to_scores else None,
@@ -126,3 +137,12 @@ class _SoftTopk(Function):
             None,
             None,
         )
+
+
+class _SoftTopkInForwardMode(_SoftTopk):
+    """Of its own, as torch.compile traces no function with a `jvp`."""
+
+    @staticmethod
+    def jvp(ctx, scores, k, _k_value, temperature, *_rest):
+        with derivatives.outer_levels((*ctx.saved_tensors, scores, k, temperature)) as (mask, weights, at, *tangents):
+            return Slopes(mask, weights, ctx.t_value if at is None else at, ctx.log).forward(*tangents), None

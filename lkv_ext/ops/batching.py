@@ -1,0 +1,42 @@
+"""torch.vmap: every op runs once for each sample, as samples need not agree in an index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd import Function
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from lkv_ext.ops.library import ops
+
+
+def each(op: Callable) -> Callable:
+    """The rule of `op` for torch.vmap."""
+
+    def rule(info, in_dims, *args):
+        leaves, spec = tree_flatten(args)
+        dims = tree_flatten(in_dims, is_leaf=lambda x: x is None)[0]
+
+        def sample(i: int) -> object:
+            parts = [leaf if dim is None else leaf.select(dim, i) for leaf, dim in zip(leaves, dims, strict=True)]
+            return op(*tree_unflatten(parts, spec))
+
+        results = [tree_flatten(sample(i)) for i in range(info.batch_size)]
+        stacked = [torch.stack(parts) for parts in zip(*(parts for parts, _ in results), strict=True)]
+        result = tree_unflatten(stacked, results[0][1])
+        return result, tree_map(lambda _: 0, result)
+
+    return rule
+
+
+class EachSample(Function):
+    """A function with this rule: unlike a generated one it stays right when it is itself differentiated."""
+
+    def __init_subclass__(cls) -> None:
+        cls.vmap = staticmethod(each(cls.apply))
+
+
+# Not the ops that write in place: torch refuses these by name, as it must where samples share what is written.
+for _name in ("select", "evict", "evict_plain", "gather", "attend", "soft_topk", "soft_topk_backward"):
+    torch.library.register_vmap(f"lkv_ext::{_name}", each(getattr(ops, _name).default))
