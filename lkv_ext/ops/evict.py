@@ -69,7 +69,8 @@ def evict(
     Raises:
         ValueError, TypeError: for a wrong shape, device, dtype, stride or overlap, before anything is written.
 
-    Gradients flow through k, v and companions where they are required; then this is `select` followed by `gather`.
+    Gradients and tangents flow through k, v and companions where they are asked for; then this is `select` followed by
+    `gather`. What is written to (`out`) must require none.
     CPU tensors count as host values, save under torch.compile, which cannot read them.
     """
     options = (sink, window, layout, capacity, max_budget, reserve, align)

@@ -60,7 +60,7 @@ def gather(tensors: Sequence[Tensor], index: RaggedIndex, *, cu_seqlens: Tensor 
         cu_seqlens: int32 `[B * H + 1]` of ragged input.
 
     Returns:
-        One tensor for each: `[T', ...]` or, with a padded index, `[B, H, C, ...]`. Differentiable.
+        One tensor for each: `[T', ...]` or, with a padded index, `[B, H, C, ...]`. Differentiable, in either mode.
 
     Raises:
         ValueError, TypeError: for a wrong shape, device or dtype.
