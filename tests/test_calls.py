@@ -1,4 +1,4 @@
-"""What a call costs in Python, counted instead of timed, and that what is remembered between calls is only what holds."""
+"""What a call costs in Python, counted, not timed; and that what is remembered between calls is only what holds."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from cases import storage_bytes, twins
 import lkv_ext
 
 assert lkv_ext.build_info()["cpu_isa"] == sys.argv[1]
-tokens = (1, 15, 16, 17, 63, 130, 1023, 1025, 4095, 4100, 9000)
+tokens = (1, 15, 16, 17, 63, 130, 1023, 2047, 2049, 4100, 9000)
 for count, (kind, dtype) in itertools.product(tokens, itertools.product(SCORES, SCORE_DTYPES)):
     scores = place(scores_of(kind, [1, 3, count]).to(dtype), ("contiguous", "tokens_first")[count % 2])
     budgets = [count // 7, count // 2, count - 1]
@@ -41,6 +41,27 @@ out = lkv_ext.evict(k, None, scores, 200_000)
 check(lkv_ext.evict(k, None, -scores, 200_000, out=out), expected([k], -scores, 200_000))
 """
 
+# Every 16-bit score there is, and of float32 the neighbours of every border: all NaNs, both zeros, subnormal numbers.
+BITS = """
+import torch
+from cases import check_index, expected, generator
+import lkv_ext
+
+def every_budget(bits, dtype, budgets):
+    order = torch.randperm(bits.numel(), generator=generator(7))
+    scores = bits[order].view(dtype).expand(1, len(budgets), -1)
+    check_index(lkv_ext.select(scores, budgets), expected([], scores, budgets))
+
+borders = torch.tensor([0, 0x007fffff, 0x00800000, 0x3f800000, 0x7f7fffff, 0x7f800000, 0x7fc00000, 0x7ffffffe])
+bits = (borders[:, None] + torch.tensor([-1, 0, 1])).flatten().clamp_(min=0)
+bits = torch.cat([bits, bits - 2**31]).to(torch.int32)
+every_budget(bits, torch.float32, list(range(1, bits.numel())))
+every_budget(bits.repeat(100), torch.float32, list(range(1, 4800, 307)))
+for dtype in (torch.float16, torch.bfloat16):
+    every_budget(torch.arange(-(2**15), 2**15, dtype=torch.int16), dtype, list(range(1, 2**16, 9001)))
+    every_budget(torch.arange(-(2**15), 2**15, 77, dtype=torch.int16), dtype, list(range(1, 850, 61)))
+"""
+
 
 def run(isa: str, code: str, *arguments: str) -> subprocess.CompletedProcess:
     paths = [str(Path(__file__).parent), *filter(None, sys.path)]
@@ -49,8 +70,9 @@ def run(isa: str, code: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
-def test_parity(isa: str) -> None:
-    result = run(isa, PARITY, isa)
+@pytest.mark.parametrize("code", [PARITY, BITS], ids=["parity", "bits"])
+def test_parity(isa: str, code: str) -> None:
+    result = run(isa, code, isa)
     if f"LKV_CPU_ISA={isa} is not available here" in result.stderr:
         pytest.skip(f"this machine does not run {isa}")
     assert result.returncode == 0, result.stderr

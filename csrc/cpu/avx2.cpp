@@ -30,7 +30,6 @@ struct Avx2 {
   static constexpr int64_t block = 32;
 
   static Vec set(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
-  static Vec iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
   static Vec load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const Vec*>(p)); }
   static Vec load(const uint16_t* p) {
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -43,19 +42,29 @@ struct Avx2 {
   static Vec shift_right(Vec v, int bits) { return _mm256_srl_epi32(v, _mm_cvtsi32_si128(bits)); }
   static Vec fill_sign(Vec v) { return _mm256_srai_epi32(v, 31); }
 
-  static uint32_t bits(Vec lanes) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes))); }
-  static uint32_t above(Vec a, Vec b) {
-    const Vec sign = set(0x80000000u);  // the comparison is signed
-    return bits(_mm256_cmpgt_epi32(a ^ sign, b ^ sign));
+  using Lanes = Vec;
+  struct Inside {
+    Vec first, count;
+    // The comparison is signed: 2^31 more on both sides.
+    explicit Inside(Arc arc) : first(set(arc.first ^ 0x80000000u)), count(set(arc.count ^ 0x80000000u)) {}
+    Lanes operator()(Vec x) const { return _mm256_cmpgt_epi32(count, sub(x, first)); }
+  };
+  static Vec choose(Lanes lanes, Vec yes, Vec no) { return _mm256_blendv_epi8(no, yes, lanes); }
+  static uint32_t bits(Lanes lanes) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes))); }
+  static Vec count(Vec counts, Lanes lanes) { return sub(counts, lanes); }
+  static int64_t total(Vec v) {
+    uint32_t lanes[width];
+    store(lanes, v);
+    int64_t sum = 0;
+    for (const uint32_t lane : lanes) sum += lane;
+    return sum;
   }
-  static uint32_t equal(Vec a, Vec b) { return bits(_mm256_cmpeq_epi32(a, b)); }
-  static Vec zero_where_equal(Vec v, Vec a, Vec b) { return _mm256_andnot_si256(_mm256_cmpeq_epi32(a, b), v); }
-  static Vec zero_where_above(Vec v, Vec a, Vec b) { return _mm256_andnot_si256(_mm256_cmpgt_epi32(a, b), v); }
 
-  static void compress(uint32_t* p, Vec v, uint32_t mask) {
-    const Vec lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kPack.lanes[mask])));
-    store(p, _mm256_permutevar8x32_epi32(v, lanes));
+  static Vec packed(uint32_t mask) {
+    return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kPack.lanes[mask])));
   }
+  static void compress(uint32_t* p, Vec v, uint32_t mask) { store(p, _mm256_permutevar8x32_epi32(v, packed(mask))); }
+  static void number(uint32_t* p, Vec base, uint32_t mask) { store(p, add(base, packed(mask))); }
 
   using Floats = __m256;
   static constexpr int chunks = 2;

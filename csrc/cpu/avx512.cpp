@@ -13,7 +13,6 @@ struct Avx512 {
   static constexpr int64_t block = 64;
 
   static Vec set(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
-  static Vec iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   static Vec load(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static Vec load(const uint16_t* p) {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -26,20 +25,30 @@ struct Avx512 {
   static Vec shift_right(Vec v, int bits) { return _mm512_srl_epi32(v, _mm_cvtsi32_si128(bits)); }
   static Vec fill_sign(Vec v) { return _mm512_srai_epi32(v, 31); }
 
+  using Lanes = __mmask16;
+  struct Inside {
+    Vec first, count;
+    explicit Inside(Arc arc) : first(set(arc.first)), count(set(arc.count)) {}
+    Lanes operator()(Vec x) const { return _mm512_cmplt_epu32_mask(sub(x, first), count); }
+  };
+  static Vec choose(Lanes lanes, Vec yes, Vec no) { return _mm512_mask_mov_epi32(no, lanes, yes); }
   // Through a general register: GCC 12 may spill a mask register as 16 bits and count 32 of them.
-  static uint32_t bits(__mmask16 lanes) {
+  static uint32_t bits(Lanes lanes) {
     uint32_t mask = lanes;
     asm("" : "+r"(mask));
     return mask;
   }
-  static uint32_t above(Vec a, Vec b) { return bits(_mm512_cmpgt_epu32_mask(a, b)); }
-  static uint32_t equal(Vec a, Vec b) { return bits(_mm512_cmpeq_epi32_mask(a, b)); }
-  static Vec zero_where_equal(Vec v, Vec a, Vec b) { return _mm512_maskz_mov_epi32(_mm512_cmpneq_epi32_mask(a, b), v); }
-  static Vec zero_where_above(Vec v, Vec a, Vec b) { return _mm512_maskz_mov_epi32(_mm512_cmple_epi32_mask(a, b), v); }
+  static Vec count(Vec counts, Lanes lanes) { return _mm512_mask_sub_epi32(counts, lanes, counts, set(~0u)); }
+  static int64_t total(Vec v) {
+    return _mm512_reduce_add_epi64(_mm512_add_epi64(_mm512_srli_epi64(v, 32), v & _mm512_set1_epi64(0xffffffff)));
+  }
 
   // In register first: the form that compresses into memory is microcoded on Zen 4.
   static void compress(uint32_t* p, Vec v, uint32_t mask) {
     _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), v));
+  }
+  static void number(uint32_t* p, Vec base, uint32_t mask) {
+    compress(p, add(base, _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)), mask);
   }
 
   using Floats = __m512;

@@ -10,10 +10,10 @@ namespace {
 constexpr uint32_t kHighest = 0xffffffffu;
 
 // Up to here, counting against one trial key after another beats any histogram.
-constexpr int64_t kSearched = 1024;
+constexpr int64_t kSearched = 2048;
 
-// From here on, a sample of the row brackets the pivot and one pass replaces the first digit's two.
-constexpr int64_t kSampledRow = 4096;
+// An interval as narrow as this, of floats between two powers of two, has its keys spread evenly enough for a guess.
+constexpr uint32_t kNarrow = 1u << 23;
 
 int64_t bin_words(int64_t size) {
   return size > kSearched ? kCopies * kBins : 0;
@@ -25,6 +25,19 @@ struct Range {
   int64_t size, rank;
 };
 
+// Part of the line of keys, and how many keys of a buffer are at least `low` and above `high`.
+struct Interval {
+  uint32_t low, high;
+  int64_t reach, above;
+
+  uint32_t middle() const { return low + (high - low) / 2; }
+  // Where the rank-th largest would be if keys were spread evenly.
+  uint32_t guess(int64_t rank) const {
+    const double share = static_cast<double>(reach - rank) / static_cast<double>(reach - above);
+    return low + static_cast<uint32_t>(share * (high - low));
+  }
+};
+
 class PivotSearch {
  public:
   PivotSearch(const RowKernels& kernels, const ScoreRow& row, uint32_t* scratch)
@@ -33,16 +46,16 @@ class PivotSearch {
   Pivot find(int64_t rank) {
     const Range all = {0, kHighest, row_.size(), rank};
     if (row_.size() <= kSearched) {
-      collect(all.low, all.high);
-      return search(all);
+      row_.for_each_piece(
+          [&](const void* items, int64_t count, int64_t first) { row_.kernels().keys(items, count, keys_ + first); });
+      return search(row_.size(), {all.low, all.high, all.size, 0}, rank);
     }
-    if (row_.size() >= kSampledRow) {
-      Range bracket = sample_bracket(all);
-      const Collected found = collect(bracket.low, bracket.high);
-      bracket.size = found.inside;
-      bracket.rank = rank - found.above;
-      if (bracket.rank > 0 && bracket.rank <= bracket.size) return refine(bracket);
-    }
+    // A sample of the row brackets the pivot; where it misleads, two passes find the first digit.
+    Range bracket = sample_bracket(all);
+    const Collected found = collect(bracket.low, bracket.high);
+    bracket.size = found.inside;
+    bracket.rank = rank - found.above;
+    if (bracket.rank > 0 && bracket.rank <= bracket.size) return refine(bracket);
     const int shift = digit_shift(all);
     clear_bins();
     row_.for_each_piece([&](const void* items, int64_t count, int64_t) {
@@ -86,27 +99,36 @@ class PivotSearch {
     // All of them: `low` is not 0 then, or the whole row would be kept.
     if (range.rank == range.size) return {range.low - 1, 0};
     if (settled(range)) return {range.low, range.rank};
-    return search(range);
+    return search(range.size, {range.low, range.high, range.size, 0}, range.rank);
   }
 
-  // Bisection over the keys of a range: for a key that exactly `rank` are above, or else for the rank-th largest.
-  Pivot search(const Range& range) const {
-    const uint32_t unit = uint32_t{1} << row_.unit_bits();
-    uint32_t low = range.low, high = range.high;
-    int64_t above = 0;
-    while (low < high) {
-      const uint32_t middle = (low + (high - low) / 2) & ~(unit - 1);
-      const int64_t count = kernels_.count_above(keys_, range.size, middle);
-      if (count == range.rank) return {middle, 0};
-      if (count < range.rank) {
-        high = middle;
-        above = count;
-      } else {
-        low = middle + unit;
-      }
+  // Among the first `size` of keys_: for a key that exactly `rank` are above, or else for the rank-th largest. A guess
+  // that does not even halve the interval is followed by a halving.
+  Pivot search(int64_t size, Interval in, int64_t rank) const {
+    bool guess = true;
+    while (in.low < in.high) {
+      const uint32_t width = in.high - in.low;
+      const uint32_t key = (guess && width < kNarrow ? in.guess(rank) : in.middle()) & ~(unit() - 1);
+      if (narrow(size, in, key, rank) == rank) return {key, 0};
+      guess = !guess || in.high - in.low <= width / 2;
     }
-    return {high, range.rank - above};
+    return {in.high, rank - in.above};
   }
+
+  // Cuts the interval at a key, on the side where the rank-th largest is not. Returns how many are above the key.
+  int64_t narrow(int64_t size, Interval& in, uint32_t key, int64_t rank) const {
+    const int64_t count = kernels_.count_above(keys_, size, key);
+    if (count < rank) {
+      in.high = key;
+      in.above = count;
+    } else {
+      in.low = key + unit();
+      in.reach = count;
+    }
+    return count;
+  }
+
+  uint32_t unit() const { return uint32_t{1} << row_.unit_bits(); }
 
   int digit_shift(const Range& range) const {
     const int bits = std::bit_width(range.high - range.low);
@@ -136,21 +158,22 @@ class PivotSearch {
 
   // Two keys of a sample, some standard deviations of its rank to either side of the pivot's.
   Range sample_bracket(const Range& all) {
-    const int64_t sample = std::clamp<int64_t>(all.size / 128, 512, 4096);
-    // One score in every stretch of the row, at a place that no period of the data follows.
-    uint64_t random = 0x9e3779b97f4a7c15u;
-    for (int64_t i = 0; i < sample; ++i) {
-      random = random * 6364136223846793005u + 1442695040888963407u;
-      const int64_t begin = i * all.size / sample, end = (i + 1) * all.size / sample;
-      keys_[i] = row_.key(begin + static_cast<int64_t>((random >> 32) * static_cast<uint64_t>(end - begin) >> 32));
-    }
+    const int bits = std::clamp(static_cast<int>(std::bit_width(static_cast<uint64_t>(all.size))) - 8, 9, 12);
+    const int64_t sample = int64_t{1} << bits;
+    row_.sample(bits, keys_);
     const double share = static_cast<double>(all.rank) / static_cast<double>(all.size);
     const double center = share * static_cast<double>(sample);
     const double margin = 3.5 * std::sqrt(center * (1 - share)) + 2;
     const auto upper = static_cast<int64_t>(center - margin), lower = static_cast<int64_t>(center + margin);
+    // One search for both, until they part.
+    Interval both = {all.low, all.high, sample, 0};
+    for (Interval next = both; both.high - both.low >= kNarrow; both = next) {
+      const int64_t count = narrow(sample, next, both.middle() & ~(unit() - 1), lower);
+      if (upper <= count && count < lower) break;
+    }
     Range bracket = all;
-    if (upper > 0) bracket.high = search({0, kHighest, sample, upper}).key;
-    if (lower < sample) bracket.low = search({0, kHighest, sample, lower}).key;
+    if (upper > 0) bracket.high = search(sample, both, upper).key;
+    if (lower < sample) bracket.low = search(sample, both, lower).key;
     return bracket;
   }
 

@@ -14,7 +14,6 @@ struct Portable {
   static constexpr int64_t block = 16;
 
   static Vec set(uint32_t x) { return x; }
-  static Vec iota() { return 0; }
   static Vec load(const uint32_t* p) {
     Vec v;
     memcpy(&v, p, sizeof(v));
@@ -32,12 +31,18 @@ struct Portable {
   static Vec shift_right(Vec v, int bits) { return v >> bits; }
   static Vec fill_sign(Vec v) { return static_cast<Vec>(static_cast<int32_t>(v) >> 31); }
 
-  static uint32_t above(Vec a, Vec b) { return a > b; }
-  static uint32_t equal(Vec a, Vec b) { return a == b; }
-  static Vec zero_where_equal(Vec v, Vec a, Vec b) { return a == b ? 0 : v; }
-  static Vec zero_where_above(Vec v, Vec a, Vec b) { return a > b ? 0 : v; }
+  using Lanes = uint32_t;
+  struct Inside : Arc {
+    explicit Inside(Arc arc) : Arc(arc) {}
+    Lanes operator()(Vec x) const { return x - first < count; }
+  };
+  static Vec choose(Lanes lanes, Vec yes, Vec no) { return lanes ? yes : no; }
+  static uint32_t bits(Lanes lanes) { return lanes; }
+  static Vec count(Vec counts, Lanes lanes) { return counts + lanes; }
+  static int64_t total(Vec v) { return v; }
 
   static void compress(uint32_t* p, Vec v, uint32_t) { *p = v; }
+  static void number(uint32_t* p, Vec base, uint32_t) { *p = base; }
 
   using Floats = float;
   static constexpr int chunks = 1;

@@ -26,15 +26,25 @@ struct Emitted {
   int64_t count, ties;
 };
 
-// Over n consecutive items: scores of one type, or keys.
+// ++bins[copy * kBins + ((key - low) >> shift)] for n items; every digit must be below kBins.
+using Histogram = void (*)(const void* items, int64_t n, uint32_t low, int shift, uint32_t* bins);
+
+// Writes the keys in [low, high], which are not all there are, to out, in order, and counts those above. `out` may be
+// `items` (of keys).
+using Collect = Collected (*)(const void* items, int64_t n, uint32_t low, uint32_t high, uint32_t* out);
+
+// Over n consecutive keys.
 struct KeyKernels {
   int64_t (*count_above)(const void* items, int64_t n, uint32_t key);
+  Histogram histogram;
+  Collect collect;
+};
 
-  // ++bins[copy * kBins + ((key - low) >> shift)]; every digit must be below kBins.
-  void (*histogram)(const void* items, int64_t n, uint32_t low, int shift, uint32_t* bins);
-
-  // Writes the keys in [low, high] to out, in order, and counts those above. `out` may be `items` (of keys).
-  Collected (*collect)(const void* items, int64_t n, uint32_t low, uint32_t high, uint32_t* out);
+// Over n consecutive scores of one type.
+struct ScoreKernels {
+  void (*keys)(const void* items, int64_t n, uint32_t* out);  // writes whole vectors
+  Histogram histogram;
+  Collect collect;
 
   // Writes position + i for every key above `key` and for the first `ties` keys equal to it. Touches out[0, space) at
   // most, which may be more than it counts.
@@ -112,7 +122,7 @@ struct SoftKernels {
 
 struct RowKernels {
   const char* name;
-  KeyKernels scores[3];  // by ScoreType
+  ScoreKernels scores[3];  // by ScoreType
   KeyKernels keys;
   CopyRows (*copy_rows)(int64_t bytes);
   CopyRows (*stream_rows)(int64_t bytes);  // non-temporal; rows aligned to 64 bytes at both ends of `to`

@@ -15,20 +15,18 @@ class ScoreRow {
   ScoreRow(const RowKernels& kernels, ScoreType type, const char* data, int64_t stride, int64_t size)
       : kernels_(kernels.scores[static_cast<int>(type)]), type_(type), data_(data), stride_(stride), size_(size) {}
 
-  const KeyKernels& kernels() const { return kernels_; }
+  const ScoreKernels& kernels() const { return kernels_; }
   int64_t size() const { return size_; }
 
   // Keys are multiples of 1 << unit_bits() (below the top half there is nothing in a 16-bit score).
   int unit_bits() const { return type_ == ScoreType::f32 ? 0 : 16; }
 
-  uint32_t key(int64_t i) const {
-    switch (type_) {
-      case ScoreType::f32:
-        return ordered_key<ScoreType::f32>(item<uint32_t>(i));
-      case ScoreType::f16:
-        return ordered_key<ScoreType::f16>(item<uint16_t>(i));
-      default:
-        return ordered_key<ScoreType::bf16>(item<uint16_t>(i));
+  // The keys of 1 << bits scores, of which there are at least as many and bits is at least 8.
+  void sample(int bits, uint32_t* keys) const {
+    if (type_ == ScoreType::f32) {
+      sampled<uint32_t>(bits, keys);
+    } else {
+      sampled<uint16_t>(bits, keys);
     }
   }
 
@@ -50,6 +48,23 @@ class ScoreRow {
     return item;
   }
 
+  // One score in every stretch of the row, at a place that no period of the data follows.
+  template <class Item>
+  void sampled(int bits, uint32_t* keys) const {
+    constexpr int64_t kPiece = 256;
+    Item piece[kPiece];
+    const auto stretch = static_cast<uint64_t>(size_ >> bits);
+    for (int64_t first = 0; first < int64_t{1} << bits; first += kPiece) {
+      for (int64_t i = 0; i < kPiece; ++i) {
+        uint64_t random = static_cast<uint64_t>(first + i) * 0x9e3779b97f4a7c15u;
+        random = (random ^ random >> 31) * 0xbf58476d1ce4e5b9u;
+        const int64_t begin = (first + i) * size_ >> bits;
+        piece[i] = item<Item>(begin + static_cast<int64_t>((random >> 32) * stretch >> 32));
+      }
+      kernels_.keys(piece, kPiece, keys + first);
+    }
+  }
+
   template <class Item, class Visit>
   void pieces(Visit& visit) const {
     if (stride_ == sizeof(Item)) return visit(static_cast<const void*>(data_), size_, int64_t{0});
@@ -62,7 +77,7 @@ class ScoreRow {
     }
   }
 
-  const KeyKernels& kernels_;
+  const ScoreKernels& kernels_;
   ScoreType type_;
   const char* data_;
   int64_t stride_, size_;

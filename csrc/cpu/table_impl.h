@@ -12,9 +12,8 @@ template <class S>
 constexpr RowKernels make_row_kernels(const char* name) {
   return {
       name,
-      {key_kernels<S, Scores<ScoreType::f32>>(), key_kernels<S, Scores<ScoreType::f16>>(),
-       key_kernels<S, Scores<ScoreType::bf16>>()},
-      key_kernels<S, Keys>(),
+      {score_kernels<S, ScoreType::f32>(), score_kernels<S, ScoreType::f16>(), score_kernels<S, ScoreType::bf16>()},
+      key_kernels<S>(),
       pick_copy<S>,
       pick_stream<S>,
       S::fence,
