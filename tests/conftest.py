@@ -16,6 +16,7 @@ else:
     settings.register_profile(
         "fuzz", max_examples=5000, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
     )
+    settings.register_profile("small", max_examples=25, derandomize=True, deadline=None, database=None)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

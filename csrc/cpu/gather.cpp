@@ -40,7 +40,8 @@ char* output(const GatherParams& p, int64_t payload, int64_t j) {
 
 void clear(const GatherParams& p, const Segment& s) {
   for (int64_t payload = 0; payload < p.payloads; ++payload) {
-    std::memset(output(p, payload, s.begin), 0, static_cast<size_t>((s.end - s.begin) * p.row_bytes[payload]));
+    const int64_t bytes = p.row_bytes[payload];
+    if (bytes > 0) std::memset(output(p, payload, s.begin), 0, static_cast<size_t>((s.end - s.begin) * bytes));
   }
 }
 

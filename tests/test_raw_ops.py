@@ -1,0 +1,214 @@
+"""torch.ops.lkv_ext as somebody calls it who does not come through lkv_ext: refused, or done in bounds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lkv_ext
+from lkv_ext.ops.library import ops
+
+B, H, L, D, T = 2, 3, 20, 4, 60
+SIZES = ("budgets", "total", "padded", "count_overflow", "cu_seqlens", "batch", "heads", "budgets_tensor", "lengths",
+         "lengths_tensor", "starts", "starts_tensor", "sink", "window", "max_budget", "reserve", "align")  # fmt: skip
+
+
+def offsets(count: int = B * H, step: int = 10) -> Tensor:
+    return torch.arange(count + 1, dtype=torch.int32) * step
+
+
+def sizes() -> dict:
+    return dict(budgets=[5], total=30)
+
+
+def rows(*shape: int) -> Tensor:
+    return torch.randn(shape or (B, H, L, D))
+
+
+def good() -> dict[str, dict]:
+    """Of every op, the arguments of a call that is right, in the order of its schema."""
+    scores, index = torch.randn(B, H, L), lkv_ext.select(torch.zeros(B, H, L), 5)
+    out = lkv_ext.evict(rows(), rows(), scores, 5)
+    ragged = dict(cu_seqlens=offsets(), batch=B, heads=H)
+    mask, weights = ops.soft_topk(scores, None, 3.0, None, 0.5, None, False)
+    calls = {
+        "select": dict(scores=[scores], **sizes()),
+        "select_ragged": dict(scores=[torch.randn(T)], **sizes(), **ragged),
+        "evict": dict(payload=[rows(), rows()], scores=[scores], **sizes()),
+        "evict_padded": dict(payload=[rows()], scores=[scores], **sizes(), padded=5),
+        "evict_layers": dict(payload=[rows()] * 2, scores=[scores] * 2, budgets=[5], total=60),
+        "evict_ragged": dict(payload=[rows(T, D)], scores=[torch.randn(T)], **sizes(), **ragged),
+        "evict_plain": dict(k=rows(), v=rows(), scores=scores, **sizes()),
+        "evict_out": dict(out=[out.k, out.v, *(out.positions, out.lengths, out.cu_seqlens)], payload=[rows(), rows()],
+                          scores=[scores], **sizes()),
+        "evict_": dict(payload=[rows(), rows()], scores=[scores], **sizes()),
+        "evict__ragged": dict(payload=[rows(T, D)], scores=[torch.randn(T)], **sizes(), **ragged),
+        "gather": dict(tensors=[rows()], positions=index.positions, cu_seqlens=index.cu_seqlens),
+        "gather_ragged": dict(tensors=[rows(T, D)], positions=index.positions, cu_seqlens=index.cu_seqlens, layers=1,
+                              source_cu_seqlens=offsets(), batch=B, heads=H),
+        "append_": dict(cache=[rows(T, D), rows(T, D)], positions=torch.zeros(T, dtype=torch.int32),
+                        lengths=torch.full((B, H), 2, dtype=torch.int32), cu_seqlens=offsets(),
+                        rows=[rows(B, H, 3, D), rows(B, H, 3, D)], position=2),
+        "attend": dict(q=rows(B, 2 * H, 2, D), k=rows(T, D), v=rows(T, D), cu_seqlens=offsets(),
+                       lengths=torch.full((B, H), 7, dtype=torch.int32), longest=7, causal=True, scale=0.5),
+        "soft_topk": dict(scores=scores, k=None, k_value=3.0, temperature=None, temperature_value=0.5, lengths=None,
+                          log=False),
+        "soft_topk_backward": dict(grad=mask.clone(), mask=mask, weights=weights, temperature=None,
+                                   temperature_value=0.5, lengths=None, element=0, log=False, to_scores=True,
+                                   to_temperature=True),
+    }  # fmt: skip
+    return calls
+
+
+def op_of(call: str):
+    return getattr(ops, call.replace("_ragged", "").replace("_padded", "").replace("_layers", ""))
+
+
+REFUSED = (
+    ("evict_padded", dict(total=100), "a padded output of 6 rooms of 5 rows, got 100 rows"),
+    ("evict_padded", dict(total=10_000_000), "a padded output of 6 rooms of 5 rows"),
+    ("evict_padded", dict(padded=2**62, total=0), "a padded output of 6 rooms"),
+    ("evict_out", dict(padded=5), "contiguous of shape"),
+    ("evict", dict(total=2**31), "at most 2\\*\\*31 - 1 rows"),
+    ("evict", dict(total=-1), "at most 2\\*\\*31 - 1 rows"),
+    ("evict", dict(reserve=2**63 - 1), "reserve and align of at most 2\\*\\*31 - 1"),
+    ("evict", dict(align=2**63 - 1), "reserve and align of at most 2\\*\\*31 - 1"),
+    ("evict", dict(align=0), "align >= 1"),
+    ("evict", dict(reserve=-1), "reserve >= 0"),
+    ("evict", dict(sink=-1), "sink and window of at least 0"),
+    ("evict", dict(payload=[]), ""),  # counts as a select
+    ("evict", dict(scores=[]), "one tensor per layer"),
+    ("evict", dict(payload=[torch.empty(1, 1, 2**31, 0)], scores=[torch.zeros(1).expand(1, 1, 2**31)]), "tokens"),
+    ("select", dict(scores=[torch.zeros(1).expand(2**20, 2**20, 4)]), "2\\*\\*31 - 1 heads"),
+    ("select", dict(scores=[torch.randn(B, L)]), "of shape \\[B, H, L"),
+    ("select_ragged", dict(batch=-B, heads=-H), "2\\*\\*31 - 1 heads"),
+    ("select_ragged", dict(batch=2**40, heads=2**40), "2\\*\\*31 - 1 heads"),
+    ("select_ragged", dict(batch=7), "cu_seqlens of shape"),
+    ("select_ragged", dict(scores=[torch.randn(T)] * 2), "one layer of ragged rows"),
+    ("gather", dict(layers=0), "one tensor per layer"),
+    ("gather", dict(layers=-1), "one tensor per layer"),
+    ("gather", dict(layers=2), "one tensor per layer"),
+    ("gather", dict(tensors=[]), "one tensor per layer"),
+    ("gather", dict(positions=torch.zeros(6, 5, dtype=torch.int32)), "index.positions of shape"),
+    ("append_", dict(position=2**31 - 3), "2\\*\\*31 - 1 tokens"),
+    ("append_", dict(position=-1), "2\\*\\*31 - 1 tokens"),
+    ("append_", dict(rows=[]), "one tensor per layer"),
+    ("append_", dict(cache=[]), "0 tensors of new rows"),
+    ("append_", dict(valid=[1, 2, 3, 4]), "valid of shape"),
+    ("attend", dict(longest=-1), "max_length of at least 0"),
+    ("attend", dict(q=rows(B, H + 1, 2, D)), "Hq a multiple of H"),
+    ("soft_topk_backward", dict(element=4), "element in \\[0, 3\\]"),
+    ("soft_topk_backward", dict(element=-1), "element in \\[0, 3\\]"),
+    ("soft_topk_backward", dict(element=3), "like the mask"),
+    ("soft_topk_backward", dict(weights=torch.ones(2 * B, H)[::2]), "weights of the rows of the mask"),
+    ("soft_topk_backward", dict(weights=torch.ones(H)), "weights of the rows of the mask"),
+    ("soft_topk_backward", dict(grad=torch.ones(B, H, 2 * L)[..., ::2]), "like the mask"),
+    ("soft_topk", dict(lengths=torch.ones(B, H, L, dtype=torch.int32)), "broadcasts to the rows"),
+    ("soft_topk", dict(scores=torch.zeros(())), "of shape \\[..., n\\]"),
+    ("soft_topk", dict(scores=torch.zeros(1, 1, 1, 1, 1, 4)), "of shape \\[..., n\\]"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("call, change, says", REFUSED, ids=[f"{c}-{next(iter(d))}" for c, d, _ in REFUSED])
+def test_refused(call: str, change: dict, says: str) -> None:
+    arguments = good()[call] | change
+    if not says:
+        op_of(call)(**arguments)
+        return
+    with pytest.raises(RuntimeError, match=f"^(ValueError|TypeError): expected .*{says}"):
+        op_of(call)(**arguments)
+
+
+def test_every_op_has_a_good_call() -> None:
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("lkv_ext::")}
+    assert {op_of(call)._qualified_op_name.split("::")[1] for call in good()} == names
+    for call, arguments in good().items():
+        op_of(call)(**arguments)
+
+
+NUMBERS = st.sampled_from([0, 1, -1, 2, 3, 5, 7, 60, 1000, 2**31, 2**31 + 1, 2**32, 2**40, 2**62, 2**63 - 1, -(2**63)])
+REALS = st.sampled_from([0.0, -1.0, 3.0, 1e300, -1e-300, float("nan"), float("inf"), -float("inf")])
+
+
+def other_tensor(draw: st.DrawFn, t: Tensor) -> Tensor:
+    """Another shape, dtype, stride or content."""
+    change = draw(st.sampled_from(["narrow", "expand", "stride", "flip", "dtype", "junk", "axis", "squeeze", "empty"]))
+    axis = draw(st.integers(0, t.dim() - 1)) if t.dim() else 0
+    if change == "narrow" and t.dim():
+        return t.narrow(axis, 0, t.shape[axis] // 2)
+    if change == "expand" and t.dim() and t.shape[axis]:
+        return t.narrow(axis, 0, 1).expand([2 * n if i == axis else n for i, n in enumerate(t.shape)])
+    if change == "stride" and t.dim():
+        return t.repeat_interleave(2, axis)[(slice(None),) * axis + (slice(None, None, 2),)]
+    if change == "flip" and t.dim() > 1:
+        return t.transpose(axis, axis - 1)
+    if change == "dtype":
+        dtypes = torch.int32, torch.int64, torch.float16, torch.float64, torch.bool, torch.uint8, torch.complex64
+        return t.to(draw(st.sampled_from(dtypes)))
+    if change == "junk" and not t.dtype.is_floating_point:
+        values = draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=4))
+        return torch.tensor(values, dtype=t.dtype).repeat(t.numel())[: t.numel()].reshape(t.shape)
+    if change == "axis":
+        return t[None]
+    if change == "squeeze" and t.dim():
+        return t.select(axis, 0) if t.shape[axis] else t
+    return t.new_empty(0)
+
+
+def other(draw: st.DrawFn, value: object) -> object:
+    if isinstance(value, Tensor):
+        return other_tensor(draw, value)
+    if isinstance(value, list) and value and isinstance(value[0], Tensor):
+        how = draw(st.sampled_from(["one", "all", "fewer", "more"]))
+        if how == "one":
+            i = draw(st.integers(0, len(value) - 1))
+            return [other_tensor(draw, t) if i == j else t for j, t in enumerate(value)]
+        if how == "all":
+            return [other_tensor(draw, t) for t in value]
+        return value[1:] if how == "fewer" else [*value, value[0].clone()]
+    if isinstance(value, list):
+        return draw(st.lists(NUMBERS, max_size=7))
+    if isinstance(value, bool):
+        return not value
+    if value is None:  # a number of every row: k, temperature or lengths
+        values = torch.tensor(draw(st.lists(NUMBERS, min_size=1, max_size=H)))
+        return values.to(draw(st.sampled_from([torch.int32, torch.int64, torch.float32, torch.float64])))
+    return draw(NUMBERS) if isinstance(value, int) else draw(REALS)
+
+
+def given_too(draw: st.DrawFn, arguments: dict) -> dict:
+    """What the right call leaves to its defaults, now and then."""
+    missing = [name for name in SIZES if name not in arguments] if "total" in arguments else []
+    if "k" in arguments or not missing or draw(st.booleans()):
+        return {}
+    name = draw(st.sampled_from(missing))
+    if name == "count_overflow":
+        return {name: True}
+    if name.endswith("_tensor"):
+        shape = draw(st.sampled_from([(), (H,), (B, 1), (B, H), (1, B, H), (4,)]))
+        values = draw(st.lists(NUMBERS, min_size=1, max_size=3))
+        count = torch.Size(shape).numel()
+        return {name: torch.tensor(values).repeat(count)[:count].view(shape)}
+    if name == "cu_seqlens":
+        return {name: offsets()}
+    return {name: draw(st.lists(NUMBERS, max_size=7)) if name in ("lengths", "starts") else draw(NUMBERS)}
+
+
+@given(st.data())
+def test_wrong_arguments(data: st.DataObject) -> None:
+    """Any argument of any op may be something else: an error of the op, or a result in bounds."""
+    calls = good()
+    call = data.draw(st.sampled_from(sorted(calls)))
+    arguments = calls[call]
+    for name in data.draw(st.lists(st.sampled_from(sorted(arguments)), min_size=1, max_size=2, unique=True)):
+        arguments[name] = other(data.draw, arguments[name])
+    arguments |= given_too(data.draw, arguments)
+    try:
+        op_of(call)(**arguments)
+    except NotImplementedError as error:  # the dispatcher finds its way by the tensors
+        assert "There were no tensor arguments" in str(error)
+    except RuntimeError as error:
+        assert str(error).startswith(("ValueError: ", "TypeError: ", "MemoryError: "))
