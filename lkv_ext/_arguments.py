@@ -10,6 +10,7 @@ from typing import NamedTuple
 from lkv_ext._sizes import RowSets
 
 Shapes = Sequence[tuple[int, ...]]
+MOST = 2**31 - 1  # rows and positions are int32
 
 
 class Options(NamedTuple):
@@ -24,19 +25,52 @@ class Options(NamedTuple):
     align: int
 
 
-def check_options(options: Options) -> None:
-    sink, window, layout, capacity, max_budget, reserve, align = options
-    counts = {"sink": sink, "window": window, "reserve": reserve, "align": align}
-    bounds = {"capacity": capacity, "max_budget": max_budget}
-    for name, value in (counts | {key: bound for key, bound in bounds.items() if bound is not None}).items():
-        if not isinstance(value, int) and not hasattr(value, "__index__"):
-            raise TypeError(f"expected {name} as an int, got {value!r}")
-    if layout not in ("packed", "padded"):
+def integer(value: object, name: str) -> int:
+    """An int, or a NumPy scalar or tensor of one; a bool is none, as it is most likely another argument's."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+            raise TypeError
+        return operator.index(value)
+    except (TypeError, RuntimeError):
+        raise TypeError(f"expected {name} as an int, got {value!r}") from None
+
+
+def whole(value: object, name: str, *, least: int = 0) -> int:
+    """A count of rows, heads or tokens, which are int32."""
+    count = integer(value, name)
+    if not least <= count <= MOST:
+        raise ValueError(f"expected {name} in [{least}, 2**31 - 1], got {count}")
+    return count
+
+
+def check_options(options: Options) -> Options:
+    """Raises unless they are what they should be. Returns them as ints; what only bounds rows, in 64 bits."""
+    layout = options.layout
+    sink, window, reserve, align = (integer(getattr(options, x), x) for x in ("sink", "window", "reserve", "align"))
+    capacity, max_budget = (
+        None if value is None else integer(value, name)
+        for value, name in ((options.capacity, "capacity"), (options.max_budget, "max_budget"))
+    )
+    if not isinstance(layout, str) or layout not in ("packed", "padded"):
         raise ValueError(f"expected layout 'packed' or 'padded', got {layout!r}")
     if sink < 0 or window < 0 or reserve < 0 or align < 1:
         raise ValueError(
             f"expected sink, window and reserve >= 0 and align >= 1, got {sink}, {window}, {reserve} and {align}"
         )
+    if align > MOST:
+        raise ValueError(f"expected align of at most 2**31 - 1, got {align}")
+    if reserve > MOST:
+        raise ValueError(f"expected at most 2**31 - 1 rows in the output, got a reserve of {reserve}")
+    return Options(bounded(sink), bounded(window), layout, bounded(capacity), bounded(max_budget), reserve, align)
+
+
+def bounded(value: int | None) -> int | None:
+    """In 64 bits: any more rows are no more rows than that."""
+    if value is None or -(2**63) <= value < 2**63:
+        return value
+    return 2**63 - 1 if value > 0 else -(2**63)
 
 
 def integer_shapes(row_sets: RowSets) -> tuple[Shapes, Shapes]:
@@ -50,8 +84,10 @@ def integer_shapes(row_sets: RowSets) -> tuple[Shapes, Shapes]:
 def flatten(values: Sequence, name: str, *, trusted: bool = False) -> tuple[list[int], tuple[int, ...]]:
     """Integers of nested sequences or a NumPy array, and their shape. `trusted`: taken as they are (a tracer's)."""
     if hasattr(values, "ravel"):  # NumPy
+        if "bool" in str(values.dtype):
+            raise TypeError(f"expected {name} of integers, got {values.dtype}")
         return flatten(values.ravel().tolist(), name, trusted=trusted)[0], tuple(values.shape)
-    if isinstance(values, str) or not hasattr(values, "__len__"):
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes, bytearray)):
         raise TypeError(f"expected {name} as an int, a sequence of ints or a tensor, got {values!r}")
     if len(values) == 0 or isinstance(values[0], int) or not hasattr(values[0], "__len__"):
         if trusted:
@@ -69,10 +105,12 @@ def flatten(values: Sequence, name: str, *, trusted: bool = False) -> tuple[list
 def host_ints(values: int | Sequence, name: str, shapes: Shapes, *, trusted: bool = False) -> Sequence[int]:
     """Integers on the host as a flat list, of one of these shapes or one for all."""
     if isinstance(values, int):
-        return (values,)
+        return (bounded(integer(values, name)),)
     flat, shape = flatten(values, name, trusted=trusted)
     if shape not in shapes and shape not in ((), (1,)):
         raise wrong_shape(name, shapes, shape)
+    if not trusted and flat and not -(2**63) <= min(flat) <= max(flat) < 2**63:
+        return list(map(bounded, flat))
     return flat
 
 

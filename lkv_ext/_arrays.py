@@ -44,7 +44,7 @@ def request(
         if name in ("k", "v") and array.ndim != (4 if cu_seqlens is None else 2):
             form = "[B, H, L, D]" if cu_seqlens is None else "[T, D]"
             raise ValueError(f"expected {name} of shape {form}, got {list(array.shape)}")
-    check_options(options)
+    options = check_options(options)
     row_sets = _row_sets(payload[0] if payload else scores, cu_seqlens, budgets, lengths, starts)
     per_head, per_sequence = integer_shapes(row_sets)
     held = {
@@ -52,8 +52,7 @@ def request(
         "lengths": () if lengths is None else host_ints(lengths, "lengths", per_sequence),
         "starts": () if starts is None else host_ints(starts, "starts", per_sequence),
     }
-    sink, window, layout, *bounds = options
-    capacity, max_budget, reserve, align = (None if x is None else operator.index(x) for x in bounds)
+    sink, window, layout, capacity, max_budget, reserve, align = options
     size = size_output(
         row_sets,
         *held.values(),
@@ -68,8 +67,8 @@ def request(
         row_sets.heads,
         cu_seqlens,
         **held,
-        sink=operator.index(sink),
-        window=operator.index(window),
+        sink=sink,
+        window=window,
         total=size.total,
         padded=size.padded,
         max_budget=-1 if max_budget is None else max_budget,

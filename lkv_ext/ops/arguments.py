@@ -76,7 +76,7 @@ def request(
     return request_for(row_sets, cu_seqlens, budgets, lengths, starts, Options(*options))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)  # 1.0 and True are equal to 1, and refused
 def _remembered(shape: torch.Size, budgets: Known, lengths: Known | None, starts: Known | None, *options) -> Request:
     """Engines evict with the same sizes over and over: at decode time this memo is most of what the wrapper saves."""
     if len(shape) < 3:
@@ -94,8 +94,7 @@ def request_for(
     options: Options,
 ) -> Request:
     """`request` for row sets that are known; lays out the arguments that all ops share."""
-    check_options(options)
-    sink, window, layout, capacity, max_budget, reserve, align = options
+    sink, window, layout, capacity, max_budget, reserve, align = check_options(options)
     if cu_seqlens is not None and starts is not None:
         raise ValueError("expected no starts with cu_seqlens: ragged rows begin at their offsets")
     layers, batch, heads = row_sets.layers, row_sets.batch, row_sets.heads

@@ -8,11 +8,12 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from lkv_ext.ops import cache_file, derivatives, errors, rooms
+from lkv_ext._arguments import MOST, flatten, whole
+from lkv_ext.ops import cache_file, derivatives, errors, facts, rooms
 from lkv_ext.ops.arguments import check_rows
 from lkv_ext.ops.attend import attend
 from lkv_ext.ops.evict import evict
-from lkv_ext.ops.ints import Ints, Plan, split
+from lkv_ext.ops.ints import Ints, Plan, device_of, split
 from lkv_ext.ops.library import ops
 from lkv_ext.ops.modes import keeps_tensors, plain
 from lkv_ext.ops.ragged import RaggedKV
@@ -42,26 +43,40 @@ class RaggedCache:
 
     @keeps_tensors
     def __init__(self, kv: RaggedKV, seen: int, *, free: int | None = None) -> None:
-        """Takes over what `evict` returned for dense input of `seen` tokens.
+        """Takes over what `evict` returned for dense input of `seen` tokens, or a layer of what `evict_layers` did.
 
         Args:
             kv: packed and of one layer, with v; `reserve` of that call is the slack, `align` stays. Tensors made in
-                inference mode are copied, as they could not be appended to outside of it.
-            free: rows that every room is known to have left. Default: read from the rooms, which synchronises on CUDA.
+                inference mode are copied, as they could not be appended to outside of it. Of buffers that several
+                layers share the cache has the rows of its own rooms, by view.
+            free: rows that every room is known to have left; with it, the rooms fill the buffers from row 0 on and are
+                not looked at. Default: all that is said here is read and checked, which synchronises on CUDA.
 
         Raises:
-            ValueError: for a padded kv, or one without v.
+            ValueError, TypeError: for a padded kv, one without v, or one whose parts do not fit each other.
         """
-        if kv.v is None or kv.k.dim() != 2 or kv.lengths.dim() != 2:
-            raise ValueError(f"lkv_ext.RaggedCache: expected packed k and v of one layer, got {kv!r}")
-        self.k, self.v, self.companions = plain(kv.k), plain(kv.v), tuple(map(plain, kv.companions))
-        self.positions, self.lengths, self.cu_seqlens = map(plain, (kv.positions, kv.lengths, kv.cu_seqlens))
-        self.max_length, self.seen, self.align = kv.max_length, seen, kv.align
-        if free is None:
-            slack = kv.cu_seqlens.diff() - kv.lengths.flatten()
-            free = int(slack.min()) if slack.numel() else 0
-        self._free = free
-        self._reserve = max(kv.reserve, 1)
+        try:
+            if not isinstance(kv, RaggedKV) or kv.v is None:
+                raise ValueError(f"expected packed k and v of one layer, got {kv!r}")
+            parts = {name: getattr(kv, name) for name in cache_file.PARTS}
+            cache_file.check_parts(parts, kv.companions)
+            self.seen = whole(seen, "seen")
+            self.max_length, self.align = whole(kv.max_length, "max_length"), whole(kv.align, "align", least=1)
+            self._reserve = max(whole(kv.reserve, "reserve"), 1)
+            span = slice(None)
+            if free is None:
+                known = facts.read(parts, self.align, self.seen)
+                free, span = known.slack, slice(known.first, known.end)
+                if known.longest > self.max_length:
+                    raise ValueError(f"expected lengths of at most max_length = {self.max_length}, got {known.longest}")
+                if known.first:
+                    parts["cu_seqlens"] = parts["cu_seqlens"] - known.first
+            self._free = whole(free, "free")
+            self.k, self.v, self.positions = (plain(parts[name][span]) for name in ("k", "v", "positions"))
+            self.companions = tuple(plain(c[span]) for c in kv.companions)
+            self.lengths, self.cu_seqlens = plain(parts["lengths"]), plain(parts["cu_seqlens"])
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            errors.reraise("RaggedCache", error)
         self._table: tuple[Tensor, int, Tensor] | None = None  # the rooms and pages of the last block table, and it
         self._tail = 0  # tokens at the end that every head still has: those that crop may drop
 
@@ -79,10 +94,25 @@ class RaggedCache:
         reserve: int = RESERVE,
         align: int = 1,
     ) -> RaggedCache:
-        """A cache without rows, with room for `reserve` tokens, rounded up to `align`."""
-        rows, reserve = batch * heads, -(-reserve // align) * align
+        """A cache without rows, with room for `reserve` tokens, rounded up to `align`.
+
+        Raises:
+            ValueError, TypeError: for a count that is none, and more than 2**31 - 1 rows.
+        """
+        try:
+            batch, heads, dim = whole(batch, "batch"), whole(heads, "heads"), whole(dim, "dim")
+            dim_v = dim if dim_v is None else whole(dim_v, "dim_v")
+            reserve, align = whole(reserve, "reserve"), whole(align, "align", least=1)
+            rows, reserve = batch * heads, -(-reserve // align) * align
+            if rows * reserve > MOST:
+                raise ValueError(f"expected at most 2**31 - 1 rows, got {rows} heads of {reserve}")
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"expected dtype as a torch.dtype, got {dtype!r}")
+            device = device_of(device)
+        except (RuntimeError, ValueError, TypeError) as error:
+            errors.reraise("RaggedCache.empty", error)
         k = torch.zeros(rows * reserve, dim, dtype=dtype, device=device)
-        v = k.new_zeros(rows * reserve, dim if dim_v is None else dim_v)
+        v = k.new_zeros(rows * reserve, dim_v)
         positions = torch.full((rows * reserve,), -1, dtype=torch.int32, device=device)
         lengths = torch.zeros(batch, heads, dtype=torch.int32, device=device)
         ends = torch.arange(rows + 1, dtype=torch.int32, device=device) * reserve
@@ -193,6 +223,10 @@ class RaggedCache:
         Raises:
             ValueError: where some head may not have them: past an eviction, or past tokens appended with padding.
         """
+        try:
+            tokens = whole(tokens, "tokens")
+        except (ValueError, TypeError) as error:
+            errors.reraise("RaggedCache.crop", error)
         if not 0 <= tokens <= self._tail:
             raise ValueError(
                 f"lkv_ext.RaggedCache.crop: expected at most the {self._tail} tokens appended since the last eviction, "
@@ -218,27 +252,37 @@ class RaggedCache:
         Raises:
             ValueError: where there are fewer tokens than at the mark.
         """
-        tokens = self.seen - mark[0]
-        if tokens < 0 or len(rows) != self.batch:
-            raise ValueError(
-                f"lkv_ext.RaggedCache.restore: expected a mark of at most {self.seen} tokens and rows of {self.batch} "
-                f"sequences, got {mark[0]} and {len(rows)}"
-            )
+        try:
+            then, tail = (whole(n, "mark") for n in mark)
+            tokens, kept = self.seen - then, self._sequences(rows, "rows")
+            if tokens < 0 or len(kept) != self.batch:
+                raise ValueError(
+                    f"expected a mark of at most {self.seen} tokens and rows of {self.batch} sequences, got {then} and "
+                    f"{len(kept)}"
+                )
+            if any(not 0 <= n <= tokens for n in kept) or tail > then:
+                raise ValueError(f"expected rows in [0, {tokens}], as many tokens came since the mark, got {kept}")
+        except (RuntimeError, ValueError, TypeError) as error:
+            errors.reraise("RaggedCache.restore", error)
         if tokens:
-            back = torch.as_tensor(rows, dtype=torch.int32, device=self.device)
+            back = torch.tensor(kept, dtype=torch.int32, device=self.device)
             self.lengths = self.lengths - back[:, None]
             self.max_length -= tokens
             self._free += tokens
-        self.seen, self._tail = mark
+        self.seen, self._tail = then, tail
 
     @keeps_tensors
     def select_batch(self, indices: Tensor | Sequence[int]) -> None:
         """Keeps the sequences `indices`, in that order; one may occur twice. Copies the rows; synchronises on CUDA."""
-        chosen = torch.as_tensor(indices, device=self.device, dtype=torch.int64)
-        if chosen.dim() != 1 or (chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.batch):
-            raise ValueError(
-                f"lkv_ext.RaggedCache.select_batch: expected indices of sequences in [0, {self.batch}), got {indices}"
-            )
+        try:
+            order = self._sequences(indices, "indices")
+            if not all(0 <= b < self.batch for b in order):
+                raise ValueError(f"expected indices of sequences in [0, {self.batch}), got {order}")
+            if len(order) * self.heads > MOST:
+                raise ValueError(f"expected at most 2**31 - 1 heads of all sequences, got {len(order)} sequences")
+        except (RuntimeError, ValueError, TypeError) as error:
+            errors.reraise("RaggedCache.select_batch", error)
+        chosen = torch.tensor(order, device=self.device, dtype=torch.int64)
         row_sets = (chosen[:, None] * self.heads + torch.arange(self.heads, device=self.device)).flatten()
         rows, ends = rooms.rows_of(self.cu_seqlens, row_sets)
         for name in ("k", "v", "positions"):
@@ -253,15 +297,34 @@ class RaggedCache:
 
     def padded(self, rows: Tensor) -> Tensor:
         """`[T, ...]` as `[B, H, C, ...]` with C = max_length; behind a head's rows there is any content."""
+        if not isinstance(rows, Tensor) or rows.shape[:1] != self.k.shape[:1]:
+            got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"lkv_ext.RaggedCache.padded: expected rows of T = {self.k.shape[0]}, got {got}")
         return rooms.padded(rows, self.cu_seqlens, self.batch, self.max_length)
 
     def packed(self, scores: Tensor) -> Tensor:
         """`[B, H, C]` as `[T]`, the inverse of `padded`; slack takes any content."""
+        leading = (self.batch, self.heads)
+        if (
+            not isinstance(scores, Tensor)
+            or scores.dim() != 3
+            or scores.shape[:2] != leading
+            or (scores.shape[2] < self.max_length)
+        ):
+            got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"lkv_ext.RaggedCache.packed: expected scores of shape [B, H, C] = {[*leading, self.max_length]}, got "
+                f"{got}"
+            )
         return rooms.packed(scores, self.cu_seqlens, self.k.shape[0])
 
     @keeps_tensors
     def to(self, device: torch.device | str) -> RaggedCache:
         """Moves the cache; returns it."""
+        try:
+            device = device_of(device)
+        except (RuntimeError, ValueError, TypeError) as error:
+            errors.reraise("RaggedCache.to", error)
         for name in cache_file.PARTS:
             setattr(self, name, getattr(self, name).to(device))
         self.companions = tuple(c.to(device) for c in self.companions)
@@ -269,7 +332,7 @@ class RaggedCache:
 
     @property
     def nbytes(self) -> int:
-        """Of K, V and companions, slack included."""
+        """Of K, V and companions, slack included. Of buffers that layers share: of the rooms of this one."""
         return sum(t.nbytes for t in (self.k, self.v, *self.companions))
 
     @property
@@ -287,9 +350,21 @@ class RaggedCache:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: where the file holds something else.
+            ValueError: where the file is cut off, holds something else, or what does not fit together.
         """
-        return cache_file.load(cls, path, device)
+        try:
+            return cache_file.load(cls, path, device_of(device))
+        except (RuntimeError, ValueError, TypeError) as error:
+            errors.reraise("RaggedCache.load", error)
+
+    def __getstate__(self) -> dict[str, object]:
+        return cache_file.state_of(self)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        try:
+            cache_file.restore(self, state)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            errors.reraise("RaggedCache", error)
 
     def __repr__(self) -> str:
         k, v = list(self.k.shape), list(self.v.shape)
@@ -297,6 +372,15 @@ class RaggedCache:
             f"RaggedCache(k={k}, v={v}, {self.k.dtype}, lengths={list(self.lengths.shape)}, "
             f"max_length={self.max_length}, seen={self.seen}, {self.device})"
         )
+
+    def _sequences(self, values: Tensor | Sequence[int], name: str) -> list[int]:
+        """One integer for each of some sequences; a tensor on a device is read."""
+        if isinstance(values, Tensor):
+            values = values.cpu()  # floats and others are told apart below
+        flat, shape = flatten(values, name)
+        if len(shape) != 1:
+            raise ValueError(f"expected {name} as a list of integers, got shape {list(shape)}")
+        return flat
 
     @keeps_tensors
     def _grow(self, count: int) -> None:

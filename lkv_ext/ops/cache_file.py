@@ -1,21 +1,82 @@
-"""A RaggedCache as a safetensors file: its tensors, and its counts as metadata."""
+"""What a RaggedCache consists of: checked where it comes from outside, and kept as a safetensors file or by pickle."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from importlib import import_module
 from os import PathLike
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from lkv_ext.ops.ragged import RaggedKV
+from lkv_ext._arguments import MOST
+from lkv_ext.ops import facts
 
 if TYPE_CHECKING:
     from lkv_ext.ops.cache import RaggedCache
 
 PARTS = ("k", "v", "positions", "lengths", "cu_seqlens")
 COUNTS = ("seen", "max_length", "_free", "_tail", "_reserve", "align")
+INTEGERS = dict(positions="[T]", lengths="[B, H]", cu_seqlens="[B * H + 1]")
+
+
+def check_parts(parts: dict[str, Tensor], companions: Sequence[Tensor]) -> None:
+    """Raises unless shapes, dtypes and devices are those of packed rows of one layer. Reads no values."""
+    named = parts | {f"companions[{i}]": c for i, c in enumerate(companions)}
+    for name, t in named.items():
+        if not isinstance(t, Tensor) or t.layout is not torch.strided or t.is_quantized:
+            raise TypeError(f"expected {name} as a dense tensor, got {getattr(t, 'layout', type(t).__name__)}")
+        if t.device != parts["k"].device:
+            raise ValueError(f"expected {name} on {parts['k'].device}, got {t.device}")
+        if name in INTEGERS and t.dtype != torch.int32:
+            raise TypeError(f"expected {name} of dtype int32, got {t.dtype}")
+    k, v, positions, lengths, cu_seqlens = parts.values()
+    if k.dim() != 2 or v.dim() != 2 or positions.dim() != 1 or lengths.dim() != 2:
+        got = {name: list(t.shape) for name, t in parts.items()}
+        raise ValueError(f"expected packed k and v of one layer, got {got}")
+    if cu_seqlens.shape != (lengths.numel() + 1,):
+        raise ValueError(
+            f"expected cu_seqlens of shape [B * H + 1] = [{lengths.numel() + 1}], got {list(cu_seqlens.shape)}"
+        )
+    for name, t in named.items():
+        if name not in ("lengths", "cu_seqlens") and t.shape[:1] != k.shape[:1]:
+            raise ValueError(f"expected {name} of T = {k.shape[0]} rows as in k, got {list(t.shape)}")
+
+
+def check_counts(counts: dict[str, int], of: facts.Facts, rows: int) -> None:
+    """Raises unless the counts of a cache are true of its rooms; `rows`: T."""
+    most = dict(seen=MOST, max_length=counts["seen"] + rows, _free=of.slack, _tail=of.shortest, _reserve=MOST // 2)
+    least = dict(seen=of.last_position + 1, max_length=of.longest, _reserve=1, align=1)
+    for name in COUNTS:
+        low, high = least.get(name, 0), most.get(name, MOST)
+        if not low <= counts[name] <= high:
+            raise ValueError(f"expected {name.lstrip('_')} in [{low}, {high}], got {counts[name]}")
+
+
+def state_of(cache: RaggedCache) -> dict[str, object]:
+    """All of a cache, its tensors without the memory around them."""
+    state = {name: _alone(getattr(cache, name)) for name in PARTS}
+    state["companions"] = tuple(map(_alone, cache.companions))
+    return state | {name: getattr(cache, name) for name in COUNTS}
+
+
+def restore(cache: RaggedCache, state: dict[str, object]) -> None:
+    """Makes `cache` what `state_of` gave. Raises, before anything is set, where that is no cache."""
+    missing = {*PARTS, *COUNTS, "companions"} ^ state.keys()
+    if missing:
+        raise ValueError(f"expected the state of a cache, got one that differs in {sorted(missing)}")
+    parts, counts = {name: state[name] for name in PARTS}, {name: state[name] for name in COUNTS}
+    check_parts(parts, state["companions"])
+    if any(type(count) is not int for count in counts.values()):
+        raise TypeError(f"expected counts that are ints, got {counts}")
+    rows = parts["k"].shape[0]
+    check_counts(counts, facts.read(parts, counts["align"], counts["seen"]), rows)
+    for name, value in state.items():
+        setattr(cache, name, value)
+    cache._table = None
 
 
 def save(cache: RaggedCache, path: str | PathLike[str]) -> None:
@@ -25,17 +86,35 @@ def save(cache: RaggedCache, path: str | PathLike[str]) -> None:
 
 
 def load(cls: type[RaggedCache], path: str | PathLike[str], device: torch.device | str) -> RaggedCache:
-    with _safetensors().safe_open(path, "pt", device=str(device)) as file:
-        names, counts = set(file.keys()), {"align": "1"} | (file.metadata() or {})
-        companions = [name for name in (f"companions.{i}" for i in range(len(names))) if name in names]
-        if names != {*PARTS, *companions} or not counts.keys() >= set(COUNTS):
-            raise ValueError(f"lkv_ext.RaggedCache.load: expected a saved cache, got tensors {sorted(names)}")
-        parts = {name: file.get_tensor(name) for name in PARTS}
-        kv = RaggedKV(**parts, companions=tuple(map(file.get_tensor, companions)), max_length=0)
-    cache = cls(kv, 0, free=0)
+    library, path = _safetensors(), os.fspath(path)
+    if os.path.isdir(path):
+        raise ValueError(f"expected a file, got the folder {path}")
+    try:
+        with library.safe_open(path, "pt", device="cpu") as file:
+            # Cloned: else they are pages of the file, which whoever writes to it changes or takes away.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except import_module("safetensors").SafetensorError as error:
+        raise ValueError(f"expected a whole safetensors file, got {path}: {error}") from None
+    companions = [f"companions.{i}" for i in range(len(tensors) - len(PARTS))]
+    if tensors.keys() != {*PARTS, *companions}:
+        raise ValueError(f"expected a saved cache, got tensors {sorted(tensors)}")
+    state: dict[str, object] = {name: tensors[name] for name in PARTS}
+    state["companions"] = tuple(tensors[name] for name in companions)
     for name in COUNTS:
-        setattr(cache, name, int(counts[name]))
-    return cache
+        text = metadata.get(name, "1" if name == "align" else "")
+        if not text.isdecimal() or len(text) > 18:
+            raise ValueError(
+                f"expected a saved cache, with {name.lstrip('_')} as a count in its metadata, got {text!r}"
+            )
+        state[name] = int(text)
+    cache = cls.__new__(cls)
+    restore(cache, state)
+    return cache.to(device)
+
+
+def _alone(t: Tensor) -> Tensor:
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 
 def _safetensors() -> ModuleType:

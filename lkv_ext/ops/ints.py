@@ -66,6 +66,16 @@ def _both(values: Ints, what: str, device: torch.device | str | None) -> tuple[l
     return tensor.flatten().tolist(), tensor.to(device or torch.get_default_device(), torch.int64)
 
 
+def device_of(device: torch.device | str | int | None) -> torch.device | None:
+    """The device, or None; an error that names the argument for what is none."""
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(
+            f"expected device as a torch.device or its name, got {device!r}"
+        ) from None
+
+
 def hold(values: object) -> int | tuple[int, ...] | Held | None:
     """Integers that the host can read now, as a memo can compare them; None of what needs a closer look."""
     if type(values) is Tensor:  # values of a subclass may not be there to read
@@ -89,7 +99,7 @@ def split(
     """Host integers as a flat list, or a tensor that the host cannot or must not read (then the list is empty)."""
     if values is None:
         return (), None
-    if isinstance(values, (int, torch.SymInt)):
+    if isinstance(values, torch.SymInt):
         return (values,), None
     if isinstance(values, Held):
         if values.shape and values.shape not in shapes:
@@ -100,7 +110,9 @@ def split(
     if values.dtype not in (torch.int32, torch.int64):
         if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
             raise TypeError(f"expected {name} of integers, got {values.dtype}")
-        values = values.to(torch.int64)
+        wide, values = values.dtype == torch.uint64, values.to(torch.int64)
+        if wide:  # beyond int64 they came out negative
+            values = torch.where(values < 0, 2**63 - 1, values)
     if values.dim() and tuple(values.shape) not in shapes:
         raise wrong_shape(name, shapes, values.shape)
     # The tracer cannot read a tensor: there the values of a CPU tensor count as device values.
