@@ -25,6 +25,11 @@ class Options(NamedTuple):
     align: int
 
 
+def index(value: object) -> int:
+    """`operator.index`, save that a symbolic size stays one: torch would make it the number of this trace."""
+    return value if type(value).__name__ == "SymInt" else operator.index(value)
+
+
 def integer(value: object, name: str) -> int:
     """An int, or a NumPy scalar or tensor of one; a bool is none, as it is most likely another argument's."""
     if isinstance(value, int) and not isinstance(value, bool):
@@ -32,7 +37,7 @@ def integer(value: object, name: str) -> int:
     try:
         if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
             raise TypeError
-        return operator.index(value)
+        return index(value)
     except (TypeError, RuntimeError):
         raise TypeError(f"expected {name} as an int, got {value!r}") from None
 
@@ -93,7 +98,7 @@ def flatten(values: Sequence, name: str, *, trusted: bool = False) -> tuple[list
         if trusted:
             return list(values), (len(values),)
         try:
-            return list(map(operator.index, values)), (len(values),)
+            return list(map(index, values)), (len(values),)
         except TypeError:
             raise TypeError(f"expected {name} of integers, got {values!r}") from None
     parts = [flatten(row, name, trusted=trusted) for row in values]
@@ -107,18 +112,25 @@ def host_ints(values: int | Sequence, name: str, shapes: Shapes, *, trusted: boo
     if isinstance(values, int):
         return (bounded(integer(values, name)),)
     flat, shape = flatten(values, name, trusted=trusted)
-    if shape not in shapes and shape not in ((), (1,)):
+    if not is_one_of(shape, shapes) and shape not in ((), (1,)):
         raise wrong_shape(name, shapes, shape)
     if not trusted and flat and not -(2**63) <= min(flat) <= max(flat) < 2**63:
         return list(map(bounded, flat))
     return flat
 
 
+def is_one_of(shape: Sequence[int], shapes: Shapes) -> bool:
+    """`shape in shapes`, said so that torch.compile compares symbolic sizes with numbers."""
+    return shape in shapes or any(
+        [len(shape) == len(other) and all([a == b for a, b in zip(shape, other, strict=True)]) for other in shapes]
+    )
+
+
 def wrong_shape(name: str, shapes: Sequence[Sequence[int]], got: Sequence[int]) -> ValueError:
     form = {1: "[H]", 2: "[B, H]", 3: "[N, B, H]"} if name == "budgets" else {1: "[B]", 2: "[B, H]", 3: "[N, B, H]"}
     if name == "budgets" and len(shapes[-1]) == 3:
         form[2] = "[N, H]"
-    expected = " or ".join(f"{form[len(shape)]} = {list(shape)}" for shape in shapes)
+    expected = " or ".join([f"{form[len(shape)]} = {list(shape)}" for shape in shapes])
     return ValueError(f"expected {name} of shape {expected}, got {list(got)}")
 
 
@@ -128,7 +140,7 @@ def shape_of(values: object) -> tuple[int, ...]:
         return ()
     if hasattr(values, "shape"):
         return tuple(values.shape)
-    nested = len(values) > 0 and hasattr(values[0], "__len__")
+    nested = len(values) > 0 and not isinstance(values[0], int) and hasattr(values[0], "__len__")
     return (len(values), len(values[0])) if nested else (len(values),)
 
 

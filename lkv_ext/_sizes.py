@@ -6,7 +6,7 @@ which serves NumPy as well and traces under torch.compile (`min` and `max` becom
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -41,13 +41,18 @@ class RowSets(NamedTuple):
         return [x for x in values for _ in range(self.heads)] * self.layers
 
     def lengths(self, lengths: Sequence[int] | None, starts: Sequence[int] | None) -> Sequence[int]:
-        """The valid length of each row set (an upper bound where it is not given)."""
-        limits = self.spread(self.limits)
+        """The valid length of each row set, or one for all (an upper bound where it is not given)."""
+        limits = self.limits
         if starts:
-            limits = [m - max(0, min(s, m)) for s, m in zip(self.spread_sequences(starts), limits, strict=True)]
+            limits = [m - max(0, min(s, m)) for s, m in self._beside(starts, limits)]
         if lengths:
-            limits = [max(0, min(n, m)) for n, m in zip(self.spread_sequences(lengths), limits, strict=True)]
+            limits = [max(0, min(n, m)) for n, m in self._beside(lengths, limits)]
         return limits
+
+    def _beside(self, values: Sequence[int], limits: Sequence[int]) -> Iterable[tuple[int, int]]:
+        if len(values) != 1 or len(limits) != 1:
+            values, limits = self.spread_sequences(values), self.spread(limits)
+        return zip(values, limits, strict=True)
 
 
 class Output(NamedTuple):
@@ -88,13 +93,12 @@ def size_output(
     known = budgets is not None
     if not known:
         budgets = [max_budget if max_budget is not None else capacity]
-    if len(row_sets.limits) == 1 and not lengths and not starts:
-        most = row_sets.limits[0] if max_budget is None else min(row_sets.limits[0], max_budget)
-        kept, copies = [max(0, min(b, most)) for b in budgets], count // (len(budgets) or 1)
+    limits = row_sets.lengths(lengths, starts)
+    if max_budget is not None:
+        limits = [min(n, max_budget) for n in limits]
+    if len(limits) == 1:
+        kept, copies = [max(0, min(b, limits[0])) for b in budgets], count // (len(budgets) or 1)
     else:
-        limits = row_sets.lengths(lengths, starts)
-        if max_budget is not None:
-            limits = [min(n, max_budget) for n in limits]
         kept, copies = [max(0, min(b, n)) for b, n in zip(row_sets.spread(budgets), limits, strict=True)], 1
     longest = max(kept) if kept else 0
     total = copies * (sum(kept) if reserve == 0 and align == 1 else sum([room(n, reserve, align) for n in kept]))

@@ -5,13 +5,14 @@
 // The trailing arguments that select, evict, evict_out and evict_ have in common, in the order of the schema. A boxed
 // function must spell its parameters out, so they are written once here.
 
-// What a plain call does not give comes last and has a default: every argument that is passed costs time to parse, a
-// SymInt more than an int, and at decode time the call is what an eviction costs.
+// What a plain call does not give comes last and has a default: every argument that is passed costs time to parse, and
+// at decode time the call is what an eviction costs. Every count is a SymInt: torch.compile makes one graph for all
+// values of it, where an int has one for each.
 #define LKV_SIZE_SCHEMA                                                                                    \
   "SymInt[] budgets, SymInt total, SymInt padded=-1, bool count_overflow=False, Tensor? cu_seqlens=None, " \
-  "int batch=0, int heads=0, Tensor? budgets_tensor=None, SymInt[]? lengths=None, "                        \
-  "Tensor? lengths_tensor=None, SymInt[]? starts=None, Tensor? starts_tensor=None, int sink=0, "           \
-  "int window=0, int max_budget=-1, int reserve=0, int align=1"
+  "SymInt batch=0, SymInt heads=0, Tensor? budgets_tensor=None, SymInt[]? lengths=None, "                  \
+  "Tensor? lengths_tensor=None, SymInt[]? starts=None, Tensor? starts_tensor=None, SymInt sink=0, "        \
+  "SymInt window=0, SymInt max_budget=-1, SymInt reserve=0, SymInt align=1"
 
 #define LKV_SIZE_PARAMETERS                                                                                            \
   std::vector<int64_t> budgets, int64_t total, int64_t padded, bool count_overflow, std::optional<Tensor> cu_seqlens,  \

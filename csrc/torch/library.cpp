@@ -14,7 +14,7 @@ STABLE_TORCH_LIBRARY(lkv_ext, m) {
   m.def("evict_(Tensor(a!)[] payload, Tensor[] scores, " LKV_SIZE_SCHEMA ") -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "gather(Tensor[] tensors, Tensor positions, Tensor cu_seqlens, int layers=1, "
-      "Tensor? source_cu_seqlens=None, int batch=0, int heads=0) -> Tensor[]");
+      "Tensor? source_cu_seqlens=None, SymInt batch=0, SymInt heads=0) -> Tensor[]");
   m.def(
       "append_(Tensor(a!)[] cache, Tensor(b!) positions, Tensor(c!) lengths, Tensor cu_seqlens, Tensor[] rows, "
       "SymInt position, SymInt[]? valid=None, Tensor? valid_tensor=None) -> ()");

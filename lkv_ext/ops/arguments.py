@@ -12,6 +12,7 @@ from torch import Tensor
 from lkv_ext._arguments import Options, check_options, integer_shapes, ragged_heads, ragged_limits, shape_of
 from lkv_ext._sizes import RowSets, size_output
 from lkv_ext.ops.ints import Held, Ints, Plan, hold, split
+from lkv_ext.ops.modes import traced
 
 Known = int | tuple[int, ...] | Held
 
@@ -35,7 +36,7 @@ def find_row_sets(
     lengths, budgets = (t.flatten(0, 1) if isinstance(t, Tensor) and t.dim() == 3 else t for t in (lengths, budgets))
     of_budgets = budgets.budgets_tensor if isinstance(budgets, Plan) else budgets
     batch, heads = ragged_heads(count, shape_of(of_budgets), shape_of(lengths))
-    if not cu_seqlens.is_cpu or torch.compiler.is_compiling():
+    if not cu_seqlens.is_cpu or traced(cu_seqlens):
         return RowSets(1, batch, heads, (tokens,), shared=True), budgets, lengths
     return RowSets(1, batch, heads, ragged_limits(cu_seqlens.tolist(), tokens)), budgets, lengths
 
@@ -66,7 +67,8 @@ def request(
     Args:
         options: the fields of `Options`; a plain tuple, which costs less.
     """
-    if cu_seqlens is None and type(tensor) is Tensor and not torch.compiler.is_compiling():
+    eager = not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+    if eager and cu_seqlens is None and type(tensor) is Tensor:
         known = budgets if type(budgets) is int else hold(budgets)
         many = None if lengths is None else hold(lengths)
         first = None if starts is None else hold(starts)
@@ -168,9 +170,9 @@ _DEFAULTS = (-1, False, None, 0, 0, None, None, None, None, None, 0, 0, -1, 0, 1
 
 def _read(budgets: Tensor) -> list[int]:
     """The one synchronisation of a call: device budgets without a bound."""
-    if torch.compiler.is_compiling() or (budgets.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if traced(budgets) or (budgets.is_cuda and torch.cuda.is_current_stream_capturing()):
         raise ValueError(
-            "expected capacity or max_budget with budgets in a tensor under torch.compile or graph capture"
+            "expected capacity or max_budget with budgets in a tensor under torch.compile, tracing or graph capture"
         )
     return budgets.flatten().tolist()
 

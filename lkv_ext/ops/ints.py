@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lkv_ext._arguments import host_ints, wrong_shape
+from lkv_ext._arguments import host_ints, is_one_of, wrong_shape
+from lkv_ext.ops.modes import traced
 
 Ints = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
@@ -34,7 +35,7 @@ class Plan:
     def read(self, name: str, shapes: Sequence[Sequence[int]]) -> tuple[list[int], Tensor | None]:
         """The host copy and, where the kernels cannot read that, the device copy of `name`."""
         values, tensor = getattr(self, name), getattr(self, f"{name}_tensor")
-        if tensor is not None and tensor.dim() and tuple(tensor.shape) not in shapes:
+        if tensor is not None and tensor.dim() and not is_one_of(tuple(tensor.shape), shapes):
             raise wrong_shape(name, shapes, list(tensor.shape))
         return values, None if tensor is None or tensor.is_cpu else tensor
 
@@ -113,9 +114,9 @@ def split(
         wide, values = values.dtype == torch.uint64, values.to(torch.int64)
         if wide:  # beyond int64 they came out negative
             values = torch.where(values < 0, 2**63 - 1, values)
-    if values.dim() and tuple(values.shape) not in shapes:
+    if values.dim() and not is_one_of(tuple(values.shape), shapes):
         raise wrong_shape(name, shapes, values.shape)
-    # The tracer cannot read a tensor: there the values of a CPU tensor count as device values.
-    if not values.is_cpu or torch.compiler.is_compiling():
+    # A tracer cannot read a tensor: there the values of a CPU tensor count as device values.
+    if not values.is_cpu or traced(values):
         return (), values
     return values.flatten().tolist(), None

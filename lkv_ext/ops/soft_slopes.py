@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_COLDEST = 1e-6  # what a temperature in a tensor counts as, at least
+_COLDEST = 1e-6  # what a temperature counts as, at least
 
 
 class Slopes:
@@ -35,7 +35,9 @@ class Slopes:
         total = self.w.sum(-1, keepdim=True)
         least = weights[..., None]  # more than the sum where that was too small to divide by
         self.weight = torch.where(total < 0.999 * least, least, total).clamp_min(tiny)
-        if isinstance(temperature, Tensor):
+        if not isinstance(temperature, Tensor):
+            temperature = max(temperature, _COLDEST)
+        else:
             temperature = torch.where(temperature > _COLDEST, temperature, _COLDEST)[..., None]
         self.temperature = temperature
 

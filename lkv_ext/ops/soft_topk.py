@@ -65,6 +65,11 @@ def soft_topk(
         t_tensor, t_value = _number(temperature, "temperature", real)
         if t_tensor is None and not t_value > 0:
             raise ValueError(f"expected temperature above 0, got {temperature}")
+        if torch.compiler.is_compiling():  # ops take no symbolic float: one graph would be made for every value
+            one = torch.ones((), dtype=torch.float64, device=scores.device)
+            k_tensor = one * k_value if k_tensor is None else k_tensor
+            t_tensor = one * t_value if t_tensor is None else t_tensor
+            k_value = t_value = 0.0
         if lengths is not None and not isinstance(lengths, Tensor):
             lengths = torch.as_tensor(lengths, device=scores.device)
         if scores.dim() > _AXES + 1:
