@@ -79,8 +79,9 @@ lkv-eval: build lkv-variants
 	$(LKV_EVAL) --tasks variable_tracking common_words frequent_words --samples 100 --retentions 0.05 0.15 \
 	  --methods full floor snapkv adakv kvzip lkv uniform+lkv-t --out docs/lkv/apart
 
+# The CPU kernels of every instruction set that the machine runs, one after the other; a GPU has bench/gpu.py.
 bench: build
-	$(RUN) -m pytest bench -q --benchmark-only --benchmark-quiet
+	$(RUN) bench/sets.py
 	$(RUN) bench/report.py --readme README.md
 
 style: $(VENV)/ready

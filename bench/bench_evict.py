@@ -20,12 +20,12 @@ MODES = ("fresh", "warm", "graph")
 
 
 def evict(inputs: Inputs) -> Call:
-    budgets = inputs.shape.budgets
+    budgets = inputs.budgets
     return lambda: lkv_ext.evict(inputs.k, inputs.v, inputs.scores, budgets)
 
 
 def evict_warm(inputs: Inputs, out: RaggedKV) -> Call:
-    budgets = inputs.shape.budgets
+    budgets = inputs.budgets
     return lambda: lkv_ext.evict(inputs.k, inputs.v, inputs.scores, budgets, out=out)
 
 

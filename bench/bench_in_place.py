@@ -18,7 +18,8 @@ def test_in_place(bench: Bench, length: int) -> None:
     shape = Shape(length)
     whole = make_inputs(shape, bench.device)
     inputs = Inputs(shape, whole.k.clone(), whole.v.clone(), whole.scores)
-    out = lkv_ext.evict(whole.k, whole.v, whole.scores, shape.budgets)
+    budgets = inputs.budgets
+    out = lkv_ext.evict(whole.k, whole.v, whole.scores, budgets)
     others = {
         "memcpy": rivals.copy_warm([out.k, out.v]),
         "evict": evict(whole),
@@ -28,6 +29,6 @@ def test_in_place(bench: Bench, length: int) -> None:
     others |= bench.admit(lambda: contenders.for_evict_in_place(inputs))
 
     def subject() -> lkv_ext.RaggedIndex:
-        return lkv_ext.evict_(inputs.k, inputs.v, inputs.scores, shape.budgets)
+        return lkv_ext.evict_(inputs.k, inputs.v, inputs.scores, budgets)
 
     bench.time("evict_", "warm", shape, subject, others, moved_bytes(shape))

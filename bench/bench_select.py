@@ -22,7 +22,7 @@ def flat_positions(index: lkv_ext.RaggedIndex, length: int) -> Tensor:
 
 def race(bench: Bench, shape: Shape) -> None:
     inputs = make_inputs(shape, bench.device)
-    budgets = shape.budgets
+    budgets = inputs.budgets
     if shape.skewed:
         others = {"loop": rivals.topk_loop(inputs)}
     else:

@@ -26,7 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, default=2, help="CPU threads")
     group.addoption("--warm-gigabytes", type=float, default=6.0, help="host memory touched before the first case")
     group.addoption("--rivals", choices=("torch", "all"), default="all", help="on CUDA: others than PyTorch too")
-    group.addoption("--results", type=Path, default=HERE / "results", help="folder for cpu.json or <gpu name>.json")
+    group.addoption(
+        "--results",
+        type=Path,
+        default=HERE / "results",
+        help="folder for cpu-<instruction set>.json or <gpu name>.json",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,9 +59,10 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     for device, results in session.config.stash[RUNS].items():
-        name = "cpu" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
-        path = session.config.getoption("results") / f"{name}.json"
         found = machine(device)
+        set_ = found.get("cpu_isa", "unknown")
+        name = f"cpu-{set_}" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+        path = session.config.getoption("results") / f"{name}.json"
         if device == "cuda":
             found |= {"rivals": versions(), "rivals skipped": list(session.config.stash[SKIPPED])}
         Run(device, found, results).write(path)

@@ -1,8 +1,9 @@
 """From the JSON of a run to the README's table and a plot.
 
-python bench/report.py                          prints the tables of bench/results/cpu.json and draws the plot
-python bench/report.py run1.json run2.json      medians over several processes on one machine
-python bench/report.py --readme README.md       replaces what stands between the two markers there
+python bench/report.py                          prints the tables of bench/results/cpu-*.json and draws a plot of each
+python bench/report.py run1.json run2.json      medians over several processes on one machine, on one instruction set
+python bench/report.py --readme README.md       replaces what stands between its two markers: the speed on the best
+                                                instruction set, and a row for each of them
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ import targets_gpu
 from results import Result, Run, merge
 
 HERE = Path(__file__).parent
+SETS = ("avx512", "avx2", "portable")  # best first
+SETS_CAPTION = (
+    "The kernels of each instruction set (`LKV_CPU_ISA`), by rivals that are held to the same one, with budgets in an "
+    "int32 tensor:"
+)
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 # The rivals of each column; where a result has several of them, the fastest counts.
@@ -68,7 +74,7 @@ def speed_table(run: Run, rows: list[Result]) -> str:
 
 def caption(run: Run) -> str:
     m = run.machine
-    place = m.get("gpu") or f"{m['cpu']}, {m['threads']} threads"
+    place = m.get("gpu") or f"{m['cpu']}, {m.get('cpu_isa')}, {m['threads']} threads"
     processes = f", medians over {m['processes']} processes" if "processes" in m else ""
     modes = {
         "cpu": "Fresh: the call allocates its result. Warm: it writes into memory that is there already (`out=`).",
@@ -93,6 +99,14 @@ def markdown(run: Run) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+def summary(runs: list[Run]) -> str:
+    """What a README says: of the first run how fast it is, of all of them what they promise."""
+    parts = [caption(runs[0]), speed_table(runs[0], brief(runs[0]))]
+    if runs[0].device == "cpu":
+        parts += [SETS_CAPTION, targets.sets_table(runs)]
+    return "\n\n".join(parts)
+
+
 def replace_between_markers(path: Path, text: str) -> None:
     before, begin, rest = path.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -107,25 +121,29 @@ def _time(us: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="*", default=[HERE / "results" / "cpu.json"])
+    parser.add_argument("runs", type=Path, nargs="*", help="default: the last run of each instruction set")
     parser.add_argument("--readme", type=Path, help="file with the two markers")
     parser.add_argument("--write", type=Path, help="also write the merged run as JSON")
     parser.add_argument("--no-plot", action="store_true")
     args = parser.parse_args()
 
-    run = merge([Run.read(path) for path in args.runs])
-    text = markdown(run)
-    if args.write:
-        run.write(args.write)
-    if not args.no_plot:
-        from plot import draw
+    if args.runs:
+        runs = {args.write or args.runs[0]: merge([Run.read(path) for path in args.runs])}
+    else:
+        runs = {
+            path: Run.read(path) for path in (HERE / "results" / f"cpu-{isa}.json" for isa in SETS) if path.exists()
+        }
+    for path, run in runs.items():
+        if args.write:
+            run.write(args.write)
+        if not args.no_plot:
+            from plot import draw
 
-        picture = (args.write or args.runs[0]).with_suffix(".png")
-        draw(run, picture)
-        print(f"plot in {picture}\n")
+            draw(run, path.with_suffix(".png"))
+            print(f"plot in {path.with_suffix('.png')}\n")
+        print(markdown(run))
     if args.readme:
-        replace_between_markers(args.readme, f"{caption(run)}\n\n{speed_table(run, brief(run))}")
-    print(text)
+        replace_between_markers(args.readme, summary(list(runs.values())))
 
 
 if __name__ == "__main__":

@@ -119,6 +119,7 @@ def machine(device: str) -> dict[str, object]:
     found: dict[str, object] = {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

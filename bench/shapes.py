@@ -86,6 +86,11 @@ class Inputs:
     scores: Tensor
 
     @property
+    def budgets(self) -> Tensor:
+        """int32 `[H]` on the host, as engines have them."""
+        return torch.tensor(self.shape.per_row[: self.shape.heads], dtype=torch.int32)
+
+    @property
     def payload(self) -> tuple[Tensor, Tensor]:
         return self.k, self.v
 
