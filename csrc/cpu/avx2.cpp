@@ -81,6 +81,7 @@ struct Avx2 {
   static Floats fsub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
   static Floats fmul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
   static Floats fdiv(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+  static Floats inverse(Floats x) { return _mm256_rcp_ps(x); }
   static Floats fmax(Floats a, Floats b) { return _mm256_max_ps(a, b); }
   static Floats fmin(Floats a, Floats b) { return _mm256_min_ps(a, b); }
   static float sum(Floats x) {
@@ -100,10 +101,6 @@ struct Avx2 {
     const Vec bits = _mm256_castps_si256(x), n = _mm256_srai_epi32(sub(bits, set(kRootHalf)), 23);
     exponent = _mm256_cvtepi32_ps(n);
     return _mm256_castsi256_ps(sub(bits, _mm256_slli_epi32(n, 23)));
-  }
-  static Floats times_power(Floats x, Floats n) {
-    const Vec whole = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
-    return where_below(fset(126.5f), n, fset(INFINITY), _mm256_castsi256_ps(add(_mm256_castps_si256(x), whole)));
   }
   static Floats copy_sign(Floats x, Floats sign) {
     return _mm256_or_ps(x, _mm256_and_ps(sign, _mm256_castsi256_ps(set(0x80000000u))));

@@ -66,6 +66,7 @@ struct Avx512 {
   static Floats fsub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static Floats fmul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats fdiv(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+  static Floats inverse(Floats x) { return _mm512_rcp14_ps(x); }
   static Floats fmax(Floats a, Floats b) { return _mm512_max_ps(a, b); }
   static Floats fmin(Floats a, Floats b) { return _mm512_min_ps(a, b); }
   static float sum(Floats x) { return _mm512_reduce_add_ps(x); }
@@ -84,7 +85,6 @@ struct Avx512 {
     exponent = _mm512_cvtepi32_ps(n);
     return _mm512_castsi512_ps(sub(bits, _mm512_slli_epi32(n, 23)));
   }
-  static Floats times_power(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
   static Floats copy_sign(Floats x, Floats sign) {
     return _mm512_or_ps(x, _mm512_and_ps(sign, _mm512_castsi512_ps(set(0x80000000u))));
   }

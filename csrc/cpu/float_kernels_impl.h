@@ -7,9 +7,9 @@
 // Arithmetic on floats over a vector type S, one file per instruction set, internal linkage as in key_kernels_impl.h.
 //
 // S: Floats of `width` 32-bit lanes; fset, fload, fstore, fload of 16-bit types (from_bf16, from_f16), fma, fadd, fsub,
-// fmul, fdiv, fmin and fmax (the second operand where one is NaN), sum and highest over lanes, scale_by_exponent,
-// zero_below, where_below (of a < b), copy_sign, times_power (of 2, a whole number from -126 on; infinity where it is
-// too high), and mantissa: of a normal number above 0, in [sqrt(1/2), sqrt(2)), and exponent.
+// fmul, fdiv, inverse (within 4e-4 of it), fmin and fmax (the second operand where one is NaN), sum and highest over
+// lanes, scale_by_exponent, zero_below, where_below (of a < b), copy_sign, and mantissa: of a normal number above 0, in
+// [sqrt(1/2), sqrt(2)), and exponent.
 
 namespace lkv::cpu {
 namespace {
@@ -54,19 +54,26 @@ struct Exponential {
   auto value() const { return S::fma(scale, part, scale); }
 };
 
-constexpr float kPower[] = {9.671512959e-3f, 5.550733748e-2f, 2.402224208e-1f, 6.931469776e-1f, 1.0f};
+constexpr float kPower[] = {1.326472663e-3f, 9.671512959e-3f, 5.550733748e-2f, 2.402224208e-1f, 6.931469776e-1f, 1.0f};
+constexpr float kRoughPower[] = {5.500858e-2f, 2.4221037e-1f, 6.932829e-1f, 1.0f};
 
-// 2^x within 2 ulp, by the polynomial of least relative error 1.1e-7, for x of at least -126, below which it is 2^-126;
-// infinity for x above 127 and NaN.
-template <class S>
+template <class S, size_t terms>
+auto polynomial(typename S::Floats x, const float (&c)[terms]) {
+  auto p = S::fset(c[0]);
+  for (size_t i = 1; i < terms; ++i) p = S::fma(p, x, S::fset(c[i]));
+  return p;
+}
+
+// 2^x within 2 ulp, or 1e-4 of it, by the polynomial of least relative error, for x of at least -126, below which it is
+// 2^-126; infinity for x of at least 128, where the exponent of 1 is that of infinity, and for NaN.
+template <class S, bool rough = false>
 auto power_of_two(typename S::Floats x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = S::fmax(S::fmin(x, S::fset(200.0f)), S::fset(-126.0f));
-  const auto n = S::fadd(S::fadd(x, S::fset(kRound)), S::fset(-kRound));
-  const auto r = S::fsub(x, n);
-  auto p = S::fset(1.326472663e-3f);
-  for (const float c : kPower) p = S::fma(p, r, S::fset(c));
-  return S::times_power(p, n);
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+  x = S::fmax(S::fmin(x, S::fset(128.0f)), S::fset(-126.0f));
+  const auto shifted = S::fadd(x, S::fset(kRound));
+  const auto r = S::fsub(x, S::fadd(shifted, S::fset(-kRound)));
+  if constexpr (rough) return S::scale_by_exponent(polynomial<S>(r, kRoughPower), shifted);
+  return S::scale_by_exponent(polynomial<S>(r, kPower), shifted);
 }
 
 // e^x for x <= 0 within 2 ulp.

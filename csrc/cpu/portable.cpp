@@ -57,6 +57,7 @@ struct Portable {
   static Floats fsub(Floats a, Floats b) { return a - b; }
   static Floats fmul(Floats a, Floats b) { return a * b; }
   static Floats fdiv(Floats a, Floats b) { return a / b; }
+  static Floats inverse(Floats x) { return 1 / x; }
   static Floats fmax(Floats a, Floats b) { return a > b ? a : b; }
   static Floats fmin(Floats a, Floats b) { return a < b ? a : b; }
   static float sum(Floats x) { return x; }
@@ -71,10 +72,6 @@ struct Portable {
     const int32_t signed_n = static_cast<int32_t>(bits - kRootHalf) >> 23;
     exponent = static_cast<float>(signed_n);
     return std::bit_cast<float>(bits - (n << 23));
-  }
-  static Floats times_power(Floats x, Floats n) {
-    const uint32_t whole = static_cast<uint32_t>(static_cast<int32_t>(n)) << 23;
-    return n > 126.5f ? INFINITY : std::bit_cast<float>(std::bit_cast<uint32_t>(x) + whole);
   }
   static Floats copy_sign(Floats x, Floats sign) { return std::copysign(x, sign); }
 

@@ -94,6 +94,7 @@ struct SoftPass {
   double tau, temperature;
   void* out;
   bool log;
+  bool rough = false;  // sums within a thousandth do, of scores that are all finite; nothing is written
 };
 
 // From n gradients of the mask, or of its logarithm, to those of the scores: (a - w * mean) / temperature, where a is

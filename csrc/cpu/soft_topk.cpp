@@ -56,7 +56,10 @@ class SoftTopk {
       } else {
         SoftThreshold<> threshold;
         threshold.start(range, n, k, temperature);
-        find(threshold, scores, n, temperature, mask, kSoftSteps, false);
+        const bool close = range.finite == n && approach(threshold, scores, n, temperature);
+        if (!find(threshold, scores, n, temperature, mask, close, kSoftSteps)) {
+          kernels_.pass({scores, n, threshold.tau, temperature, mask, p_.rows.log});
+        }
         weight = std::max(threshold.weight, kLeastWeight * static_cast<double>(range.finite));
       }
     }
@@ -75,27 +78,39 @@ class SoftTopk {
     const double tau = threshold.tau;
     threshold.start({-1e30, 1e30, 0, 0, 0, n, 0}, n, k, temperature);
     threshold.move_to(tau);
-    if (!find(threshold, scores, n, temperature, mask, 4, true)) return false;
+    if (!approach(threshold, scores, n, temperature) || !find(threshold, scores, n, temperature, mask, true, 4)) {
+      return false;
+    }
     weight = std::max(threshold.weight, kLeastWeight * static_cast<double>(n));
     return true;
   }
 
-  // Moves the threshold until it is good, and writes the mask. False where that takes more steps.
-  bool find(SoftThreshold<>& threshold, const char* scores, int64_t n, double temperature, void* mask, int steps,
-            bool finite_only) const {
-    auto state = SoftThreshold<>::far;
-    for (int i = 0; i < steps && state == SoftThreshold<>::far; ++i) {
-      // Near tau a mask is made good by a small correction, so the second pass writes it; a logarithm costs more.
-      void* out = i > 0 && !p_.rows.log ? mask : nullptr;
-      const SoftSums sums = kernels_.pass({scores, n, threshold.tau, temperature, out, false});
-      if (finite_only && !sums.finite) return false;
-      state = threshold.step(sums, precision_);
-      if (out == nullptr || state == SoftThreshold<>::far) continue;
-      if (state == SoftThreshold<>::near) kernels_.nudge(mask, n, threshold.move);
+  // Moves the threshold until it is good, and writes the mask. False where that takes more steps. `close`: it is near
+  // already.
+  bool find(SoftThreshold<>& threshold, const char* scores, int64_t n, double temperature, void* mask, bool close,
+            int steps) const {
+    for (int i = 0; i < steps; ++i) {
+      // Near tau a mask is made good by a small correction, so it is written at once; a logarithm costs more.
+      void* out = (close || i > 0) && !p_.rows.log ? mask : nullptr;
+      const auto state = threshold.step(kernels_.pass({scores, n, threshold.tau, temperature, out, false}), precision_);
+      if (state == SoftThreshold<>::far) continue;
+      if (out == nullptr) {
+        kernels_.pass({scores, n, threshold.tau, temperature, mask, p_.rows.log});
+      } else if (state == SoftThreshold<>::near) {
+        kernels_.nudge(mask, n, threshold.move);
+      }
       return true;
     }
-    if (finite_only && state == SoftThreshold<>::far) return false;
-    kernels_.pass({scores, n, threshold.tau, temperature, mask, p_.rows.log});
+    return false;
+  }
+
+  // One step by rough sums, of which only tau is kept, as the bracket must hold. False where scores are not finite.
+  bool approach(SoftThreshold<>& threshold, const char* scores, int64_t n, double temperature) const {
+    const SoftSums sums = kernels_.pass({scores, n, threshold.tau, temperature, nullptr, false, true});
+    if (!sums.finite) return false;
+    SoftThreshold<> probe = threshold;
+    probe.step(sums, precision_);
+    threshold.move_to(probe.tau);
     return true;
   }
 
@@ -112,7 +127,7 @@ class SoftTopk {
     if (range.finite != size) return false;
     threshold.start(range, size, k * static_cast<double>(size) / static_cast<double>(n), temperature);
     for (int i = 0; i < kSoftSteps; ++i) {
-      const SoftSums sums = kernels_.pass({sample, size, threshold.tau, temperature, nullptr, false});
+      const SoftSums sums = kernels_.pass({sample, size, threshold.tau, temperature, nullptr, false, true});
       if (threshold.step(sums, {0.02, precision_.resolution, 0.1}) != SoftThreshold<>::far) break;
     }
     return true;

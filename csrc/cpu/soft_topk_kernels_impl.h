@@ -92,9 +92,8 @@ struct Soft {
     const auto tau = S::fset(-high), scale = S::fset(static_cast<float>(-slope));
     const auto shift = S::fset(static_cast<float>((p.tau - static_cast<double>(high)) * slope));
     const auto zero = S::fset(0.0f);
-    auto m = zero, rest = zero, w = zero, tilt = zero, odd = zero;
+    auto m = zero, rest = zero, w = zero, tilt = zero;
     SoftSums sums = {};
-    sums.finite = true;
     const auto write = [&](const Point& x, float* at) {
       if constexpr (out == Out::mask) S::fstore(at, x.m);
       if constexpr (out == Out::log) S::fstore(at, x.log());
@@ -104,7 +103,6 @@ struct Soft {
         [&](int64_t i) {
           const auto score = E::template load<S>(items + i);
           const Point x(score, tau, scale, shift);
-          if constexpr (out == Out::none) odd = S::fma(score, zero, odd);
           const auto weight = S::fmul(x.m, x.rest);
           m = S::fadd(m, x.m);
           rest = S::fadd(rest, x.rest);
@@ -117,7 +115,6 @@ struct Soft {
           sums.rest += S::sum(rest);
           sums.w += S::sum(w);
           sums.tilt += S::sum(tilt);
-          sums.finite &= S::sum(odd) == 0;  // 0 times what is not finite is NaN
           m = rest = w = tilt = zero;
         });
     if (at < p.n) {
@@ -129,7 +126,6 @@ struct Soft {
       S::fstore(rests, x.rest);
       for (int64_t i = 0; i < p.n - at; ++i) {
         const double a = ms[i], b = rests[i];
-        sums.finite &= to_float<type>(scores[i]) * 0.0f == 0.0f;
         sums.m += a;
         sums.rest += b;
         sums.w += a * b;
@@ -141,7 +137,48 @@ struct Soft {
     return sums;
   }
 
+  // Sums of m, its squares and its cubes tell the rest.
+  static SoftSums rough(const SoftPass& p) {
+    const Item* items = static_cast<const Item*>(p.scores);
+    const double slope = 1 / (p.temperature * kLn2);
+    const auto tau = S::fset(static_cast<float>(-p.tau)), scale = S::fset(static_cast<float>(-slope));
+    const auto zero = S::fset(0.0f), one = S::fset(1.0f);
+    auto m = zero, squares = zero, cubes = zero, odd = zero;
+    double sums[3] = {};
+    const auto add = [&](Floats score) {
+      const auto e = power_of_two<S, true>(S::fmul(S::fadd(score, tau), scale));
+      const auto x = S::inverse(S::fadd(e, one)), square = S::fmul(x, x);
+      m = S::fadd(m, x);
+      squares = S::fadd(squares, square);
+      cubes = S::fma(square, x, cubes);
+    };
+    const auto flush = [&] {
+      sums[0] += S::sum(m);
+      sums[1] += S::sum(squares);
+      sums[2] += S::sum(cubes);
+      m = squares = cubes = zero;
+    };
+    const int64_t at = Vectors<S>::for_each_vector(
+        p.n,
+        [&](int64_t i) {
+          const auto score = E::template load<S>(items + i);
+          odd = S::fma(score, zero, odd);  // NaN where it is not finite
+          add(score);
+        },
+        flush);
+    if (at < p.n) {
+      Item rest[S::width];
+      Vectors<S>::load_rest(items + at, p.n - at, from_float<type>(kMissing), rest);
+      for (int64_t i = at; i < p.n; ++i) odd = S::fma(S::fset(to_float<type>(items[i])), zero, odd);
+      add(E::template load<S>(rest));
+      flush();
+    }
+    const double w = sums[0] - sums[1];
+    return {sums[0], static_cast<double>(p.n) - sums[0], w, w - 2 * (sums[1] - sums[2]), S::sum(odd) == 0};
+  }
+
   static SoftSums pass(const SoftPass& p) {
+    if (p.rough) return rough(p);
     if (p.out == nullptr) return run<Out::none>(p);
     return p.log ? run<Out::log>(p) : run<Out::mask>(p);
   }
