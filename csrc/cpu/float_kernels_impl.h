@@ -65,11 +65,13 @@ auto polynomial(typename S::Floats x, const float (&c)[terms]) {
 }
 
 // 2^x within 2 ulp, or 1e-4 of it, by the polynomial of least relative error, for x of at least -126, below which it is
-// 2^-126; infinity for x of at least 128, where the exponent of 1 is that of infinity, and for NaN.
+// 2^-126; infinity for x above 126 (as 2^128, where the exponent of 1 is that of infinity) and for NaN. Rough ones end
+// at 2^40. So nothing that is made of them is subnormal, which would cost a hundred cycles.
 template <class S, bool rough = false>
 auto power_of_two(typename S::Floats x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
-  x = S::fmax(S::fmin(x, S::fset(128.0f)), S::fset(-126.0f));
+  x = S::fmax(S::fmin(x, S::fset(rough ? 40.0f : 128.0f)), S::fset(-126.0f));
+  if constexpr (!rough) x = S::where_below(S::fset(126.0f), x, S::fset(128.0f), x);
   const auto shifted = S::fadd(x, S::fset(kRound));
   const auto r = S::fsub(x, S::fadd(shifted, S::fset(-kRound)));
   if constexpr (rough) return S::scale_by_exponent(polynomial<S>(r, kRoughPower), shifted);

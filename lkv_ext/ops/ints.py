@@ -82,8 +82,8 @@ def hold(values: object) -> int | tuple[int, ...] | Held | None:
     if type(values) is Tensor:  # values of a subclass may not be there to read
         if not values.is_cpu or (values.dtype is not torch.int32 and values.dtype is not torch.int64):
             return None
-        shape = tuple(values.shape)
-        return Held(tuple(values.tolist() if len(shape) == 1 else values.flatten().tolist()), shape)
+        held = tuple(values.tolist() if values.dim() == 1 else values.flatten().tolist())
+        return tuple.__new__(Held, (held, values.shape))  # as Held(...), in half of the time
     if isinstance(values, int):
         return values
     if isinstance(values, (list, tuple)):
