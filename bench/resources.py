@@ -69,6 +69,7 @@ LIMITS = (
     Limit(r"split_(histogram|count)_kernel|rooms_kernel", 48),
     Limit(r"soft_topk_\w*kernel", 56),
     Limit(r"upload_kernel", 40),
+    Limit(r"attend_kernel<.*true>", 160),  # of mixed types
     Limit(r"attend_kernel", 128),
     Limit(r"", 64),  # any other, and any new one
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import generator
 from test_isa import run
 from torch import Tensor
@@ -199,6 +202,55 @@ def test_empty() -> None:
     assert torch.equal(lkv_ext.attend(torch.ones(1, 2, 3, 8), cache), torch.zeros(1, 2, 3, 8))
 
 
+def mixed(kv: lkv_ext.RaggedKV, k: torch.dtype, v: torch.dtype) -> lkv_ext.RaggedKV:
+    return replace(kv, k=kv.k.to(k), v=kv.v.to(v))
+
+
+@pytest.mark.parametrize("types", list(product(TOLERANCE, repeat=3)), ids=str)
+def test_dtypes_of_q_k_and_v_may_differ(device: str, types: tuple[torch.dtype, ...]) -> None:
+    dtype, *of_rows = types
+    for batch, heads, group, n, dim, dim_v, longest in ((2, 3, 3, 5, 72, 64, 300), (1, 2, 4, 1, 7, 3, 65)):
+        kv, sinks = mixed(ragged(batch, heads, dim, dim_v, longest, torch.float32), *of_rows), sinks_of(heads * group)
+        q = queries(batch, heads * group, n, dim, dtype)
+        there = SimpleNamespace(
+            **{name: getattr(kv, name).to(device) for name in ("k", "v", "cu_seqlens", "lengths")}, max_length=longest
+        )
+        got = lkv_ext.attend(q.to(device), there, sinks=sinks.to(device))
+        assert got.dtype == dtype and error_of(q, kv, got, sinks=sinks) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("types", list(product(TOLERANCE, repeat=3)), ids=str)
+def test_autocast_gives_what_dense_attention_gives(types: tuple[torch.dtype, ...], cast: torch.dtype) -> None:
+    """Its dtype, and its values as far as that dtype tells; the rows stay what they are."""
+    dtype, *of_rows = types
+    kv = mixed(ragged(1, 1, 64, 64, 200, torch.float32), *of_rows)
+    q = queries(1, 4, 3, 64, dtype)
+    mask = torch.ones(3, 200, dtype=torch.bool).tril(197)
+    with torch.autocast("cpu", dtype=cast):
+        k, v = (t[None, None, :200].expand(1, 4, -1, -1) for t in (kv.k, kv.v))
+        want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        got = lkv_ext.attend(q, kv)
+        assert lkv_ext.attend(q.double().to(dtype), kv).dtype == cast
+    assert got.dtype == want.dtype == cast and [kv.k.dtype, kv.v.dtype] == of_rows
+    assert float((got - want).abs().max()) <= TOLERANCE[torch.bfloat16]
+    with torch.autocast("cpu", dtype=cast, enabled=False):
+        assert lkv_ext.attend(q, kv).dtype == dtype
+
+
+def test_autocast_casts_no_doubles() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="got float64"):
+        lkv_ext.attend(torch.zeros(1, 1, 1, 8, dtype=torch.float64), lkv_ext.RaggedCache.empty(1, 1, 8))
+
+
+def test_autocast_under_compile() -> None:
+    kv, q = ragged(1, 2, 16, 16, 50, torch.float32), queries(1, 4, 1, 16, torch.float32)
+    attend = torch.compile(lambda q: lkv_ext.attend(q, kv), fullgraph=True, backend="aot_eager")
+    assert torch.equal(attend(q), lkv_ext.attend(q, kv))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(attend(q), lkv_ext.attend(q, kv)) and attend(q).dtype == torch.bfloat16
+
+
 def wrong(**changes: object) -> dict[str, object]:
     kv = ragged(2, 2, 8, 8, 20, torch.float32)
     return dict(q=torch.zeros(2, 4, 1, 8), k=kv.k, v=kv.v, cu_seqlens=kv.cu_seqlens, lengths=kv.lengths) | changes
@@ -212,7 +264,8 @@ def wrong(**changes: object) -> dict[str, object]:
         (dict(q=torch.zeros(2, 3, 1, 8)), r"Hq a multiple of H = 2, got \[2, 3, 1, 8\]"),
         (dict(q=torch.zeros(1, 4, 1, 8)), "with B = 2"),
         (dict(q=torch.zeros(2, 4, 1, 9)), "expected q with rows of D = 8"),
-        (dict(q=torch.zeros(2, 4, 1, 8).half()), "expected k of q's dtype float16, got float32"),
+        (dict(k=torch.zeros(9, 8).double()), "expected k of dtype float32, float16 or bfloat16, got float64"),
+        (dict(v=torch.zeros(9, 8).int()), "expected v of dtype float32, float16 or bfloat16, got int32"),
         (dict(q=torch.zeros(2, 4, 1, 8).int()), "expected q of dtype float32, float16 or bfloat16, got int32"),
         (dict(q=torch.zeros(2, 4, 1, 16)[..., ::2]), "expected q contiguous after the token axis"),
         (dict(q=torch.zeros(2, 4, 1, 8, requires_grad=True)), "require no gradient"),

@@ -11,6 +11,7 @@ from cases import generator, scores_of
 from torch import Tensor
 
 import lkv_ext
+from lkv import reference
 from lkv_ext import RaggedCache
 
 BATCH, HEADS, DIM, DIM_V = 2, 3, 8, 4
@@ -99,6 +100,56 @@ def test_evict_again_and_again(device: str) -> None:
             cache.append(k.to(device), v.to(device))
             model.append(k, v)
             model.check(cache)
+
+
+def test_k_and_v_of_different_dtypes(device: str, tmp_path: Path) -> None:
+    """As under autocast: a cache moves bytes, each tensor its own."""
+    of_v, model = torch.bfloat16, Model()
+    cache = RaggedCache.empty(BATCH, HEADS, DIM, dim_v=DIM_V, dtype_v=of_v, device=device, reserve=2)
+
+    def append(n: int, seed: int) -> None:
+        k, v = tokens(n, seed)
+        cache.append(k.to(device), v.to(device, of_v))
+        model.append(k, v.to(of_v))
+        model.check(cache)
+
+    append(20, 0)
+    evict(cache, model, [10, 3, 20], reserve=1)
+    model.check(cache)
+    append(1, 1)
+    append(5, 2)
+    cache.save(tmp_path / "cache")
+    cache = RaggedCache.load(tmp_path / "cache", device)
+    append(2, 3)
+    cache.crop(1)
+    for rows in model.rows:
+        rows.pop()
+    model.seen -= 1
+    model.check(cache)
+    cache.select_batch([1, 0])
+    model.rows = model.rows[HEADS:] + model.rows[:HEADS]
+    model.check(cache)
+    assert (cache.k.dtype, cache.v.dtype) == (torch.float32, of_v) and "torch.bfloat16" in repr(cache)
+    assert cache.nbytes == cache.k.shape[0] * (4 * DIM + 2 * DIM_V)
+    assert cache.retained_bytes == sum(map(len, model.rows)) * (4 * DIM + 2 * DIM_V)
+    q = torch.randn(BATCH, 2 * HEADS, 1, DIM, generator=generator(0))
+    got = cache.attend(q.to(device)).cpu()
+    want = reference.attend(q, cache.k.cpu(), cache.v.cpu(), cache.cu_seqlens.cpu(), cache.lengths.cpu())
+    assert float((got - want).abs().max()) <= 2e-5
+    k, v = (t.to(device) for t in tokens(1))
+    with pytest.raises(TypeError, match="expected v of dtype torch.bfloat16, got torch.float32"):
+        cache.append(k, v)
+    model.check(cache)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_eviction_of_k_and_v_of_different_dtypes(device: str, layout: str) -> None:
+    k, v = (t.to(device) for t in tokens(30))
+    scores = scores_of("normal", [BATCH, HEADS, 30]).to(device)
+    alone = lkv_ext.evict(k, v, scores, [5, 9, 30], layout=layout)
+    for types in ((torch.float32, torch.bfloat16), (torch.float16, torch.float64), (torch.uint8, torch.float32)):
+        both = lkv_ext.evict(k.to(types[0]), v.to(types[1]), scores, [5, 9, 30], layout=layout)
+        assert torch.equal(both.k, alone.k.to(types[0])) and torch.equal(both.v, alone.v.to(types[1]))
 
 
 def test_takes_over_an_eviction(device: str) -> None:

@@ -156,9 +156,8 @@ class Attention {
     const int64_t last = clamp(*std::max_element(visible, visible + count), 0, rows);
     const char* k = p_.k.data + (begin_of(row) + first) * p_.k.token;
     const char* v = p_.v.data + (begin_of(row) + first) * p_.v.token;
-    row_kernels().attend[static_cast<int>(p_.type)]({queries.data(), count, stride, visible, k, v, p_.k.token,
-                                                     p_.v.token, last, p_.dim, p_.dim_v, p_.softcap, to.highest, to.sum,
-                                                     to.acc, acc_stride_});
+    row_kernels().attend({queries.data(), count, stride, visible, p_.k_type, p_.v_type, k, v, p_.k.token, p_.v.token,
+                          last, p_.dim, p_.dim_v, p_.softcap, to.highest, to.sum, to.acc, acc_stride_});
   }
 
   void merge(int64_t row, int64_t query, int64_t tile, int64_t pieces) const {

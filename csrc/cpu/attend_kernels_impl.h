@@ -26,8 +26,9 @@ auto soft_cap(typename S::Floats x, float cap) {
   return S::copy_sign(S::fmul(t, S::fset(cap)), x);
 }
 
+// Of K and V of one type each.
 template <class S, class E>
-struct Attend {
+struct AttendRowsOf {
   using Item = typename E::Item;
 
   // logits[q][row] of Q queries.
@@ -79,6 +80,22 @@ struct Attend {
           S::fstore(t.acc + (query + q) * t.acc_stride + at + c * S::width, acc[q][c]);
     }
   }
+};
+
+template <class S>
+struct Attend {
+  template <ScoreType type>
+  using Rows = AttendRowsOf<S, Elements<type>>;
+  using Dot = void (*)(const AttendTile&, int64_t query, int64_t first, int64_t rows, float* logits);
+  using Add = void (*)(const AttendTile&, int64_t query, int64_t first, int64_t rows, const float* weights);
+
+  // By ScoreType.
+  template <int Q>
+  static constexpr Dot dots[] = {Rows<ScoreType::f32>::template dot<Q>, Rows<ScoreType::f16>::template dot<Q>,
+                                 Rows<ScoreType::bf16>::template dot<Q>};
+  template <int Q>
+  static constexpr Add adds[] = {Rows<ScoreType::f32>::template add<Q>, Rows<ScoreType::f16>::template add<Q>,
+                                 Rows<ScoreType::bf16>::template add<Q>};
 
   // Logits become weights relative to the highest logit so far; what was summed before is rescaled to it.
   static void soften(const AttendTile& t, int64_t query, int64_t visible, float* logits) {
@@ -114,12 +131,12 @@ struct Attend {
   template <int Q>
   static void step(const AttendTile& t, int64_t query, int64_t first, int64_t rows) {
     float logits[Q * kAttendRows] = {};
-    dot<Q>(t, query, first, rows, logits);
+    dots<Q>[static_cast<int>(t.k_type)](t, query, first, rows, logits);
     for (int q = 0; q < Q; ++q) {
       const int64_t visible = t.visible[query + q] - first;
       soften(t, query + q, visible < 0 ? 0 : visible < rows ? visible : rows, logits + q * kAttendRows);
     }
-    add<Q>(t, query, first, rows, logits);
+    adds<Q>[static_cast<int>(t.v_type)](t, query, first, rows, logits);
   }
 
   static void run(const AttendTile& t) {

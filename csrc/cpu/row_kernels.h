@@ -73,6 +73,7 @@ struct AttendTile {
   const float* queries;  // [count, query_stride], scaled; zeros behind dim
   int64_t count, query_stride;
   const int64_t* visible;  // [count] how many of the rows, from the first, each query sees; may be negative
+  ScoreType k_type, v_type;
   const char *k, *v;
   int64_t k_stride, v_stride;  // bytes
   int64_t rows, dim, dim_v;
@@ -128,8 +129,8 @@ struct RowKernels {
   CopyRows (*copy_rows)(int64_t bytes);
   CopyRows (*stream_rows)(int64_t bytes);  // non-temporal; rows aligned to 64 bytes at both ends of `to`
   void (*fence)();                         // after the last stream_rows of a tile
-  AttendRows attend[3];                    // by ScoreType
-  SoftKernels soft[3];                     // by ScoreType
+  AttendRows attend;
+  SoftKernels soft[3];  // by ScoreType
 };
 
 extern const SoftKernels soft_double_kernels;

@@ -17,8 +17,7 @@ constexpr RowKernels make_row_kernels(const char* name) {
       pick_copy<S>,
       pick_stream<S>,
       S::fence,
-      {Attend<S, Elements<ScoreType::f32>>::run, Attend<S, Elements<ScoreType::f16>>::run,
-       Attend<S, Elements<ScoreType::bf16>>::run},
+      Attend<S>::run,
       {soft_kernels<S, ScoreType::f32>(), soft_kernels<S, ScoreType::f16>(), soft_kernels<S, ScoreType::bf16>()},
   };
 }

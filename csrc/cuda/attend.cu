@@ -31,16 +31,18 @@ AttendPlan make_plan(const AttendParams& p, void* scratch, const Tuning& tuning)
   return {tiles, slices, pieces, piece_rows, static_cast<AttendPartial*>(scratch)};
 }
 
-template <ScoreType type, int kBlock>
+template <ScoreType type, int kBlock, bool kMixed>
 Status run(const AttendParams& p, const AttendPlan& plan, Stream stream) {
   constexpr size_t shared = sizeof(AttendShared<type, kBlock>);
   static_assert(shared <= kDefaultShared);
   const int64_t units = plan.unit(row_sets(p), 0, 0, 0), outputs = row_sets(p) * p.group * p.queries * plan.slices;
   if (std::max(units, outputs) > kMaxBlocks) return cudaErrorInvalidConfiguration;
   const Grid grid = {.blocks = units, .block = kBlock, .shared = shared};
-  const Status status = launch(attend_kernel<type, kBlock>, grid, stream, p, plan);
+  const Status status = launch(attend_kernel<type, kBlock, kMixed>, grid, stream, p, plan);
   if (status != cudaSuccess || plan.pieces == 1) return status;
-  return launch(attend_merge_kernel<type, kBlock>, {.blocks = outputs, .block = kBlock}, stream, p, plan);
+  const Grid merge = {.blocks = outputs, .block = kBlock};
+  return with_type(p.type,
+                   [&]<ScoreType out> { return launch(attend_merge_kernel<out, kBlock>, merge, stream, p, plan); });
 }
 
 }  // namespace
@@ -56,8 +58,9 @@ size_t attend_scratch(const AttendParams& p) {
 
 Status attend(const AttendParams& p, void* scratch, Stream stream, const Tuning& tuning) {
   const AttendPlan plan = make_plan(p, scratch, tuning);
-  return with_type(p.type, [&]<ScoreType type> {
-    return with_block<kProductionBlock>(tuning, [&]<int kBlock> { return run<type, kBlock>(p, plan, stream); });
+  return with_block<kProductionBlock>(tuning, [&]<int kBlock> {
+    if (p.k_type != p.type || p.v_type != p.type) return run<ScoreType::f32, kBlock, true>(p, plan, stream);
+    return with_type(p.type, [&]<ScoreType type> { return run<type, kBlock, false>(p, plan, stream); });
   });
 }
 

@@ -21,11 +21,6 @@ __device__ __forceinline__ int smaller(int64_t a, int b) {
   return a < b ? static_cast<int>(a) : b;
 }
 
-template <ScoreType type>
-__device__ __forceinline__ void store(char* row, int64_t column, float value) {
-  reinterpret_cast<typename ScoreTraits<type>::Bits*>(row)[column] = from_float<type>(value);
-}
-
 // The queries of the tile, where they are and what they see of the piece that ends at row `end`.
 template <ScoreType type, int kBlock>
 __device__ __forceinline__ void find_queries(AttendShared<type, kBlock>* shared, const AttendParams& p, const Unit& u,
@@ -55,8 +50,8 @@ __device__ __forceinline__ void find_sinks(AttendShared<type, kBlock>* shared, c
 // Adds up what the teams have, and writes it to where the plan says.
 template <ScoreType type, int kBlock>
 __device__ __forceinline__ void finish(AttendShared<type, kBlock>* shared, Softmax<kBlock>& softmax,
-                                       const Accumulators& mine, const AttendParams& p, const AttendPlan& plan,
-                                       const Unit& u) {
+                                       const Accumulators& mine, ScoreType of_out, const AttendParams& p,
+                                       const AttendPlan& plan, const Unit& u) {
   find_sinks(shared, p, u);
   block_sync();  // sums lie where the tile was
 #pragma unroll
@@ -93,16 +88,17 @@ __device__ __forceinline__ void finish(AttendShared<type, kBlock>* shared, Softm
     if (partial != nullptr) {
       partial->acc[q][column] = acc;
     } else {
-      store<type>(shared->out[q], int64_t{u.slice} * kSlice + column,
+      store_float(of_out, shared->out[q], int64_t{u.slice} * kSlice + column,
                   shared->sum[q] == 0 ? 0.0f : acc / shared->sum[q]);
     }
   }
 }
 
-template <ScoreType type, int kBlock>
-__global__ void __launch_bounds__(kBlock, 4)
+// `type`: of all tensors, unless they are mixed.
+template <ScoreType type, int kBlock, bool kMixed>
+__global__ void __launch_bounds__(kBlock, kMixed ? 3 : 4)
     attend_kernel(const LKV_GRID_CONSTANT AttendParams p, const LKV_GRID_CONSTANT AttendPlan plan) {
-  constexpr int64_t kItem = sizeof(typename ScoreTraits<type>::Bits);
+  const ScoreType of_q = kMixed ? p.type : type;
   auto* shared = dyn_smem<AttendShared<type, kBlock>>();
   const Unit u = unit_of_block(plan);
   const Room room = attended_rows(p, u.row);
@@ -125,8 +121,8 @@ __global__ void __launch_bounds__(kBlock, 4)
     float logits[kQueries] = {};
     for (int64_t at = 0; at < p.dim; at += kChunk) {
       const int slot = resident ? static_cast<int>(at / kChunk) : 0, columns = smaller(p.dim - at, kChunk);
-      stage_rows(shared, k + at * kItem, p.k.token, rows, columns);
-      if (!resident || first == begin) stage_queries(shared, p, at, slot);
+      stage_rows<kMixed>(shared, p.k_type, k, p.k.token, at, rows, columns);
+      if (!resident || first == begin) stage_queries(shared, of_q, p, at, slot);
       block_sync();
       if (static_cast<int>(threadIdx.x) < rows) add_dots(shared, slot, columns, logits);
     }
@@ -141,13 +137,13 @@ __global__ void __launch_bounds__(kBlock, 4)
     for (int chunk = 0; chunk < kChunksPerSlice; ++chunk) {
       const int64_t at = v_first + chunk * kChunk;
       if (at >= p.dim_v) break;
-      stage_rows(shared, v + at * kItem, p.v.token, rows, smaller(p.dim_v - at, kChunk));
+      stage_rows<kMixed>(shared, p.v_type, v, p.v.token, at, rows, smaller(p.dim_v - at, kChunk));
       block_sync();
       if (chunk == 0) mine.scale(shared->factor);
       mine.add(shared, chunk, rows);
     }
   }
-  finish(shared, softmax, mine, p, plan, u);
+  finish(shared, softmax, mine, of_q, p, plan, u);
 }
 
 // The pieces of one query in their order, a thread per column.
@@ -172,7 +168,7 @@ __global__ void __launch_bounds__(kBlock)
       sum = fmaf(factor, part.sum[q], sum);
       acc = fmaf(factor, part.acc[q][column], acc);
     }
-    store<type>(query_at(p, p.out, row, i), slice * kSlice + column, sum == 0 ? 0.0f : acc / sum);
+    store_float(type, query_at(p, p.out, row, i), slice * kSlice + column, sum == 0 ? 0.0f : acc / sum);
   }
 }
 

@@ -38,6 +38,7 @@ struct AttendPlan {
   LKV_HD int64_t pieces_of(int64_t length) const { return clamp((length + piece_rows - 1) / piece_rows, 1, pieces); }
 };
 
+// `type`: of the tile, that of K and V; float32 where types are mixed.
 template <ScoreType type, int kBlock>
 struct AttendShared {
   using Item = typename ScoreTraits<type>::Bits;
@@ -77,23 +78,33 @@ __device__ __forceinline__ float load_float(const void* items, int64_t i) {
   return to_float<type>(static_cast<const typename ScoreTraits<type>::Bits*>(items)[i]);
 }
 
-// Of a type that is known when it runs.
-__device__ __forceinline__ float load_float(ScoreType type, const void* items, int64_t i) {
+// f of a type that is known when it runs.
+template <class F>
+__device__ __forceinline__ auto of_type(ScoreType type, F&& f) {
   switch (type) {
     case ScoreType::f32:
-      return load_float<ScoreType::f32>(items, i);
+      return f.template operator()<ScoreType::f32>();
     case ScoreType::f16:
-      return load_float<ScoreType::f16>(items, i);
+      return f.template operator()<ScoreType::f16>();
     default:
-      return load_float<ScoreType::bf16>(items, i);
+      return f.template operator()<ScoreType::bf16>();
   }
+}
+
+__device__ __forceinline__ float load_float(ScoreType type, const void* items, int64_t i) {
+  return of_type(type, [&]<ScoreType t>() { return load_float<t>(items, i); });
+}
+
+__device__ __forceinline__ void store_float(ScoreType type, void* items, int64_t i, float value) {
+  of_type(type, [&]<ScoreType t>() { static_cast<typename ScoreTraits<t>::Bits*>(items)[i] = from_float<t>(value); });
 }
 
 // kCount floats from as many items at an aligned address.
 template <ScoreType type, int kCount>
 __device__ __forceinline__ void load_floats(const void* from, float (&to)[kCount]) {
   using Item = typename ScoreTraits<type>::Bits;
-  using Vector = std::conditional_t<kCount * sizeof(Item) == sizeof(uint4), uint4, uint2>;
+  using Vectors = std::conditional_t<kCount * sizeof(Item) == sizeof(uint4), uint4, uint2>;
+  using Vector = std::conditional_t<kCount == 1, Item, Vectors>;
   static_assert(sizeof(Vector) == kCount * sizeof(Item));
   const Vector vector = *static_cast<const Vector*>(from);
   Item items[kCount];

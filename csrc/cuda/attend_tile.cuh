@@ -9,48 +9,70 @@ namespace lkv::cuda {
 
 inline constexpr float kNever = -INFINITY;
 
-// A lane copies one column of vectors.
-template <class Vector, int kBlock, class Tile>
-__device__ __forceinline__ void stage_items(Tile& tile, const char* from, int64_t stride, int rows, int columns) {
-  constexpr int kWidth = sizeof(Vector) / sizeof(tile[0][0]), kLanes = kChunk / kWidth, kStep = kBlock / kLanes;
-  const int column = threadIdx.x % kLanes * kWidth;
+// A lane copies one column of vectors of kItems items.
+template <ScoreType source, int kItems, ScoreType type, int kBlock>
+__device__ __forceinline__ void stage_items(AttendShared<type, kBlock>* shared, const char* from, int64_t stride,
+                                            int rows, int columns) {
+  using Item = typename ScoreTraits<type>::Bits;
+  using Vector = std::conditional_t<kItems == 1, Item, uint4>;
+  constexpr int kSize = sizeof(typename ScoreTraits<source>::Bits), kLanes = kChunk / kItems, kStep = kBlock / kLanes;
+  const int column = threadIdx.x % kLanes * kItems;
   if (column >= columns) return;
   int row = threadIdx.x / kLanes;
-  from += row * stride + column * static_cast<int>(sizeof(tile[0][0]));
+  from += row * stride + column * kSize;
 #pragma unroll kInFlight
   for (; row < rows; row += kStep, from += kStep * stride) {
-    *reinterpret_cast<Vector*>(&tile[row][column]) = *reinterpret_cast<const Vector*>(from);
+    auto* to = reinterpret_cast<Vector*>(&shared->tile[row][column]);
+    if constexpr (source == type) {
+      *to = *reinterpret_cast<const Vector*>(from);
+    } else {
+      float floats[kItems];
+      load_floats<source>(from, floats);
+      memcpy(to, floats, sizeof floats);
+    }
   }
 }
 
 // Rows and columns of K or V become the tile, columns filled up with zeros to a whole vector.
-template <ScoreType type, int kBlock>
+template <ScoreType source, ScoreType type, int kBlock>
 __device__ __forceinline__ void stage_rows(AttendShared<type, kBlock>* shared, const char* from, int64_t stride,
                                            int rows, int columns) {
-  using Item = typename ScoreTraits<type>::Bits;
-  constexpr int kItems = sizeof(uint4) / sizeof(Item);
+  constexpr int kItems = sizeof(uint4) / sizeof(typename ScoreTraits<type>::Bits);
+  constexpr int kSize = sizeof(typename ScoreTraits<source>::Bits);
   block_sync();  // nobody reads the last tile any more
-  const int bytes = columns * static_cast<int>(sizeof(Item));
-  if ((low_bits(from) | static_cast<uint32_t>(stride | bytes)) % sizeof(uint4) == 0) {
-    stage_items<uint4, kBlock>(shared->tile, from, stride, rows, columns);
+  if ((low_bits(from) | static_cast<uint32_t>(stride | columns * kSize)) % (kItems * kSize) == 0) {
+    stage_items<source, kItems>(shared, from, stride, rows, columns);
   } else {
-    stage_items<Item, kBlock>(shared->tile, from, stride, rows, columns);
+    stage_items<source, 1>(shared, from, stride, rows, columns);
     if (static_cast<int>(threadIdx.x) < rows) {
       for (int column = columns; column % kItems != 0; ++column) shared->tile[threadIdx.x][column] = 0;
     }
   }
 }
 
+// The columns from `at` on of rows of `source`, which is `type` unless they are mixed.
+template <bool kMixed, ScoreType type, int kBlock>
+__device__ __forceinline__ void stage_rows(AttendShared<type, kBlock>* shared, ScoreType source, const char* from,
+                                           int64_t stride, int64_t at, int rows, int columns) {
+  const auto stage = [&]<ScoreType t>() {
+    stage_rows<t>(shared, from + at * static_cast<int64_t>(sizeof(typename ScoreTraits<t>::Bits)), stride, rows,
+                  columns);
+  };
+  if constexpr (kMixed) {
+    of_type(source, stage);
+  } else {
+    stage.template operator()<type>();
+  }
+}
+
 // Columns [first, first + kChunk) of the queries, zeros behind the last.
 template <ScoreType type, int kBlock>
-__device__ __forceinline__ void stage_queries(AttendShared<type, kBlock>* shared, const AttendParams& p, int64_t first,
-                                              int slot) {
-  using Item = typename ScoreTraits<type>::Bits;
+__device__ __forceinline__ void stage_queries(AttendShared<type, kBlock>* shared, ScoreType source,
+                                              const AttendParams& p, int64_t first, int slot) {
   for (int i = threadIdx.x; i < kQueries * kChunk; i += kBlock) {
     const int q = i / kChunk, column = i % kChunk;
-    const Item* items = reinterpret_cast<const Item*>(shared->query[q]);
-    const bool inside = items != nullptr && first + column < p.dim;
-    shared->queries[slot][q][column] = inside ? to_float<type>(items[first + column]) * p.scale : 0.0f;
+    const bool inside = shared->query[q] != nullptr && first + column < p.dim;
+    shared->queries[slot][q][column] = inside ? load_float(source, shared->query[q], first + column) * p.scale : 0.0f;
   }
 }
 

@@ -12,6 +12,8 @@ from lkv_ext.ops import derivatives, errors
 from lkv_ext.ops.attend_backends import BACKENDS, HALF, Call
 from lkv_ext.ops.library import ops
 
+FLOATS = (torch.float32, *HALF)
+
 if TYPE_CHECKING:
     from lkv_ext.ops.cache import RaggedCache
     from lkv_ext.ops.ragged import RaggedKV
@@ -31,8 +33,9 @@ def attend(
 
     Args:
         q: `[B, Hq, n, D]`, float32, float16 or bfloat16, any strides with contiguous rows; Hq is a multiple of H, and
-            query heads `[h * Hq / H, (h + 1) * Hq / H)` read KV head h.
-        cache: a `RaggedCache`, or packed `RaggedKV` of one layer; K and V of q's dtype.
+            query heads `[h * Hq / H, (h + 1) * Hq / H)` read KV head h. Under autocast q is cast first.
+        cache: a `RaggedCache`, or packed `RaggedKV` of one layer; K and V float32, float16 or bfloat16, each of its
+            own. Rows are read as they are and summed in float32: what is cast is never the cache.
         causal: the last n rows of every head are those of the n queries themselves, and query i sees all rows but the
             last n - 1 - i. False: every query sees every row.
         scale: of the logits, default `D ** -0.5`.
@@ -43,11 +46,12 @@ def attend(
             FlashAttention 3; "flash_attn_2": FlashAttention 2, for rows without reserve or with an `align` that is a
             multiple of 256; "torch": `torch.nn.attention.varlen`, from torch 2.13; "flashinfer": in pages of `align`
             rows, synchronises. Default: on CUDA the first of flash_attn, flash_attn_2 and torch that is there and fits
-            (16-bit, Dv = D, no softcap save in flash_attn_2), else lkv. flashinfer knows no sinks; the others give the
-            logarithm of the denominator, by which their result is corrected.
+            (one 16-bit dtype, Dv = D, no softcap save in flash_attn_2), else lkv. flashinfer knows no sinks; the others
+            give the logarithm of the denominator, by which their result is corrected.
 
     Returns:
-        `[B, Hq, n, Dv]` of q's dtype; its memory is `[B, n, Hq, Dv]`. A query that sees no row gets zeros.
+        `[B, Hq, n, Dv]` of q's dtype, or of autocast's; its memory is `[B, n, Hq, Dv]`. A query that sees no row gets
+        zeros.
 
     Raises:
         ValueError, TypeError: for a wrong shape, dtype or device, where a gradient is required (there is none), and
@@ -62,6 +66,8 @@ def attend(
             raise TypeError(f"expected sinks in a tensor of shape [Hq], got {_shape(sinks)}")
         tensors = (q, cache.k, cache.v) if sinks is None else (q, cache.k, cache.v, sinks)
         derivatives.refuse(tensors, "attend has no derivative")
+        if torch.is_autocast_enabled(q.device.type) and q.dtype in FLOATS:
+            q = q.to(torch.get_autocast_dtype(q.device.type))
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         if softcap is not None and not softcap > 0:
             raise ValueError(f"expected softcap above 0, got {softcap}")
@@ -103,7 +109,7 @@ def _call(
     if sinks is not None:
         if sinks.shape != (query_heads,):
             raise ValueError(f"expected sinks of shape [Hq] = [{query_heads}], got {list(sinks.shape)}")
-        if sinks.dtype not in (torch.float32, *HALF):
+        if sinks.dtype not in FLOATS:
             raise TypeError(f"expected sinks of dtype float32, float16 or bfloat16, got {sinks.dtype}")
         if sinks.device != q.device:
             raise ValueError(f"expected sinks on {q.device}, got {sinks.device}")

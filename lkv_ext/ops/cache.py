@@ -90,11 +90,12 @@ class RaggedCache:
         *,
         dim_v: int | None = None,
         dtype: torch.dtype = torch.float32,
+        dtype_v: torch.dtype | None = None,
         device: torch.device | str | None = None,
         reserve: int = RESERVE,
         align: int = 1,
     ) -> RaggedCache:
-        """A cache without rows, with room for `reserve` tokens, rounded up to `align`.
+        """A cache without rows, with room for `reserve` tokens, rounded up to `align`. Default of V: as K.
 
         Raises:
             ValueError, TypeError: for a count that is none, and more than 2**31 - 1 rows.
@@ -106,13 +107,15 @@ class RaggedCache:
             rows, reserve = batch * heads, -(-reserve // align) * align
             if rows * reserve > MOST:
                 raise ValueError(f"expected at most 2**31 - 1 rows, got {rows} heads of {reserve}")
-            if not isinstance(dtype, torch.dtype):
-                raise TypeError(f"expected dtype as a torch.dtype, got {dtype!r}")
+            dtype_v = dtype if dtype_v is None else dtype_v
+            for name, given in (("dtype", dtype), ("dtype_v", dtype_v)):
+                if not isinstance(given, torch.dtype):
+                    raise TypeError(f"expected {name} as a torch.dtype, got {given!r}")
             device = device_of(device)
         except (RuntimeError, ValueError, TypeError) as error:
             errors.reraise("RaggedCache.empty", error)
         k = torch.zeros(rows * reserve, dim, dtype=dtype, device=device)
-        v = k.new_zeros(rows * reserve, dim_v)
+        v = k.new_zeros(rows * reserve, dim_v, dtype=dtype_v)
         positions = torch.full((rows * reserve,), -1, dtype=torch.int32, device=device)
         lengths = torch.zeros(batch, heads, dtype=torch.int32, device=device)
         ends = torch.arange(rows + 1, dtype=torch.int32, device=device) * reserve
@@ -367,9 +370,9 @@ class RaggedCache:
             errors.reraise("RaggedCache", error)
 
     def __repr__(self) -> str:
-        k, v = list(self.k.shape), list(self.v.shape)
+        k, v = (f"{list(t.shape)} {t.dtype}" for t in (self.k, self.v))
         return (
-            f"RaggedCache(k={k}, v={v}, {self.k.dtype}, lengths={list(self.lengths.shape)}, "
+            f"RaggedCache(k={k}, v={v}, lengths={list(self.lengths.shape)}, "
             f"max_length={self.max_length}, seen={self.seen}, {self.device})"
         )
 

@@ -154,7 +154,8 @@ struct AppendParams {
 // more row, whose value is zero. Sums are float32.
 struct AttendParams {
   int64_t batch, heads, group, queries, dim, dim_v;
-  ScoreType type;             // of q, k, v and out
+  ScoreType type;  // of q and out
+  ScoreType k_type, v_type;
   Strided q, out;             // [B, Hq, q_len, ...]: `head` steps over query heads
   Strided k, v;               // [T, ...]
   int64_t tokens;             // T

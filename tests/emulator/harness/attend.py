@@ -29,7 +29,7 @@ class Case:
     k: Tensor  # [1, 1, tokens, dim]
     v: Tensor
     heads: int
-    type: int
+    types: tuple[int, int, int]  # ScoreType of q and out, k, v
     out_first: bool  # [batch, queries, query heads, dim_v] in memory
     cu_seqlens: np.ndarray
     lengths: np.ndarray
@@ -58,6 +58,7 @@ def make_case(seed: int) -> Case:
     batch, heads = (1, 1) if production else (int(rng.integers(1, 4)), int(rng.integers(1, 3)))
     group, queries = one_of(1, 1, 2, 4, 5, 8), one_of(1, 1, 1, 2, 3, 7, 20)
     dim, dim_v, kind = one_of(*DIMS), one_of(*DIMS_V), int(rng.integers(3))
+    types = tuple(rng.integers(3, size=3).tolist()) if rng.random() < 0.3 else (kind,) * 3
     room = rng.integers(0, one_of(3, 70, 70, 200, 500) + 1, batch * heads)
     cu_seqlens = np.concatenate([[0], np.cumsum(room)])
     tokens = int(cu_seqlens[-1] + rng.integers(0, 3))
@@ -67,7 +68,7 @@ def make_case(seed: int) -> Case:
         cu_seqlens = rng.integers(-5, tokens + 5, room.size + 1)
         lengths = rng.choice([-1, -(2**31), 3, 2**31 - 1], room.size)
 
-    def tensor(*shape: int) -> Tensor:
+    def tensor(kind: int, *shape: int) -> Tensor:
         values = rng.standard_normal(shape).astype(np.float32)
         if rng.random() < 0.15:
             values[rng.random(shape) < 0.02] = one_of(np.inf, -np.inf, np.nan)
@@ -83,8 +84,9 @@ def make_case(seed: int) -> Case:
         type_of_sinks = int(rng.integers(3))
         data, seen = encode(values, type_of_sinks)
         sinks = data, seen.astype(np.float64), type_of_sinks
-    q, k, v = tensor(batch, heads * group, queries, dim), tensor(1, 1, tokens, dim), tensor(1, 1, tokens, dim_v)
-    return Case(q, k, v, heads, kind, rng.random() < 0.5, cu_seqlens.astype(np.int32), lengths.astype(np.int32),
+    shapes = (batch, heads * group, queries, dim), (1, 1, tokens, dim), (1, 1, tokens, dim_v)
+    q, k, v = (tensor(kind, *shape) for kind, shape in zip(types, shapes, strict=True))
+    return Case(q, k, v, heads, types, rng.random() < 0.5, cu_seqlens.astype(np.int32), lengths.astype(np.int32),
                 longest, causal=rng.random() < 0.6, scale=one_of(1.0, 0.3) / dim**0.5, softcap=one_of(0.0, 0.0, 2.0),
                 sinks=sinks, block=0 if production else 64, pieces=one_of(0, 1, 2, 3, 100))  # fmt: skip
 
@@ -134,18 +136,18 @@ def run(emulator: Emulator, seed: int, schedule: Schedule) -> None:
     cu_seqlens, lengths = emulator.copy(case.cu_seqlens), emulator.copy(case.lengths)
     q, k, v = (strided(t.placed, 0xFF)[0] for t in (case.q, case.k, case.v))
     sinks = None if case.sinks is None else emulator.copy(case.sinks[0])
-    emulator.attend(AttendParams(batch, case.heads, query_heads // case.heads, queries, dim, dim_v, case.type, q, out,
+    emulator.attend(AttendParams(batch, case.heads, query_heads // case.heads, queries, dim, dim_v, *case.types, q, out,
                                  k, v, case.k.values.shape[2], pointer(cu_seqlens), pointer(lengths), case.longest,
                                  case.causal, case.scale, case.softcap, pointer(sinks),
                                  0 if case.sinks is None else case.sinks[2]))  # fmt: skip
     emulator.synchronize()
 
-    got = decode(np.ascontiguousarray(wanted.view(memory)), case.type)
+    got = decode(np.ascontiguousarray(wanted.view(memory)), case.types[0])
     wanted.view(memory)[:] = 0x5A
     oracle.same("bytes around the output", memory, np.full_like(memory, 0x5A))
     with np.errstate(invalid="ignore", over="ignore"):
         want, size = expected(case)
-        bound = 2e-5 * size + ROUNDING[case.type] * np.abs(want) + 2.0**-24
+        bound = 2e-5 * size + ROUNDING[case.types[0]] * np.abs(want) + 2.0**-24
         close = (np.abs(got - want) <= bound) | (np.isnan(got) & np.isnan(want)) | (got == want)
     if not close.all():
         first = tuple(np.argwhere(~close)[0])

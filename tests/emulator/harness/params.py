@@ -118,6 +118,8 @@ class AttendParams(ctypes.Structure):
         ("dim", c_int64),
         ("dim_v", c_int64),
         ("type", c_int32),
+        ("k_type", c_int32),
+        ("v_type", c_int32),
         ("q", Strided),
         ("out", Strided),
         ("k", Strided),
