@@ -12,6 +12,7 @@ from lkv_ext._arguments import (
     Options,
     check_options,
     host_ints,
+    integer,
     integer_shapes,
     ragged_heads,
     ragged_limits,
@@ -117,4 +118,6 @@ def thread_count(threads: int | None) -> int:
         if not asked.isdecimal() or int(asked) < 1:
             raise ValueError(f"expected LKV_NUM_THREADS of at least 1, got {asked!r}")
         return int(asked)
-    return whole(threads, "threads", least=1)
+    if integer(threads, "threads") < 1:
+        raise ValueError(f"expected threads of at least 1, got {threads}")
+    return whole(threads, "threads")

@@ -144,7 +144,7 @@ KINDS: dict[str, tuple[Kind, str]] = {
     "floor": (_named("Blend", "Minimum"), "as a Blend or Minimum"),
     "RaggedKV": (_named("RaggedKV"), "as a RaggedKV"),
     "RaggedIndex": (_named("RaggedIndex", "RaggedKV"), "as a RaggedIndex"),
-    "RaggedCache": (_named("RaggedCache", "RaggedKV"), "as a RaggedCache or RaggedKV"),
+    "RaggedCache": (lambda value: hasattr(value, "cu_seqlens"), "as a RaggedCache or RaggedKV"),
 }
 for _one, _fits, _word in (("array", _ndarray, "array"), ("tensor", _tensor, "dense tensor")):
     KINDS[_one] = _fits, f"as a {_word}"

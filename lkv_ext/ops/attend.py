@@ -78,7 +78,7 @@ def attend(
         elif type(scale) is not float and not is_of("number", scale):
             raise TypeError(f"expected scale as a number, got {described(scale)}")
         if softcap is not None and not (is_of("number", softcap) and softcap > 0):
-            raise ValueError(f"expected softcap as a number above 0, got {described(softcap)}")
+            raise ValueError(f"expected softcap above 0, got {described(softcap)}")
         if backend not in (None, "lkv", *BACKENDS):
             names = ", ".join(map(repr, BACKENDS))
             raise ValueError(f"expected backend 'lkv' or one of {names}, got {described(backend)}")

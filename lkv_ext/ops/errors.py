@@ -32,7 +32,7 @@ def reraise(
     """
     text = _PREFIX.sub("", str(error))  # of a public function that another one calls
     wrong = fault(op, given or {})
-    if wrong is not None and not re.search(rf"expected {wrong[0]}\b", text):
+    if wrong is not None and not ("expected " in text and re.search(rf"\b{wrong[0]}\b", text)):
         raise TypeError(f"lkv_ext.{op}: {wrong[1]}") from None
     refused = _REFUSED.search(text)
     if refused is not None:  # the dispatcher, before the op saw it

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lkv_ext._arguments import flatten, host_ints, is_one_of, wrong_shape
-from lkv_ext._kinds import described
+from lkv_ext._kinds import described, is_of
 from lkv_ext.ops import errors
 from lkv_ext.ops.modes import traced
 
@@ -67,6 +67,8 @@ def plan(budgets: Ints, lengths: Ints | None = None, *, device: torch.device | s
 
 
 def _both(values: Ints, name: str, device: torch.device) -> tuple[list[int], Tensor]:
+    if isinstance(values, (list, tuple)) and is_of("numbers", values) and not is_of("integers", values):
+        raise TypeError(f"expected {name} of integers, got {torch.as_tensor(values).dtype}")
     if isinstance(values, Tensor):
         held = split(values.cpu(), name, [tuple(values.shape)])[0]
         shape: tuple[int, ...] = tuple(values.shape)
