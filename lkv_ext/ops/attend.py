@@ -67,7 +67,7 @@ def attend(
             raise TypeError(f"expected sinks in a tensor of shape [Hq], got {_shape(sinks)}")
         tensors = (q, cache.k, cache.v) if sinks is None else (q, cache.k, cache.v, sinks)
         derivatives.refuse(tensors, "attend has no derivative")
-        if torch.is_autocast_enabled(q.device.type) and q.dtype in FLOATS:
+        if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype in FLOATS:
             q = q.to(torch.get_autocast_dtype(q.device.type))
         if causal is not True and causal is not False:
             raise TypeError(f"expected causal as a bool, got {described(causal)}")
