@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lkv_ext._arguments import MOST, flatten, whole
-from lkv_ext._kinds import described, is_of
 from lkv_ext.ops import cache_file, derivatives, errors, facts, rooms
 from lkv_ext.ops.arguments import check_rows
 from lkv_ext.ops.attend import attend
@@ -43,7 +42,7 @@ class RaggedCache:
                  "max_length", "positions", "seen", "v")  # fmt: skip
 
     @keeps_tensors
-    def __init__(self, kv: RaggedKV, seen: int, *, free: int | None = None) -> None:
+    def __init__(self, kv: RaggedKV, seen: int, *, free: int | None = None, tail: int = 0) -> None:
         """Takes over what `evict` returned for dense input of `seen` tokens, or a layer of what `evict_layers` did.
 
         Args:
@@ -52,13 +51,14 @@ class RaggedCache:
                 layers share the cache has the rows of its own rooms, by view.
             free: rows that every room is known to have left; with it, the rooms fill the buffers from row 0 on and are
                 not looked at. Default: all that is said here is read and checked, which synchronises on CUDA.
+            tail: how many of the last tokens every head is known to have: those that `crop` may drop.
 
         Raises:
             ValueError, TypeError: for a padded kv, one without v, or one whose parts do not fit each other.
         """
         try:
             if not isinstance(kv, RaggedKV) or kv.v is None:
-                raise ValueError(f"expected packed k and v of one layer, got {described(kv)}")
+                raise ValueError(f"expected packed k and v of one layer, got {kv!r}")
             parts = {name: getattr(kv, name) for name in cache_file.PARTS}
             cache_file.check_parts(parts, kv.companions)
             self.seen = whole(seen, "seen")
@@ -77,9 +77,9 @@ class RaggedCache:
             self.companions = tuple(plain(c[span]) for c in kv.companions)
             self.lengths, self.cu_seqlens = plain(parts["lengths"]), plain(parts["cu_seqlens"])
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            errors.reraise("RaggedCache", error, given=locals())
+            errors.reraise("RaggedCache", error)
         self._table: tuple[Tensor, int, Tensor] | None = None  # the rooms and pages of the last block table, and it
-        self._tail = 0  # tokens at the end that every head still has: those that crop may drop
+        self._tail = whole(tail, "tail")
 
     @classmethod
     @keeps_tensors
@@ -111,10 +111,10 @@ class RaggedCache:
             dtype_v = dtype if dtype_v is None else dtype_v
             for name, given in (("dtype", dtype), ("dtype_v", dtype_v)):
                 if not isinstance(given, torch.dtype):
-                    raise TypeError(f"expected {name} as a torch.dtype, got {described(given)}")
+                    raise TypeError(f"expected {name} as a torch.dtype, got {given!r}")
             device = device_of(device)
         except (RuntimeError, ValueError, TypeError) as error:
-            errors.reraise("RaggedCache.empty", error, given=locals())
+            errors.reraise("RaggedCache.empty", error)
         k = torch.zeros(rows * reserve, dim, dtype=dtype, device=device)
         v = k.new_zeros(rows * reserve, dim_v, dtype=dtype_v)
         positions = torch.full((rows * reserve,), -1, dtype=torch.int32, device=device)
@@ -160,7 +160,7 @@ class RaggedCache:
         Raises:
             ValueError, TypeError: for another shape, dtype or device than the cache's.
         """
-        names = ["k", "v", *(f"companions[{i}]" for i in range(len(self.companions)))]
+        names = ["k", "v", *(f"companions[{i}]" for i in range(len(companions)))]
         try:
             rows = [k, v, *companions]
             check_rows(rows, [self.k, self.v, *self.companions], names, self.batch, self.heads)
@@ -171,12 +171,12 @@ class RaggedCache:
                 self._grow(count)
             buffers = [self.k, self.v, *self.companions]
             valid_host, valid_tensor = counts
-            column = None if valid_tensor is None else valid_tensor.view(-1, 1)
+            column = None if valid_tensor is None else valid_tensor[:, None]
             ops.append_(
                 buffers, self.positions, self.lengths, self.cu_seqlens, rows, self.seen, valid_host or None, column
             )
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            errors.reraise("RaggedCache.append", error, names, given=locals())
+            errors.reraise("RaggedCache.append", error, names)
         self._free -= count
         self._tail = self._tail + count if valid is None else 0
         self.max_length += count
@@ -204,12 +204,8 @@ class RaggedCache:
         Raises:
             ValueError, TypeError: as `lkv_ext.evict`.
         """
-        try:
-            slack = RESERVE if reserve is None else whole(reserve, "reserve")
-            kept = self._evicted(scores, budgets, sink, window, max_budget, slack)
-        except (RuntimeError, ValueError, TypeError) as error:
-            errors.reraise("RaggedCache.evict", error, given=locals())
-        self._take(kept, slack)
+        reserve = RESERVE if reserve is None else reserve
+        self._take(self._evicted(scores, budgets, sink, window, max_budget, reserve), reserve)
         self._tail = 0
 
     def attend(
@@ -234,7 +230,7 @@ class RaggedCache:
         try:
             tokens = whole(tokens, "tokens")
         except (ValueError, TypeError) as error:
-            errors.reraise("RaggedCache.crop", error, given=locals())
+            errors.reraise("RaggedCache.crop", error)
         if not 0 <= tokens <= self._tail:
             raise ValueError(
                 f"lkv_ext.RaggedCache.crop: expected at most the {self._tail} tokens appended since the last eviction, "
@@ -261,8 +257,6 @@ class RaggedCache:
             ValueError: where there are fewer tokens than at the mark.
         """
         try:
-            if not isinstance(mark, tuple) or len(mark) != 2:
-                raise TypeError(f"expected mark as a tuple that `mark` returned, got {described(mark)}")
             then, tail = (whole(n, "mark") for n in mark)
             tokens, kept = self.seen - then, self._sequences(rows, "rows")
             if tokens < 0 or len(kept) != self.batch:
@@ -273,7 +267,7 @@ class RaggedCache:
             if any(not 0 <= n <= tokens for n in kept) or tail > then:
                 raise ValueError(f"expected rows in [0, {tokens}], as many tokens came since the mark, got {kept}")
         except (RuntimeError, ValueError, TypeError) as error:
-            errors.reraise("RaggedCache.restore", error, given=locals())
+            errors.reraise("RaggedCache.restore", error)
         if tokens:
             back = torch.tensor(kept, dtype=torch.int32, device=self.device)
             self.lengths = self.lengths - back[:, None]
@@ -284,17 +278,14 @@ class RaggedCache:
     @keeps_tensors
     def select_batch(self, indices: Tensor | Sequence[int]) -> None:
         """Keeps the sequences `indices`, in that order; one may occur twice. Copies the rows; synchronises on CUDA."""
-        self._reorder(indices, "indices", "RaggedCache.select_batch")
-
-    def _reorder(self, indices: Tensor | Sequence[int], name: str, called: str) -> None:
         try:
-            order = self._sequences(indices, name)
+            order = self._sequences(indices, "indices")
             if not all(0 <= b < self.batch for b in order):
-                raise ValueError(f"expected {name} of sequences in [0, {self.batch}), got {order}")
+                raise ValueError(f"expected indices of sequences in [0, {self.batch}), got {order}")
             if len(order) * self.heads > MOST:
                 raise ValueError(f"expected at most 2**31 - 1 heads of all sequences, got {len(order)} sequences")
         except (RuntimeError, ValueError, TypeError) as error:
-            errors.reraise(called, error, given={name: indices})
+            errors.reraise("RaggedCache.select_batch", error)
         chosen = torch.tensor(order, device=self.device, dtype=torch.int64)
         row_sets = (chosen[:, None] * self.heads + torch.arange(self.heads, device=self.device)).flatten()
         rows, ends = rooms.rows_of(self.cu_seqlens, row_sets)
@@ -304,31 +295,30 @@ class RaggedCache:
         self.lengths = self.lengths[chosen]
         self.cu_seqlens = ends
 
-    @keeps_tensors
     def reorder(self, beams: Tensor | Sequence[int]) -> None:
         """Beam search: sequence b goes on from sequence `beams[b]`. As `select_batch`."""
-        self._reorder(beams, "beams", "RaggedCache.reorder")
+        self.select_batch(beams)
 
     def padded(self, rows: Tensor) -> Tensor:
         """`[T, ...]` as `[B, H, C, ...]` with C = max_length; behind a head's rows there is any content."""
-        if not is_of("tensor", rows) or rows.shape[:1] != self.k.shape[:1]:
-            raise ValueError(
-                f"lkv_ext.RaggedCache.padded: expected rows of T = {self.k.shape[0]}, got {described(rows)}"
-            )
+        if not isinstance(rows, Tensor) or rows.shape[:1] != self.k.shape[:1]:
+            got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"lkv_ext.RaggedCache.padded: expected rows of T = {self.k.shape[0]}, got {got}")
         return rooms.padded(rows, self.cu_seqlens, self.batch, self.max_length)
 
     def packed(self, scores: Tensor) -> Tensor:
         """`[B, H, C]` as `[T]`, the inverse of `padded`; slack takes any content."""
         leading = (self.batch, self.heads)
         if (
-            not is_of("tensor", scores)
+            not isinstance(scores, Tensor)
             or scores.dim() != 3
             or scores.shape[:2] != leading
             or (scores.shape[2] < self.max_length)
         ):
+            got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(
                 f"lkv_ext.RaggedCache.packed: expected scores of shape [B, H, C] = {[*leading, self.max_length]}, got "
-                f"{described(scores)}"
+                f"{got}"
             )
         return rooms.packed(scores, self.cu_seqlens, self.k.shape[0])
 
@@ -336,11 +326,9 @@ class RaggedCache:
     def to(self, device: torch.device | str) -> RaggedCache:
         """Moves the cache; returns it."""
         try:
-            if device is None:
-                raise TypeError("expected device as a torch.device or its name, got None")
             device = device_of(device)
         except (RuntimeError, ValueError, TypeError) as error:
-            errors.reraise("RaggedCache.to", error, given=locals())
+            errors.reraise("RaggedCache.to", error)
         for name in cache_file.PARTS:
             setattr(self, name, getattr(self, name).to(device))
         self.companions = tuple(c.to(device) for c in self.companions)
