@@ -130,18 +130,17 @@ def evict(
         ValueError, TypeError: for a wrong shape, dtype, stride or overlap, before anything is written.
     """
     options = Options(sink, window, layout, capacity, max_budget, reserve, align)
-    names: list[str] = []
+    payload = [k, *companions] if v is None else [k, v, *companions]
+    names = _names(v is not None, len(companions))
     try:
-        payload = [k, *companions] if v is None else [k, v, *companions]
-        names = _names(v is not None, len(companions))
         asked, max_length = request(payload, names, scores, cu_seqlens, budgets, lengths, starts, options, threads)
         if out is None:
             moved, index = _C.evict(payload, scores, asked)
         else:
             moved, index = _arrays_of(out)
             _C.evict_out(moved, index, payload, scores, asked)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        errors.reraise("numpy.evict", error, names, given=locals())
+    except (RuntimeError, ValueError, TypeError) as error:
+        errors.reraise("numpy.evict", error, names)
     if out is not None:
         out.max_length, out.reserve, out.align = max_length, reserve, align
         return out
@@ -177,14 +176,13 @@ def evict_(
     buffer may lie beside each other. Allocates indices only. All else is as in `evict`.
     """
     options = Options(sink, window, "packed", None, max_budget, 0, 1)
-    names: list[str] = []
+    payload = [k, *companions] if v is None else [k, v, *companions]
+    names = _names(v is not None, len(companions))
     try:
-        payload = [k, *companions] if v is None else [k, v, *companions]
-        names = _names(v is not None, len(companions))
         asked, max_length = request(payload, names, scores, cu_seqlens, budgets, lengths, starts, options, threads)
         return _ragged_index(_C.evict_(payload, scores, asked), max_length)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        errors.reraise("numpy.evict_", error, names, given=locals())
+    except (RuntimeError, ValueError, TypeError) as error:
+        errors.reraise("numpy.evict_", error, names)
 
 
 def select(
@@ -208,8 +206,8 @@ def select(
     try:
         asked, max_length = request([], [], scores, cu_seqlens, budgets, lengths, starts, options, threads)
         return _ragged_index(_C.select(scores, asked), max_length)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        errors.reraise("numpy.select", error, given=locals())
+    except (RuntimeError, ValueError, TypeError) as error:
+        errors.reraise("numpy.select", error)
 
 
 def gather(
@@ -229,13 +227,12 @@ def gather(
     Returns:
         One array for each: `[T', ...]` or, with a padded index, `[B, H, C, ...]`.
     """
-    names: list[str] = []
+    arrays = list(arrays)
+    names = [f"arrays[{i}]" for i in range(len(arrays))]
     try:
-        moved = list(arrays)
-        names = [f"arrays[{i}]" for i in range(len(moved))]
-        if not moved:
+        if not arrays:
             return []
-        for array, name in zip(moved, names, strict=True):
+        for array, name in zip(arrays, names, strict=True):
             check_array(array, name)
         parts = [index.positions, index.lengths, index.cu_seqlens]
         for array, name in zip(parts, ("positions", "lengths", "cu_seqlens"), strict=True):
@@ -243,9 +240,9 @@ def gather(
         if cu_seqlens is not None:
             check_array(cu_seqlens, "cu_seqlens", read=True)
         batch, heads = index.lengths.shape
-        return _C.gather(moved, _C.Index(*parts), _C.Request(batch, heads, cu_seqlens, threads=thread_count(threads)))
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        errors.reraise("numpy.gather", error, names, given=locals())
+        return _C.gather(arrays, _C.Index(*parts), _C.Request(batch, heads, cu_seqlens, threads=thread_count(threads)))
+    except (RuntimeError, ValueError, TypeError) as error:
+        errors.reraise("numpy.gather", error, names)
 
 
 def _arrays_of(out: RaggedKV) -> tuple[list[np.ndarray], _C.Index]:

@@ -10,13 +10,14 @@ import transformers
 from torch import Tensor
 
 VOCABULARY = 64
+HEADS = 2  # KV heads
 SMALL = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=2,
     num_attention_heads=4,
-    num_key_value_heads=2,
+    num_key_value_heads=HEADS,
     max_position_embeddings=4096,
     initializer_range=0.3,  # as initialised, attention would be all but uniform, and evicting would change nothing
     pad_token_id=0,
@@ -37,13 +38,53 @@ FAMILIES = {
     ),
     "gemma3": ("Gemma3", "Gemma3TextConfig", dict(head_dim=8, query_pre_attn_scalar=8, **SLIDING)),
 }
+# Those of which something is unlike: layers without keys of their own, sinks, a recurrent state, experts, a wrapper.
+# Whole conversations with them are in test_families.py alone.
+SHARING = dict(
+    head_dim=8, num_kv_shared_layers=2, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8, **SLIDING
+)
+LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+HYBRID = dict(num_hidden_layers=4, head_dim=8, layer_types=["linear_attention", "full_attention"] * 2, **LINEAR)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+ALTUP = dict(laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4, intermediate_size=[48] * 4)
+MAMBA = dict(use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4)
+UNLIKE = {
+    "gemma3n": ("Gemma3n", "Gemma3nTextConfig", {**SHARING, **ALTUP}),
+    "gemma4": ("Gemma4", "Gemma4TextConfig", {**SHARING, "global_head_dim": 16}),
+    "gpt_oss": ("GptOss", "GptOssConfig", dict(head_dim=8, num_local_experts=4, num_experts_per_tok=2, **SLIDING)),
+    "qwen3_next": ("Qwen3Next", "Qwen3NextConfig", {**HYBRID, **EXPERTS}),
+    "qwen3_5": ("Qwen3_5", "Qwen3_5TextConfig", HYBRID),
+    "jamba": (
+        "Jamba",
+        "JambaConfig",
+        dict(
+            num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_offset=1, num_experts=2, **MAMBA
+        ),
+    ),
+    "nemotron_h": (
+        "NemotronH",
+        "NemotronHConfig",
+        dict(
+            hybrid_override_pattern="M*M*",
+            head_dim=8,
+            mamba_num_heads=4,
+            mamba_head_dim=8,
+            ssm_state_size=4,
+            n_groups=1,
+        ),
+    ),
+    "stablelm": ("StableLm", "StableLmConfig", {}),
+    "mixtral": ("Mixtral", "MixtralConfig", dict(head_dim=8, num_local_experts=4, num_experts_per_tok=2)),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", dict(num_attention_heads=HEADS)),
+}
 
 
 @cache
 def build(family: str) -> transformers.PreTrainedModel:
-    name, config, options = FAMILIES[family]
+    name, config, options = {**FAMILIES, **UNLIKE}[family]
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, config)(**{**SMALL, **options})).eval()
+    kind = name if name.endswith("Model") else f"{name}ForCausalLM"
+    model = getattr(transformers, kind)(getattr(transformers, config)(**{**SMALL, **options})).eval()
     model.generation_config.eos_token_id = None
     return model
 

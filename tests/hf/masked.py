@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from families import places
+from families import HEADS, places
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import lkv
 import lkv_ext
-from lkv.hf.attention import own_attention, softcap_of
+from lkv.hf.attention import logits_of, own_attention
+from lkv.hf.compat import find_decoder
 
 
 class Recorder:
@@ -26,8 +27,7 @@ class Recorder:
     def __init__(self, cache: lkv.Cache, batch: int, length: int) -> None:
         self.cache = cache
         causal = torch.ones(length, length, dtype=torch.bool).tril()
-        heads = 2
-        self.visible = {layer.index: causal.repeat(batch, heads, 1, 1) for layer in cache.ragged}
+        self.visible = {layer.index: causal.repeat(batch, HEADS, 1, 1) for layer in cache.ragged}
 
     def note(self, rows: lkv_ext.RaggedCache, count: int) -> None:
         (layer,) = (layer for layer in self.cache.ragged if layer.rows is rows)
@@ -58,19 +58,24 @@ def recorded(cache: lkv.Cache, batch: int, length: int) -> Iterator[Recorder]:
 def masked_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, visible: dict[int, Tensor]) -> Tensor:
     """Logits `[B, L, V]` of all tokens; `mask` `[B, L]` says which are no padding."""
     config = model.get_decoder().config
+    owner = {reader: layer for layer, readers in find_decoder(model).readers.items() for reader in readers}
     own = config._attn_implementation
     seen = {layer: shown & mask.bool()[:, None, None] for layer, shown in visible.items()}
     diagonal = torch.eye(ids.shape[1], dtype=torch.bool)  # padding sees itself, lest it be NaN
 
     def attention(module, query, key, value, attention_mask, **kwargs):
-        if module.layer_idx not in seen:
-            return own_attention(own, module)(module, query, key, value, attention_mask, **kwargs)
+        if owner.get(module.layer_idx) not in seen:
+            return own_attention(own, module, query, key, value, attention_mask, **kwargs)
         group = query.shape[1] // key.shape[1]
-        key, value, shown = (t.repeat_interleave(group, 1) for t in (key, value, seen[module.layer_idx] | diagonal))
-        logits = query @ key.transpose(2, 3) * kwargs["scaling"]
-        cap = softcap_of(own, kwargs)
+        shown = seen[owner[module.layer_idx]] | diagonal
+        key, value, shown = (t.repeat_interleave(group, 1) for t in (key, value, shown))
+        scale, cap, sinks = logits_of(own, query, kwargs)
+        logits = query @ key.transpose(2, 3) * scale
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        weights = logits.masked_fill(~shown, -torch.inf).softmax(-1)
+        logits = logits.masked_fill(~shown, -torch.inf)
+        if sinks is not None:  # a column more, which nothing is read from
+            logits = torch.cat([logits, sinks.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
+        weights = logits.softmax(-1)[..., : key.shape[2]]
         return (weights @ value).transpose(1, 2), None
 
     AttentionInterface.register("masked_reference", attention)

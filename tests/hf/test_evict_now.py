@@ -95,8 +95,10 @@ def test_forks_of_one_prompt(family, shape, policy):
             fork.close()
         whole = [layer.rows for layer in cache.ragged]
         assert whole == [None] * len(whole) and cache.get_seq_length() == first.ids.shape[1]
-        dense = talk(model, cache, [Turn(tokens(len(context), 1), torch.ones(len(context), 1).long(), 0)])
-    assert start.logits.shape[1] == first.ids.shape[1] and dense.logits.isfinite().all()
+        mask = torch.cat([first.mask, torch.ones(len(context), 1).long()], 1)
+        with torch.no_grad():
+            dense = call(model, tokens(len(context), 1), mask, cache)
+    assert start.logits.shape[1] == first.ids.shape[1] and dense.isfinite().all()
 
 
 def answer(model, cache, first: Turn, then: Turn) -> torch.Tensor:
@@ -175,16 +177,6 @@ def test_a_fork_of_sliding_layers_is_its_own():
         assert torch.equal(call(model, tokens(1, 3), None, cache), expected)
 
 
-def test_the_model_keeps_our_attention_while_a_fork_lives(model):
-    own = model.config._attn_implementation
-    cache = lkv.Cache(model, retention=0.5)
-    fork = cache.fork()
-    cache.close()
-    assert model.config._attn_implementation == f"lkv_{own}"
-    fork.close()
-    assert model.config._attn_implementation == own
-
-
 @pytest.mark.parametrize("chunks", ["each", "last"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scope_model_in_turns(model, shape, chunks):
@@ -199,8 +191,9 @@ def test_scope_model_in_turns(model, shape, chunks):
     expected = masked_logits(model, said.ids, said.mask, recorder.visible)
     real = said.mask.bool()
     torch.testing.assert_close(said.logits[real], expected[real], rtol=1e-4, atol=1e-4)
-    logical = turns[0].mask.sum(1) + turns[0].steps + turns[1].mask.sum(1)
-    per_layer = [layer.rows.lengths.sum(1) - 2 * turns[1].steps for layer in cache.ragged]
+    behind = chunks == "last"  # the first token of the answer
+    logical = turns[0].mask.sum(1) + turns[0].steps + turns[1].mask.sum(1) + behind
+    per_layer = [layer.rows.lengths.sum(1) - 2 * (turns[1].steps - behind) for layer in cache.ragged]
     assert sum(per_layer).tolist() == [4 * max(1, round(0.15 * int(n))) for n in logical]
     assert not torch.equal(*per_layer)
     assert [layer.held for layer in cache.ragged] == [layer.rows.lengths.sum(1).tolist() for layer in cache.ragged]

@@ -139,7 +139,7 @@ def test_settings_that_were_wrong_for_a_moment(model):
         call(model, tokens(1, 30), None, cache)
         for i in range(3):
             call(model, tokens(1, 1, seed=i), None, cache)
-        twin, session = copy.deepcopy(cache), cache._session
+        twin, session = copy.deepcopy(cache), cache.lkv_session
         good = session.settings
         session.settings = replace(good, policy=Flaky(fails=1))
         with pytest.raises(RuntimeError, match="no scores today"):

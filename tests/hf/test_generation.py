@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conversation import Talk, Turn, talk, turn
-from families import FAMILIES, build
+from families import FAMILIES, HEADS, build
 from masked import masked_logits, recorded
 from transformers import DynamicCache, PreTrainedModel
 
@@ -66,21 +66,13 @@ def test_a_sixth_kept(model, turns, chunk, chunks):
     said, cache = evicting(model, TURNS[turns], chunk, policy=policy, retention=0.15, chunks=chunks)
     *before, last = TURNS[turns]
     earlier = sum(t.mask.sum(1) + t.steps for t in before)
-    logical = earlier + last.mask.sum(1)
+    behind = chunks == "last"  # the first token of the answer
+    logical = earlier + last.mask.sum(1) + behind
     for layer in cache.ragged:
-        kept = layer.rows.lengths.sum(1) - 2 * last.steps
+        kept = layer.rows.lengths.sum(1) - HEADS * (last.steps - behind)
         assert kept.tolist() == [2 * max(1, round(0.15 * int(n))) for n in logical]
     dense = talk(model, own_cache(model), TURNS[turns], chunk)
     assert (said.logits - dense.logits).abs().max() > 0.05  # evicting shows
-
-
-class Watched(lkv.Cache):
-    """Counts the rows of the fullest sequence before every call."""
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        rows = [int(layer.rows.lengths.sum(1).max()) for layer in self.ragged if layer.rows is not None]
-        vars(self).setdefault("counts", []).extend(rows)
-        return super().get_seq_length(layer_idx)
 
 
 def test_capped(model):
@@ -95,10 +87,16 @@ def test_capped_in_a_padded_batch(model, policy):
 
 def capped(model: PreTrainedModel, turns: list[Turn], policy: lkv.policies.Policy, cap: int = 48) -> None:
     batch, length = len(turns[0].ids), turns[0].ids.shape[1] + turns[0].steps
-    with Watched(model, policy, cap=cap, interval=16) as cache, recorded(cache, batch, length) as recorder:
+    counts = []  # rows of the fullest sequence in each layer, after every call
+    with lkv.Cache(model, policy, cap=cap, interval=16) as cache, recorded(cache, batch, length) as recorder:
+        hook = model.register_forward_hook(
+            lambda *_: counts.append([int(layer.rows.lengths.sum(1).max()) for layer in cache.ragged])
+        )
         said = talk(model, cache, turns)
-    assert 2 * (cap - 16) <= min(cache.counts[len(cache.counts) // 2 :]) and max(cache.counts) == 2 * cap
-    assert sum(a > b for a, b in pairwise(cache.counts[:: len(cache.ragged)])) >= turns[0].steps // 17
+        hook.remove()
+    assert all(2 * (cap - 16) <= n <= 2 * cap for rows in counts[cap:] for n in rows)
+    assert max(map(max, counts)) == 2 * cap
+    assert sum(a > b for a, b in pairwise(rows[0] for rows in counts)) >= turns[0].steps // 17
     expected = masked_logits(model, said.ids, said.mask, recorder.visible)
     wanted = expected[said.mask.bool()]
     torch.testing.assert_close(real(said), wanted, rtol=1e-3, atol=1e-3)  # a few of many, after 2000 steps

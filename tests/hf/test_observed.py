@@ -155,31 +155,29 @@ def test_half_precision():
         compare(observed, keys[layer], hidden[layer], rtol=2e-2, atol=2e-2)
 
 
-def test_hooks_are_there_while_somebody_observes():
-    model = build("qwen3")
-    modules = [layer.self_attn for layer in model.model.layers]
+def test_hooks_are_added_once():
+    """And only where something is observed that needs them; they go along with a copy of the model."""
+    model = copy.deepcopy(build("qwen3"))
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+        module._forward_hooks_always_called.clear()
 
-    def hooks() -> set[int]:
-        return {len(module._forward_pre_hooks) for module in modules} | {
-            len(m._forward_pre_hooks) for m in model.modules() if m not in modules and len(m._forward_pre_hooks)
-        }
+    def hooks(whole: PreTrainedModel) -> list[int]:
+        modules = [whole, whole.model, *(layer.self_attn for layer in whole.model.layers)]
+        return [len(module._forward_pre_hooks) for module in modules]
 
-    assert hooks() == {0}
     plain = lkv.Cache(model, retention=0.5)
-    assert hooks() == {0}
-    first = lkv.Cache(model, "streaming_llm", retention=0.5, observe={"hidden_states"})
-    second = first.fork()
-    assert hooks() == {1}
-    first.close()
-    first.close()
-    assert hooks() == {1}
+    assert hooks(model) == [1, 1, 0, 0]
+    observing = [lkv.Cache(model, "streaming_llm", retention=0.5, observe={"hidden_states"}) for _ in range(2)]
+    twin = copy.deepcopy(model)
+    lkv.Cache(twin, "streaming_llm", retention=0.5, observe={"hidden_states"})
+    assert hooks(model) == hooks(twin) == [1, 1, 1, 1]
     with torch.no_grad():
-        call(model, tokens(1, 20), None, plain)
-        call(model, tokens(1, 20), None, second)
+        for cache in (plain, *observing):
+            call(model, tokens(1, 20), None, cache)
         model(tokens(1, 20))
-    del second
-    assert hooks() == {0}
-    plain.close()
+    assert observing[0].ragged[0].witness.hidden_states.length == 20 and plain.ragged[0].witness.hidden_states is None
 
 
 def test_what_is_held_follows_the_cache():
@@ -278,8 +276,8 @@ def test_what_cannot_be_observed():
         lkv.Cache(glm, retention=0.5, observe={"pre_rope_keys"})
     model = build("llama")
     with torch.no_grad(), lkv.Cache(model, spy(), retention=0.5) as cache:
-        for module in model.modules():
-            module._forward_pre_hooks.clear()
+        for layer in model.model.layers:
+            layer.self_attn._forward_pre_hooks.clear()
         with pytest.raises(ValueError, match="lkv.Cache: expected LlamaAttention 0 to be called with hooks"):
             call(model, tokens(1, 20), None, cache)
         assert cache.get_seq_length() == 0

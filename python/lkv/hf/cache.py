@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from os import PathLike
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lkv import policies
-from lkv.hf.capture import HOOKED, ROTATED
+from lkv.hf import state
+from lkv.hf.capture import HOOKED, ROTATED, install_capture
+from lkv.hf.compat import Decoder, find_decoder
 from lkv.hf.eviction import evict
 from lkv.hf.layer import RaggedLayer
-from lkv.hf.routing import route
+from lkv.hf.routing import check_attention, install
 from lkv.hf.session import Session
 from lkv.hf.settings import Settings
-from lkv.hf.versions import HFCache, is_appended_by_copy, is_full_attention, own_layers
+from lkv.hf.versions import (
+    HFCache,
+    is_appended_by_copy,
+    is_recurrent,
+    outside_graphs,
+    own_layers,
+    stage_of_generate,
+    tokens_to_drop,
+)
+from lkv_ext.ops.modes import keeps_tensors
 
 
 class Cache(HFCache):
@@ -33,16 +45,24 @@ class Cache(HFCache):
     out of old and new rows. Batches may be padded: a first prompt on the left, what follows anywhere. Sliding-window
     and other layers are transformers' own.
 
-    While a cache of it is alive, the model runs under our attention's name, which is its own attention for all other
-    caches; `close`, leaving `with`, or the end of the last cache restores it.
+    What is a prompt: a call of several tokens; whatever `generate` does before its first new token; what comes within
+    `prefill`, and then nothing else. Single tokens from the very first on, outside of both, are taken for one, too.
+
+    The mask is followed. Tokens that `attention_mask` `[B, L]` hides leave the rows, at once or when a later call hides
+    them, and stay away. Other masks, as those of trees of candidates `[B, H, n, L]`, are followed while the rows are
+    whole, which is before the first eviction, and refused from then on.
+
+    The model's attention is replaced for the length of a forward with a cache of ours; for other caches, models of the
+    same config and threads it is the model's own, then as well.
 
     Args:
-        model: a transformers model whose attention goes through its `AttentionInterface`.
+        model: a transformers model, in a wrapper of PEFT or torch.compile or without. Which layers can be evicted is
+            found by looking at its attention modules; where there are none, the error says why.
         policy: a name ("snapkv", "adakv", "streaming_llm") or a policy object.
         retention: fraction of the logical length (tokens without padding) to keep, in (0, 1]; or
         budget: rows to keep; both per head, on average over a layer's heads.
-        chunks: with a prompt in several calls, "each" evicts after every one, so that memory is bounded; "last" at the
-            first single token that follows, so that all of the prompt's chunks were attended to in full.
+        chunks: with a prompt in several calls, "each" evicts behind every one, so that memory is bounded; "last" behind
+            the first token that follows it, or at the end of `prefill`: all of the prompt was attended to in full.
         cap: rows per head, on average over a layer, beyond which decoding does not go: when they are reached,
             `interval` rows are evicted, however long it goes on. Without a cap generated tokens are kept.
         interval: default: an eighth of the cap.
@@ -80,32 +100,50 @@ class Cache(HFCache):
         window = max(policy.window, 1) if observe_window is None else observe_window
         settings = Settings(policy, retention, budget, chunks, cap, interval, reserve, observe, window)
         settings.check_needs()
-        self._config, self._route = config, _ = route(model)
-        if "pre_rope_keys" in observe and config.model_type not in ROTATED:
-            raise ValueError(
-                f"lkv.Cache: expected one of {', '.join(sorted(ROTATED))} where keys before RoPE are needed, got "
-                f"{config.model_type}"
-            )
-        self._session = Session(settings, type(model).__name__)
-        layers = [
-            RaggedLayer(self._session, i) if is_full_attention(layer) else layer
-            for i, layer in enumerate(own_layers(config))
-        ]
-        if not any(isinstance(layer, RaggedLayer) for layer in layers):
-            raise ValueError("lkv.Cache: expected a model with full-attention layers, got none")
-        super().__init__(layers=layers)
-        self._begin()
+        decoder = self._prepare(model, settings)
+        self._make(decoder.config, Session(settings, type(model).__name__, decoder.readers))
 
-    def _begin(self) -> None:
-        self._session.attach(self.layers)
-        observes = bool(self.settings.observe & HOOKED)
-        self._route.acquire(observes)
-        self._close = weakref.finalize(self, self._route.release, observes)
+    def _make(self, config: PretrainedConfig, session: Session) -> None:
+        """All layers, empty."""
+        self._config, self.lkv_session = config, session
+        layers = [
+            RaggedLayer(session, i) if i in session.readers else layer for i, layer in enumerate(own_layers(config))
+        ]
+        super().__init__(layers=layers)
+        session.attach(self.layers)
+
+    @staticmethod
+    def _prepare(model: PreTrainedModel, settings: Settings) -> Decoder:
+        """Everything that a forward of the model with a cache of ours needs, checked first."""
+        decoder = find_decoder(model)
+        kind = decoder.config.model_type
+        if "pre_rope_keys" in settings.observe and kind not in ROTATED:
+            raise ValueError(
+                f"lkv.Cache: expected one of {', '.join(sorted(ROTATED))} where keys before RoPE are needed, got {kind}"
+            )
+        check_attention(decoder.module)
+        install(decoder)
+        if settings.observe & HOOKED:
+            install_capture(decoder.module)
+        return decoder
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Prepares another model of the same kind: a copy, or the one here for a cache that was pickled elsewhere.
+
+        Raises:
+            ValueError, TypeError: for a model whose cache would have other layers.
+        """
+        decoder = find_decoder(model)
+        mine, its = ([type(layer) for layer in own_layers(config)] for config in (self._config, decoder.config))
+        if decoder.readers != self.lkv_session.readers or mine != its:
+            raise ValueError(
+                f"lkv.Cache.attach: expected a model with {len(mine)} cache layers like those of "
+                f"{self.lkv_session.model}, got {type(model).__name__} with {len(its)}"
+            )
+        self._prepare(model, self.settings)
 
     def close(self) -> None:
-        """Gives the model its own attention back, unless another cache still needs ours. The rows stay."""
-        self._session.closed = True
-        self._close()
+        """Does nothing, and need not be called: between calls the model is as if there were no cache of ours."""
 
     def __enter__(self) -> Cache:
         return self
@@ -113,9 +151,64 @@ class Cache(HFCache):
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def prefill(self) -> AbstractContextManager[None]:
+        """Says what is the prompt: all tokens of calls within, in pieces of whatever size, and none of those without.
+
+        What is due is evicted at the end, so that the next question finds the cache as the prompt left it:
+
+            with cache.prefill():
+                model(document, past_key_values=cache)
+            end = cache.get_seq_length()
+            for question in questions:
+                model.generate(torch.cat([document, question], 1), past_key_values=cache)
+                cache.crop(end)
+        """
+        return self.lkv_session.prefill()
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the cache as one safetensors file, for `load`; the model and weights of a policy are not in it."""
+        self.lkv_session.settle()
+        state.save(self, path)
+
+    @classmethod
+    @keeps_tensors
+    def load(
+        cls,
+        path: str | PathLike[str],
+        model: PreTrainedModel,
+        *,
+        policy: str | policies.Policy | None = None,
+        device: torch.device | str | None = None,
+    ) -> Cache:
+        """A cache that goes on where the one that `save` wrote was.
+
+        Args:
+            model: of the same kind. What its weights are is not checked.
+            policy: for what comes. Default: the one that was used, if it is of `lkv.policies` and holds no weights.
+            device: default: the model's.
+
+        Raises:
+            ValueError: for a file that is truncated, of another kind or not consistent, and a model of another shape.
+        """
+        decoder = find_decoder(model)
+        settings, held = state.load(path, decoder.config, policy)
+        cls._prepare(model, settings)
+        session = Session(settings, type(model).__name__, decoder.readers)
+        return _revived(cls, decoder.config, session, held, device or decoder.module.device)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """What is pickled, in the form of `save`. A process that has made no cache for the model yet needs `attach`."""
+        self.lkv_session.settle()
+        session = self.lkv_session
+        facts = session.settings, session.model, session.readers
+        return _unpickled, (type(self), self._config, facts, state.state_of(self))
+
     def __deepcopy__(self, memo: dict[int, object]) -> Cache:
         """A cache that goes on from here by itself, on the same model."""
         return self._copy(memo)
+
+    def __copy__(self) -> Cache:
+        return self.fork()
 
     def fork(self) -> Cache:
         """A copy that shares the whole rows of a prompt that is not evicted yet: these are never written to.
@@ -136,12 +229,12 @@ class Cache(HFCache):
         return self._copy(memo)
 
     def _copy(self, memo: dict[int, object]) -> Cache:
-        self._session.settle()
+        self.lkv_session.settle()
         other = object.__new__(type(self))
         memo |= {id(self): other, id(self.settings): self.settings}  # a policy may be large, and holds no request
         for name, value in vars(self).items():
-            setattr(other, name, value if name in ("_config", "_route", "_close") else copy.deepcopy(value, memo))
-        other._begin()
+            setattr(other, name, value if name == "_config" else copy.deepcopy(value, memo))
+        other.lkv_session.attach(other.layers)
         return other
 
     def evict(
@@ -176,73 +269,101 @@ class Cache(HFCache):
             raise ValueError(
                 f"lkv.Cache.evict: expected scores of {len(self.ragged)} layers, got those of {len(scores)}"
             )
-        self._session.settle()
+        self.lkv_session.settle()
         if any(not layer.real for layer in self.ragged):
             raise ValueError("lkv.Cache.evict: expected a cache with tokens, got an empty one")
         evict(self.ragged, settings, scores=scores)
 
     # What transformers calls. Between the layers of a call, the tokens of that call are not there yet.
 
-    @torch.compiler.disable
+    @outside_graphs
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """New keys and values `[B, H, n, D]` of one layer; returned is what its attention shall be given."""
-        with self._session.all_or_nothing():
-            self._session.enter(layer_idx, key_states.shape[2])
-            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-            if not isinstance(self.layers[layer_idx], RaggedLayer):
-                self._session.leave(layer_idx)
-        return keys, values
+        self.lkv_session.enter(layer_idx)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @outside_graphs
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> Tensor:
+        """As transformers': of layers with a recurrent state, which are its own."""
+        self.lkv_session.enter(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    @outside_graphs
+    def update_recurrent_state(self, states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> Tensor:
+        """As transformers': of layers with a recurrent state, which are its own."""
+        self.lkv_session.enter(layer_idx)
+        return super().update_recurrent_state(states, layer_idx, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical: evicted tokens count."""
-        before = self._session.length_before(layer_idx)
+        before = self.lkv_session.length_before(layer_idx)
         return super().get_seq_length(layer_idx) if before is None else before
 
-    def get_mask_sizes(self, *args: object, **kwargs: object) -> tuple[int, int]:
-        """As transformers': length and offset of the keys that a call to come is to mask."""
-        self._session.settle()
-        return super().get_mask_sizes(*args, **kwargs)
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._session.select(beam_idx)
+        self.lkv_session.select(beam_idx)
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         batch = max((len(layer.real) for layer in self.ragged), default=0)
-        self._session.select(torch.arange(batch).repeat_interleave(repeats))
-        super().batch_repeat_interleave(repeats)
+        self.batch_select_indices(torch.arange(batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._session.select(indices)
-        super().batch_select_indices(indices)
+        self.lkv_session.select(indices)
+        for layer in self.layers:
+            # A recurrent state knows this by another name alone.
+            (layer.reorder_cache if is_recurrent(layer) else layer.batch_select_indices)(indices)
 
     def crop(self, tokens: int) -> None:
         """Drops tokens at the end: `-n` drops n, a positive number is the length to keep.
 
         Raises:
-            ValueError: past the last eviction, whose rows are gone; nothing is dropped then.
+            ValueError: past the last eviction, whose rows are gone, and where other layers cannot go back: beyond the
+                window of sliding layers, and with a recurrent state. Nothing is dropped then.
         """
-        self._session.settle()
+        session = self.lkv_session
+        session.settle()
+        drop = tokens_to_drop(tokens, session.length)
         for layer in self.ragged:
             layer.check_crop(tokens)
+        if drop and any(_cannot_crop(layer) for layer in self.layers):
+            raise ValueError(
+                "lkv.Cache.crop: expected layers that can go back, got sliding windows that have moved on, or a "
+                "recurrent state: fork() the cache before"
+            )
+        session.crop(drop)
         super().crop(tokens)
+        if stage_of_generate() == "draft":  # verified: what is left of the call is there to stay
+            session.evict_due()
 
     def reset(self) -> None:
         """Forgets all tokens; settings and model stay."""
-        self._session.reset()
+        self.lkv_session.settle()
+        self.lkv_session.reset()
         for i, layer in enumerate(own_layers(self._config)):
             # Their own reset writes zeros, also into what a fork shares.
             if isinstance(self.layers[i], RaggedLayer):
                 self.layers[i].reset()
             else:
                 self.layers[i] = layer
-        self._session.attach(self.layers)
+        self.lkv_session.attach(self.layers)
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, object]]:
+        """Keys and values of every layer as transformers' `DynamicCache` gives them, and its window, if any.
+
+        Of packed rows `[B, H, C, D]`, as `RaggedCache.padded`: behind the rows of a head any content.
+        """
+        for layer in self.layers:
+            if isinstance(layer, RaggedLayer) and layer.rows is not None:
+                yield layer.rows.padded(layer.rows.k), layer.rows.padded(layer.rows.v), None
+            else:
+                window = getattr(layer, "_sliding_window_tensor", None)
+                yield getattr(layer, "keys", None), getattr(layer, "values", None), window
 
     @property
     def settings(self) -> Settings:
-        return self._session.settings
+        return self.lkv_session.settings
 
     @property
     def ragged(self) -> list[RaggedLayer]:
@@ -268,3 +389,25 @@ class Cache(HFCache):
             else sum(t.nbytes for t in (layer.keys, layer.values) if t is not None)
             for layer in self.ragged
         )
+
+
+def _cannot_crop(layer: object) -> bool:
+    """Whether transformers' own layer holds less than there was."""
+    if is_recurrent(layer):
+        return not (getattr(layer, "record_past", False) and layer.is_croppable)
+    window = getattr(layer, "sliding_window", None)
+    return window is not None and not getattr(layer, "record_past", False) and layer.get_seq_length() >= window
+
+
+def _unpickled(cls: type[Cache], config: PretrainedConfig, facts: tuple[object, ...], held: state.State) -> Cache:
+    return _revived(cls, config, Session(*facts), held, None)
+
+
+@keeps_tensors
+def _revived(
+    cls: type[Cache], config: PretrainedConfig, session: Session, held: state.State, device: torch.device | str | None
+) -> Cache:
+    cache = object.__new__(cls)
+    cache._make(config, session)
+    state.restore(cache, held, device)
+    return cache

@@ -1,16 +1,18 @@
 """What the attention modules of a model are called with, for caches whose policies need it.
 
 transformers' caches and attention functions see neither hidden states nor rotary embeddings; a forward pre-hook on the
-attention modules does. The hooks lie on the model while a cache that observes either is alive, see `lkv.hf.routing`.
+attention modules does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+
+from lkv.hf.compat import attention_modules
+from lkv.hf.versions import CACHE_ARGUMENTS, outside_graphs
 
 HOOKED = frozenset({"hidden_states", "pre_rope_keys"})  # needs for which there are hooks
 
@@ -27,19 +29,22 @@ class Captured:
     rotary: tuple[Tensor, Tensor] | None
 
 
-def install(decoder: nn.Module) -> list[RemovableHandle]:
-    """Hooks on the innermost modules that know the index of their layer: those that attend."""
-    indexed = [m for m in decoder.modules() if hasattr(m, "layer_idx")]
-    outer = {id(m) for m in indexed for inner in m.modules() if inner is not m and hasattr(inner, "layer_idx")}
-    return [m.register_forward_pre_hook(_capture, with_kwargs=True) for m in indexed if id(m) not in outer]
+def install_capture(decoder: nn.Module) -> None:
+    """Hooks on the attention modules of a decoder, once; they do nothing for caches that do not observe."""
+    for module in attention_modules(decoder).values():
+        if _capture not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_capture, with_kwargs=True)
 
 
-@torch.compiler.disable
 def _capture(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    cache = next((kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
-    layers = getattr(cache, "layers", ())
+    for name in CACHE_ARGUMENTS:
+        if getattr(kwargs.get(name), "lkv_session", None) is not None:
+            _note(module, kwargs[name].layers, kwargs.get("hidden_states", args[0] if args else None), kwargs)
+
+
+@outside_graphs
+def _note(module: nn.Module, layers: Sequence[object], hidden: Tensor, kwargs: dict[str, object]) -> None:
     layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
     witness = getattr(layer, "witness", None)
     if witness is not None and witness.hooked:  # one of our layers that asks for it
-        hidden = kwargs.get("hidden_states", args[0] if args else None)
         witness.captured = Captured(module, hidden, kwargs.get("position_embeddings"))

@@ -30,7 +30,7 @@ def check_tokens(layer: RaggedLayer, keys: Tensor, values: Tensor) -> None:
             expected = (old.shape[0], old.shape[1], old.shape[3])
         else:
             old = layer.rows.k if name == "keys" else layer.rows.v
-            expected = (layer.rows.batch, layer.rows.heads, old.shape[1])
+            expected = (*layer.rows.lengths.shape, old.shape[1])
         if (new.shape[0], new.shape[1], new.shape[3]) != expected:
             form = f"[{expected[0]}, {expected[1]}, n, {expected[2]}]"
             raise ValueError(f"lkv.Cache: expected {name} of shape [B, H, n, D] = {form}, got {list(new.shape)}")

@@ -15,8 +15,11 @@ class Choice:
         scores: float `[B, H, L]`; None: all rows stay.
         budgets: int `[B, H]`; None with the scores.
         held: per sequence, rows of all heads together that will be left.
+        sink, window: the first and last rows of every head that stay whatever their scores.
     """
 
     scores: Tensor | None
     budgets: Tensor | None
     held: list[int]
+    sink: int = 0
+    window: int = 0

@@ -40,8 +40,29 @@ def evict(
     else:
         choices = [_choose(layer, settings, rows, s) for layer, s in zip(layers, given, strict=True)]
     for layer, choice in zip(layers, choices, strict=True):
-        layer.keep(choice, settings)
+        layer.keep(choice, settings.reserve)
         choice.scores = None  # a layer's are gone with its rows
+
+
+@keeps_tensors
+def hide(layers: Sequence[RaggedLayer], leaving: Tensor, reserve: int) -> None:
+    """Evicts the rows of some tokens, which a mask has hidden: bool `[B, L]`, by position."""
+    for layer in layers:
+        real = [count - gone for count, gone in zip(layer.real, leaving.sum(1).tolist(), strict=True)]
+        due = layer.due
+        layer.keep(_choose_others(layer, leaving), reserve)
+        layer.real, layer.due = real, due
+        layer.witness.hide(leaving)
+
+
+def _choose_others(layer: RaggedLayer, leaving: Tensor) -> Choice:
+    """All rows but those of some tokens."""
+    observed = observe(layer, frozenset(), 0)
+    index = observed.positions.long().clamp(0, leaving.shape[1] - 1)
+    leaves = leaving.to(index.device)[:, None].expand(*index.shape[:2], -1).gather(2, index)
+    stays = observed.valid() & ~leaves
+    budgets = stays.sum(2).cpu()
+    return Choice(stays.float(), budgets, budgets.sum(1).tolist())
 
 
 def _wanted(layer: RaggedLayer, settings: Settings, rows: int | None) -> list[int]:
@@ -70,7 +91,8 @@ def _choose(layer: RaggedLayer, settings: Settings, rows: int | None, given: Ten
     scores, observed = _score(layer, policy, given)
     budgets = policy.budgets(scores, observed.lengths, torch.tensor(totals), starts=observed.starts)
     check_budgets(policy, budgets, observed.lengths.shape)
-    return Choice(scores, budgets if budgets.is_cpu else _within(budgets, totals), totals)
+    budgets = budgets if budgets.is_cpu else _within(budgets, totals)
+    return Choice(scores, budgets, totals, policy.sink, policy.window)
 
 
 def _choose_ahead(layer: RaggedLayer, settings: Settings, rows: int | None, given: Tensor | None) -> Choice:
@@ -84,7 +106,7 @@ def _choose_ahead(layer: RaggedLayer, settings: Settings, rows: int | None, give
     # Whole rows are as many as there are tokens; of packed ones only the device knows.
     there = torch.tensor(real)[:, None] if layer.rows is None else observed.lengths.cpu()
     budgets = budgets.clamp(min=0).minimum(there)
-    return Choice(scores, budgets, budgets.sum(1).tolist())
+    return Choice(scores, budgets, budgets.sum(1).tolist(), policy.sink, policy.window)
 
 
 def _within(budgets: Tensor, totals: list[int]) -> Tensor:
@@ -119,4 +141,5 @@ def _choose_together(
     check_budgets(policy, budgets, stacked.shape)
     budgets = budgets.clamp(min=0).minimum(stacked.to(budgets.device))
     counts = budgets.sum(2).tolist()  # what a layer is left with is the policy's choice: a synchronisation on CUDA
-    return [Choice(s, b, n) for s, b, n in zip(scores, budgets.unbind(0), counts, strict=True)]
+    ends = policy.sink, policy.window
+    return [Choice(s, b, n, *ends) for s, b, n in zip(scores, budgets.unbind(0), counts, strict=True)]

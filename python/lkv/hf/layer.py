@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import add, attrgetter, sub
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 import lkv_ext
-from lkv.hf.attention import LAYER, Real, check_arguments, own_attention, softcap_of
+from lkv.hf.attention import LAYER, check_arguments, logits_of, own_attention
 from lkv.hf.checks import check_tokens
 from lkv.hf.choice import Choice
+from lkv.hf.masks import Padding
 from lkv.hf.observe import Witness
-from lkv.hf.settings import Settings
-from lkv.hf.versions import CacheLayerMixin, new_tokens, tokens_to_drop
+from lkv.hf.versions import CacheLayerMixin, new_tokens, outside_graphs, tokens_to_drop
 from lkv_ext.ops.modes import keeps_tensors
 
 if TYPE_CHECKING:
     from lkv.hf.session import Session
+
+
+COUNTS = ("real", "held", "evicted", "evictions", "due", "scaling", "softcap", "sinks", "is_initialized")
+_COUNTS = attrgetter(*COUNTS)
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Mark:
     """A layer before a call, as far as it is not the rows themselves: what a call appends lies behind them."""
 
     length: int
-    counts: dict[str, object]
+    counts: tuple[object, ...]
     rows: tuple[int, int] | None
     witness: object
 
@@ -45,7 +50,7 @@ class RaggedLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
-    is_croppable = False  # not back to every length, which is what transformers asks
+    is_croppable = True  # behind the last eviction, which waits where transformers is to crop (see `Session`)
 
     def __init__(self, session: Session, index: int) -> None:
         super().__init__()
@@ -60,7 +65,8 @@ class RaggedLayer(CacheLayerMixin):
         self.held: list[int] = []
         self.evicted = self.evictions = 0
         self.due = False
-        self.scaling, self.softcap = 1.0, None
+        self.scaling, self.softcap, self.sinks = 1.0, None, None
+        self._home: torch.device | None = None
         self.witness = Witness(self.session)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
@@ -69,11 +75,19 @@ class RaggedLayer(CacheLayerMixin):
     @property
     def heads(self) -> int:
         """KV heads."""
-        return self.keys.shape[1] if self.rows is None else self.rows.heads
+        return self.keys.shape[1] if self.rows is None else self.rows.lengths.shape[1]
+
+    @property
+    def device(self) -> torch.device | None:
+        return getattr(self.keys if self.rows is None else self.rows, "device", None)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return getattr(self.keys if self.rows is None else self.rows.k, "dtype", None)
 
     # What transformers calls.
 
-    @torch.compiler.disable
+    @outside_graphs
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
@@ -85,7 +99,6 @@ class RaggedLayer(CacheLayerMixin):
             keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
         keys = keys.view_as(keys)  # the note goes on a tensor that nobody holds on to
         setattr(keys, LAYER, self)
-        self.session.hand_over(self)
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -133,6 +146,25 @@ class RaggedLayer(CacheLayerMixin):
         self.held = [count - tokens * self.heads for count in self.held]
         self.witness.crop(tokens, self.get_seq_length())
 
+    @keeps_tensors
+    def offload(self) -> None:
+        """Moves the rows to the host. They must be brought back before the next call: see `prefetch`."""
+        if self.device is not None:
+            self._home = self.device
+            self._move("cpu")
+
+    @keeps_tensors
+    def prefetch(self) -> None:
+        """Moves the rows to where they were before `offload`."""
+        if self.device is not None and self._home is not None:
+            self._move(self._home)
+
+    def _move(self, device: torch.device | str) -> None:
+        if self.rows is not None:
+            self.rows.to(device)
+        else:
+            self.keys, self.values = self.keys.to(device), self.values.to(device)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
@@ -170,97 +202,124 @@ class RaggedLayer(CacheLayerMixin):
             own: the model's own attention, which runs while the rows are whole.
             key, value: what `update` returned.
         """
-        with self.session.all_or_nothing():
-            self.session.taken_over()
-            check_arguments(module, kwargs)
-            scaling = kwargs.get("scaling")
-            self.scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            self.softcap = softcap_of(own, kwargs)
-            batch, _, count, _ = query.shape
-            real = self.session.real_tokens(mask, batch, count)
-            if self.rows is None and real is not None and self._leaves_gaps(real, count):
-                self.keep(Choice(None, None, self.held), self.session.settings)
-                key, value = key[:, :, -count:], value[:, :, -count:]
-            if self.rows is None:
-                out, _ = own_attention(own, module)(module, query, key, value, mask, **kwargs)
-                self.keys, self.values, self.due = key.view_as(key), value, True
-                self._count(module, query, real)
-            else:
-                out = self._attend_rows(module, query, key, value, real)
-                self.due = self.due or count > 1
-            self.session.leave(self.index)
+        self.session.attended(self.index, module.layer_idx)
+        check_arguments(module, kwargs)
+        scaling, softcap, sinks = logits_of(own, query, kwargs)
+        if module.layer_idx == self.index:
+            self.scaling, self.softcap, self.sinks = scaling, softcap, sinks
+            out = self._attend_first(own, module, query, key, value, mask, **kwargs)
+        elif self.rows is None:
+            out, _ = own_attention(own, module, query, key, value, mask, **kwargs)
+        else:
+            self.session.call.check_mask(mask)
+            out = self._attend_rows(query, scaling, softcap, sinks)
+        self.session.leave(self)
         return out, None
 
+    def _attend_first(
+        self,
+        own: str,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **kwargs: object,
+    ) -> Tensor:
+        """Of the layer whose keys they are: the new tokens become rows."""
+        call = self.session.call
+        padding, count = call.padding, call.count
+        if self.rows is None and padding is not None and self._leaves_gaps(padding, count):
+            self.keep(Choice(None, None, self.held), self.session.settings.reserve)
+            key, value = key[:, :, -count:], value[:, :, -count:]
+        if self.rows is not None:
+            call.check_mask(mask)
+            return self._append(module, query, key, value, padding)
+        out, _ = own_attention(own, module, query, key, value, mask, **kwargs)
+        self._take(module, query, key, value, padding)
+        return out
+
     @keeps_tensors
-    def _attend_rows(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, real: Real | None) -> Tensor:
-        """Rows know padding in front of the new tokens alone, so that other padding is brought there."""
-        order = None if real is None else real.order
-        if order is not None:
-            query, key, value = (
-                t.gather(2, order[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])) for t in (query, key, value)
-            )
-        self.rows.append(key, value, valid=None if real is None else real.counts)
-        self._count(module, query, real)
-        if real is not None:
+    def _take(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, padding: Padding | None) -> None:
+        """New whole rows, and all earlier ones."""
+        self.keys, self.values = key.view_as(key), value
+        self._count(module, query, padding)
+        if padding is not None and padding.order is not None:  # rows know padding in front of tokens alone
+            self.keys, self.values = _in_order(key, padding.order), _in_order(value, padding.order)
+            self.keep(Choice(None, None, self.held), self.session.settings.reserve)
+        self.due = self.session.call.due = True
+
+    @keeps_tensors
+    def _append(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, padding: Padding | None) -> Tensor:
+        """New packed rows, and attention to all."""
+        call = self.session.call
+        if padding is not None and padding.order is not None:
+            key, value = _in_order(key, padding.order), _in_order(value, padding.order)
+        self.rows.append(key, value, valid=None if padding is None else padding.counts)
+        self._count(module, query, padding)
+        self.due = self.due or call.prompt
+        call.due = call.due or self.due
+        if padding is not None:
             self.evicted = self.rows.seen
-        out = self.rows.attend(query, scale=self.scaling, softcap=self.softcap).transpose(1, 2)
+        return self._attend_rows(query, self.scaling, self.softcap, self.sinks)
+
+    def _attend_rows(self, query: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+        """Of queries of the last of the tokens that came, which are all, save in layers that share keys."""
+        call = self.session.call
+        order = None if call.padding is None else call.padding.order
         if order is None:
-            return out.contiguous()
-        return torch.empty_like(out).scatter_(1, order[:, :, None, None].expand_as(out), out)
+            out = self.rows.attend(query, scale=scale, softcap=softcap, sinks=sinks)
+            return out.transpose(1, 2).contiguous()
+        left_out = call.count - query.shape[2]
+        query = torch.nn.functional.pad(query, (0, 0, left_out, 0))
+        out = self.rows.attend(_in_order(query, order), scale=scale, softcap=softcap, sinks=sinks).transpose(1, 2)
+        out = torch.empty_like(out).scatter_(1, order[:, :, None, None].expand_as(out), out)
+        return out[:, left_out:].contiguous()
 
-    def _leaves_gaps(self, real: Real, count: int) -> bool:
-        """Whether whole rows would have padding between tokens, which the policies' view of them has no words for.
+    def _leaves_gaps(self, padding: Padding, count: int) -> bool:
+        """Whether whole rows would have padding between tokens, which the policies' view of them has no words for."""
+        earlier = self.real or [0] * len(padding.counts)
+        return any(before and new < count for before, new in zip(earlier, padding.counts, strict=True))
 
-        Raises:
-            ValueError: for padding behind the first tokens of a sequence.
-        """
-        earlier = self.real or [0] * len(real.counts)
-        if any(before and new < count for before, new in zip(earlier, real.counts, strict=True)):
-            return True
-        if real.order is not None:
-            raise ValueError("lkv.Cache: expected padding on the left of a sequence, got some behind its first token")
-        return False
-
-    def _count(self, module: nn.Module, query: Tensor, real: Real | None) -> None:
+    def _count(self, module: nn.Module, query: Tensor, padding: Padding | None) -> None:
         batch, _, count, _ = query.shape
-        new = [count] * batch if real is None else real.counts
-        before, held = self.real or [0] * batch, self.held or [0] * batch
-        self.real = [a + b for a, b in zip(before, new, strict=True)]
-        self.held = [a + b * self.heads for a, b in zip(held, new, strict=True)]
-        self.witness.push(module, self.get_seq_length() - count, query, real)
+        new = [count] * batch if padding is None else padding.counts
+        heads = self.heads
+        self.real = [*map(add, self.real or [0] * batch, new)]
+        self.held = [*map(add, self.held or [0] * batch, map(heads.__mul__, new))]
+        self.witness.push(module, self.get_seq_length() - count, query, padding)
 
     # What the session and an eviction call.
 
     def mark(self) -> Mark:
         """For `restore`."""
-        names = ("real", "held", "evicted", "evictions", "due", "scaling", "softcap", "is_initialized")
-        counts = {name: getattr(self, name) for name in names}
         rows = None if self.rows is None else self.rows.mark()
-        return Mark(self.get_seq_length(), counts, rows, self.witness.mark())
+        return Mark(self.get_seq_length(), _COUNTS(self), rows, self.witness.mark())
 
     @keeps_tensors
     def restore(self, mark: Mark) -> bool:
         """Takes the tokens back that came since; False where rows were evicted, which do not come back."""
-        if self.evictions != mark.counts["evictions"] and mark.length > 0:
+        before = dict(zip(COUNTS, mark.counts, strict=True))
+        if self.evictions != before["evictions"] and mark.length > 0:
             return False
         packed = mark.rows is None and self.rows is not None  # since: all rows are there, but no longer whole
         if mark.length == 0:
             self.keys = self.values = self.rows = None
         elif self.rows is not None:
-            new = [now - before for now, before in zip(self.real, mark.counts["real"], strict=True)]
+            new = [*map(sub, self.real, before["real"])]
             self.rows.restore(mark.rows or (mark.length, 0), new)
         else:
             self.keys, self.values = self.keys[:, :, : mark.length], self.values[:, :, : mark.length]
-        vars(self).update(mark.counts)
+        vars(self).update(before)
         if packed:
             self.evicted = mark.length
         self.witness.restore(mark.witness, mark.length)
         return True
 
     @keeps_tensors
-    def keep(self, choice: Choice, settings: Settings) -> None:
+    def keep(self, choice: Choice, reserve: int) -> None:
         """Evicts what was not chosen; whole rows are packed, and the whole ones let go."""
-        policy, reserve, everything = settings.policy, settings.reserve, choice.scores is None
+        everything = choice.scores is None
         if self.rows is None:
             batch, heads, length = self.keys.shape[:3]
             lengths = torch.tensor(self.real)[:, None].expand(batch, heads)
@@ -275,23 +334,30 @@ class RaggedLayer(CacheLayerMixin):
                 budgets,
                 lengths=lengths,
                 starts=length - lengths,
-                sink=policy.sink,
-                window=policy.window,
+                sink=choice.sink,
+                window=choice.window,
                 capacity=capacity,
                 reserve=reserve,
             )
-            self.rows = lkv_ext.RaggedCache(kept, length, free=reserve)
+            tail = min(self.real, default=0) if everything else 0
+            self.rows = lkv_ext.RaggedCache(kept, length, free=reserve, tail=tail)
             self.keys = self.values = None
         elif not everything:
             self.rows.evict(
                 self.rows.packed(choice.scores),
                 choice.budgets,
-                sink=policy.sink,
-                window=policy.window,
+                sink=choice.sink,
+                window=choice.window,
                 reserve=reserve,
             )
         else:
             self.due = False
             return
-        self.held, self.evicted, self.due = choice.held, self.get_seq_length(), False
-        self.evictions += not everything
+        self.held, self.due = choice.held, False
+        if not everything:
+            self.evicted, self.evictions = self.get_seq_length(), self.evictions + 1
+
+
+def _in_order(tensor: Tensor, order: Tensor) -> Tensor:
+    """`[B, H, n, D]` by `[B, n]`."""
+    return tensor.gather(2, order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))

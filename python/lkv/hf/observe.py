@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lkv.hf.attention import Real
 from lkv.hf.capture import HOOKED, Captured
+from lkv.hf.masks import Padding
 from lkv.hf.queries import LastQueries
 from lkv.hf.tape import Rotary, Tape
 from lkv.policies import Observation
@@ -35,14 +35,14 @@ class Witness:
         self.rotary: Rotary | None = None  # shared with other layers
         self.rotates = "pre_rope_keys" in settings.observe
 
-    def push(self, module: nn.Module, before: int, queries: Tensor, real: Real | None) -> None:
+    def push(self, module: nn.Module, before: int, queries: Tensor, padding: Padding | None) -> None:
         """Of the tokens behind the first `before`: queries `[B, Hq, n, D]`, padding first, and what was captured.
 
         Raises:
             ValueError: where no hook of this module was called.
         """
         if self.queries is not None:
-            self.queries.push(queries, None if real is None else real.counts)
+            self.queries.push(queries, padding)
         if not self.hooked:
             return
         captured, self.captured = self.captured, None
@@ -51,7 +51,7 @@ class Witness:
                 f"lkv.Cache: expected {type(module).__name__} {module.layer_idx} to be called with hooks, as hidden "
                 "states or keys before RoPE are observed, got none: was the model compiled before?"
             )
-        order = None if real is None else real.order
+        order = None if padding is None else padding.order
         if self.hidden_states is not None:
             self.hidden_states.push(captured.hidden_states, order)
         if self.rotates:
@@ -65,6 +65,11 @@ class Witness:
         if self.queries is not None:
             self.queries.crop(tokens)
         self._truncate(length)
+
+    def hide(self, leaving: Tensor) -> None:
+        """Some tokens are none any more: bool `[B, L]`, by position."""
+        if self.queries is not None:
+            self.queries.hide(leaving)
 
     def select(self, indices: Tensor) -> None:
         """Sequences `indices`, in that order. The rotations are the session's to select."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lkv.hf.masks import Padding
 from lkv_ext.ops.modes import keeps_tensors
 
 
@@ -27,27 +28,53 @@ class LastQueries:
         self._places: Tensor | None = None  # int64 [B, w]
         self._real: Tensor | None = None  # bool [B, w]: slots that hold a token
 
-    @keeps_tensors
-    def push(self, queries: Tensor, valid: Sequence[int] | None) -> None:
-        """Adds the queries of the next n tokens, `[B, Hq, n, D]`, the last `valid[b]` of them real."""
+    def push(self, queries: Tensor, padding: Padding | None = None) -> None:
+        """Adds the queries of the next n tokens, `[B, Hq, n, D]`."""
         batch, heads, count, dim = queries.shape
         if self._queries is None:
             self._queries = queries.new_zeros(batch, heads, self._slots, dim)
             self._places = torch.zeros(batch, self._slots, dtype=torch.int64, device=queries.device)
             self._real = torch.zeros_like(self._places, dtype=torch.bool)
-        if count == 1 and valid is None:
+        if count == 1 and padding is None:
             slot = self._oldest
             self._queries[:, :, slot] = queries[:, :, 0]
             self._places[:, slot] = self.seen
             self._real[:, slot] = True
             self._oldest = (slot + 1) % self._slots
         else:
-            self._rebuild(queries, valid)
+            if padding is not None and padding.order is not None:
+                order = padding.order[:, None, :, None].expand(-1, heads, -1, dim)
+                queries = queries.gather(2, order)
+            self._rebuild(queries, None if padding is None else padding.counts)
         self.seen += count
 
     def read(self, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The last w queries `[B, Hq, w, D]`, their places `[B, w]`, which slots hold one, bool `[B, w]`; in order."""
         return self._in_order(self.window if last is None else min(last, self.window))
+
+    def state(self) -> dict[str, object]:
+        """All of it, for `load`."""
+        names = ("window", "seen", "_oldest", "_queries", "_places", "_real")
+        return {name.lstrip("_"): getattr(self, name) for name in names}
+
+    def load(self, state: dict[str, object], batch: int, length: int) -> None:
+        """What `state` gave.
+
+        Raises:
+            ValueError: for another window, and what is not of `batch` sequences of `length` tokens.
+        """
+        queries, places, real = state["queries"], state["places"], state["real"]
+        shape = (batch, self._slots)
+        right = (state["window"], state["seen"]) == (self.window, length) and 0 <= state["oldest"] < self._slots
+        if queries is not None:
+            right &= tuple(places.shape) == tuple(real.shape) == shape == (queries.shape[0], queries.shape[2])
+            right = right and places.dtype == torch.int64 and real.dtype == torch.bool
+        if not right:
+            raise ValueError(
+                f"lkv.Cache.load: expected the last {self.window} queries of {batch} sequences, got others"
+            )
+        self.seen, self._oldest = state["seen"], state["oldest"]
+        self._queries, self._places, self._real = queries, places, real
 
     def mark(self) -> LastQueries:
         """What to go on with instead of this if what is pushed from now on shall not have been."""
@@ -61,6 +88,14 @@ class LastQueries:
         self.seen -= tokens
         self._real &= self._places < self.seen
         self._oldest = (self._oldest - tokens) % self._slots
+
+    @keeps_tensors
+    def hide(self, leaving: Tensor) -> None:
+        """The queries of some tokens do not count any more: bool `[B, L]`, by place."""
+        if self._real is not None:
+            at = self._places.clamp(max=leaving.shape[1] - 1)
+            self._real = self._real & ~leaving.to(self._real.device).gather(1, at)
+            self._rebuild(self._queries[:, :, :0], None)
 
     @keeps_tensors
     def select(self, indices: Tensor) -> None:

@@ -1,87 +1,183 @@
-"""Sends a model's attention through `lkv.hf.attention` while some cache of it is alive, and back afterwards.
+"""Sends a model's attention through `lkv.hf.attention` for the length of a forward with a cache of ours.
 
 transformers looks attention and mask functions up by the name in a config. For every attention that a model may have
-of its own there is one name of ours, `lkv_sdpa` for `sdpa`; its functions call the model's own ones wherever the cache
-in use is not ours, so that the name may stay while other caches are used beside.
+of its own there is one name of ours, `lkv_sdpa` for `sdpa`. Hooks on the decoder, which know nothing but the arguments
+of its forward, put the name in when a forward begins with a cache of ours, and take it out when the last such forward
+of any thread ends. Outside of it a config, its copies and other models of it have their own attention; within, our
+function calls the model's own one wherever the keys are not those of a cache of ours.
 """
 
 from __future__ import annotations
 
+import inspect
 import threading
-import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from torch import nn
-from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lkv.hf.attention import make_attention
-from lkv.hf.capture import install
+from lkv.hf.compat import Decoder
+from lkv.hf.versions import CACHE_ARGUMENTS, outside_graphs
+
+if TYPE_CHECKING:
+    from lkv.hf.session import Session
 
 PREFIX = "lkv_"
 _lock = threading.Lock()
-_routes: WeakKeyDictionary[nn.Module, Route] = WeakKeyDictionary()
+_configs: WeakKeyDictionary[nn.Module, list[PretrainedConfig]] = WeakKeyDictionary()
+_routed: dict[int, _Routed] = {}  # by id of a config, while forwards run
+
+
+@dataclass
+class _Routed:
+    config: PretrainedConfig
+    own: str
+    forwards: int = 0
 
 
 class Route:
-    """The configs of one decoder, switched while `users` > 0, and hooks on its modules while `observers` > 0."""
+    """Our attention in the configs of a decoder, from now until `close`."""
 
-    def __init__(self, decoder: nn.Module, configs: list[PretrainedConfig]) -> None:
-        self.decoder = weakref.ref(decoder)
-        self.configs = configs
-        self.own: list[str] = []
-        self.hooks: list[RemovableHandle] = []
-        self.users = self.observers = 0
-
-    def acquire(self, observes: bool) -> None:
+    def __init__(self, decoder: nn.Module) -> None:
         with _lock:
-            if observes and self.observers == 0:
-                self.hooks = install(self.decoder())
-            self.observers += observes
-            if self.users == 0:
-                self.own = [config._attn_implementation.removeprefix(PREFIX) for config in self.configs]
-                names = [_register(own) for own in self.own]
-                for config, name in zip(self.configs, names, strict=True):
+            self._open: list[_Routed] = []
+            for config in _configs_of(decoder):
+                own = config._attn_implementation.removeprefix(PREFIX)
+                name = _register(own)
+                entry = _routed.setdefault(id(config), _Routed(config, own))
+                if config._attn_implementation != name:
+                    entry.own = own
                     config._attn_implementation = name
-            self.users += 1
+                entry.forwards += 1
+                self._open.append(entry)
 
-    def release(self, observes: bool) -> None:
+    def close(self) -> None:
         with _lock:
-            self.observers -= observes
-            if self.observers == 0:
-                for hook in self.hooks:
-                    hook.remove()
-                self.hooks = []
-            self.users -= 1
-            if self.users == 0:
-                for config, own in zip(self.configs, self.own, strict=True):
-                    # Whoever has chosen another attention in the meantime keeps it.
-                    if config._attn_implementation == PREFIX + own:
-                        config._attn_implementation = own
+            for entry in self._open:
+                entry.forwards -= 1
+                if entry.forwards == 0:
+                    del _routed[id(entry.config)]
+                    if entry.config._attn_implementation == PREFIX + entry.own:
+                        entry.config._attn_implementation = entry.own
+            self._open = []
+
+    __del__ = close  # of a forward that was interrupted
 
 
-def route(model: PreTrainedModel) -> tuple[PretrainedConfig, Route]:
-    """The config of a model's decoder, and the way there and back.
+def check_attention(decoder: nn.Module) -> None:
+    """Raises ValueError for an attention that cannot be stood for."""
+    for config in _configs_of(decoder):
+        _register(config._attn_implementation.removeprefix(PREFIX))
 
-    Raises:
-        TypeError, ValueError: where the attention of the model cannot be routed.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"lkv.Cache: expected a transformers model, got {type(model).__name__}")
-    decoder = model.get_decoder()
-    if not isinstance(decoder, PreTrainedModel) or not decoder._supports_attention_backend:
-        raise ValueError(
-            "lkv.Cache: expected a decoder whose attention goes through transformers' AttentionInterface, "
-            f"got {type(model).__name__}"
-        )
+
+def install(decoder: Decoder) -> None:
+    """Hooks on a decoder and the models around it, once; they do nothing for other caches."""
     with _lock:
-        if decoder not in _routes:
-            layers = [m.config for m in decoder.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
-            configs = {id(config): config for config in [decoder.config, *layers]}
-            _routes[decoder] = Route(decoder, list(configs.values()))
-        return decoder.config, _routes[decoder]
+        for module, before, after in (
+            (decoder.module, _begin, _end),
+            *((outer, _begin_outer, _end_outer) for outer in decoder.outer),
+        ):
+            if before not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(before, with_kwargs=True)
+                module.register_forward_hook(after, with_kwargs=True, always_call=True)
+
+
+def _begin(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    session = _session(module, args, kwargs)
+    if session is None:
+        return None
+    names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+    ids, embeds, mask, positions = (_argument(module, args, kwargs, name) for name in names)
+    tokens = embeds if ids is None else ids
+    if tokens is None:
+        return None  # the model says what is wrong
+    skip = _begin_call(session, module, tokens, mask, positions)
+    if skip == 0:
+        return None
+    new = {name: kwargs[name][:, skip:] for name in (*names[:2], "position_ids") if kwargs.get(name) is not None}
+    return args, kwargs | new
+
+
+def _end(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+    session = _session(module, args, kwargs)
+    if session is not None:
+        _end_call(session, output is not None)  # a forward that raised has none
+
+
+def _begin_outer(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    session = _session(module, args, kwargs)
+    if session is not None:
+        mask = _argument(module, args, kwargs, "attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            session.outer_mask = mask
+
+
+def _end_outer(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+    session = _session(module, args, kwargs)
+    if session is not None:
+        session.outer_mask = None
+
+
+@outside_graphs
+def _begin_call(session: Session, decoder: nn.Module, tokens: Tensor, mask: object, positions: Tensor | None) -> int:
+    """How many of the first tokens are left out, as the cache has them."""
+    batch, count = tokens.shape[:2]
+    skip = session.repeated(count, positions)
+    route = Route(decoder)
+    try:
+        session.begin(route, batch, count - skip, mask)
+    except BaseException:
+        route.close()
+        raise
+    return skip
+
+
+@outside_graphs
+def _end_call(session: Session, done: bool) -> None:
+    session.end(done)
+
+
+def _session(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Session | None:
+    """Of the cache of ours that a forward was given, if any."""
+    for name in CACHE_ARGUMENTS:
+        session = getattr(_argument(module, args, kwargs, name), "lkv_session", None)
+        if session is not None:
+            return session
+    return None
+
+
+def _argument(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], name: str) -> object:
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    if len(args) == 1:  # what models are called with: the tokens, and all else by name
+        return args[0] if name == "input_ids" else None
+    place = _places(type(module)).get(name, len(args))
+    return args[place] if place < len(args) else None
+
+
+@lru_cache(maxsize=64)
+def _places(kind: type[nn.Module]) -> dict[str, int]:
+    """Of the arguments of a forward."""
+    names: Sequence[str] = list(inspect.signature(kind.forward).parameters)
+    return {name: place - 1 for place, name in enumerate(names)}
+
+
+def _configs_of(decoder: nn.Module) -> list[PretrainedConfig]:
+    """Where the attention modules of a decoder read the name."""
+    if decoder not in _configs:
+        all_of = [
+            decoder.config,
+            *(m.config for m in decoder.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")),
+        ]
+        _configs[decoder] = list({id(config): config for config in all_of}.values())
+    return _configs[decoder]
 
 
 def _register(own: str) -> str:
@@ -89,8 +185,9 @@ def _register(own: str) -> str:
     has_attention = own == "eager" or own in ALL_ATTENTION_FUNCTIONS
     if own not in ALL_MASK_ATTENTION_FUNCTIONS or not has_attention or own.startswith(("flex", "paged")):
         raise ValueError(f"lkv.Cache: expected a model with eager, sdpa or flash attention, got {own!r}")
-    AttentionInterface.register(name, make_attention(own))
-    # The sizes that the cache reports make it the mask of the tokens that the model's own attention sees, or, when the
-    # rows are ours, of the new tokens among themselves: that tells which of them are padding.
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, make_attention(own))
+        # The sizes that the cache reports make it the mask of the tokens that the model's own attention sees, or, when
+        # the rows are ours, of the new tokens among themselves.
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
     return name

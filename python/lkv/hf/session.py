@@ -1,39 +1,89 @@
-"""What the layers of one cache share while a call runs."""
+"""What the layers of one cache share: its settings, what is hidden of its tokens, and the call that is under way."""
 
 from __future__ import annotations
 
+import threading
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
-from lkv.hf import attention, eviction
+from lkv.hf import eviction, masks
 from lkv.hf.layer import RaggedLayer
+from lkv.hf.routing import Route
 from lkv.hf.settings import Settings
 from lkv.hf.tape import Rotary
-from lkv.hf.versions import CacheLayerMixin, is_appended_by_copy
+from lkv.hf.versions import CacheLayerMixin, is_appended_by_copy, stage_of_generate
+from lkv_ext.ops.modes import keeps_tensors
+
+
+class Call:
+    """One forward of the decoder, from its beginning to its end.
+
+    Attributes:
+        prompt: its tokens are of a prompt, which is evicted as the settings say.
+        draft: its tokens are to be verified, and may be cropped behind it: nothing is evicted before.
+        due: some layer has something to evict.
+        visible, padding: what the mask says of all tokens, and of the new ones.
+        before: marks of the layers that it has reached.
+        waiting: of every layer whose keys are on their way, the layers that have to attend to them yet.
+    """
+
+    def __init__(self, route: Route, batch: int, count: int, visible: masks.Visible) -> None:
+        self.route, self.batch, self.count, self.visible = route, batch, count, visible
+        self.thread = threading.get_ident()
+        self.prompt = self.draft = self.due = False
+        self.padding: masks.Padding | None = None
+        self.before: dict[int, object] = {}
+        self.waiting: dict[int, list[int]] = {}
+        self._checked: weakref.ref[Tensor] | None = None
+
+    def check_mask(self, mask: Tensor | None) -> None:
+        """Raises ValueError for a mask that packed rows cannot follow, looked at once for all layers of a call."""
+        if self.count == 1 or not isinstance(mask, Tensor) or (self._checked is not None and self._checked() is mask):
+            return
+        if not masks.is_causal(mask, self.batch, self.count):
+            raise ValueError(NOT_CAUSAL)
+        self._checked = weakref.ref(mask)
+
+
+NOT_CAUSAL = (
+    "lkv.Cache: expected a causal mask, but for hidden tokens, where rows are packed: every head has other rows. "
+    "Before the first eviction any mask is followed (chunks='last'; cache.prefill() says when the prompt ends)"
+)
 
 
 class Session:
-    """The settings, the layer whose keys are on their way from `update` to attention, the padding of the call, and how
-    the layers that it has reached were before.
+    """Between `begin` and `end` the layers `enter` with new keys and `leave` when all that read them have attended.
 
-    A call counts once its last layer is done. One that fails before leaves nothing behind, be it in our functions, when
-    all layers are restored at once, or elsewhere in the model, when they are as soon as the next call comes. What does
-    not come back are rows of an earlier turn that the failed call had evicted already: such a cache refuses to go on.
+    A call counts once its forward is done. One that fails before leaves nothing behind: all layers are restored. What
+    does not come back are rows of an earlier turn that the failed call had evicted already: such a cache refuses to go
+    on.
+
+    Attributes:
+        hidden: bool `[B, L]`, tokens that the masks so far have hidden, in the order in which they came; None: none.
+        places: int64 `[B, L]`, where each of them is among the rows' positions, if padding moved some.
+        explicit: `prefill` was used: what is outside of it is no prompt.
     """
 
-    def __init__(self, settings: Settings, model: str) -> None:
-        self.settings = settings
-        self.model = model
-        self.closed = False
-        self.waiting: int | None = None
-        self.broken: int | None = None  # the layer that could not be restored
-        self._padding: tuple[weakref.ref[Tensor] | None, attention.Real | None] = (None, None)
+    def __init__(self, settings: Settings, model: str, readers: dict[int, tuple[int, ...]]) -> None:
+        self.settings, self.model, self.readers = settings, model, readers
+        self.outer_mask: Tensor | None = None
+        self.in_prefill = self.explicit = False
         self._layers: list[weakref.ref[CacheLayerMixin]] = []
-        self._before: dict[int, object] = {}  # marks of the layers that the call has reached
-        self._rotaries: list[Rotary] = []
+        self.reset()
+
+    def reset(self) -> None:
+        self.call: Call | None = None
+        self.broken: int | None = None  # the layer that could not be restored
+        self.hidden: Tensor | None = None
+        self.places: Tensor | None = None
+        self.rotaries: list[Rotary] = []
+        self._token_by_token = False
+        self.explicit = self.in_prefill
 
     def attach(self, layers: Sequence[CacheLayerMixin]) -> None:
         """All layers of the cache. They know the session, so it must not keep them alive."""
@@ -43,115 +93,268 @@ class Session:
     def ragged(self) -> list[RaggedLayer]:
         return [layer for layer in (ref() for ref in self._layers) if isinstance(layer, RaggedLayer)]
 
-    # A call, layer by layer.
+    @property
+    def length(self) -> int:
+        """Tokens so far, hidden and evicted ones included."""
+        return self._layers[next(iter(self.readers))]().get_seq_length()
 
-    def enter(self, index: int, count: int) -> None:
-        """The keys of `count` new tokens come to a layer."""
-        self.expect_idle()
-        if index in self._before:
-            self.settle()
-        if self.broken is not None:
-            raise ValueError(
-                "lkv.Cache: expected a cache whose calls have come to their end, got one of which layer "
-                f"{self.broken} had been evicted when its last call failed: reset it"
-            )
-        layer = self._layers[index]()
-        if count == 1 and not self._before:
-            self._make_room()
-        self._before[index] = _mark(layer)
+    # A call.
 
-    def hand_over(self, layer: RaggedLayer) -> None:
-        """A layer's keys go to the model's attention function."""
-        self.waiting = layer.index
+    def repeated(self, count: int, positions: Tensor | None) -> int:
+        """How many of the tokens of a call have come before.
 
-    def taken_over(self) -> None:
-        self.waiting = None
+        Assisted decoding of transformers 5 begins with all tokens, those that a cache has seen included. Appended twice
+        they would be wrong without an error, in transformers' own cache as well.
+        """
+        seen = self.length
+        if not 0 < seen < count or positions is None or stage_of_generate() != "draft":
+            return 0
+        return seen if int(positions.min()) == 0 else 0
 
-    def leave(self, index: int) -> None:
-        """A layer has all that it gets in this call: it is evicted, or all are behind the last, if it is time."""
-        layer = self._layers[index]()
-        if self.settings.chunks == "each" and isinstance(layer, RaggedLayer):
-            together = self.settings.policy.scope == "model"
-            layers = [layer] if not together else self.ragged if layer is self.ragged[-1] else []
-            layers = [each for each in layers if each.due]
-            if layers:
-                eviction.evict(layers, self.settings)
-        if index == len(self._layers) - 1:
-            self._before.clear()
+    def begin(self, route: Route, batch: int, count: int, mask: object) -> None:
+        """Of `count` new tokens. What the mask hides of earlier ones leaves the rows, whatever becomes of the call.
 
-    def expect_idle(self) -> None:
-        """Nothing may be on the way any more when the next keys come."""
-        waiting, self.waiting = self.waiting, None
-        if self.closed:
-            raise ValueError("lkv.Cache: expected an open cache, got one that was closed")
-        if waiting is not None:
-            raise ValueError(
-                f"lkv.Cache: expected layer {waiting} of {self.model} to attend through transformers' "
-                "AttentionInterface, got keys that never came there: was the model's attention changed, or is this "
-                "the cache of another model?"
-            )
+        Raises:
+            ValueError, TypeError: for a mask that cannot be followed, and a cache that cannot go on; nothing has
+                changed then.
+        """
+        self._expect_idle()
+        seen = self.length
+        visible = masks.read(mask, self.outer_mask, self.hidden, batch, seen, count)
+        if not visible.causal and any(layer.rows is not None for layer in self.ragged):
+            raise ValueError(NOT_CAUSAL)
+        leaving = self._newly_hidden(visible, mask, batch, seen)
+        call = Call(route, batch, count, visible)
+        if visible.hidden is not None:
+            call.padding = masks.Padding.of(visible.hidden[:, seen:])
+        self._classify(call, seen)
+        if leaving is not None:
+            self._hide(leaving)
+        if not call.prompt:
+            self._make_room(count)
+        self.call = call
 
-    @contextmanager
-    def all_or_nothing(self) -> Iterator[None]:
+    def end(self, done: bool) -> None:
+        """The forward is over; `done`: it has a result."""
+        call = self.call
+        if call is None or call.thread != threading.get_ident():
+            return
         try:
-            yield
-        except Exception:
-            self.waiting = None
+            if done:
+                self._check_pairs(call)
+                if call.due:
+                    self._evict_due(self.ragged)
+                self._remember(call)
+                call.before.clear()
+        finally:
             self.settle()
-            raise
+
+    def _check_pairs(self, call: Call) -> None:
+        for index in self.readers:
+            if call.waiting.get(index) != []:
+                raise ValueError(
+                    f"lkv.Cache: expected layer {index} of {self.model} to hand its keys to the cache and to attend to "
+                    "them through transformers' AttentionInterface, got a call in which it did not"
+                )
+
+    def enter(self, index: int) -> None:
+        """New keys, or a new recurrent state, come to a layer.
+
+        Raises:
+            ValueError: outside of a call, and where the layer has come before in this one.
+        """
+        call = self.call
+        if call is None:
+            raise ValueError(
+                "lkv.Cache: expected keys of a forward of the decoder that the cache was made for, got some of another "
+                f"call: was {self.model} copied, or its forward called other than as a module? cache.attach(model) "
+                "prepares a model"
+            )
+        if index in call.waiting:
+            raise ValueError(f"lkv.Cache: expected keys of layer {index} once in a call, got them twice")
+        if index not in call.before:
+            call.before[index] = _mark(self._layers[index]())
+        if index in self.readers:
+            call.waiting[index] = list(self.readers[index])
+
+    def attended(self, index: int, reader: int) -> None:
+        """Layer `reader` attends to the rows of layer `index`.
+
+        Raises:
+            ValueError: where that is not expected (any more).
+        """
+        waiting = [] if self.call is None else self.call.waiting.get(index, [])
+        if reader not in waiting:
+            raise ValueError(
+                f"lkv.Cache: expected layers {list(self.readers[index])} of {self.model} to attend once each to the "
+                f"keys of layer {index} in the call that they came in, got layer {reader} once more"
+            )
+        waiting.remove(reader)
+
+    def leave(self, layer: RaggedLayer) -> None:
+        """All have attended to a layer: a piece of a prompt is evicted at once where no other layer has a say.
+
+        All else is behind the call, when all layers are chosen for before any is evicted.
+        """
+        done = not self.call.waiting[layer.index]
+        if done and self.call.prompt and self.settings.policy.scope == "layer":
+            self._evict_due([layer])
 
     def settle(self) -> None:
         """A call that did not come to its end has not been."""
-        while self._before:
-            index, mark = self._before.popitem()
+        call, self.call = self.call, None
+        if call is None:
+            return
+        call.route.close()
+        while call.before:
+            index, mark = call.before.popitem()
             if not _restore(self._layers[index](), mark):
                 self.broken = index
 
     def length_before(self, index: int) -> int | None:
         """Of a layer that the call has reached: its length without the tokens of the call."""
-        mark = self._before.get(index)
+        mark = None if self.call is None else self.call.before.get(index)
         return None if mark is None else mark.length
 
-    def reset(self) -> None:
-        self.waiting = self.broken = None
-        self._before.clear()
-        self._rotaries.clear()
+    # Between calls.
+
+    @contextmanager
+    def prefill(self) -> Iterator[None]:
+        self.in_prefill = self.explicit = True
+        try:
+            yield
+        finally:
+            self.in_prefill = False
+        self.settle()
+        self.evict_due()
+
+    def evict_due(self) -> None:
+        """What a prompt has left, with no token to follow yet."""
+        eviction.evict([layer for layer in self.ragged if layer.due], self.settings)
 
     def rotary(self, cos: Tensor) -> Rotary:
         """The one of the layers that have come with these very rotations, or a new one."""
-        for rotary in self._rotaries:
+        for rotary in self.rotaries:
             if rotary.last is not None and rotary.last() is cos:
                 return rotary
-        self._rotaries.append(Rotary())
-        return self._rotaries[-1]
+        self.rotaries.append(Rotary())
+        return self.rotaries[-1]
 
+    def load_rotaries(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.rotaries = []
+        for cos, sin in parts:
+            rotary = Rotary()
+            rotary.push(0, cos, sin, None)
+            self.rotaries.append(rotary)
+
+    @keeps_tensors
     def select(self, indices: Tensor) -> None:
         """Before all layers go on with the sequences `indices`: what they share does."""
         self.settle()
-        for rotary in self._rotaries:
+        for rotary in self.rotaries:
             rotary.select(indices)
+        self.hidden, self.places = (None if t is None else t[indices.to(t.device)] for t in (self.hidden, self.places))
 
-    def real_tokens(self, mask: Tensor | None, batch: int, count: int) -> attention.Real | None:
-        """`attention.real_tokens`, read once for all layers of a call: they are given the same mask."""
-        if mask is None:
+    def crop(self, tokens: int) -> None:
+        """Before all layers forget the last tokens: what they share does."""
+        if tokens:
+            self.hidden, self.places = (
+                None if t is None else t[:, : t.shape[1] - tokens] for t in (self.hidden, self.places)
+            )
+
+    # Within a call.
+
+    def _expect_idle(self) -> None:
+        if self.call is not None:
+            if self.call.thread != threading.get_ident():
+                raise ValueError(
+                    "lkv.Cache: expected one call at a time, got one while another thread has not finished"
+                )
+            self.settle()  # of a call that was interrupted
+        if self.broken is not None:
+            raise ValueError(
+                "lkv.Cache: expected a cache whose calls have come to their end, got one of which layer "
+                f"{self.broken} had been evicted when its last call failed: reset it"
+            )
+
+    def _newly_hidden(self, visible: masks.Visible, mask: object, batch: int, seen: int) -> Tensor | None:
+        """bool `[B, seen]`, what a mask hides of earlier tokens, if anything."""
+        if visible.hidden is None and self.hidden is None:
             return None
-        known, real = self._padding
-        if not isinstance(mask, Tensor) or known is None or known() is not mask:
-            real = attention.real_tokens(mask, batch, count)
-            self._padding = (weakref.ref(mask), real)
-        return real
+        if visible.hidden is None and mask is None and self.outer_mask is None:
+            raise ValueError(
+                "lkv.Cache: expected attention_mask of all tokens, as earlier ones hid some, got none: every later "
+                "call needs it"
+            )
+        past = self.hidden if self.hidden is not None else torch.zeros(batch, seen, dtype=torch.bool)
+        now = past & False if visible.hidden is None else visible.hidden[:, :seen]
+        past = past.to(now.device)
+        again, newly = torch.stack([(past & ~now).any(), (now & ~past).any()]).tolist()
+        if again:
+            raise ValueError(
+                "lkv.Cache: expected tokens that attention_mask has once hidden to stay so, as their rows are gone, "
+                "got a mask that shows some again"
+            )
+        return now & ~past if newly else None
 
-    def _make_room(self) -> None:
-        """Before a token that was generated: what is due behind a prompt, and what the cap asks for."""
-        settings, layers = self.settings, self.ragged
-        due = [layer for layer in layers if layer.due]
-        if due:
-            eviction.evict(due, settings)
+    def _classify(self, call: Call, seen: int) -> None:
+        stage = stage_of_generate()
+        if seen == 0:
+            self._token_by_token = False
+        if call.count > 1 or stage is not None or self.explicit:
+            self._token_by_token = False
+        elif seen == 0:
+            self._token_by_token = True
+        elif self._token_by_token and seen == 1 and self.settings.chunks == "last":
+            warnings.warn(
+                "lkv.Cache: a prompt that comes token by token has no end that chunks='last' could see, and is evicted "
+                "behind every token: wrap it in `with cache.prefill()`",
+                stacklevel=2,
+            )
+        call.draft = stage == "draft"
+        if self.explicit:
+            call.prompt = self.in_prefill
+        elif not call.draft:
+            call.prompt = call.count > 1 or stage == "prompt" or self._token_by_token
+
+    @keeps_tensors
+    def _hide(self, leaving: Tensor) -> None:
+        """Takes tokens out of the rows of all layers: bool `[B, L]`, in the order in which they came."""
+        at = leaving
+        if self.places is not None:
+            at = torch.zeros_like(leaving).scatter_(1, self.places.to(leaving.device), leaving)
+        eviction.hide([layer for layer in self.ragged if layer.real], at, self.settings.reserve)
+        self.hidden = leaving.clone() if self.hidden is None else self.hidden | leaving
+
+    @keeps_tensors
+    def _remember(self, call: Call) -> None:
+        self.hidden = None if call.visible.hidden is None else call.visible.hidden.clone()
+        order = None if call.padding is None else call.padding.order
+        if order is None and self.places is None:
+            return
+        seen = self.length - call.count
+        device = (order if order is not None else self.places).device
+        new = torch.arange(call.count, device=device).expand(call.batch, -1) if order is None else order.argsort(1)
+        old = torch.arange(seen, device=device).expand(call.batch, -1) if self.places is None else self.places
+        self.places = torch.cat([old, new + seen], 1)
+
+    def _evict_due(self, layers: Sequence[RaggedLayer]) -> None:
+        """Behind a call, or a layer of it: what has come with it as a prompt, or was left before a token."""
+        call, wait = self.call, self.settings.chunks == "last" and not self._token_by_token
+        if call.draft or (call.prompt and wait) or (self.in_prefill and wait):
+            return
+        layers = [layer for layer in layers if layer.due]
+        if layers:
+            eviction.evict(layers, self.settings)
+
+    def _make_room(self, count: int) -> None:
+        """Before tokens that were generated: what the cap asks for."""
+        settings = self.settings
         if settings.cap is None:
             return
-        layers = [layer for layer in layers if layer.rows is not None]
+        layers = [layer for layer in self.ragged if layer.rows is not None]
         groups = [layers] if eviction.one_total(settings.policy) else [[layer] for layer in layers]
-        full = [group for group in groups if group and _rows_after(group) > settings.cap * _heads(group)]
+        full = [g for g in groups if g and _rows_after(g, count) > settings.cap * _heads(g)]
         if full:
             eviction.evict([layer for group in full for layer in group], settings, settings.cap - settings.interval)
 
@@ -160,9 +363,9 @@ def _heads(layers: Sequence[RaggedLayer]) -> int:
     return sum(layer.heads for layer in layers)
 
 
-def _rows_after(layers: Sequence[RaggedLayer]) -> int:
-    """Rows of the fullest sequence with one token more."""
-    return max(map(sum, zip(*(layer.held for layer in layers), strict=True))) + _heads(layers)
+def _rows_after(layers: Sequence[RaggedLayer], count: int) -> int:
+    """Rows of the fullest sequence with `count` tokens more."""
+    return max(map(sum, zip(*(layer.held for layer in layers), strict=True))) + count * _heads(layers)
 
 
 class _Whole:

@@ -4,14 +4,30 @@
 - `CacheLayerMixin.lazy_initialization` gets keys (4.56) or keys and values, `update` a dictionary or keywords.
 - `get_max_cache_shape` became `get_max_length`; models call their cache `past_key_values` or `cache`.
 - `crop` gets the length to keep, or minus the tokens to drop; today's layers take only the latter.
+- Layers of a recurrent state, and such as hold nothing, are cache layers in today's versions only.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
 from torch import Tensor
 from transformers import Cache as HFCache
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+RecurrentLayer: type | None = getattr(cache_utils, "LinearAttentionCacheLayerMixin", None)
+P, T = ParamSpec("P"), TypeVar("T")
+CACHE_ARGUMENTS = ("past_key_values", "cache")  # of a model's forward
+
+
+def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """A compiled model leaves its graph for the call, and goes on behind it."""
+    reason = "lkv.Cache holds rows of a number that only it knows: compile without fullgraph=True"
+    return torch.compiler.disable(function, reason=reason)
 
 
 def new_tokens(query: int | Tensor) -> int:
@@ -36,15 +52,49 @@ def is_full_attention(layer: CacheLayerMixin) -> bool:
 
 def is_appended_by_copy(layer: CacheLayerMixin) -> bool:
     """Whether new tokens make new tensors, so that whoever holds the old ones still has what was there."""
-    return isinstance(layer, DynamicLayer)
+    return isinstance(layer, DynamicLayer) and not is_recurrent(layer)
+
+
+def is_recurrent(layer: object) -> bool:
+    """Whether it holds a state that new tokens overwrite."""
+    return RecurrentLayer is not None and isinstance(layer, RecurrentLayer)
+
+
+def stage_of_generate() -> str | None:
+    """What `generate` is about when it calls the model: "prompt", "draft", "answer"; None outside of it.
+
+    A last chunk of one token and a token that was generated look alike, and so do a prompt and a draft that is to be
+    verified (prompt lookup, assisted decoding). transformers tells a cache neither; only its stack does.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "transformers.generation.utils":
+            stage = _STAGES.get(frame.f_code.co_name)
+            if stage is not None:
+                return stage
+        frame = frame.f_back
+    return None
+
+
+_STAGES = {
+    "_prefill": "prompt",
+    "_prefill_chunking": "prompt",
+    "_assisted_decoding": "draft",
+    "generate": "answer",
+}
 
 
 __all__ = [
+    "CACHE_ARGUMENTS",
     "CacheLayerMixin",
     "HFCache",
+    "RecurrentLayer",
     "is_appended_by_copy",
     "is_full_attention",
+    "is_recurrent",
     "new_tokens",
+    "outside_graphs",
     "own_layers",
+    "stage_of_generate",
     "tokens_to_drop",
 ]
