@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from lkv_ext._kinds import described
 from lkv_ext._sizes import RowSets
 
 Shapes = Sequence[tuple[int, ...]]
@@ -39,7 +40,7 @@ def integer(value: object, name: str) -> int:
             raise TypeError
         return index(value)
     except (TypeError, RuntimeError):
-        raise TypeError(f"expected {name} as an int, got {value!r}") from None
+        raise TypeError(f"expected {name} as an int, got {described(value)}") from None
 
 
 def whole(value: object, name: str, *, least: int = 0) -> int:
@@ -59,7 +60,7 @@ def check_options(options: Options) -> Options:
         for value, name in ((options.capacity, "capacity"), (options.max_budget, "max_budget"))
     )
     if not isinstance(layout, str) or layout not in ("packed", "padded"):
-        raise ValueError(f"expected layout 'packed' or 'padded', got {layout!r}")
+        raise ValueError(f"expected layout 'packed' or 'padded', got {described(layout)}")
     if sink < 0 or window < 0 or reserve < 0 or align < 1:
         raise ValueError(
             f"expected sink, window and reserve >= 0 and align >= 1, got {sink}, {window}, {reserve} and {align}"
@@ -93,14 +94,14 @@ def flatten(values: Sequence, name: str, *, trusted: bool = False) -> tuple[list
             raise TypeError(f"expected {name} of integers, got {values.dtype}")
         return flatten(values.ravel().tolist(), name, trusted=trusted)[0], tuple(values.shape)
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes, bytearray)):
-        raise TypeError(f"expected {name} as an int, a sequence of ints or a tensor, got {values!r}")
+        raise TypeError(f"expected {name} as an int, a sequence of ints or a tensor, got {described(values)}")
     if len(values) == 0 or isinstance(values[0], int) or not hasattr(values[0], "__len__"):
         if trusted:
             return list(values), (len(values),)
         try:
             return list(map(index, values)), (len(values),)
         except TypeError:
-            raise TypeError(f"expected {name} of integers, got {values!r}") from None
+            raise TypeError(f"expected {name} of integers, got {described(values)}") from None
     parts = [flatten(row, name, trusted=trusted) for row in values]
     if any(shape != parts[0][1] for _, shape in parts):
         raise ValueError(f"expected {name} with rows of one length, got lengths {[len(flat) for flat, _ in parts]}")
@@ -154,7 +155,10 @@ def ragged_heads(count: int, of_budgets: tuple[int, ...], of_lengths: tuple[int,
         heads = of_budgets[0] if of_budgets else count
         batch = count // max(heads, 1)
     if batch * heads != count:
-        raise ValueError(f"expected cu_seqlens of shape [B * H + 1] = [{batch * heads + 1}], got [{count + 1}]")
+        raise ValueError(
+            f"expected cu_seqlens of shape [B * H + 1] = [{batch * heads + 1}], got [{count + 1}], with budgets of "
+            f"{list(of_budgets)} and lengths of {list(of_lengths)}"
+        )
     return batch, heads
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Sequence
 
@@ -13,10 +12,12 @@ from lkv_ext._arguments import (
     Options,
     check_options,
     host_ints,
+    integer,
     integer_shapes,
     ragged_heads,
     ragged_limits,
     shape_of,
+    whole,
 )
 from lkv_ext._sizes import RowSets, size_output
 
@@ -43,7 +44,8 @@ def request(
     for array, name in zip(payload, names, strict=True):
         if name in ("k", "v") and array.ndim != (4 if cu_seqlens is None else 2):
             form = "[B, H, L, D]" if cu_seqlens is None else "[T, D]"
-            raise ValueError(f"expected {name} of shape {form}, got {list(array.shape)}")
+            why = "without cu_seqlens rows are dense" if cu_seqlens is None else "with cu_seqlens rows are ragged"
+            raise ValueError(f"expected {name} of shape {form}, got {list(array.shape)}: {why}")
     options = check_options(options)
     row_sets = _row_sets(payload[0] if payload else scores, cu_seqlens, budgets, lengths, starts)
     per_head, per_sequence = integer_shapes(row_sets)
@@ -84,7 +86,7 @@ def _row_sets(
 ) -> RowSets:
     if cu_seqlens is None:
         if array.ndim < 3:
-            raise ValueError(f"expected a dense array of shape [B, H, L, ...], got {list(array.shape)}")
+            raise ValueError(f"expected scores of shape [B, H, L], got {list(array.shape)}")
         batch, heads, tokens = array.shape[:3]
         return RowSets(1, batch, heads, [tokens])
     if starts is not None:
@@ -116,6 +118,6 @@ def thread_count(threads: int | None) -> int:
         if not asked.isdecimal() or int(asked) < 1:
             raise ValueError(f"expected LKV_NUM_THREADS of at least 1, got {asked!r}")
         return int(asked)
-    if operator.index(threads) < 1:
+    if integer(threads, "threads") < 1:
         raise ValueError(f"expected threads of at least 1, got {threads}")
-    return operator.index(threads)
+    return whole(threads, "threads")

@@ -130,17 +130,18 @@ def evict(
         ValueError, TypeError: for a wrong shape, dtype, stride or overlap, before anything is written.
     """
     options = Options(sink, window, layout, capacity, max_budget, reserve, align)
-    payload = [k, *companions] if v is None else [k, v, *companions]
-    names = _names(v is not None, len(companions))
+    names: list[str] = []
     try:
+        payload = [k, *companions] if v is None else [k, v, *companions]
+        names = _names(v is not None, len(companions))
         asked, max_length = request(payload, names, scores, cu_seqlens, budgets, lengths, starts, options, threads)
         if out is None:
             moved, index = _C.evict(payload, scores, asked)
         else:
             moved, index = _arrays_of(out)
             _C.evict_out(moved, index, payload, scores, asked)
-    except (RuntimeError, ValueError, TypeError) as error:
-        errors.reraise("numpy.evict", error, names)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        errors.reraise("numpy.evict", error, names, given=locals())
     if out is not None:
         out.max_length, out.reserve, out.align = max_length, reserve, align
         return out
@@ -176,13 +177,14 @@ def evict_(
     buffer may lie beside each other. Allocates indices only. All else is as in `evict`.
     """
     options = Options(sink, window, "packed", None, max_budget, 0, 1)
-    payload = [k, *companions] if v is None else [k, v, *companions]
-    names = _names(v is not None, len(companions))
+    names: list[str] = []
     try:
+        payload = [k, *companions] if v is None else [k, v, *companions]
+        names = _names(v is not None, len(companions))
         asked, max_length = request(payload, names, scores, cu_seqlens, budgets, lengths, starts, options, threads)
         return _ragged_index(_C.evict_(payload, scores, asked), max_length)
-    except (RuntimeError, ValueError, TypeError) as error:
-        errors.reraise("numpy.evict_", error, names)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        errors.reraise("numpy.evict_", error, names, given=locals())
 
 
 def select(
@@ -206,8 +208,8 @@ def select(
     try:
         asked, max_length = request([], [], scores, cu_seqlens, budgets, lengths, starts, options, threads)
         return _ragged_index(_C.select(scores, asked), max_length)
-    except (RuntimeError, ValueError, TypeError) as error:
-        errors.reraise("numpy.select", error)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        errors.reraise("numpy.select", error, given=locals())
 
 
 def gather(
@@ -227,12 +229,13 @@ def gather(
     Returns:
         One array for each: `[T', ...]` or, with a padded index, `[B, H, C, ...]`.
     """
-    arrays = list(arrays)
-    names = [f"arrays[{i}]" for i in range(len(arrays))]
+    names: list[str] = []
     try:
-        if not arrays:
+        moved = list(arrays)
+        names = [f"arrays[{i}]" for i in range(len(moved))]
+        if not moved:
             return []
-        for array, name in zip(arrays, names, strict=True):
+        for array, name in zip(moved, names, strict=True):
             check_array(array, name)
         parts = [index.positions, index.lengths, index.cu_seqlens]
         for array, name in zip(parts, ("positions", "lengths", "cu_seqlens"), strict=True):
@@ -240,9 +243,9 @@ def gather(
         if cu_seqlens is not None:
             check_array(cu_seqlens, "cu_seqlens", read=True)
         batch, heads = index.lengths.shape
-        return _C.gather(arrays, _C.Index(*parts), _C.Request(batch, heads, cu_seqlens, threads=thread_count(threads)))
-    except (RuntimeError, ValueError, TypeError) as error:
-        errors.reraise("numpy.gather", error, names)
+        return _C.gather(moved, _C.Index(*parts), _C.Request(batch, heads, cu_seqlens, threads=thread_count(threads)))
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        errors.reraise("numpy.gather", error, names, given=locals())
 
 
 def _arrays_of(out: RaggedKV) -> tuple[list[np.ndarray], _C.Index]:

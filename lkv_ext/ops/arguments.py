@@ -27,7 +27,7 @@ def find_row_sets(
     """
     if cu_seqlens is None:
         if tensor.dim() < 3:
-            raise ValueError(f"expected a dense tensor of shape [B, H, L, ...], got {list(tensor.shape)}")
+            raise ValueError(f"expected scores of shape [B, H, L], got {list(tensor.shape)}")
         batch, heads, tokens = tensor.shape[:3]
         return RowSets(1, batch, heads, (tokens,)), budgets, lengths
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or tensor.dim() < 1:
@@ -73,7 +73,10 @@ def request(
         many = None if lengths is None else hold(lengths)
         first = None if starts is None else hold(starts)
         if known is not None and (many is None) is (lengths is None) and (first is None) is (starts is None):
-            return _remembered(tensor.shape, known, many, first, *options)
+            try:
+                return _remembered(tensor.shape, known, many, first, *options)
+            except TypeError:
+                pass  # what no memo can hold, or is wrong: told apart below
     row_sets, budgets, lengths = find_row_sets(tensor, cu_seqlens, budgets, lengths)
     return request_for(row_sets, cu_seqlens, budgets, lengths, starts, Options(*options))
 
@@ -82,7 +85,9 @@ def request(
 def _remembered(shape: torch.Size, budgets: Known, lengths: Known | None, starts: Known | None, *options) -> Request:
     """Engines evict with the same sizes over and over: at decode time this memo is most of what the wrapper saves."""
     if len(shape) < 3:
-        raise ValueError(f"expected a dense tensor of shape [B, H, L, ...], got {list(shape)}")
+        raise ValueError(f"expected scores of shape [B, H, L], got {list(shape)}")
+    if any(isinstance(option, Tensor) for option in options):
+        raise TypeError("the value of a tensor may change, and the memo would not know")
     row_sets = RowSets(1, shape[0], shape[1], (shape[2],))
     return request_for(row_sets, None, budgets, lengths, starts, Options(*options))
 

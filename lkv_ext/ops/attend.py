@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lkv_ext._kinds import described, is_of
 from lkv_ext.ops import derivatives, errors
 from lkv_ext.ops.attend_backends import BACKENDS, HALF, Call
 from lkv_ext.ops.library import ops
@@ -66,14 +67,21 @@ def attend(
             raise TypeError(f"expected sinks in a tensor of shape [Hq], got {_shape(sinks)}")
         tensors = (q, cache.k, cache.v) if sinks is None else (q, cache.k, cache.v, sinks)
         derivatives.refuse(tensors, "attend has no derivative")
-        if torch.is_autocast_enabled(q.device.type) and q.dtype in FLOATS:
+        if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype in FLOATS:
             q = q.to(torch.get_autocast_dtype(q.device.type))
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        if softcap is not None and not softcap > 0:
-            raise ValueError(f"expected softcap above 0, got {softcap}")
+        if causal is not True and causal is not False:
+            raise TypeError(f"expected causal as a bool, got {described(causal)}")
+        if scale is None:
+            if q.shape[-1] == 0:
+                raise ValueError(f"expected q of shape [B, Hq, n, D] with D >= 1, got {list(q.shape)}")
+            scale = q.shape[-1] ** -0.5
+        elif type(scale) is not float and not is_of("number", scale):
+            raise TypeError(f"expected scale as a number, got {described(scale)}")
+        if softcap is not None and not (is_of("number", softcap) and softcap > 0):
+            raise ValueError(f"expected softcap above 0, got {described(softcap)}")
         if backend not in (None, "lkv", *BACKENDS):
             names = ", ".join(map(repr, BACKENDS))
-            raise ValueError(f"expected backend 'lkv' or one of {names}, got {backend!r}")
+            raise ValueError(f"expected backend 'lkv' or one of {names}, got {described(backend)}")
         if q.numel() and (q.is_cuda if backend is None else backend != "lkv"):
             call = _call(q, cache, causal, scale, softcap, sinks)
             read = _reader(call, backend)
@@ -83,7 +91,7 @@ def attend(
         rooms = (cache.k, cache.v, cache.cu_seqlens, cache.lengths, cache.max_length)
         return ops.attend(q, *rooms, causal, scale, softcap or 0.0, sinks).transpose(1, 2)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        errors.reraise("attend", error)
+        errors.reraise("attend", error, given=locals())
 
 
 def _shape(q: object) -> object:

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lkv_ext.ops.ints import Ints
+from lkv_ext._arguments import MOST, bounded, flatten, host_ints, integer, wrong_shape
+from lkv_ext._kinds import described, is_of
+from lkv_ext.ops import errors
+from lkv_ext.ops.ints import Ints, split
 from lkv_ext.ops.select import select
+
+SCORES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -19,8 +24,12 @@ class Blend:
     alpha: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"lkv_ext.Blend: expected alpha in [0, 1], got {self.alpha}")
+        try:
+            if not is_of("number", self.alpha) or not 0 <= self.alpha <= 1:
+                raise ValueError(f"expected alpha in [0, 1], got {described(self.alpha)}")
+            object.__setattr__(self, "alpha", float(self.alpha))
+        except (RuntimeError, ValueError, TypeError) as error:
+            errors.reraise("Blend", error, given=dict(alpha=self.alpha))
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,12 @@ class Minimum:
     rows: int
 
     def __post_init__(self) -> None:
-        if self.rows < 0:
-            raise ValueError(f"lkv_ext.Minimum: expected rows >= 0, got {self.rows}")
+        try:
+            object.__setattr__(self, "rows", bounded(integer(self.rows, "rows")))
+            if self.rows < 0:
+                raise ValueError(f"expected rows >= 0, got {self.rows}")
+        except (RuntimeError, ValueError, TypeError) as error:
+            errors.reraise("Minimum", error)
 
 
 def budgets_from_shares(
@@ -63,26 +76,61 @@ def budgets_from_shares(
     Raises:
         ValueError: for negative or non-finite shares, both or neither of total and retention, a total below the floors.
     """
-    weights = torch.as_tensor(shares).detach().to("cpu", torch.float64)
+    try:
+        return _from_shares(shares, total, retention, lengths, floor, cap)
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+        errors.reraise("budgets_from_shares", error, given=locals())
+
+
+def _from_shares(
+    shares: Tensor | Sequence,
+    total: int | None,
+    retention: float | None,
+    lengths: int | Tensor | Sequence,
+    floor: int,
+    cap: int | None,
+) -> Tensor:
+    if not is_of("numbers", shares):
+        raise TypeError(f"expected shares as numbers or a tensor of a real dtype, got {described(shares)}")
+    try:
+        weights = torch.as_tensor(shares)
+    except (ValueError, TypeError, RuntimeError):
+        raise ValueError(f"expected shares as numbers in rows of one length, got {described(shares)}") from None
+    weights = weights.detach().to("cpu", torch.float64)
     if not bool(weights.isfinite().all()) or bool((weights < 0).any()):
-        raise ValueError("lkv_ext.budgets_from_shares: expected finite shares >= 0, got others")
+        raise ValueError("expected finite shares >= 0, got others")
     if (total is None) == (retention is None):
-        raise ValueError("lkv_ext.budgets_from_shares: expected one of total and retention, got both or neither")
+        raise ValueError("expected one of total and retention, got both or neither")
+    floor, cap = bounded(integer(floor, "floor")), None if cap is None else bounded(integer(cap, "cap"))
     if floor < 0 or (cap is not None and cap < floor):
-        raise ValueError(f"lkv_ext.budgets_from_shares: expected 0 <= floor <= cap, got {floor} and {cap}")
-    tokens = torch.as_tensor(lengths).detach().to("cpu", torch.int64).clamp(min=0).broadcast_to(weights.shape)
+        raise ValueError(f"expected 0 <= floor <= cap, got {floor} and {cap}")
+    tokens = _values(lengths, "lengths").cpu().clamp(min=0, max=MOST)
+    try:
+        tokens = tokens.broadcast_to(weights.shape)
+    except RuntimeError:
+        shapes = list(weights.shape), list(tokens.shape)
+        raise ValueError(f"expected lengths that broadcast to shares of shape {shapes[0]}, got {shapes[1]}") from None
     if retention is not None:
-        if not 0 <= retention <= 1:
-            raise ValueError(f"lkv_ext.budgets_from_shares: expected retention in [0, 1], got {retention}")
-        total = round(retention * int(tokens.sum()))
+        if not is_of("number", retention) or not 0 <= retention <= 1:
+            raise ValueError(f"expected retention in [0, 1], got {described(retention)}")
+        total = round(float(retention) * int(tokens.sum()))
+    total = bounded(integer(total, "total"))
     upper = tokens if cap is None else tokens.clamp(max=cap)
     lower = upper.clamp(max=floor)
     if total < int(lower.sum()):
-        raise ValueError(
-            f"lkv_ext.budgets_from_shares: expected a total of at least the floors, {int(lower.sum())}, got {total}"
-        )
+        raise ValueError(f"expected a total of at least the floors, {int(lower.sum())}, got {total} (floor {floor})")
     flat = apportion(weights.view(1, -1), torch.tensor([total]), lower.reshape(1, -1), upper.reshape(1, -1))
     return flat.view(weights.shape)
+
+
+def _values(values: Ints, name: str, device: torch.device | str = "cpu") -> Tensor:
+    """int64, of the shape they have."""
+    if isinstance(values, Tensor):
+        host, tensor = split(values, name, [tuple(values.shape)])
+        values = torch.tensor(host).view(values.shape) if tensor is None else tensor
+        return values.to(device, torch.int64)
+    shape = () if isinstance(values, int) else flatten(values, name)[1]
+    return torch.tensor(host_ints(values, name, [shape]), dtype=torch.int64, device=device).view(shape)
 
 
 def apportion(weights: Tensor, total: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
@@ -150,18 +198,41 @@ def budgets_from_scores(
     Raises:
         ValueError, TypeError: for a wrong shape or dtype, `across` or `floor`.
     """
-    if across not in ("heads", "layers"):
-        raise ValueError(f"lkv_ext.budgets_from_scores: expected across 'heads' or 'layers', got {across!r}")
+    try:
+        return _from_scores(scores, total, across, floor, lengths, starts, sink, window)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        errors.reraise("budgets_from_scores", error, given=locals())
+
+
+def _from_scores(
+    scores: Tensor | Sequence[Tensor],
+    total: int | Tensor | Sequence[int],
+    across: str,
+    floor: Blend | Minimum | None,
+    lengths: Ints | None,
+    starts: Ints | None,
+    sink: int,
+    window: int,
+) -> Tensor:
+    if not isinstance(across, str) or across not in ("heads", "layers"):
+        raise ValueError(f"expected across 'heads' or 'layers', got {described(across)}")
     if floor is not None and not isinstance(floor, (Blend, Minimum)):
-        raise TypeError(f"lkv_ext.budgets_from_scores: expected floor None, Blend or Minimum, got {floor!r}")
+        raise TypeError(f"expected floor None, Blend or Minimum, got {described(floor)}")
+    sink, window = bounded(integer(sink, "sink")), bounded(integer(window, "window"))
+    if sink < 0 or window < 0:
+        raise ValueError(f"expected sink and window >= 0, got {sink} and {window}")
     single = isinstance(scores, Tensor)
     layers = [scores] if single else list(scores)
     for s in layers:
+        if not is_of("tensor", s) or s.dtype not in SCORES:
+            raise TypeError(f"expected scores of dtype float32, float16 or bfloat16, got {described(s)}")
+        if s.device != layers[0].device:
+            raise ValueError(f"expected scores on {layers[0].device}, got {s.device}")
         if s.dim() != 3 or s.shape[:2] != layers[0].shape[:2]:
             expected = "[B, H, L]" if s.dim() != 3 else f"[{layers[0].shape[0]}, {layers[0].shape[1]}, L]"
-            raise ValueError(f"lkv_ext.budgets_from_scores: expected scores of shape {expected}, got {list(s.shape)}")
+            raise ValueError(f"expected scores of shape {expected}, got {list(s.shape)}")
     if not layers:
-        raise ValueError("lkv_ext.budgets_from_scores: expected at least one layer of scores, got none")
+        raise ValueError("expected at least one layer of scores, got none")
     if across == "heads":
         won = [
             _compete([s], total, floor, _of_layer(lengths, n), _of_layer(starts, n), sink, window)[0]
@@ -184,11 +255,16 @@ def _compete(
     """`[N, B, H]`: the budgets of layers that share one total per sequence."""
     batch, heads = layers[0].shape[:2]
     device = layers[0].device
-    total = torch.as_tensor(total, device=device).long().broadcast_to(batch).clamp(min=0)
+    total = _values(total, "total", device)
+    if total.dim() > 1 or total.numel() not in (1, batch):
+        raise ValueError(f"expected total as an int or of shape [B] = [{batch}], got {list(total.shape)}")
+    total = total.broadcast_to(batch).clamp(min=0)
     masks, protected, available = [], [], []
     for n, s in enumerate(layers):
-        begin = _per_head(_of_layer(starts, n), 0, s).clamp(0, s.shape[2])
-        length = torch.minimum(_per_head(_of_layer(lengths, n), s.shape[2], s).clamp(min=0), s.shape[2] - begin)
+        begin = _per_head(_of_layer(starts, n), 0, s, "starts").clamp(0, s.shape[2])
+        length = torch.minimum(
+            _per_head(_of_layer(lengths, n), s.shape[2], s, "lengths").clamp(min=0), s.shape[2] - begin
+        )
         first = length.clamp(max=sink)
         last = (length - first).clamp(max=window)
         position = torch.arange(s.shape[2], device=device)
@@ -227,8 +303,13 @@ def _of_layer(values: Ints | None, layer: int) -> Ints | None:
     return values[layer] if isinstance(values, Tensor) and values.dim() == 3 else values
 
 
-def _per_head(values: Ints | None, default: int, scores: Tensor) -> Tensor:
-    values = torch.as_tensor(default if values is None else values, device=scores.device).long()
+def _per_head(values: Ints | None, default: int, scores: Tensor, name: str) -> Tensor:
+    if values is None:
+        return torch.full(scores.shape[:2], default, device=scores.device)
+    values = _values(values, name, scores.device)
+    batch, heads = scores.shape[:2]
+    if tuple(values.shape) not in ((), (1,), (batch,), (batch, heads)):
+        raise wrong_shape(name, [(batch,), (batch, heads)], values.shape)
     return (values[:, None] if values.dim() == 1 else values).broadcast_to(scores.shape[:2])
 
 

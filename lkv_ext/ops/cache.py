@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lkv_ext._arguments import MOST, flatten, whole
+from lkv_ext._kinds import described, is_of
 from lkv_ext.ops import cache_file, derivatives, errors, facts, rooms
 from lkv_ext.ops.arguments import check_rows
 from lkv_ext.ops.attend import attend
@@ -58,7 +59,7 @@ class RaggedCache:
         """
         try:
             if not isinstance(kv, RaggedKV) or kv.v is None:
-                raise ValueError(f"expected packed k and v of one layer, got {kv!r}")
+                raise ValueError(f"expected packed k and v of one layer, got {described(kv)}")
             parts = {name: getattr(kv, name) for name in cache_file.PARTS}
             cache_file.check_parts(parts, kv.companions)
             self.seen = whole(seen, "seen")
@@ -77,7 +78,7 @@ class RaggedCache:
             self.companions = tuple(plain(c[span]) for c in kv.companions)
             self.lengths, self.cu_seqlens = plain(parts["lengths"]), plain(parts["cu_seqlens"])
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            errors.reraise("RaggedCache", error)
+            errors.reraise("RaggedCache", error, given=locals())
         self._table: tuple[Tensor, int, Tensor] | None = None  # the rooms and pages of the last block table, and it
         self._tail = whole(tail, "tail")
 
@@ -111,10 +112,10 @@ class RaggedCache:
             dtype_v = dtype if dtype_v is None else dtype_v
             for name, given in (("dtype", dtype), ("dtype_v", dtype_v)):
                 if not isinstance(given, torch.dtype):
-                    raise TypeError(f"expected {name} as a torch.dtype, got {given!r}")
+                    raise TypeError(f"expected {name} as a torch.dtype, got {described(given)}")
             device = device_of(device)
         except (RuntimeError, ValueError, TypeError) as error:
-            errors.reraise("RaggedCache.empty", error)
+            errors.reraise("RaggedCache.empty", error, given=locals())
         k = torch.zeros(rows * reserve, dim, dtype=dtype, device=device)
         v = k.new_zeros(rows * reserve, dim_v, dtype=dtype_v)
         positions = torch.full((rows * reserve,), -1, dtype=torch.int32, device=device)
@@ -160,7 +161,7 @@ class RaggedCache:
         Raises:
             ValueError, TypeError: for another shape, dtype or device than the cache's.
         """
-        names = ["k", "v", *(f"companions[{i}]" for i in range(len(companions)))]
+        names = ["k", "v", *(f"companions[{i}]" for i in range(len(self.companions)))]
         try:
             rows = [k, v, *companions]
             check_rows(rows, [self.k, self.v, *self.companions], names, self.batch, self.heads)
@@ -171,12 +172,12 @@ class RaggedCache:
                 self._grow(count)
             buffers = [self.k, self.v, *self.companions]
             valid_host, valid_tensor = counts
-            column = None if valid_tensor is None else valid_tensor[:, None]
+            column = None if valid_tensor is None else valid_tensor.view(-1, 1)
             ops.append_(
                 buffers, self.positions, self.lengths, self.cu_seqlens, rows, self.seen, valid_host or None, column
             )
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            errors.reraise("RaggedCache.append", error, names)
+            errors.reraise("RaggedCache.append", error, names, given=locals())
         self._free -= count
         self._tail = self._tail + count if valid is None else 0
         self.max_length += count
@@ -204,8 +205,12 @@ class RaggedCache:
         Raises:
             ValueError, TypeError: as `lkv_ext.evict`.
         """
-        reserve = RESERVE if reserve is None else reserve
-        self._take(self._evicted(scores, budgets, sink, window, max_budget, reserve), reserve)
+        try:
+            slack = RESERVE if reserve is None else whole(reserve, "reserve")
+            kept = self._evicted(scores, budgets, sink, window, max_budget, slack)
+        except (RuntimeError, ValueError, TypeError) as error:
+            errors.reraise("RaggedCache.evict", error, given=locals())
+        self._take(kept, slack)
         self._tail = 0
 
     def attend(
@@ -230,7 +235,7 @@ class RaggedCache:
         try:
             tokens = whole(tokens, "tokens")
         except (ValueError, TypeError) as error:
-            errors.reraise("RaggedCache.crop", error)
+            errors.reraise("RaggedCache.crop", error, given=locals())
         if not 0 <= tokens <= self._tail:
             raise ValueError(
                 f"lkv_ext.RaggedCache.crop: expected at most the {self._tail} tokens appended since the last eviction, "
@@ -257,6 +262,8 @@ class RaggedCache:
             ValueError: where there are fewer tokens than at the mark.
         """
         try:
+            if not isinstance(mark, tuple) or len(mark) != 2:
+                raise TypeError(f"expected mark as a tuple that `mark` returned, got {described(mark)}")
             then, tail = (whole(n, "mark") for n in mark)
             tokens, kept = self.seen - then, self._sequences(rows, "rows")
             if tokens < 0 or len(kept) != self.batch:
@@ -267,7 +274,7 @@ class RaggedCache:
             if any(not 0 <= n <= tokens for n in kept) or tail > then:
                 raise ValueError(f"expected rows in [0, {tokens}], as many tokens came since the mark, got {kept}")
         except (RuntimeError, ValueError, TypeError) as error:
-            errors.reraise("RaggedCache.restore", error)
+            errors.reraise("RaggedCache.restore", error, given=locals())
         if tokens:
             back = torch.tensor(kept, dtype=torch.int32, device=self.device)
             self.lengths = self.lengths - back[:, None]
@@ -278,14 +285,17 @@ class RaggedCache:
     @keeps_tensors
     def select_batch(self, indices: Tensor | Sequence[int]) -> None:
         """Keeps the sequences `indices`, in that order; one may occur twice. Copies the rows; synchronises on CUDA."""
+        self._reorder(indices, "indices", "RaggedCache.select_batch")
+
+    def _reorder(self, indices: Tensor | Sequence[int], name: str, called: str) -> None:
         try:
-            order = self._sequences(indices, "indices")
+            order = self._sequences(indices, name)
             if not all(0 <= b < self.batch for b in order):
-                raise ValueError(f"expected indices of sequences in [0, {self.batch}), got {order}")
+                raise ValueError(f"expected {name} of sequences in [0, {self.batch}), got {order}")
             if len(order) * self.heads > MOST:
                 raise ValueError(f"expected at most 2**31 - 1 heads of all sequences, got {len(order)} sequences")
         except (RuntimeError, ValueError, TypeError) as error:
-            errors.reraise("RaggedCache.select_batch", error)
+            errors.reraise(called, error, given={name: indices})
         chosen = torch.tensor(order, device=self.device, dtype=torch.int64)
         row_sets = (chosen[:, None] * self.heads + torch.arange(self.heads, device=self.device)).flatten()
         rows, ends = rooms.rows_of(self.cu_seqlens, row_sets)
@@ -295,30 +305,31 @@ class RaggedCache:
         self.lengths = self.lengths[chosen]
         self.cu_seqlens = ends
 
+    @keeps_tensors
     def reorder(self, beams: Tensor | Sequence[int]) -> None:
         """Beam search: sequence b goes on from sequence `beams[b]`. As `select_batch`."""
-        self.select_batch(beams)
+        self._reorder(beams, "beams", "RaggedCache.reorder")
 
     def padded(self, rows: Tensor) -> Tensor:
         """`[T, ...]` as `[B, H, C, ...]` with C = max_length; behind a head's rows there is any content."""
-        if not isinstance(rows, Tensor) or rows.shape[:1] != self.k.shape[:1]:
-            got = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise ValueError(f"lkv_ext.RaggedCache.padded: expected rows of T = {self.k.shape[0]}, got {got}")
+        if not is_of("tensor", rows) or rows.shape[:1] != self.k.shape[:1]:
+            raise ValueError(
+                f"lkv_ext.RaggedCache.padded: expected rows of T = {self.k.shape[0]}, got {described(rows)}"
+            )
         return rooms.padded(rows, self.cu_seqlens, self.batch, self.max_length)
 
     def packed(self, scores: Tensor) -> Tensor:
         """`[B, H, C]` as `[T]`, the inverse of `padded`; slack takes any content."""
         leading = (self.batch, self.heads)
         if (
-            not isinstance(scores, Tensor)
+            not is_of("tensor", scores)
             or scores.dim() != 3
             or scores.shape[:2] != leading
             or (scores.shape[2] < self.max_length)
         ):
-            got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(
                 f"lkv_ext.RaggedCache.packed: expected scores of shape [B, H, C] = {[*leading, self.max_length]}, got "
-                f"{got}"
+                f"{described(scores)}"
             )
         return rooms.packed(scores, self.cu_seqlens, self.k.shape[0])
 
@@ -326,9 +337,11 @@ class RaggedCache:
     def to(self, device: torch.device | str) -> RaggedCache:
         """Moves the cache; returns it."""
         try:
+            if device is None:
+                raise TypeError("expected device as a torch.device or its name, got None")
             device = device_of(device)
         except (RuntimeError, ValueError, TypeError) as error:
-            errors.reraise("RaggedCache.to", error)
+            errors.reraise("RaggedCache.to", error, given=locals())
         for name in cache_file.PARTS:
             setattr(self, name, getattr(self, name).to(device))
         self.companions = tuple(c.to(device) for c in self.companions)

@@ -74,8 +74,8 @@ def evict(
     CPU tensors count as host values, save under torch.compile, which cannot read them.
     """
     options = (sink, window, layout, capacity, max_budget, reserve, align)
-    payload = [k, *companions] if v is None else [k, v, *companions]
     try:
+        payload = [k, *companions] if v is None else [k, v, *companions]
         _check_rank(k, v, 4 if cu_seqlens is None else 2)
         asked = request(k, cu_seqlens, budgets, lengths, starts, options)
         if derivatives.wanted((scores, *payload)):
@@ -84,7 +84,7 @@ def evict(
             scores = scores.detach()  # they rank, and a ranking has no gradient
         return _evict(payload, v is not None, [scores], asked, out)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        errors.reraise("evict", error, _names("k", "v", v is not None, len(companions)))
+        errors.reraise("evict", error, _names("k", "v", v, companions), given=locals())
 
 
 def evict_layers(
@@ -123,15 +123,16 @@ def evict_layers(
         ValueError, TypeError: as `evict`. No gradients: raises where a tensor requires one.
     """
     options = Options(sink, window, layout, capacity, max_budget, reserve, align)
-    moved = [ks, *companions] if vs is None else [ks, vs, *companions]
-    names = [
-        f"{name}[{layer}]" for name in _names("ks", "vs", vs is not None, len(companions)) for layer in range(len(ks))
-    ]
     try:
+        moved = [ks, *companions] if vs is None else [ks, vs, *companions]
+        if isinstance(scores, Tensor) and scores.dim() != 4:
+            raise ValueError(f"expected scores of shape [N, B, H, L] or one tensor per layer, got {list(scores.shape)}")
         if len(ks) == 0:
             raise ValueError("expected at least one layer in ks, got none")
         if any(len(part) != len(ks) for part in (*moved, scores)):
-            raise ValueError(f"expected one tensor per layer in every list, got {[len(p) for p in (*moved, scores)]}")
+            lists = "ks, vs, companions and scores" if vs is not None else "ks, companions and scores"
+            counts = [len(part) for part in (*moved, scores)]
+            raise ValueError(f"expected one tensor per layer in every list, got {counts} in {lists}")
         payload = [t for part in moved for t in part]
         for k, v in zip(ks, vs or [None] * len(ks), strict=True):
             _check_rank(k, v, 4)
@@ -158,7 +159,9 @@ def evict_layers(
                 result.companions = tuple(c[None] for c in result.companions)
         return result
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        errors.reraise("evict_layers", error, names, _names("k", "v", vs is not None, len(companions)))
+        layers = range(len(ks)) if isinstance(ks, Sequence) else ()
+        names = [f"{name}[{layer}]" for name in _names("ks", "vs", vs, companions) for layer in layers]
+        errors.reraise("evict_layers", error, names, _names("k", "v", vs, companions), locals())
 
 
 def evict_(
@@ -193,15 +196,15 @@ def evict_(
         ValueError, TypeError: as `evict`, also for overlapping memory and where a gradient is required.
     """
     options = (sink, window, "packed", None, max_budget, 0, 1)
-    payload = [k, *companions] if v is None else [k, v, *companions]
     try:
+        payload = [k, *companions] if v is None else [k, v, *companions]
         _check_rank(k, v, 4 if cu_seqlens is None else 2)
         derivatives.refuse(payload, "an eviction in place has no derivative")
         asked = request(k, cu_seqlens, budgets, lengths, starts, options)
         index = ops.evict_(payload, [scores.detach()], *asked.arguments)
         return new_index(index, asked)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        errors.reraise("evict_", error, _names("k", "v", v is not None, len(companions)))
+        errors.reraise("evict_", error, _names("k", "v", v, companions), given=locals())
 
 
 def _evict(payload: list[Tensor], has_v: bool, scores: list[Tensor], asked: Request, out: RaggedKV | None) -> RaggedKV:
@@ -258,13 +261,15 @@ def _ragged(result: list[Tensor], has_v: bool, asked: Request) -> RaggedKV:
 
 def _check_rank(k: Tensor, v: Tensor | None, rank: int) -> None:
     form = "[B, H, L, D]" if rank == 4 else "[T, D]"
+    why = "without cu_seqlens rows are dense" if rank == 4 else "with cu_seqlens rows are ragged"
     if not isinstance(k, Tensor) or not (v is None or isinstance(v, Tensor)):
         raise TypeError(f"expected k and v as tensors, got {type(k).__name__} and {type(v).__name__}")
     if k.dim() != rank:
-        raise ValueError(f"expected k of shape {form}, got {list(k.shape)}")
+        raise ValueError(f"expected k of shape {form}, got {list(k.shape)}: {why}")
     if v is not None and v.dim() != rank:
-        raise ValueError(f"expected v of shape {form}, got {list(v.shape)}")
+        raise ValueError(f"expected v of shape {form}, got {list(v.shape)}: {why}")
 
 
-def _names(k: str, v: str, has_v: bool, companions: int) -> list[str]:
-    return [k, *([v] if has_v else []), *(f"companions[{i}]" for i in range(companions))]
+def _names(k: str, v: str, given_v: object, companions: object) -> list[str]:
+    count = len(companions) if isinstance(companions, Sequence) else 0
+    return [k, *([] if given_v is None else [v]), *(f"companions[{i}]" for i in range(count))]

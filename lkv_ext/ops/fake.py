@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lkv_ext._arguments import MOST
+
 
 def _row_sets(tensors: list[Tensor], layers: int, cu_seqlens: Tensor | None, batch: int, heads: int) -> list[int]:
     if cu_seqlens is None:
@@ -16,6 +18,11 @@ def _index(like: Tensor, shape: list[int], total: int, padded: int, count_overfl
     rows = 1
     for size in shape:
         rows = rows * size
+    known = isinstance(total, int) and isinstance(padded, int) and isinstance(rows, int)
+    if known and not (0 <= total <= MOST and padded <= MOST and (padded < 0 or total == rows * padded)):
+        raise RuntimeError(
+            f"ValueError: expected an output of at most 2**31 - 1 rows, {rows} rooms of {padded}, got {total}"
+        )
     sizes = [[total] if padded < 0 else [*shape, padded], shape, [rows + 1], *([[]] if count_overflow else [])]
     return [like.new_empty(size, dtype=torch.int32) for size in sizes]
 
@@ -34,6 +41,12 @@ def _check_devices(tensors: list[Tensor], name: str, scores: list[Tensor], cu_se
     for called, t in named:
         if isinstance(t, Tensor) and t.device != device:
             raise RuntimeError(f"ValueError: expected {called} on {device}, got {t.device}")
+
+
+def _on(device: torch.device, tensors: dict[str, Tensor | None]) -> None:
+    for name, t in tensors.items():
+        if t is not None and t.device != device:
+            raise RuntimeError(f"ValueError: expected {name} on {device}, got {t.device}")
 
 
 # The arguments are those of csrc/torch/arguments.h; `rest` begins with the integers.
@@ -75,24 +88,26 @@ def _evict_out(out, payload, scores, budgets, total, padded=-1, count_overflow=F
 @torch.library.register_fake("lkv_ext::gather")
 def _gather(tensors, positions, cu_seqlens, layers=1, source_cu_seqlens=None, *_):
     _check_devices(tensors, "payload", [], source_cu_seqlens)
+    _on(tensors[0].device, {"index.positions": positions, "index.cu_seqlens": cu_seqlens})
     return _moved(tensors, layers, source_cu_seqlens, list(positions.shape))
 
 
 @torch.library.register_fake("lkv_ext::append_")
-def _append_(cache, positions, lengths, cu_seqlens, rows, *_):
+def _append_(cache, positions, lengths, cu_seqlens, rows, position, valid=None, valid_tensor=None):
     _check_devices(rows, "payload", [], cu_seqlens)
+    named = {"cache.positions": positions, "cache.lengths": lengths, "valid": valid_tensor}
+    _on(rows[0].device, named | {f"cache[{i}]": t for i, t in enumerate(cache)})
 
 
 @torch.library.register_fake("lkv_ext::attend")
 def _attend(q, k, v, cu_seqlens, lengths, longest, causal, scale, softcap=0.0, sinks=None):
-    for name, t in (("k", k), ("v", v), ("cu_seqlens", cu_seqlens), ("lengths", lengths), ("sinks", sinks)):
-        if t is not None and t.device != q.device:
-            raise RuntimeError(f"ValueError: expected {name} on {q.device}, got {t.device}")
+    _on(q.device, {"k": k, "v": v, "cu_seqlens": cu_seqlens, "lengths": lengths, "sinks": sinks})
     return q.new_empty([q.shape[0], q.shape[2], q.shape[1], v.shape[1]])
 
 
 @torch.library.register_fake("lkv_ext::soft_topk")
-def _soft_topk(scores, *_):
+def _soft_topk(scores, k, k_value, temperature, temperature_value, lengths, log):
+    _on(scores.device, {"k": k, "temperature": temperature, "lengths": lengths})
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     return scores.new_empty(scores.shape, dtype=dtype), scores.new_empty(scores.shape[:-1], dtype=dtype)
 

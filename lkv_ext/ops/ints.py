@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lkv_ext._arguments import host_ints, is_one_of, wrong_shape
+from lkv_ext._arguments import flatten, host_ints, is_one_of, wrong_shape
+from lkv_ext._kinds import described, is_of
+from lkv_ext.ops import errors
 from lkv_ext.ops.modes import traced
 
 Ints = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
@@ -54,27 +56,39 @@ def plan(budgets: Ints, lengths: Ints | None = None, *, device: torch.device | s
     Raises:
         TypeError: where something is not an integer.
     """
-    held, budgets_tensor = _both(budgets, "plan: expected budgets", device)
-    if lengths is None:
-        return Plan(held, budgets_tensor, [], None)
-    return Plan(held, budgets_tensor, *_both(lengths, "plan: expected lengths", device))
+    try:
+        device = device_of(device) or torch.get_default_device()
+        held, budgets_tensor = _both(budgets, "budgets", device)
+        if lengths is None:
+            return Plan(held, budgets_tensor, [], None)
+        return Plan(held, budgets_tensor, *_both(lengths, "lengths", device))
+    except (RuntimeError, ValueError, TypeError) as error:
+        errors.reraise("plan", error, given=locals())
 
 
-def _both(values: Ints, what: str, device: torch.device | str | None) -> tuple[list[int], Tensor]:
-    tensor = torch.as_tensor(values)
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise TypeError(f"lkv_ext.{what} of integers, got {tensor.dtype}")
-    return tensor.flatten().tolist(), tensor.to(device or torch.get_default_device(), torch.int64)
+def _both(values: Ints, name: str, device: torch.device) -> tuple[list[int], Tensor]:
+    if isinstance(values, (list, tuple)) and is_of("numbers", values) and not is_of("integers", values):
+        raise TypeError(f"expected {name} of integers, got {torch.as_tensor(values).dtype}")
+    if isinstance(values, Tensor):
+        held = split(values.cpu(), name, [tuple(values.shape)])[0]
+        shape: tuple[int, ...] = tuple(values.shape)
+    else:
+        shape = () if isinstance(values, int) else flatten(values, name)[1]
+        held = host_ints(values, name, [shape])
+    tensor = torch.tensor(held, dtype=torch.int64).view(shape)
+    return list(held), tensor.to(device)
 
 
 def device_of(device: torch.device | str | int | None) -> torch.device | None:
     """The device, or None; an error that names the argument for what is none."""
+    if device is None:
+        return None
     try:
-        return None if device is None else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise (TypeError if isinstance(error, TypeError) else ValueError)(
-            f"expected device as a torch.device or its name, got {device!r}"
-        ) from None
+        return torch.empty(0, device=torch.device(device)).device
+    except TypeError:
+        raise TypeError(f"expected device as a torch.device or its name, got {described(device)}") from None
+    except (RuntimeError, ValueError, AssertionError):  # torch asserts that it was built for CUDA
+        raise ValueError(f"expected device that is there, got {described(device)}") from None
 
 
 def hold(values: object) -> int | tuple[int, ...] | Held | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lkv_ext._arguments import integer
 from lkv_ext.ops.rooms import block_table
 
 
@@ -82,10 +83,16 @@ class RaggedKV:
         Packed layers share the joint buffers: `cu_seqlens` of a layer are offsets into them, and need not begin at 0.
         """
         if self.lengths.dim() != 3:
-            raise ValueError(f"RaggedKV.layer: expected lengths of shape [N, B, H], got {list(self.lengths.shape)}")
+            raise ValueError(
+                f"lkv_ext.RaggedKV.layer: expected lengths of shape [N, B, H], got {list(self.lengths.shape)}"
+            )
         layers, batch, heads = self.lengths.shape
+        try:
+            i = integer(i, "i")
+        except TypeError as error:
+            raise TypeError(f"lkv_ext.RaggedKV.layer: {error}") from None
         if not -layers <= i < layers:
-            raise IndexError(f"RaggedKV.layer: expected a layer in [0, {layers}), got {i}")
+            raise IndexError(f"lkv_ext.RaggedKV.layer: expected i in [0, {layers}), got {i}")
         i %= layers
         rows = batch * heads
         parts = dict(lengths=self.lengths[i], cu_seqlens=self.cu_seqlens[i * rows : (i + 1) * rows + 1])

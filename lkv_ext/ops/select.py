@@ -46,7 +46,7 @@ def select(
         asked = request(scores, cu_seqlens, budgets, lengths, starts, options)
         return new_index(ops.select([scores.detach()], *asked.arguments), asked)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        errors.reraise("select", error)
+        errors.reraise("select", error, given=locals())
 
 
 def gather(tensors: Sequence[Tensor], index: RaggedIndex, *, cu_seqlens: Tensor | None = None) -> list[Tensor]:
@@ -65,17 +65,17 @@ def gather(tensors: Sequence[Tensor], index: RaggedIndex, *, cu_seqlens: Tensor 
     Raises:
         ValueError, TypeError: for a wrong shape, device or dtype.
     """
-    tensors = list(tensors)
     try:
-        if not tensors:
+        moved = list(tensors)
+        if not moved:
             return []
         if cu_seqlens is None:
-            return derivatives.gather(tensors, index.positions, index.cu_seqlens)
+            return derivatives.gather(moved, index.positions, index.cu_seqlens)
         heads = index.lengths.shape[-1]
         batch = index.lengths.numel() // max(heads, 1)
-        return derivatives.gather(tensors, index.positions, index.cu_seqlens, cu_seqlens, batch, heads)
+        return derivatives.gather(moved, index.positions, index.cu_seqlens, cu_seqlens, batch, heads)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        errors.reraise("gather", error, [f"tensors[{i}]" for i in range(len(tensors))])
+        errors.reraise("gather", error, [f"tensors[{i}]" for i in range(1000)], given=locals())
 
 
 def new_index(result: Sequence[Tensor], asked: Request) -> RaggedIndex:

@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from lkv_ext._kinds import described
 from lkv_ext.ops import derivatives, errors
 from lkv_ext.ops.batching import EachSample
 from lkv_ext.ops.library import ops
@@ -60,6 +61,8 @@ def soft_topk(
         if not isinstance(scores, Tensor) or scores.dim() == 0:
             got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"expected scores of shape [..., n], got {got}")
+        if log is not True and log is not False:
+            raise TypeError(f"expected log as a bool, got {described(log)}")
         real = torch.float64 if scores.dtype == torch.float64 else torch.float32
         k_tensor, k_value = _number(k, "k", real)
         t_tensor, t_value = _number(temperature, "temperature", real)
@@ -71,12 +74,19 @@ def soft_topk(
             t_tensor = one * t_value if t_tensor is None else t_tensor
             k_value = t_value = 0.0
         if lengths is not None and not isinstance(lengths, Tensor):
-            lengths = torch.as_tensor(lengths, device=scores.device)
+            lengths = _integers(lengths, scores.device)
         if scores.dim() > _AXES + 1:
             return _flattened(scores, k_tensor, k_value, t_tensor, t_value, lengths, log)
         return _run(scores, k_tensor, k_value, t_tensor, t_value, lengths, log)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        errors.reraise("soft_topk", error)
+        errors.reraise("soft_topk", error, given=locals())
+
+
+def _integers(lengths: Sequence | int, device: torch.device) -> Tensor:
+    try:
+        return torch.as_tensor(lengths, device=device)
+    except (ValueError, RuntimeError, TypeError):
+        raise ValueError(f"expected lengths as integers that fit in 64 bits, got {described(lengths)}") from None
 
 
 def _number(given: float | Tensor, name: str, real: torch.dtype) -> tuple[Tensor | None, float]:
@@ -84,7 +94,7 @@ def _number(given: float | Tensor, name: str, real: torch.dtype) -> tuple[Tensor
         if given.is_complex() or given.dtype == torch.bool:
             raise TypeError(f"expected {name} of a real dtype, got {given.dtype}")
         return given.to(real), 0.0
-    if not isinstance(given, (Real, torch.SymInt, torch.SymFloat)):
+    if isinstance(given, bool) or not isinstance(given, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"expected {name} as a number or a tensor, got {type(given).__name__}")
     return None, float(given)
 

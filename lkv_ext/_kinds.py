@@ -1,0 +1,186 @@
+"""What kind each argument of the public functions is; asked only once a call has failed, to name the one at fault.
+
+Imports neither torch nor NumPy.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+
+Kind = Callable[[object], bool]
+
+PROTECTED = dict(lengths="integers?", starts="integers?", sink="count", window="count")
+RANK = PROTECTED | dict(budgets="integers", max_budget="count?")
+ROOMS = dict(layout="text", capacity="count?", reserve="count", align="count")
+DENSE = dict(k="array", v="array?", scores="array", companions="arrays", cu_seqlens="array?")
+ATTEND = dict(q="array", scale="number?", softcap="number?", sinks="array?")
+
+LAYERS = dict(ks="arrays", vs="arrays?", scores="array or arrays", companions="lists of arrays", out="RaggedKV?")
+
+# By public function; an argument whose kind ends with "?" may be None.
+SIGNATURES: dict[str, dict[str, str]] = {
+    "evict": DENSE | RANK | ROOMS | dict(out="RaggedKV?", threads="count?"),
+    "evict_": DENSE | RANK | dict(threads="count?"),
+    "evict_layers": LAYERS | RANK | ROOMS,
+    "select": RANK | ROOMS | dict(scores="array", cu_seqlens="array?", threads="count?"),
+    "gather": dict(tensors="arrays", arrays="arrays", index="RaggedIndex", cu_seqlens="array?", threads="count?"),
+    "plan": dict(budgets="integers", lengths="integers?", device="device?"),
+    "attend": ATTEND | dict(cache="RaggedCache", causal="flag", backend="text?"),
+    "soft_topk": dict(scores="array", k="numbers", temperature="numbers", lengths="integers?", log="flag"),
+    "budgets_from_shares": dict(shares="numbers", total="count?", retention="number?", lengths="integers")
+    | dict(floor="count", cap="count?"),
+    "budgets_from_scores": PROTECTED | dict(scores="array or arrays", total="integers", across="text", floor="floor?"),
+    "Blend": dict(alpha="number"),
+    "Minimum": dict(rows="count"),
+    "RaggedKV.layer": dict(i="count"),
+    "RaggedCache": dict(kv="RaggedKV", seen="count", free="count?"),
+    "RaggedCache.append": dict(k="array", v="array", companions="arrays", valid="integers?"),
+    "RaggedCache.evict": RANK | dict(scores="array", reserve="count?"),
+    "RaggedCache.crop": dict(tokens="count"),
+    "RaggedCache.restore": dict(mark="integers", rows="integers"),
+    "RaggedCache.select_batch": dict(indices="integers"),
+    "RaggedCache.reorder": dict(beams="integers"),
+    "RaggedCache.padded": dict(rows="array"),
+    "RaggedCache.packed": dict(scores="array"),
+    "RaggedCache.to": dict(device="device"),
+    "RaggedCache.load": dict(device="device"),
+}
+
+
+def described(value: object) -> str:
+    """In one short line."""
+    if _is_tensor(value):
+        trouble = _trouble(value)
+        shape = "" if trouble == "nested" else f" of shape {list(value.shape)}"
+        return f"a {trouble + ' ' if trouble else ''}tensor{shape} and {value.dtype}"
+    if _is_numpy(value) and getattr(value, "shape", ()):
+        return f"an array of shape {list(value.shape)} and {value.dtype}"
+    text = " ".join(repr(value).split())
+    return text if len(text) < 100 else f"{type(value).__name__} {text[:80]} ..."
+
+
+def _is_tensor(value: object) -> bool:
+    return hasattr(type(value), "untyped_storage")
+
+
+def _is_numpy(value: object) -> bool:
+    return type(value).__module__.split(".")[0] == "numpy"
+
+
+def _trouble(tensor: object) -> str:
+    """Why a tensor has no memory that its sizes and strides describe; "" if it has."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.is_quantized:
+        return "quantized"
+    return "" if str(tensor.layout) == "torch.strided" else str(tensor.layout).removeprefix("torch.")
+
+
+def _tensor(value: object) -> bool:
+    return _is_tensor(value) and not _trouble(value)
+
+
+def _ndarray(value: object) -> bool:
+    return _is_numpy(value) and hasattr(value, "strides")
+
+
+def _sequence(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+
+
+def _all(fits: Kind) -> Kind:
+    return lambda value: _sequence(value) and all(map(fits, value))
+
+
+def _either(one: Kind, other: Kind) -> Kind:
+    return lambda value: one(value) or other(value)
+
+
+def _has(value: object, *kinds: str) -> bool:
+    return any(kind in str(getattr(value, "dtype", "")) for kind in kinds)
+
+
+def _count(value: object) -> bool:
+    try:
+        return not isinstance(value, bool) and not _has(value, "bool") and operator.index(value) is not None
+    except (TypeError, RuntimeError):
+        return False
+
+
+def _integers(value: object) -> bool:
+    if type(value).__name__ == "Plan":
+        return True
+    if _is_tensor(value) or _ndarray(value):
+        readable = _ndarray(value) or (not _trouble(value) and not value.is_meta)
+        return readable and not _has(value, "float", "complex", "bool", "object", "str", "<U")
+    return all(map(_integers, value)) if _sequence(value) else _count(value)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _numbers(value: object) -> bool:
+    if _is_tensor(value) or _ndarray(value):
+        readable = _ndarray(value) or (not _trouble(value) and not value.is_meta)
+        return readable and not _has(value, "complex", "bool", "object", "str", "<U")
+    return all(map(_numbers, value)) if _sequence(value) else _number(value)
+
+
+def _named(*names: str) -> Kind:
+    return lambda value: type(value).__name__ in names
+
+
+KINDS: dict[str, tuple[Kind, str]] = {
+    "integers": (_integers, "as an int, a sequence of ints or a tensor of integers"),
+    "count": (_count, "as an int"),
+    "number": (_number, "as a number"),
+    "numbers": (_numbers, "as a number, numbers or a tensor of a real dtype"),
+    "flag": (lambda value: isinstance(value, bool), "as a bool"),
+    "text": (lambda value: isinstance(value, str), "as a string"),
+    "device": (lambda value: isinstance(value, str) or _named("device")(value), "as a torch.device or its name"),
+    "floor": (_named("Blend", "Minimum"), "as a Blend or Minimum"),
+    "RaggedKV": (_named("RaggedKV"), "as a RaggedKV"),
+    "RaggedIndex": (_named("RaggedIndex", "RaggedKV"), "as a RaggedIndex"),
+    "RaggedCache": (lambda value: hasattr(value, "cu_seqlens"), "as a RaggedCache or RaggedKV"),
+}
+for _one, _fits, _word in (("array", _ndarray, "array"), ("tensor", _tensor, "dense tensor")):
+    KINDS[_one] = _fits, f"as a {_word}"
+    KINDS[f"{_one}s"] = _all(_fits), f"as a sequence of {_word}s"
+    KINDS[f"{_one} or {_one}s"] = _either(_fits, _all(_fits)), f"as a {_word}, or a sequence of them"
+    KINDS[f"lists of {_one}s"] = _all(_all(_fits)), f"as sequences of {_word}s, one per layer"
+
+
+def is_of(kind: str, value: object) -> bool:
+    return KINDS[kind][0](value)
+
+
+def fault(op: str, given: Mapping[str, object]) -> tuple[str, str] | None:
+    """Of the arguments of `op`, the first that is not what it should be, and how to say so; None: all are."""
+    for name, kind in SIGNATURES.get(op.removeprefix("numpy."), {}).items():
+        optional = kind.endswith("?")
+        if name not in given or (optional and given[name] is None):
+            continue
+        kind = kind.rstrip("?") if op.startswith("numpy.") else kind.rstrip("?").replace("array", "tensor")
+        fits, form = KINDS[kind]
+        if not fits(given[name]):
+            return name, f"expected {name} {form}{' or None' if optional else ''}, got {described(given[name])}"
+    return None
+
+
+def guess(given: Mapping[str, object] | None) -> str:
+    """What may have been meant where scores do not fit k: the axes of tokens and heads are easily confused."""
+    if not given or given.get("cu_seqlens") is not None:
+        return ""
+    for k, first in (("k", lambda x: x), ("ks", lambda x: x[0])):
+        if k not in given or "scores" not in given:
+            continue
+        try:
+            rows, scores = (list(first(given[name]).shape) for name in (k, "scores"))
+        except (RuntimeError, TypeError, LookupError, AttributeError):  # these are wrong themselves
+            continue
+        if len(rows) == 4 and len(scores) == 3 and rows[1] != rows[2] and scores == [rows[0], rows[2], rows[1]]:
+            return f" (scores fit {k} if it were [B, L, H, D]: pass it with transpose(1, 2), or swapaxes of NumPy)"
+    return ""
