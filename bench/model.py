@@ -23,9 +23,9 @@ from shapes import Shape
 # Of csrc/cuda: sizes and limits of select_plan.h, evict.cu and gather_tile.h; registers as bench/resources.py finds
 # them for sm_90.
 SELECT_FIXED = 20784  # ClusterShared<512>: a histogram of 2048 bins, three half ones for sums, and a little more
-TILE_SHARED = 2080  # TileShared: where 64 rows of four payloads lie
-SELECT_WARPS, SELECT_REGISTERS = 16, 58
-GATHER = Kernel(threads=512, registers=64, shared=TILE_SHARED)
+TILE_SHARED = 4192  # TileShared: where 64 rows of four payloads lie, and their strides
+SELECT_WARPS, SELECT_REGISTERS = 16, 55
+GATHER = Kernel(threads=512, registers=52, shared=TILE_SHARED)
 FOR_GATHER = 16 << 10  # shared memory that a select leaves to it
 WARP_TILE, REGISTER_TILES, SHORT_PART, SHORT_ROW, MAX_CLUSTER = 128, 2, 256, 16384, 16
 FUSED_BYTES, TILE_ROWS, CHUNK_BYTES = 32 << 10, 64, 3456
@@ -212,8 +212,8 @@ def _exchange_us(gpu: Gpu, cluster: int) -> float:
 
 
 def _tile_us(gpu: Gpu) -> float:
-    """One tile by one block: offsets, positions and strides, then K and V side by side."""
-    return 3 * gpu.l2_us + gpu.memory_us
+    """One tile by one block: its row set by two loads, the tables, the flag, positions, then K and V side by side."""
+    return 5 * gpu.l2_us + gpu.memory_us
 
 
 def _gather_us(gpu: Gpu, work: Work, plan: Plan) -> float:

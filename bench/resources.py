@@ -1,6 +1,6 @@
 """What the compiler made of the CUDA kernels: registers, shared memory, spills, and the instructions that move memory.
 
-    python bench/resources.py                          every kernel of csrc/cuda for sm_80, sm_90 and sm_120
+    python bench/resources.py                          every kernel of csrc/cuda for sm_80, 90, 100 and 120
     python bench/resources.py csrc/cuda/gather.cu --arch 90
     python bench/resources.py --summary                a line per kernel, over its instantiations
 
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-ARCHITECTURES = (80, 90, 120)
+ARCHITECTURES = (80, 90, 100, 120)
 SCORE_TYPES = ("f32", "f16", "bf16")  # lkv::ScoreType
 WIDE = {"128", "256"}  # bits, as a suffix of an opcode
 

@@ -193,6 +193,37 @@ def test_every_size_and_both_gathers(length: int, gather: str, monkeypatch: pyte
             assert torch.equal(bits(mine).cpu(), bits(theirs))
 
 
+@pytest.mark.parametrize("gather", ["registers", "bulk"])
+@pytest.mark.parametrize("length", [3000, 40_000])
+def test_other_budgets_at_the_same_addresses(length: int, gather: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Back to back, nothing of the call before is found: neither its offsets nor its tables, positions and flags."""
+    monkeypatch.setenv("LKV_CUDA_GATHER", gather)
+    monkeypatch.setenv("LKV_CUDA_EVICT", "pair")
+    heads, most = 8, length // 2
+    payload = [rows_of([1, heads, length, 128], torch.bfloat16, i) for i in range(2)]
+    scores = scores_of("normal", [1, heads, length], 3)
+    ramp = [most * h // heads for h in range(heads)]
+    kinds = [ramp, ramp[::-1], [most * (h % 2) for h in range(heads)], [1] * heads]
+    want = [lkv_ext.evict(*payload, scores, budgets, capacity=heads * most) for budgets in kinds]
+    inputs, budgets = [t.cuda() for t in (*payload, scores)], torch.tensor(kinds, dtype=torch.int32).cuda()
+    now = budgets[0].clone()
+    out = lkv_ext.evict(*inputs, now, capacity=heads * most)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lkv_ext.evict(*inputs, now, capacity=heads * most, out=out)
+    for replay in (graph.replay, lambda: lkv_ext.evict(*inputs, now, capacity=heads * most, out=out)):
+        for turn in range(40):
+            for kind in range(turn, turn + 3):  # with nothing between them, and the last is looked at
+                now.copy_(budgets[kind % len(kinds)])
+                replay()
+            right = want[kind % len(kinds)]
+            kept = slice(0, int(right.cu_seqlens[-1]))
+            assert torch.equal(out.cu_seqlens.cpu(), right.cu_seqlens)
+            assert torch.equal(out.positions.cpu()[kept], right.positions[kept])
+            for mine, theirs in zip(payload_of(out), payload_of(right), strict=True):
+                assert torch.equal(bits(mine).cpu()[kept], bits(theirs)[kept])
+
+
 def test_gradients() -> None:
     k = torch.randn(1, 2, 40, 3, dtype=torch.float64, device="cuda", requires_grad=True)
     scores = torch.randn(1, 2, 40, device="cuda")

@@ -6,6 +6,7 @@ namespace lkv::cuda {
 
 inline constexpr uint32_t kFullWarp = 0xffffffffu;
 inline constexpr int kWarp = 32;
+inline constexpr int kResidentThreads = 1024;  // registers are bounded so that this many share a multiprocessor
 
 __device__ __forceinline__ int lane_id() {
   return threadIdx.x % kWarp;

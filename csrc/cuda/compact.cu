@@ -67,10 +67,13 @@ __global__ void __launch_bounds__(kBlock, kProductionBlock * 2 / kBlock)
 }
 
 template <int kBlock>
-Status run(const CompactParams& p, int multiprocessors, Stream stream) {
+Status run(const CompactParams& p, Stream stream) {
   const int64_t moves = p.source.rows() * p.payloads;
   if (moves == 0) return cudaSuccess;
-  const int64_t slices = std::clamp<int64_t>(2 * multiprocessors / moves, 1, 16);
+  Device device;
+  const Status status = Device::of(compact_kernel<kBlock>, device);
+  if (status != cudaSuccess) return status;
+  const int64_t slices = std::clamp<int64_t>(2 * device.multiprocessors / moves, 1, 16);
   return launch(compact_kernel<kBlock>, {.blocks = std::min(moves * slices, kMaxBlocks), .block = kBlock}, stream, p,
                 slices);
 }
@@ -78,13 +81,9 @@ Status run(const CompactParams& p, int multiprocessors, Stream stream) {
 }  // namespace
 
 Status compact(const CompactParams& p, Stream stream, const Tuning& tuning) {
-  Device device;
-  const Status status = Device::current(device);
-  if (status != cudaSuccess) return status;
   CompactParams params = p;
   params.source.lengths = params.source.starts = RowInts{};  // positions reach any row of a row set
-  return with_block<kProductionBlock>(tuning,
-                                      [&]<int kBlock> { return run<kBlock>(params, device.multiprocessors, stream); });
+  return with_block<kProductionBlock>(tuning, [&]<int kBlock> { return run<kBlock>(params, stream); });
 }
 
 Status compact(const CompactParams& p, Stream stream) {

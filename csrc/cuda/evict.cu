@@ -17,30 +17,32 @@ struct EvictShared {
 };
 
 template <ScoreType type, int kBlock>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
     evict_kernel(const LKV_GRID_CONSTANT SelectParams p, const LKV_GRID_CONSTANT GatherParams g,
                  const uint32_t warp_room) {
   grid_dependency_wait();
   auto* shared = dyn_smem<EvictShared<kBlock>>();
   Cluster cluster;
   meet(&shared->select, cluster);
-  const int64_t rows = p.source.rows();
-  // Output rows [begin, end), tile by tile over `blocks` blocks.
-  const auto copy = [&](int64_t begin, int64_t end, int64_t block, int64_t blocks, auto&& token_at) {
-    for (int64_t first = begin + block * kTileRows; first < end; first += blocks * kTileRows) {
-      const int count = static_cast<int>(end - first < kTileRows ? end - first : kTileRows);
-      copy_tile<kBlock>(g, first, count, &shared->tile, [&](int i) { return token_at(i < count ? first + i : -1); });
+  const auto rows = static_cast<uint32_t>(p.source.rows());
+  // Once more behind the last row set: what lies behind its room is cleared, by all blocks.
+  bool ends = false;
+  for (uint32_t row = blockIdx.x >> cluster.shift; !ends; row += gridDim.x >> cluster.shift) {
+    ends = row >= rows;
+    if (!ends) {
+      select_row<type, kBlock, KeysIn::registers>(p, row, warp_room, cluster, &shared->select);
+      cluster.sync();
     }
-  };
-  for (int64_t row = blockIdx.x / cluster.size; row < rows; row += gridDim.x / cluster.size) {
-    select_row<type, kBlock, KeysIn::registers>(p, row, warp_room, cluster, &shared->select);
-    cluster.sync();
-    const int64_t begin = clamp(p.cu_seqlens[row], 0, p.total), end = clamp(p.cu_seqlens[row + 1], begin, p.total);
-    copy(begin, end, cluster.rank, cluster.size,
-         [&](int64_t j) { return j < 0 ? TokenRow{{}, -1} : token_of(g, row, j); });
+    const auto begin = static_cast<uint32_t>(clamp(p.cu_seqlens[ends ? rows : row], 0, p.total));
+    const auto end = static_cast<uint32_t>(ends ? p.total : clamp(p.cu_seqlens[row + 1], begin, p.total));
+    const uint32_t block = ends ? blockIdx.x : cluster.rank, blocks = ends ? gridDim.x : cluster.size;
+    for (uint32_t first = begin + block * kTileRows; first < end; first += blocks * kTileRows) {
+      const int count = static_cast<int>(end - first < kTileRows ? end - first : kTileRows);
+      copy_tile<kBlock>(
+          g, first, count, &shared->tile, [&](int i) { return i < count && !ends ? int64_t{row} : -1; },
+          [](int64_t) {});
+    }
   }
-  const int64_t used = clamp(p.cu_seqlens[rows], 0, p.total);
-  copy(used, p.total, blockIdx.x, gridDim.x, [](int64_t) { return TokenRow{{}, -1}; });
 }
 
 bool fuses(const SelectSize& x, const Plan& plan, int64_t bytes) {
@@ -64,7 +66,7 @@ Status run(const SelectParams& p, const GatherParams& g, const SelectSize& x, co
 Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, int64_t bytes, void* scratch, Stream stream,
              const Tuning& tuning) {
   Device device;
-  Status status = Device::current(device);
+  Status status = Device::of(evict_kernel<ScoreType::f32, kSelectBlock>, device);
   if (status != cudaSuccess) return status;
   SelectSize x = {device, p.source.rows(), longest, tuning};
   x.beside = tuning.block == kTestBlock ? sizeof(EvictShared<kTestBlock>) - sizeof(ClusterShared<kTestBlock>)
@@ -72,7 +74,7 @@ Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, int6
   const Plan plan = plan_clusters(x);
   if (x.rows == 0 || !fuses(x, plan, bytes)) {
     status = select(p, longest, scratch, stream, tuning);
-    return status == cudaSuccess ? gather(g, /*behind_select=*/true, stream, tuning) : status;
+    return status == cudaSuccess ? gather(g, /*behind_select=*/x.rows > 0, stream, tuning) : status;
   }
   GatherParams moved = g;
   moved.source.lengths = moved.source.starts = RowInts{};  // a gather reads any position of a row set

@@ -48,20 +48,23 @@ __device__ __forceinline__ void bulk_copy(const char* const* source, char* out, 
   }
 }
 
-__global__ void __launch_bounds__(kBulkBlock) gather_bulk_kernel(const LKV_GRID_CONSTANT GatherParams p) {
+__global__ void __launch_bounds__(kBulkBlock, kResidentThreads / kBulkBlock)
+    gather_bulk_kernel(const LKV_GRID_CONSTANT GatherParams p) {
   auto* shared = dyn_smem<BulkShared>();
   if (lane_id() == 0) make_barrier(&shared->arrivals[warp_id()], kWarp);
   uint32_t phases = 0;
   for (int64_t first = int64_t{blockIdx.x} * kTileRows; first < p.total; first += int64_t{gridDim.x} * kTileRows) {
     const int rows = static_cast<int>(p.total - first < kTileRows ? p.total - first : kTileRows);
-    for (int64_t payload = 0; payload < p.payloads; payload += kPayloadGroup) {
-      const int group = static_cast<int>(p.payloads - payload < kPayloadGroup ? p.payloads - payload : kPayloadGroup);
-      stage_tile(p, payload, group, &shared->tile, [&](int i) { return find_token(p, first, i); });
+    for (int payload = 0; payload < p.payloads; payload += kPayloadGroup) {
+      const int group = group_size(p, payload);
+      stage_tile(
+          p, first, payload, group, &shared->tile, [&](int i) { return find_row(p, first, i); },
+          [&](int64_t row) { wait_for_select(p, row); });
       for (int g = warp_id(); g < group; g += kBulkBlock / kWarp) {
-        const int64_t row_bytes = p.row_bytes[payload + g];
-        char* out = p.outputs[payload + g] + first * row_bytes;
+        const int64_t row_bytes = shared->tile.row_bytes[g];
+        char* out = shared->tile.out[g];
         const char* const* source = shared->tile.source[g];
-        const uint32_t bits = tile_bits(&shared->tile, g, out, row_bytes);
+        const uint32_t bits = tile_bits(&shared->tile, g);
         if (bits % sizeof(uint4) == 0 && row_bytes > 0 && row_bytes <= kStageBytes) {
           bulk_copy(source, out, static_cast<uint32_t>(row_bytes), rows, shared, phases);
         } else {

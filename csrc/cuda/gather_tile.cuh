@@ -10,23 +10,24 @@ namespace lkv::cuda {
 inline constexpr int kTileRows = 64;     // skewed budgets balance, as tiles know no row sets
 inline constexpr int kPayloadGroup = 4;  // payloads whose addresses are found together
 
-// Where the rows of one tile come from; nullptr: zeros.
 struct TileShared {
-  const char* source[kPayloadGroup][kTileRows];
-  uint32_t address_bits[kPayloadGroup][kTileRows / kWarp];  // or-ed
+  const char* source[kPayloadGroup][kTileRows];             // nullptr: zeros
+  int64_t step[kPayloadGroup][kTileRows];                   // from one position to the next
+  uint32_t address_bits[kPayloadGroup][kTileRows / kWarp];  // of the sources, or-ed
+  char* out[kPayloadGroup];                                 // of the first row
+  int64_t row_bytes[kPayloadGroup];
 };
 
-// What an output row is.
-struct TokenRow {
-  RowSet set;
-  int64_t position;  // -1: zeros
+// The rooms have written the offsets and the tables, two grids in front of a gather that has not waited for any yet.
+struct RelaxedLoad {
+  template <class T>
+  LKV_HD T operator()(const T* p) const {
+    return load_relaxed(p);
+  }
 };
 
-__device__ __forceinline__ TokenRow token_of(const GatherParams& p, int64_t row, int64_t j) {
-  TokenRow token = {row_set(p.source, row), -1};
-  const int64_t position = p.positions[j];
-  if (position >= 0 && position < token.set.limit) token.position = position;
-  return token;
+__device__ __forceinline__ Strided load_relaxed(const Strided* p) {
+  return {load_relaxed(&p->data), load_relaxed(&p->batch), load_relaxed(&p->head), load_relaxed(&p->token)};
 }
 
 // The row set whose room holds output row j, or -1. Any contents of cu_seqlens give a row set in range.
@@ -34,13 +35,13 @@ __device__ __forceinline__ int64_t row_of(const int32_t* cu_seqlens, int64_t row
   int64_t low = 0, high = rows;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (cu_seqlens[middle + 1] > j) {
+    if (load_relaxed(&cu_seqlens[middle + 1]) > j) {
       high = middle;
     } else {
       low = middle + 1;
     }
   }
-  return low < rows && cu_seqlens[low] <= j ? low : -1;
+  return low < rows && load_relaxed(&cu_seqlens[low]) <= j ? low : -1;
 }
 
 // The last row set that begins at or before output row j, by a whole warp: of 1024 row sets in two loads that wait for
@@ -49,7 +50,7 @@ __device__ __forceinline__ int64_t warp_row_of(const int32_t* cu_seqlens, int64_
   int64_t low = 0;
   for (int64_t size = rows; size > 1;) {
     const int64_t step = (size + kWarp - 1) / kWarp, probe = low + lane_id() * step;
-    const bool begins = lane_id() * step < size && cu_seqlens[probe] <= j;
+    const bool begins = lane_id() * step < size && load_relaxed(&cu_seqlens[probe]) <= j;
     const int before = __popc(__ballot_sync(kFullWarp, begins)) - 1;
     const int64_t skipped = before > 0 ? before * step : 0;
     low += skipped;
@@ -58,29 +59,56 @@ __device__ __forceinline__ int64_t warp_row_of(const int32_t* cu_seqlens, int64_
   return low;
 }
 
-// Row i of the tile that begins at output row `first`, by all lanes of a warp. Waits for the positions of its row set.
-__device__ __forceinline__ TokenRow find_token(const GatherParams& p, int64_t first, int i) {
+// The row set of row i of the tile that begins at output row `first`, or -1. By all lanes of a warp.
+__device__ __forceinline__ int64_t find_row(const GatherParams& p, int64_t first, int i) {
   const int64_t rows = p.source.rows(), j = first + i;
-  int64_t row = rows > 0 ? warp_row_of(p.cu_seqlens, rows, first) : -1;
-  if (row >= 0 && !(j < p.total && p.cu_seqlens[row] <= j && j < p.cu_seqlens[row + 1])) {
-    row = j < p.total ? row_of(p.cu_seqlens, rows, j) : -1;
-  }
-  if (row < 0) return {{}, -1};
-  if (p.ready != nullptr) {
-    while (load_acquire(&p.ready[row]) == 0) spin_pause();
-  }
-  return token_of(p, row, j);
+  const int64_t row = rows > 0 ? warp_row_of(p.cu_seqlens, rows, first) : -1;
+  if (row < 0 || j >= p.total) return -1;
+  const bool inside = load_relaxed(&p.cu_seqlens[row]) <= j && j < load_relaxed(&p.cu_seqlens[row + 1]);
+  return inside ? row : row_of(p.cu_seqlens, rows, j);
 }
 
-// The sources of the rows first .. first + kTileRows of some payloads; `token_at(i)` finds the i-th of the rows.
-template <class TokenAt>
-__device__ __forceinline__ void stage_tile(const GatherParams& p, int64_t payload, int payloads, TileShared* shared,
-                                           TokenAt&& token_at) {
+// Waits for the positions of the lanes' row sets. One lane polls for all whose row set is the same: every look empties
+// the L1 cache.
+__device__ __forceinline__ void wait_for_select(const GatherParams& p, int64_t row) {
+  if (p.ready == nullptr) return;
+  const int64_t below = __shfl_up_sync(kFullWarp, row, 1);
+  if (row >= 0 && (lane_id() == 0 || below != row)) {
+    while (load_acquire(&p.ready[row]) == 0) spin_pause();
+  }
+  __syncwarp();
+}
+
+// The payloads of the group that begins with `payload`.
+__device__ __forceinline__ int group_size(const GatherParams& p, int payload) {
+  const int left = static_cast<int>(p.payloads) - payload;
+  return left < kPayloadGroup ? left : kPayloadGroup;
+}
+
+// Where the rows first .. first + kTileRows of some payloads come from and go to. `row_at(i)`: the row set of the i-th
+// of them, -1: zeros. Nothing but its position is read behind `wait(row)`.
+template <class RowAt, class Wait>
+__device__ __forceinline__ void stage_tile(const GatherParams& p, int64_t first, int payload, int payloads,
+                                           TileShared* shared, RowAt&& row_at, Wait&& wait) {
+  if (static_cast<int>(threadIdx.x) < payloads) {
+    const int64_t row_bytes = load_relaxed(&p.row_bytes[payload + threadIdx.x]);
+    shared->row_bytes[threadIdx.x] = row_bytes;
+    shared->out[threadIdx.x] = load_relaxed(&p.outputs[payload + threadIdx.x]) + first * row_bytes;
+  }
   for (int i = threadIdx.x; i < kTileRows; i += blockDim.x) {
-    const TokenRow token = token_at(i);
+    const int64_t row = row_at(i);
+    const RowSet set = row < 0 ? RowSet{} : row_set(p.source, row, RelaxedLoad{});
+#pragma unroll 2
+    for (int g = 0; g < payloads && row >= 0; ++g) {
+      const Strided input = load_relaxed(&p.inputs[int64_t{payload + g} * p.source.layers + set.layer]);
+      shared->source[g][i] = set.at(input, 0);
+      shared->step[g][i] = input.token;
+    }
+    wait(row);
+    const int64_t position = row < 0 ? -1 : p.positions[first + i];
+    const bool there = position >= 0 && position < set.limit;
     for (int g = 0; g < payloads; ++g) {
-      const Strided& input = p.inputs[(payload + g) * p.source.layers + token.set.layer];
-      const char* source = token.position < 0 ? nullptr : token.set.at(input, token.position);
+      const char* source = there ? shared->source[g][i] + position * shared->step[g][i] : nullptr;
       shared->source[g][i] = source;
       const uint32_t bits = __reduce_or_sync(kFullWarp, low_bits(source));
       if (lane_id() == 0) shared->address_bits[g][i / kWarp] = bits;
@@ -90,28 +118,26 @@ __device__ __forceinline__ void stage_tile(const GatherParams& p, int64_t payloa
 }
 
 // All bits of the addresses and sizes that one payload of a tile has.
-__device__ __forceinline__ uint32_t tile_bits(const TileShared* shared, int g, const char* out, int64_t row_bytes) {
-  uint32_t bits = low_bits(out) | static_cast<uint32_t>(row_bytes);
+__device__ __forceinline__ uint32_t tile_bits(const TileShared* shared, int g) {
+  uint32_t bits = low_bits(shared->out[g]) | static_cast<uint32_t>(shared->row_bytes[g]);
 #pragma unroll
   for (int w = 0; w < kTileRows / kWarp; ++w) bits |= shared->address_bits[g][w];
   return bits;
 }
 
 // Rows first .. first + rows of every payload, two payloads at a time.
-template <int kBlock, class TokenAt>
+template <int kBlock, class RowAt, class Wait>
 __device__ __forceinline__ void copy_tile(const GatherParams& p, int64_t first, int rows, TileShared* shared,
-                                          TokenAt&& token_at) {
+                                          RowAt&& row_at, Wait&& wait) {
   constexpr int kTeam = kBlock / 2;
-  for (int64_t payload = 0; payload < p.payloads; payload += kPayloadGroup) {
-    const int group = static_cast<int>(p.payloads - payload < kPayloadGroup ? p.payloads - payload : kPayloadGroup);
-    stage_tile(p, payload, group, shared, token_at);
+  for (int payload = 0; payload < p.payloads; payload += kPayloadGroup) {
+    const int group = group_size(p, payload);
+    stage_tile(p, first, payload, group, shared, row_at, wait);
     for (int g = threadIdx.x / kTeam; g < group; g += kBlock / kTeam) {
-      const int64_t row_bytes = p.row_bytes[payload + g];
-      char* out = p.outputs[payload + g] + first * row_bytes;
       const char* const* source = shared->source[g];
-      with_vector(tile_bits(shared, g, out, row_bytes), [&](auto vector) {
-        copy_rows<decltype(vector), kTeam>([&](int row) { return source[row]; }, out, row_bytes, rows,
-                                           threadIdx.x % kTeam);
+      with_vector(tile_bits(shared, g), [&](auto vector) {
+        copy_rows<decltype(vector), kTeam>([&](int row) { return source[row]; }, shared->out[g], shared->row_bytes[g],
+                                           rows, threadIdx.x % kTeam);
       });
     }
     block_sync();

@@ -4,6 +4,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <shared_mutex>
+#include <tuple>
+#include <utility>
 
 #include "lkv/cuda.h"
 
@@ -69,50 +74,88 @@ Status with_type(ScoreType type, F&& f) {
   return cudaErrorInvalidValue;
 }
 
-// The current device, as far as launches depend on it.
+// Answers of the driver that stay the same while the process runs, each asked for once. For any thread.
+template <class Key, class Value>
+class Memo {
+ public:
+  template <class Ask>
+  Status find(const Key& key, Value& out, Ask&& ask) {
+    {
+      std::shared_lock lock(door_);
+      if (const auto known = known_.find(key); known != known_.end()) {
+        out = known->second;
+        return cudaSuccess;
+      }
+    }
+    const Status status = ask();
+    if (status == cudaSuccess) {
+      std::unique_lock lock(door_);
+      known_.emplace(key, out);
+    }
+    return status;
+  }
+
+ private:
+  std::shared_mutex door_;
+  std::map<Key, Value> known_;
+};
+
+// The current device, as far as launches of one kernel depend on it.
 struct Device {
+  int index = 0;
   int multiprocessors = 0;
   int shared_per_block = 0;  // with the opt-in
-  bool clusters = false;     // clusters and dependent launches
+  bool clusters = false;     // clusters, dependent launches and bulk copies
 
-  static Status current(Device& out) {
-    int device = 0, major = 0;
-    Status status = cudaGetDevice(&device);
-    if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (status == cudaSuccess) {
-      status = cudaDeviceGetAttribute(&out.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    }
-    if (status == cudaSuccess) {
-      status = cudaDeviceGetAttribute(&out.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    }
-    out.clusters = major >= 9;
-    return status;
+  // The code of the kernel decides, not the device: code that was compiled for an older architecture, and translated
+  // when it was loaded, has no griddepcontrol.wait, so a dependent launch of it would race with the grid in front.
+  template <class... Params>
+  static Status of(void (*kernel)(Params...), Device& out) {
+    static Memo<std::pair<int, const void*>, Device> known;
+    if (const Status status = cudaGetDevice(&out.index); status != cudaSuccess) return status;
+    return known.find({out.index, reinterpret_cast<const void*>(kernel)}, out, [&]() -> Status {
+      cudaFuncAttributes code = {};
+      Status status = cudaFuncGetAttributes(&code, kernel);
+      out.clusters = code.ptxVersion >= 90;
+      if (status == cudaSuccess) {
+        status = cudaDeviceGetAttribute(&out.multiprocessors, cudaDevAttrMultiProcessorCount, out.index);
+      }
+      if (status == cudaSuccess) {
+        status = cudaDeviceGetAttribute(&out.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, out.index);
+      }
+      return status;
+    });
   }
 };
 
-// Lets a kernel have the shared memory and the cluster that a grid asks for.
-template <class Kernel>
-Status allow(Kernel* kernel, const Grid& grid, const Device& device) {
-  cudaError_t status = cudaSuccess;
-  if (grid.shared > kDefaultShared) {
-    // Always the same value, as other threads may launch the kernel meanwhile.
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-  }
-  if (status == cudaSuccess && grid.cluster > kPortableCluster) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  return status;
-}
-
-// How many clusters of a grid run at once, which need as many free multiprocessors next to each other; 0 where the
-// device refuses them.
-template <class Kernel>
-int64_t active_clusters(Kernel* kernel, const Grid& grid, Stream stream) {
-  int active = 0;
-  const LaunchConfig config(grid, stream);
-  if (cudaOccupancyMaxActiveClusters(&active, kernel, &config.config) == cudaSuccess) return active;
-  cudaGetLastError();
-  return 0;
+// Lets a kernel have the shared memory and the cluster that a grid asks for. `active`: how many of its clusters run at
+// once, which need as many free multiprocessors next to each other; 0 where the device refuses them, and any number for
+// clusters of one block.
+template <class... Params>
+Status allow(void (*kernel)(Params...), const Grid& grid, const Device& device, int64_t& active) {
+  static Memo<std::tuple<int, const void*, int, size_t>, int64_t> known;
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  return known.find({device.index, function, grid.cluster, grid.shared}, active, [&]() -> Status {
+    if (grid.shared > kDefaultShared) {
+      // Always the same value, as other threads may launch the kernel meanwhile.
+      const Status status =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+      if (status != cudaSuccess) return status;
+    }
+    active = kMaxBlocks;
+    if (grid.cluster == 1) return cudaSuccess;
+    int clusters = 0;
+    // Of the cluster alone, and on no stream: this one may be capturing, and a driver may refuse other attributes.
+    const LaunchConfig config(
+        {.blocks = grid.cluster, .block = grid.block, .shared = grid.shared, .cluster = grid.cluster}, nullptr);
+    const bool asked =
+        (grid.cluster <= kPortableCluster ||
+         cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess) &&
+        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config.config) == cudaSuccess;
+    if (!asked) cudaGetLastError();
+    active = asked ? clusters : 0;
+    return cudaSuccess;
+  });
 }
 
 }  // namespace lkv::cuda

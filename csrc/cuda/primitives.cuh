@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "lkv/keys.h"
 
@@ -77,6 +78,28 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* flag) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
   return value;
+}
+
+// What the grids in front have written, read before this one has waited for them or acquired it: not out of an L1
+// cache, which may hold what was there before. Of 4 or 8 bytes; host code never runs it.
+template <class T>
+LKV_HD T load_relaxed(const T* p) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+#if defined(__CUDA_ARCH__)
+  T value;
+  if constexpr (sizeof(T) == 4) {
+    uint32_t word;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(p));
+    memcpy(&value, &word, sizeof value);
+  } else {
+    uint64_t word;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(p));
+    memcpy(&value, &word, sizeof value);
+  }
+  return value;
+#else
+  return *p;
+#endif
 }
 
 __device__ __forceinline__ void store_release(uint32_t* flag, uint32_t value) {

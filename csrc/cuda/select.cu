@@ -6,6 +6,11 @@ namespace {
 
 constexpr int kMaxSplits = 64;
 
+// One stands for all: they are compiled together, and scratch is sized before the type of the scores is known.
+Status device_of(Device& out) {
+  return Device::of(select_kernel<ScoreType::f32, kSelectBlock, KeysIn::shared>, out);
+}
+
 // Independent blocks per row set; 0: one cluster instead.
 int choose_splits(const SelectSize& x) {
   if (x.tuning.splits >= 0) return x.tuning.splits;
@@ -19,9 +24,9 @@ Status run_clusters(const SelectParams& p, const SelectSize& x, Stream stream) {
     return plan.keys_in == KeysIn::registers ? select_kernel<type, kBlock, KeysIn::registers>
                                              : select_kernel<type, kBlock, KeysIn::shared>;
   };
-  // A gather that waits for the flags runs beside the select, in the other half of every multiprocessor.
-  const int beside = p.ready != nullptr ? 1 : kResidentThreads / kBlock;
-  return launch_clusters(kernel_of, x, plan_clusters(x), beside, stream, p);
+  // Where a gather can start meanwhile, which waits for the flags, it gets the other half of every multiprocessor.
+  const bool shares = p.ready != nullptr && x.device.clusters;
+  return launch_clusters(kernel_of, x, plan_clusters(x), shares ? 1 : kResidentThreads / kBlock, stream, p);
 }
 
 template <ScoreType type, int kBlock>
@@ -51,7 +56,7 @@ Status run(const SelectParams& p, const SelectSize& x, void* scratch, Stream str
 
 size_t select_scratch(int64_t rows, int64_t longest, const Tuning& tuning) {
   Device device;
-  if (rows == 0 || Device::current(device) != cudaSuccess) return 0;
+  if (rows == 0 || device_of(device) != cudaSuccess) return 0;
   const SelectSize x = {device, rows, longest, tuning};
   const size_t splits = choose_splits(x);
   return splits == 0 ? 0 : rows * (sizeof(SplitRow) + splits * x.warps() * sizeof(Counts));
@@ -65,7 +70,7 @@ Status select(const SelectParams& p, int64_t longest, void* scratch, Stream stre
   const int64_t rows = p.source.rows();
   if (rows == 0) return cudaMemsetAsync(p.positions, 0xff, p.total * sizeof(int32_t), stream);
   Device device;
-  const Status status = Device::current(device);
+  const Status status = device_of(device);
   if (status != cudaSuccess) return status;
   const SelectSize x = {device, rows, longest, tuning};
   return with_block<kSelectBlock>(tuning, [&]<int kBlock> { return run<kBlock>(p, x, scratch, stream); });

@@ -22,8 +22,14 @@ struct ClusterShared {
   __device__ uint32_t* keys() { return reinterpret_cast<uint32_t*>(this + 1); }
 };
 
+// Of a power of two, which sizes of clusters are: by shifts, as a division takes long.
+__device__ __forceinline__ uint32_t logarithm(uint32_t power) {
+  return __popc(power - 1);
+}
+
 struct Cluster {
   uint32_t rank = cluster_rank(), size = cluster_size();
+  uint32_t shift = logarithm(size);
   uint32_t turn = 0;  // which of `sums` is next
 
   __device__ __forceinline__ void sync() const {
@@ -32,6 +38,13 @@ struct Cluster {
     } else {
       block_sync();
     }
+  }
+
+  // The sum of a bin: which block owns it, and where it lies there. Bins go round in runs of a warp's width, as those
+  // that are hit lie next to each other.
+  __device__ __forceinline__ uint32_t* sum_of(uint32_t* sums, uint32_t bin) const {
+    const uint32_t run = bin / kWarp;
+    return map_shared_rank(&sums[(run >> shift) * kWarp + bin % kWarp], run & (size - 1));
   }
 };
 
@@ -50,12 +63,12 @@ template <int kBlock>
 __device__ __forceinline__ void sum_histograms(ClusterShared<kBlock>* shared, Cluster& cluster) {
   block_sync();
   if (cluster.size == 1) return;
-  const uint32_t share = kBins / cluster.size, next = cluster.turn == 2 ? 0 : cluster.turn + 1;
+  const uint32_t share = kBins >> cluster.shift, next = cluster.turn == 2 ? 0 : cluster.turn + 1;
   uint32_t* sums = shared->sums[cluster.turn];
   for (uint32_t i = threadIdx.x; i < share; i += kBlock) shared->sums[next][i] = 0;
   for (uint32_t bin = threadIdx.x; bin < kBins; bin += kBlock) {
     const uint32_t count = shared->histogram[bin];
-    if (count > 0) atomicAdd(map_shared_rank(&sums[bin % share], bin / share), count);
+    if (count > 0) atomicAdd(cluster.sum_of(sums, bin), count);
   }
   cluster.sync();
 }
@@ -64,8 +77,7 @@ __device__ __forceinline__ void sum_histograms(ClusterShared<kBlock>* shared, Cl
 template <int kBlock>
 __device__ __forceinline__ uint4 four_bins(ClusterShared<kBlock>* shared, const Cluster& cluster, uint32_t bin) {
   if (cluster.size == 1) return *reinterpret_cast<const uint4*>(&shared->histogram[bin]);
-  const uint32_t share = kBins / cluster.size;
-  return *reinterpret_cast<const uint4*>(map_shared_rank(&shared->sums[cluster.turn][bin % share], bin / share));
+  return *reinterpret_cast<const uint4*>(cluster.sum_of(shared->sums[cluster.turn], bin));
 }
 
 // What the slices before this warp's hold, over the cluster.
@@ -99,9 +111,9 @@ __device__ __forceinline__ void select_row(const SelectParams& p, int64_t row, u
                                            ClusterShared<kBlock>* shared) {
   const RowPlan& plan = share_plan(&shared->plan, p, row);
   if (!plan.decided()) {
-    const Slice slice = slice_of<kBlock>(plan.count, cluster.rank, cluster.size);
+    const Slice slice = slice_of<kBlock>(plan, cluster.rank, cluster.size);
     auto keys = [&] {
-      const StreamedKeys<type> source = {Scores<type>(plan)};
+      const StreamedKeys<type> source = {Scores<type>(plan, slice)};
       if constexpr (keys_in == KeysIn::registers) {
         return RegisterKeys<type, kRegisterTiles>{source, {}};
       } else {
@@ -133,7 +145,7 @@ __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
   Cluster cluster;
   meet(shared, cluster);
   const int64_t rows = p.source.rows();
-  for (int64_t row = blockIdx.x / cluster.size; row < rows; row += gridDim.x / cluster.size) {
+  for (int64_t row = blockIdx.x >> cluster.shift; row < rows; row += gridDim.x >> cluster.shift) {
     select_row<type, kBlock, keys_in>(p, row, warp_room, cluster, shared);
     cluster.sync();
     if (p.ready != nullptr && cluster.rank == 0 && threadIdx.x == 0) store_release(&p.ready[row], 1);

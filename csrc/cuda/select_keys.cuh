@@ -33,14 +33,15 @@ struct Scores {
   int64_t stride;
   bool wide;  // four scores are one aligned vector
 
-  __device__ explicit Scores(const RowPlan& plan)
+  __device__ Scores(const RowPlan& plan, const Slice& slice)
       : data(plan.scores),
         stride(plan.stride),
-        wide(stride == sizeof(Bits) && reinterpret_cast<uintptr_t>(data) % sizeof(Vector) == 0) {}
+        wide(stride == sizeof(Bits) &&
+             (reinterpret_cast<uintptr_t>(data) + slice.begin * sizeof(Bits)) % sizeof(Vector) == 0) {}
 
   __device__ __forceinline__ Raw load(uint32_t i, uint32_t end) const {
     Raw raw = {};
-    if (wide && i + 3 < end) {
+    if (wide && i < end && i + 3 < end) {  // key -1 is behind the end
       const Vector v = *reinterpret_cast<const Vector*>(data + int64_t{i} * sizeof(Bits));
       if constexpr (sizeof(Bits) == 4) {
         raw = {v.x, v.y, v.z, v.w};
@@ -71,26 +72,26 @@ struct StreamedKeys {
 
   template <class F>
   __device__ __forceinline__ void from(uint32_t begin, const Slice& slice, F&& f) const {
-    for (uint32_t tile = begin; tile < slice.end; tile += kAhead * kWarpTile) {
-      const uint32_t i = tile + 4 * lane_id();
+    for (uint32_t tile = begin; tile < slice.size; tile += kAhead * kWarpTile) {
+      const uint32_t i = slice.begin + tile + 4 * lane_id();
       typename Scores<type>::Raw raw[kAhead];
 #pragma unroll
       for (uint32_t t = 0; t < kAhead; ++t) raw[t] = scores.load(i + t * kWarpTile, slice.end);
 #pragma unroll
       for (uint32_t t = 0; t < kAhead; ++t) {
-        if (tile + t * kWarpTile < slice.end) f(i + t * kWarpTile, Scores<type>::keys(raw[t]));
+        if (tile + t * kWarpTile < slice.size) f(i + t * kWarpTile, Scores<type>::keys(raw[t]));
       }
     }
   }
 
   template <class F>
   __device__ __forceinline__ void first(const Slice& slice, F&& f) const {
-    from(slice.begin, slice, f);
+    from(0, slice, f);
   }
 
   template <class F>
   __device__ __forceinline__ void each(const Slice& slice, F&& f) const {
-    from(slice.begin, slice, f);
+    from(0, slice, f);
   }
 };
 
@@ -101,26 +102,23 @@ struct SharedKeys {
   uint32_t* kept;  // of this warp
   uint32_t room;   // keys, whole tiles
 
-  __device__ __forceinline__ uint4& at(const Slice& slice, uint32_t i) const {
-    return *reinterpret_cast<uint4*>(kept + (i - slice.begin));
-  }
+  __device__ __forceinline__ uint4& at(uint32_t key) const { return *reinterpret_cast<uint4*>(kept + key); }
 
   template <class F>
   __device__ __forceinline__ void first(const Slice& slice, F&& f) const {
-    source.from(slice.begin, slice, [&](uint32_t i, const Four& four) {
-      if (i - slice.begin < room) at(slice, i) = {four.key[0], four.key[1], four.key[2], four.key[3]};
+    source.from(0, slice, [&](uint32_t i, const Four& four) {
+      if (i - slice.begin < room) at(i - slice.begin) = {four.key[0], four.key[1], four.key[2], four.key[3]};
       f(i, four);
     });
   }
 
   template <class F>
   __device__ __forceinline__ void each(const Slice& slice, F&& f) const {
-    const uint32_t end = slice.end - slice.begin < room ? slice.end : slice.begin + room;
-    for (uint32_t tile = slice.begin; tile < end; tile += kWarpTile) {
-      const uint4 keys = at(slice, tile + 4 * lane_id());
-      f(tile + 4 * lane_id(), Four{keys.x, keys.y, keys.z, keys.w});
+    for (uint32_t tile = 0; tile < slice.size && tile < room; tile += kWarpTile) {
+      const uint4 keys = at(tile + 4 * lane_id());
+      f(slice.begin + tile + 4 * lane_id(), Four{keys.x, keys.y, keys.z, keys.w});
     }
-    source.from(end, slice, f);
+    source.from(room, slice, f);
   }
 };
 
@@ -146,10 +144,9 @@ struct RegisterKeys {
   __device__ __forceinline__ void each(const Slice& slice, F&& f) const {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      const uint32_t tile = slice.begin + t * kWarpTile;
-      if (tile < slice.end) f(tile + 4 * lane_id(), kept[t]);
+      if (t * kWarpTile < slice.size) f(slice.begin + t * kWarpTile + 4 * lane_id(), kept[t]);
     }
-    source.from(slice.begin + kTiles * kWarpTile, slice, f);
+    source.from(kTiles * kWarpTile, slice, f);
   }
 };
 

@@ -89,19 +89,17 @@ Status launch_clusters(KernelOf&& kernel_of, const SelectSize& x, Plan plan, int
                 .cluster = plan.cluster,
                 .dependent = x.device.clusters};
   };
-  Status status = allow(kernel_of(plan), grid_of(plan, 1), x.device);
-  int64_t active = INT64_MAX;
+  int64_t active = 0;
+  Status status = allow(kernel_of(plan), grid_of(plan, 1), x.device, active);
   // Large clusters are halved until all row sets run at once, as long as the keys stay on chip, or until one cluster
   // fits at all.
   while (status == cudaSuccess && plan.cluster > 1) {
-    active = active_clusters(kernel_of(plan), grid_of(plan, 1), stream);
     const Plan half = x.with_cluster(plan.cluster / 2);
     const bool spills = plan.on_chip && !half.on_chip;
     const bool waits = active < x.rows && plan.cluster > kPortableCluster && !spills;
     if (x.tuning.cluster > 0 || (active > 0 && !waits)) break;
     plan = half;
-    active = INT64_MAX;
-    status = allow(kernel_of(plan), grid_of(plan, 1), x.device);
+    status = allow(kernel_of(plan), grid_of(plan, 1), x.device, active);
   }
   if (status != cudaSuccess) return status;
   const int64_t wanted = int64_t{x.device.multiprocessors} * per_multiprocessor / plan.cluster;

@@ -7,9 +7,6 @@
 
 namespace lkv::cuda {
 
-// Registers are bounded so that this many threads share a multiprocessor.
-inline constexpr int kResidentThreads = 1024;
-
 // Kept are the first `sink` and last `window` valid tokens and the `wanted` best of the `count` tokens between.
 struct RowPlan {
   int64_t begin, length;  // valid positions
@@ -18,6 +15,7 @@ struct RowPlan {
   const char* scores;  // of the first token that competes
   int64_t stride;
   uint32_t count, wanted;
+  uint32_t lead;  // keys between the vector of four that the first score lies in and that score
 
   __device__ bool decided() const { return wanted == 0 || wanted == count; }
 };
@@ -25,7 +23,7 @@ struct RowPlan {
 __device__ inline RowPlan plan_row(const SelectParams& p, int64_t row) {
   // Loaded first, so that none of these waits for another.
   const int64_t out = p.cu_seqlens[row], end = p.cu_seqlens[row + 1], keep = p.lengths[row];
-  const Strided scores = p.scores[row / (p.source.heads * p.source.batch)];
+  const Strided scores = p.scores[p.source.layer_of(row)];
   const RowSet set = row_set(p.source, row);
   RowPlan plan;
   plan.begin = set.begin;
@@ -39,6 +37,7 @@ __device__ inline RowPlan plan_row(const SelectParams& p, int64_t row) {
   plan.wanted = static_cast<uint32_t>(plan.keep - plan.sink - plan.window);
   plan.scores = set.at(scores, set.begin + plan.sink);
   plan.stride = scores.token;
+  plan.lead = reinterpret_cast<uintptr_t>(plan.scores) >> (p.type == ScoreType::f32 ? 2 : 1) & 3;
   return plan;
 }
 
@@ -53,24 +52,28 @@ __device__ __forceinline__ const RowPlan& share_plan(RowPlan* shared, const Sele
 // so that ranks follow from how many keys the slices before keep. Parts are whole warp tiles.
 inline constexpr uint32_t kWarpTile = 4 * kWarp;
 
-// The part of one warp.
+// The part of one warp: `size` keys from key `begin` on, of which those in front of key 0 (where `begin` wraps) and
+// from `end` on are none.
 struct Slice {
-  uint32_t begin, end;
+  uint32_t begin, size, end;
 };
 
 LKV_HD uint32_t keys_per_warp(uint32_t count, uint32_t warps) {
   return ((count + warps - 1) / warps + kWarpTile - 1) / kWarpTile * kWarpTile;
 }
 
+// Slices begin at addresses of whole vectors of scores, up to three keys in front of the first, where parts do not grow
+// by that.
 template <int kBlock>
-__device__ __forceinline__ Slice slice_of(uint32_t count, uint32_t block, uint32_t blocks) {
+__device__ __forceinline__ Slice slice_of(const RowPlan& plan, uint32_t block, uint32_t blocks) {
   constexpr uint32_t warps = kBlock / kWarp;
-  const uint32_t part = keys_per_warp(count, blocks * warps);
+  const uint32_t part = keys_per_warp(plan.count, blocks * warps);
+  const bool fits = keys_per_warp(plan.count + plan.lead, blocks * warps) == part;
+  const uint32_t lead = fits ? plan.lead : 0, count = plan.count + lead;
   const auto upto = [&](uint64_t parts) { return static_cast<uint32_t>(parts * part < count ? parts * part : count); };
-  Slice slice;
-  slice.begin = upto(uint64_t{block} * warps + warp_id());
-  slice.end = upto(uint64_t{block} * warps + warp_id() + 1);
-  return slice;
+  const uint32_t begin = upto(uint64_t{block} * warps + warp_id());
+  const uint32_t end = upto(uint64_t{block} * warps + warp_id() + 1);
+  return {begin - lead, end - begin, end - lead};
 }
 
 }  // namespace lkv::cuda

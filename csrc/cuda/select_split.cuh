@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
   if (plan.decided()) return;
   const Pivot pivot = pivot_after<type>(shared, split.rows[row], plan, round);
   if (pivot.exact) return;
-  const Slice slice = slice_of<kBlock>(plan.count, blockIdx.x % split.blocks, split.blocks);
-  StreamedKeys<type> keys = {Scores<type>(plan)};
+  const Slice slice = slice_of<kBlock>(plan, blockIdx.x % split.blocks, split.blocks);
+  StreamedKeys<type> keys = {Scores<type>(plan, slice)};
   clear_histogram(shared->histogram);
   count_digits(keys, slice, pivot, round, shared->histogram);
   block_sync();
@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
   const RowPlan& plan = share_plan(&shared->plan, p, row);
   if (plan.decided()) return;
   const Pivot pivot = pivot_after<type>(shared, split.rows[row], plan, kRounds<type>);
-  const Slice slice = slice_of<kBlock>(plan.count, blockIdx.x % split.blocks, split.blocks);
-  const Counts counts = count_slice(StreamedKeys<type>{Scores<type>(plan)}, slice, pivot);
+  const Slice slice = slice_of<kBlock>(plan, blockIdx.x % split.blocks, split.blocks);
+  const Counts counts = count_slice(StreamedKeys<type>{Scores<type>(plan, slice)}, slice, pivot);
   if (lane_id() == 0) split.counts[int64_t{blockIdx.x} * warps + warp_id()] = counts;
 }
 
@@ -83,11 +83,11 @@ __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
   const RowPlan& plan = share_plan(&shared->plan, p, row);
   if (!plan.decided()) {
     const Pivot pivot = pivot_after<type>(shared, split.rows[row], plan, kRounds<type>);
-    const Slice slice = slice_of<kBlock>(plan.count, block, split.blocks);
+    const Slice slice = slice_of<kBlock>(plan, block, split.blocks);
     const Counts* counts = split.counts + row * split.blocks * warps;
     Counts before = 0;
     for (uint32_t i = lane_id(); i < block * warps + warp_id(); i += kWarp) before += counts[i];
-    emit_slice(StreamedKeys<type>{Scores<type>(plan)}, slice, pivot, warp_sum(before), plan.begin + plan.sink,
+    emit_slice(StreamedKeys<type>{Scores<type>(plan, slice)}, slice, pivot, warp_sum(before), plan.begin + plan.sink,
                p.positions + plan.out + plan.sink);
   }
   emit_decided(p, plan, row, int64_t{block} * kBlock + threadIdx.x, int64_t{split.blocks} * kBlock);

@@ -18,9 +18,10 @@ struct SoftLaunch {
 
   Status operator()(const Params& p, Stream stream, const Tuning& tuning) const {
     const int64_t rows = p.rows.count();
+    if (rows == 0) return cudaSuccess;
     Device device;
-    Status status = Device::current(device);
-    if (status != cudaSuccess || rows == 0) return status;
+    Status status = Device::of(kernel, device);
+    if (status != cudaSuccess) return status;
     if (std::max(p.rows.length, rows) > kMaxBlocks) return cudaErrorInvalidValue;
     int64_t fits = (device.shared_per_block - static_cast<int64_t>(fixed)) / static_cast<int64_t>(item);
     if (tuning.resident >= 0) fits = std::min<int64_t>(fits, tuning.resident);
@@ -37,10 +38,10 @@ struct SoftLaunch {
                          .block = block,
                          .shared = fixed + static_cast<size_t>(on_chip) * item,
                          .cluster = cluster};
-      status = allow(kernel, grid, device);
-      if (status != cudaSuccess || cluster == 1 || active_clusters(kernel, grid, stream) > 0) {
-        return status != cudaSuccess ? status : launch(kernel, grid, stream, p, static_cast<int>(on_chip));
-      }
+      int64_t active = 0;
+      status = allow(kernel, grid, device, active);
+      if (status != cudaSuccess) return status;
+      if (active > 0) return launch(kernel, grid, stream, p, static_cast<int>(on_chip));
     }
   }
 };

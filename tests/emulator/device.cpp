@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "scheduler.h"
+#include "weak.h"
 
 namespace emulator {
 namespace {
@@ -37,39 +38,47 @@ void block_barrier(Where where) {
                        place(where));
     }
   }
-  if (!barrier.arrive()) {
+  if (barrier.arrive(self)) {
+    scheduler().release(&barrier.waiting);
+    scheduler().preemption_point();
+  } else {
     barrier.waiting.push_back(&self);
     scheduler().wait("block barrier", where);
-    return;
   }
-  scheduler().release(&barrier.waiting);
-  scheduler().preemption_point();
+  self.known = barrier.known;
 }
 
+// Code that was compiled for an older architecture has none of what follows, whatever device it runs on.
+
 void cluster_arrive(Where where) {
+  if (scheduler().old_code()) return;
   Thread& self = scheduler().current();
   if (self.arrived_at_cluster) scheduler().fail("second arrival at a cluster barrier without a wait, " + place(where));
   Barrier& barrier = self.block->cluster->barrier;
   self.arrived_at_cluster = true;
   self.arrival = barrier.phase;
-  if (barrier.arrive()) scheduler().release(&barrier.waiting);
+  if (barrier.arrive(self)) scheduler().release(&barrier.waiting);
   scheduler().preemption_point();
 }
 
 void cluster_wait(Where where) {
+  if (scheduler().old_code()) return block_barrier(where);
   Thread& self = scheduler().current();
   if (!self.arrived_at_cluster) scheduler().fail("wait at a cluster barrier without an arrival, " + place(where));
   self.arrived_at_cluster = false;
   Barrier& barrier = self.block->cluster->barrier;
-  if (self.arrival != barrier.phase) return;
-  barrier.waiting.push_back(&self);
-  scheduler().wait("cluster barrier", where);
+  if (self.arrival == barrier.phase) {
+    barrier.waiting.push_back(&self);
+    scheduler().wait("cluster barrier", where);
+  }
+  self.known = std::max(self.known, barrier.known);
 }
 
 unsigned cluster_rank() {
-  return scheduler().current().block->rank;
+  return scheduler().old_code() ? 0 : scheduler().current().block->rank;
 }
 unsigned cluster_size() {
+  if (scheduler().old_code()) return 1;
   return static_cast<unsigned>(scheduler().current().block->cluster->blocks.size());
 }
 unsigned lane() {
@@ -89,7 +98,7 @@ std::array<uint64_t, 32> warp_exchange(const char* kind, uint32_t mask, uint64_t
   auto& pending = warp.pending;
   auto found = std::find_if(pending.begin(), pending.end(), [&](const auto& o) { return o->mask == mask; });
   if (found == pending.end()) {
-    pending.push_back(std::make_shared<WarpOperation>(WarpOperation{kind, mask, 0, {}, {}}));
+    pending.push_back(std::make_shared<WarpOperation>(WarpOperation{kind, mask}));
     found = pending.end() - 1;
   }
   const std::shared_ptr<WarpOperation> operation = *found;
@@ -99,6 +108,7 @@ std::array<uint64_t, 32> warp_exchange(const char* kind, uint32_t mask, uint64_t
   }
   operation->arrived |= uint32_t{1} << lane;
   operation->words[lane] = value;
+  operation->known = std::max(operation->known, self.known);
   if (operation->arrived != mask) {
     operation->waiting.push_back(&self);
     scheduler().wait(kind, where);
@@ -107,6 +117,7 @@ std::array<uint64_t, 32> warp_exchange(const char* kind, uint32_t mask, uint64_t
     scheduler().release(&operation->waiting);
     scheduler().preemption_point();
   }
+  if (same_text(kind, "__syncwarp")) self.known = operation->known;  // the others order no memory
   return operation->words;
 }
 
@@ -117,6 +128,7 @@ void stale_lane(const char* kind, uint32_t mask, unsigned source, Where where) {
 }
 
 void preemption_point() {
+  weak::settle();
   scheduler().preemption_point();
 }
 void progress() {
@@ -124,6 +136,12 @@ void progress() {
 }
 void publish() {
   scheduler().publish();
+}
+void acquired(const void* flag) {
+  weak::acquire(flag);
+}
+void released(const void* flag) {
+  weak::release(flag);
 }
 void spin_pause(Where where) {
   scheduler().pause(where);
@@ -134,6 +152,7 @@ void* shared_memory() {
 }
 
 void* shared_memory_of(const void* own, unsigned rank, Where where) {
+  if (scheduler().old_code()) return const_cast<void*>(own);
   const Block& block = *scheduler().current().block;
   const auto& blocks = block.cluster->blocks;
   const auto offset = reinterpret_cast<uintptr_t>(own) - reinterpret_cast<uintptr_t>(block.shared);
@@ -146,13 +165,19 @@ void* shared_memory_of(const void* own, unsigned rank, Where where) {
 }
 
 void grid_dependency_wait(Where where) {
+  if (scheduler().old_code()) return preemption_point();
   Grid* before = scheduler().current().block->cluster->grid->before.get();
-  if (before == nullptr || before->finished) return scheduler().preemption_point();
-  before->waiting.push_back(&scheduler().current());
-  scheduler().wait("grid dependency", where);
+  if (before == nullptr || before->finished) {
+    preemption_point();
+  } else {
+    before->waiting.push_back(&scheduler().current());
+    scheduler().wait("grid dependency", where);
+  }
+  weak::wait_for_all();
 }
 
 void trigger_dependents() {
+  if (scheduler().old_code()) return;
   scheduler().trigger();
 }
 

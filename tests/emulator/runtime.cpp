@@ -1,9 +1,13 @@
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <tuple>
 
 #include "scheduler.h"
+#include "weak.h"
 
 // The host side of the shim: what a device would refuse is refused here.
 
@@ -25,17 +29,27 @@ struct KernelAttributes {
   bool large_clusters = false;
 };
 
-// Launches may come from several threads.
+// The device that the host has at this moment: one for every size and architecture that was ever configured, so that
+// what a launcher remembers of one is not what another one is.
+int device() {
+  static std::mutex door;
+  static std::map<std::tuple<int, int, int>, int> devices;
+  const Options& options = Scheduler::instance().options();
+  std::lock_guard lock(door);
+  return devices.emplace(std::tuple(options.resident, options.capability, options.code), devices.size()).first->second;
+}
+
+// Of every kernel on every device. Launches may come from several threads.
 class Attributes {
  public:
   KernelAttributes of(const void* kernel) {
     std::lock_guard lock(door_);
-    return map_[kernel];
+    return map_[{kernel, device()}];
   }
   template <class F>
   void change(const void* kernel, F&& f) {
     std::lock_guard lock(door_);
-    f(map_[kernel]);
+    f(map_[{kernel, device()}]);
   }
 
   static Attributes& instance() {
@@ -45,8 +59,10 @@ class Attributes {
 
  private:
   std::mutex door_;
-  std::unordered_map<const void*, KernelAttributes> map_;
+  std::map<std::pair<const void*, int>, KernelAttributes> map_;
 };
+
+std::atomic<unsigned> questions = 0;
 
 uint64_t volume(dim3 d) {
   return uint64_t{d.x} * d.y * d.z;
@@ -77,6 +93,7 @@ cudaError_t host_task(cudaStream_t stream, Body body) {
 }  // namespace
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  ++questions;
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
     if (value < 0 || static_cast<size_t>(value) > limits().shared_optin) return cudaErrorInvalidValue;
     Attributes::instance().change(kernel, [&](auto& own) { own.shared_bytes = static_cast<size_t>(value); });
@@ -87,12 +104,23 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int v
   return cudaSuccess;
 }
 
+cudaError_t get_attributes(cudaFuncAttributes* attributes) {
+  ++questions;
+  const Options& options = Scheduler::instance().options();
+  *attributes = {.ptxVersion = options.code, .binaryVersion = options.capability};
+  return cudaSuccess;
+}
+
+// Of clusters alone: some drivers refuse whatever else a launch has, and then a launcher would do without clusters.
 cudaError_t active_clusters(int* clusters, const cudaLaunchConfig_t& config) {
+  ++questions;
   unsigned size = 1;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const cudaLaunchAttribute& a = config.attrs[i];
-    if (a.id == cudaLaunchAttributeClusterDimension)
-      size = a.val.clusterDim.x * a.val.clusterDim.y * a.val.clusterDim.z;
+    if (a.id != cudaLaunchAttributeClusterDimension) {
+      Scheduler::instance().fail("cudaOccupancyMaxActiveClusters of more than a cluster");
+    }
+    size = a.val.clusterDim.x * a.val.clusterDim.y * a.val.clusterDim.z;
   }
   if (size == 0 || size > limits().cluster) return cudaErrorInvalidClusterSize;
   *clusters = Scheduler::instance().options().resident / static_cast<int>(size);
@@ -102,6 +130,7 @@ cudaError_t active_clusters(int* clusters, const cudaLaunchConfig_t& config) {
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, Body body) {
   auto grid = std::make_shared<Grid>();
   grid->body = std::move(body);
+  grid->kernel = true;
   grid->blocks = config.gridDim;
   grid->threads = config.blockDim;
   grid->shared_bytes = config.dynamicSmemBytes;
@@ -116,8 +145,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, Body bo
   }
   if (const cudaError_t error = check(config, kernel, *grid); error != cudaSuccess) return error;
   grid->cluster_count = volume(grid->blocks) / volume(grid->cluster);
-  Scheduler::instance().launch(config.stream, std::move(grid));
-  return cudaSuccess;
+  return Scheduler::instance().launch(config.stream, std::move(grid)) ? cudaSuccess : cudaErrorNotSupported;
 }
 
 }  // namespace emulator
@@ -148,12 +176,13 @@ cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulator::device();
   return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return cudaErrorInvalidDevice;
+  if (device != emulator::device()) return cudaErrorInvalidDevice;
+  ++emulator::questions;
   const emulator::Options& options = Scheduler::instance().options();
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
@@ -182,11 +211,18 @@ cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t st
   return emulator::host_task(stream, [=] { std::memset(data, value, bytes); });
 }
 
-int emulator_configure(const char* schedule, unsigned long long seed, int resident, int capability, int eager) {
-  emulator::Options options{emulator::Schedule::in_order, seed, resident, capability, eager != 0};
-  if (!emulator::parse(schedule, &options.schedule) || resident < 1 || (capability != 80 && capability != 90)) return 1;
+int emulator_configure(const char* schedule, unsigned long long seed, int resident, int capability, int code,
+                       int eager) {
+  const auto known = [](int architecture) { return architecture == 80 || architecture == 90; };
+  emulator::Options options{emulator::Schedule::in_order, seed, resident, capability, code, eager != 0};
+  if (!emulator::parse(schedule, &options.schedule) || resident < 1) return 1;
+  if (!known(capability) || !known(code) || code > capability) return 1;
   Scheduler::instance().configure(options);
   return 0;
+}
+
+unsigned emulator_questions() {
+  return emulator::questions;
 }
 
 void emulator_synchronize() {
@@ -194,12 +230,21 @@ void emulator_synchronize() {
 }
 
 void* emulator_allocate(size_t bytes) {
+#if defined(LKV_EMULATOR_WEAK)
+  void* data = emulator::weak::allocate(bytes);
+  if (data == nullptr) return nullptr;
+#else
   void* data = nullptr;
   if (posix_memalign(&data, 256, bytes) != 0) return nullptr;
+#endif
   std::memset(data, 0xa5, bytes);
   return data;
 }
 
 void emulator_free(void* data) {
+#if defined(LKV_EMULATOR_WEAK)
+  if (data != nullptr) emulator::weak::free();
+#else
   std::free(data);
+#endif
 }

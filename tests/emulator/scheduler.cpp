@@ -5,6 +5,8 @@
 #include <cstring>
 #include <new>
 
+#include "weak.h"
+
 #if defined(LKV_EMULATOR_ASAN)
 #include <sanitizer/asan_interface.h>
 #define LKV_POISON(data, bytes) __asan_poison_memory_region(data, bytes)
@@ -55,7 +57,9 @@ Scheduler::Scheduler() {
   Options options;
   if (const char* name = std::getenv("LKV_EMULATOR_SCHEDULE")) parse(name, &options.schedule);
   if (const char* seed = std::getenv("LKV_EMULATOR_SEED")) options.seed = std::strtoull(seed, nullptr, 10);
-  if (const char* capability = std::getenv("LKV_EMULATOR_CAPABILITY")) options.capability = std::atoi(capability);
+  if (const char* capability = std::getenv("LKV_EMULATOR_CAPABILITY")) {
+    options.capability = options.code = std::atoi(capability);
+  }
   options.eager = std::getenv("LKV_EMULATOR_EAGER") != nullptr;
   configure(options);
 }
@@ -64,16 +68,19 @@ void Scheduler::configure(const Options& options) {
   options_ = options;
   policy_ = Policy(options.schedule, options.seed);
   garbage_ = Random(~options.seed);
+  weak::seed(options.seed);
 }
 
-void Scheduler::launch(cudaStream_t stream, std::shared_ptr<Grid> grid) {
+bool Scheduler::launch(cudaStream_t stream, std::shared_ptr<Grid> grid) {
   std::lock_guard lock(door_);
   auto& last = last_[stream];
+  if (grid->programmatic && last && !last->kernel) return false;
   grid->ordinal = launches_++;
   grid->before = last;
   last = grid;
   grids_.push_back(std::move(grid));
   if (options_.eager) run();
+  return true;
 }
 
 void Scheduler::run() {
@@ -106,6 +113,8 @@ void Scheduler::admit() {
 }
 
 void Scheduler::start_cluster(Grid& grid) {
+  // A dependent launch promises nothing about the grid in front of it, even once that has ended.
+  if (grid.clusters_started == 0) grid.known = grid.programmatic && grid.before ? grid.before->known : weak::tick();
   auto cluster = std::make_unique<Cluster>();
   cluster->grid = &grid;
   const dim3 c = grid.cluster;
@@ -148,6 +157,7 @@ void Scheduler::start_block(Block& block) {
     block.warps[i / 32].live |= uint32_t{1} << (i % 32);
     thread.block = &block;
     thread.index = i;
+    thread.known = grid.known;
     thread.priority = policy_.priority(sequence_++, warp_draw);
     thread.fiber.prepare(stacks_.take(), thread_entry, &thread);
     make_ready(thread);
@@ -195,6 +205,7 @@ void Scheduler::resume(Thread& thread) {
   threadIdx = {thread.index % blockDim.x, thread.index / blockDim.x % blockDim.y,
                thread.index / blockDim.x / blockDim.y};
   thread.fiber.resume();
+  weak::settle();
   current_ = nullptr;
 }
 

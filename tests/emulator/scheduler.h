@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <array>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -33,7 +35,8 @@ struct Thread {
   uint64_t arrival = 0;            // phase of the cluster barrier it arrived in
   const char* waits_at = nullptr;  // kind of the barrier, nullptr while runnable
   Where where;
-  uint32_t mask = 0;  // of a warp operation
+  uint32_t mask = 0;   // of a warp operation
+  uint32_t known = 0;  // up to when it knows what other grids wrote (see weak.h)
 };
 
 // Complete when `expected` threads have come; a thread that exited never comes.
@@ -41,10 +44,12 @@ struct Barrier {
   unsigned expected = 0;
   unsigned arrived = 0;
   uint64_t phase = 0;
+  uint32_t known = 0;  // what all that have come know
   std::vector<Thread*> waiting;
 
   // True for the thread that completes the phase.
-  bool arrive() {
+  bool arrive(const Thread& thread) {
+    known = std::max(known, thread.known);
     if (++arrived < expected) return false;
     arrived = 0;
     ++phase;
@@ -56,6 +61,7 @@ struct WarpOperation {
   const char* kind;
   uint32_t mask;
   uint32_t arrived = 0;
+  uint32_t known = 0;
   std::array<uint64_t, 32> words{};
   std::vector<Thread*> waiting;
 };
@@ -89,8 +95,10 @@ struct Grid {
   dim3 blocks, threads, cluster;
   size_t shared_bytes = 0;
   bool programmatic = false;  // may start once the grid before it has been triggered by all of its blocks
+  bool kernel = false;        // else something that the host asked for
   std::shared_ptr<Grid> before;
   unsigned ordinal = 0;
+  uint32_t known = 0;  // of its threads when they begin
 
   uint64_t clusters_started = 0, cluster_count = 0;
   uint64_t blocks_live = 0, blocks_released = 0;  // released: triggered or exited
@@ -108,7 +116,8 @@ struct Options {
   Schedule schedule = Schedule::in_order;
   uint64_t seed = 0;
   int resident = 16;
-  int capability = 90;
+  int capability = 90;  // of the device
+  int code = 90;        // what the kernels were compiled for, if only just in time for the device
   bool eager = false;
 };
 
@@ -118,11 +127,14 @@ class Scheduler {
 
   void configure(const Options& options);
   const Options& options() const { return options_; }
-  void launch(cudaStream_t stream, std::shared_ptr<Grid> grid);
+  // False for a dependent launch behind something that is no kernel, which a stream capture may refuse.
+  bool launch(cudaStream_t stream, std::shared_ptr<Grid> grid);
   void run();
 
   // For the running thread.
+  bool runs() const { return current_ != nullptr; }
   Thread& current() { return *current_; }
+  bool old_code() const { return options_.code < 90; }
   void wait(const char* kind, Where where);
   void release(std::vector<Thread*>* threads);
   void preemption_point();

@@ -42,6 +42,10 @@ struct Source {
   RowInts lengths, starts;    // the valid range [starts, starts + lengths) of each row set (ragged: starts = 0)
 
   LKV_HD int64_t rows() const { return layers * batch * heads; }
+  LKV_HD int64_t layer_of(int64_t row) const { return quotient(row, batch * heads); }
+
+  // Of row sets, of which there are less than 2^31: a division of 64 bits is a call on a GPU.
+  LKV_HD static int64_t quotient(int64_t a, int64_t b) { return static_cast<uint32_t>(a) / static_cast<uint32_t>(b); }
 };
 
 // One row set found: its coordinates, where its token 0 lies, and its valid range in its own coordinates.
@@ -60,14 +64,24 @@ LKV_HD int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
 }
 
-LKV_HD RowSet row_set(const Source& s, int64_t row) {
+struct PlainLoad {
+  template <class T>
+  LKV_HD T operator()(const T* p) const {
+    return *p;
+  }
+};
+
+// `load`: how the tables are read.
+template <class Load = PlainLoad>
+LKV_HD RowSet row_set(const Source& s, int64_t row, Load load = {}) {
   RowSet r;
-  r.h = row % s.heads;
-  r.b = row / s.heads % s.batch;
-  r.layer = row / s.heads / s.batch;
-  const int64_t tokens = s.tokens[r.layer];
-  r.origin = s.cu_seqlens ? clamp(s.cu_seqlens[row], 0, tokens) : 0;
-  r.limit = s.cu_seqlens ? clamp(s.cu_seqlens[row + 1], r.origin, tokens) - r.origin : tokens;
+  const int64_t sequence = Source::quotient(row, s.heads);  // over all layers
+  r.layer = Source::quotient(sequence, s.batch);
+  r.b = sequence - r.layer * s.batch;
+  r.h = row - sequence * s.heads;
+  const int64_t tokens = load(s.tokens + r.layer);
+  r.origin = s.cu_seqlens ? clamp(load(s.cu_seqlens + row), 0, tokens) : 0;
+  r.limit = s.cu_seqlens ? clamp(load(s.cu_seqlens + row + 1), r.origin, tokens) - r.origin : tokens;
   r.begin = clamp(s.starts.at(r.layer, r.b, r.h), 0, r.limit);
   r.length = clamp(s.lengths.at(r.layer, r.b, r.h), 0, r.limit - r.begin);
   return r;

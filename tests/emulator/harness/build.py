@@ -38,13 +38,15 @@ def configure(source: Path, folder: Path, *definitions: str) -> list[str | Path]
     return [program("cmake"), "-S", source, "-B", folder, "-DCMAKE_CXX_COMPILER=g++", *generator, *definitions]
 
 
-def build(name: str, target: str, *, sanitize: bool, kernels: Path = KERNELS) -> Path:
+def build(name: str, target: str, *, sanitize: bool = False, weak: bool = False, kernels: Path = KERNELS) -> Path:
     """Configures once, then builds what changed; returns the build folder. Safe to call from several processes."""
     folder = build_root() / name
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_suffix(".lock")):
         if not (folder / "CMakeCache.txt").exists():
-            flags = [f"-DLKV_EMULATOR_SANITIZE={'ON' if sanitize else 'OFF'}", "-DLKV_EMULATOR_OPTIMIZE=-O1"]
+            flags = [f"-DLKV_EMULATOR_{name}={'ON' if on else 'OFF'}" for name, on in
+                     (("SANITIZE", sanitize), ("WEAK", weak))]  # fmt: skip
+            flags.append("-DLKV_EMULATOR_OPTIMIZE=-O1")
             checked(configure(EMULATOR, folder, *flags, f"-DLKV_CUDA_DIR={kernels}"))
         checked([program("cmake"), "--build", folder, "--target", target, "--parallel", "2"])
     return folder

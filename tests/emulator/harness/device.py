@@ -32,6 +32,7 @@ class Schedule:
     seed: int = 0
     resident: int = 16
     capability: int = 90
+    code: int = 90  # what the kernels were compiled for
 
 
 class Emulator:
@@ -42,7 +43,7 @@ class Emulator:
         lib.emulator_allocate.restype = c_void_p
         lib.emulator_allocate.argtypes = [c_size_t]
         lib.emulator_free.argtypes = [c_void_p]
-        lib.emulator_configure.argtypes = [c_char_p, c_ulonglong, c_int, c_int, c_int]
+        lib.emulator_configure.argtypes = [c_char_p, c_ulonglong, c_int, c_int, c_int, c_int]
         lib.driver_upload.argtypes = [c_void_p, c_void_p, c_size_t]
         lib.driver_rooms.argtypes = [POINTER(RoomsParams), c_void_p, c_void_p, c_size_t, POINTER(Tuning)]
         lib.driver_select_scratch.argtypes = [c_int64, c_int64, POINTER(Tuning)]
@@ -69,7 +70,8 @@ class Emulator:
     def configure(self, schedule: Schedule, tuning: Tuning) -> None:
         self._tuning = tuning
         name = schedule.name.encode()
-        if self._lib.emulator_configure(name, schedule.seed, schedule.resident, schedule.capability, 0) != 0:
+        where = (schedule.resident, schedule.capability, schedule.code)
+        if self._lib.emulator_configure(name, schedule.seed, *where, 0) != 0:
             raise ValueError(f"not a schedule: {schedule}")
 
     def empty(self, size: int, dtype: np.typing.DTypeLike) -> np.ndarray:
@@ -127,6 +129,10 @@ class Emulator:
 
     def soft_topk_grad(self, p: SoftTopkGradParams) -> None:
         self._check(self._lib.driver_soft_topk_grad(p, self._tuning))
+
+    def questions(self) -> int:
+        """How often launchers have asked the device anything."""
+        return self._lib.emulator_questions()
 
     def synchronize(self) -> None:
         self._lib.emulator_synchronize()

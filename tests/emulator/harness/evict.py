@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from harness import oracle
@@ -24,8 +26,8 @@ class Run:
 
     def __init__(self, emulator: Emulator, case: Case, schedule: Schedule) -> None:
         self.emulator, self.case = emulator, case
-        cluster = min(case.cluster, 1) if schedule.capability < 90 else case.cluster
-        bulk = case.bulk if schedule.capability >= 90 else 0
+        cluster = min(case.cluster, 1) if schedule.code < 90 else case.cluster
+        bulk = case.bulk if schedule.code >= 90 else 0
         emulator.configure(schedule, Tuning(case.block, cluster, case.splits, case.resident_keys, case.registers,
                                             case.fused, bulk))  # fmt: skip
 
@@ -68,6 +70,9 @@ class Run:
         want = oracle.rooms(sets, layout)
         source = self.source(sets.cu_seqlens)
         lengths, cu_seqlens = emulator.empty(sets.count, np.int32), emulator.empty(sets.count + 1, np.int32)
+        # What a call with other budgets has left at the same addresses: a stale load finds it.
+        before = oracle.rooms(replace(sets, budgets=sets.budgets[..., ::-1] // 2), layout)
+        lengths[:], cu_seqlens[:] = before.lengths, before.cu_seqlens
         overflow, ready = emulator.empty(1, np.int32), emulator.empty(sets.count, np.uint32)
         # The tokens of the layers travel with the rooms, which read them, and other bytes behind them.
         others = np.random.default_rng(sets.count).integers(0, 256, sets.count * 37, dtype=np.uint8)
@@ -147,12 +152,13 @@ class Run:
     ) -> tuple[GatherParams, list[np.ndarray]]:
         total = self.case.layout.total
         placed = [[self.strided(layer, fill=0x5A) for layer in payload] for payload in self.case.payloads]
-        inputs = self.emulator.structs([one for payload in placed for one, _ in payload])
         out = [self.emulator.empty(total * size, np.uint8) for size in self.sizes]
-        outputs = self.table(np.array([pointer(o) for o in out], np.uint64))
-        row_bytes = self.table(np.array(self.sizes, np.int64))
-        gather = GatherParams(source, len(out), pointer(inputs), pointer(outputs), pointer(row_bytes),
-                              pointer(positions), pointer(cu_seqlens), total, pointer(ready), False)  # fmt: skip
+        strides = b"".join(bytes(one) for payload in placed for one, _ in payload)
+        numbers = np.array([*map(pointer, out), *self.sizes], np.int64)
+        tables = pointer(self.table(np.concatenate([np.frombuffer(strides, np.int64), numbers])))
+        outputs = tables + len(strides)
+        gather = GatherParams(source, len(out), tables, outputs, outputs + 8 * len(out), pointer(positions),
+                              pointer(cu_seqlens), total, pointer(ready), False)  # fmt: skip
         return gather, [o.reshape(total, size) for o, size in zip(out, self.sizes, strict=True)]
 
     @property
@@ -170,6 +176,32 @@ def check_upload(emulator: Emulator) -> None:
             kept, host[:] = host.copy(), 0
             emulator.synchronize()
             oracle.same(f"{size} bytes uploaded", memory, np.concatenate([before, kept]))
+
+
+def check_no_row_sets(emulator: Emulator) -> None:
+    """All of the output is slack, and no select is in front of the gather."""
+    total, size = 70, 16
+    none = RowInts(None, 0, 0, 0, 0, False)
+    source = Source(1, 0, 3, pointer(emulator.copy(np.array([5]))), None, none, none)
+    cu_seqlens, positions = emulator.copy(np.zeros(1, np.int32)), emulator.empty(total, np.int32)
+    out, ready = emulator.empty(total * size, np.uint8), emulator.empty(1, np.uint32)
+    inputs, outputs = emulator.empty(32, np.uint8), emulator.copy(np.array([pointer(out)], np.uint64))
+    select = SelectParams(source, None, 0, 0, 0, pointer(emulator.empty(0, np.int32)), pointer(cu_seqlens), total,
+                          pointer(positions), pointer(ready))  # fmt: skip
+    gather = GatherParams(source, 1, pointer(inputs), pointer(outputs), pointer(emulator.copy(np.array([size]))),
+                          pointer(positions), pointer(cu_seqlens), total, pointer(ready), False)  # fmt: skip
+    emulator.evict(select, gather, 0, out.size)
+    emulator.synchronize()
+    oracle.same("positions of no row sets", positions, np.full(total, -1))
+    oracle.same("rows of no row sets", out, np.zeros(out.size))
+
+
+def check_questions(emulator: Emulator, seed: int, schedule: Schedule) -> None:
+    """A call like one before it asks the device nothing."""
+    for _ in range(2):
+        before = emulator.questions()
+        Run(emulator, make_case(seed), schedule).run()
+    oracle.same("questions of a second call", emulator.questions(), before)
 
 
 def run(emulator: Emulator, seed: int, schedule: Schedule) -> None:

@@ -29,7 +29,9 @@ def main(library: str, suite: str, first: int, count: int, names: list[str], var
         emulator.configure(Schedule(names[0]), Tuning())
         try:
             evict.check_upload(emulator)
-        except AssertionError as error:
+            evict.check_no_row_sets(emulator)
+            evict.check_questions(emulator, first, Schedule(names[0]))
+        except (AssertionError, RuntimeError) as error:
             print(error, file=sys.stderr)
             return 1
         emulator.free_all()
@@ -37,7 +39,8 @@ def main(library: str, suite: str, first: int, count: int, names: list[str], var
         draw = np.random.default_rng((seed, variant))
         for name in names:
             resident, capability = int(draw.choice([1, 3, 8, 16, 64])), int(draw.choice([80, 90, 90]))
-            schedule = Schedule(name, int(draw.integers(2**32)), resident, capability)
+            code = int(draw.choice([80, capability, capability]))
+            schedule = Schedule(name, int(draw.integers(2**32)), resident, capability, code)
             try:
                 SUITES[suite](emulator, seed, schedule)
             except (AssertionError, RuntimeError) as error:

@@ -89,6 +89,11 @@ enum cudaFuncAttribute {
   cudaFuncAttributeNonPortableClusterSizeAllowed = 13,
 };
 
+struct cudaFuncAttributes {
+  int ptxVersion;     // what the code was compiled for
+  int binaryVersion;  // what it was translated to
+};
+
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
@@ -106,11 +111,17 @@ cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t st
 
 namespace emulator {
 
+cudaError_t get_attributes(cudaFuncAttributes* attributes);
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t active_clusters(int* clusters, const cudaLaunchConfig_t& config);
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, Body body);
 
 }  // namespace emulator
+
+template <class... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+  return emulator::get_attributes(attributes);
+}
 
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {

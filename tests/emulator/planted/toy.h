@@ -14,13 +14,19 @@ namespace toy {
 
 using Run = int (*)(bool broken);
 
-inline std::map<std::string, Run>& toys() {
-  static std::map<std::string, Run> map;
+struct Toy {
+  Run run;
+  int code;
+};
+
+inline std::map<std::string, Toy>& toys() {
+  static std::map<std::string, Toy> map;
   return map;
 }
 
 struct Register {
-  Register(const char* name, Run run) { toys()[name] = run; }
+  // `code`: what the kernels of the toy were compiled for.
+  Register(const char* name, Run run, int code = 90) { toys()[name] = {run, code}; }
 };
 
 struct Shape {

@@ -29,6 +29,9 @@ void preemption_point();
 void progress();
 // The same of a flag that others wait for; they may look at once.
 void publish();
+// A flag is read or written in order with what the thread does behind or in front of it.
+void acquired(const void* flag);
+void released(const void* flag);
 void spin_pause(Where where);
 
 void* shared_memory();

@@ -16,6 +16,9 @@
 
 #define LKV_GRID_CONSTANT __grid_constant__
 
+// What orders memory is never stale (see weak.h).
+#define LKV_STRONG __attribute__((no_sanitize("thread")))
+
 namespace lkv::cuda {
 
 template <class T>
@@ -45,19 +48,29 @@ T* map_shared_rank(T* local, uint32_t rank, emulator::Where where = emulator::Wh
   return reinterpret_cast<T*>(emulator::shared_memory_of(local, rank, where));
 }
 
-inline uint32_t load_acquire(const uint32_t* flag) {
+LKV_STRONG inline uint32_t load_acquire(const uint32_t* flag) {
   emulator::preemption_point();
+  emulator::acquired(flag);
   return *flag;
 }
 
-inline void store_release(uint32_t* flag, uint32_t value) {
+template <class T>
+LKV_STRONG T load_relaxed(const T* p) {
   emulator::preemption_point();
+  return *p;
+}
+
+LKV_STRONG inline void store_release(uint32_t* flag, uint32_t value) {
+  emulator::preemption_point();
+  emulator::released(flag);
   *flag = value;
   emulator::publish();
 }
 
-inline uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
+LKV_STRONG inline uint32_t add_acquire_release(uint32_t* counter, uint32_t value) {
   emulator::preemption_point();
+  emulator::acquired(counter);
+  emulator::released(counter);
   const uint32_t before = *counter;
   *counter += value;
   emulator::publish();
@@ -187,7 +200,7 @@ inline int __popc(unsigned x) {
   return std::popcount(x);
 }
 template <class T>
-T atomicAdd(T* address, std::type_identity_t<T> value) {
+LKV_STRONG T atomicAdd(T* address, std::type_identity_t<T> value) {
   emulator::preemption_point();
   const T before = *address;
   *address = before + value;
