@@ -20,7 +20,7 @@ DISASSEMBLER := "nvidia-cuda-cuobjdump==13.5.37; sys_platform == 'linux'" "nvidi
 $(VENV)/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q "$(TORCH)" "setuptools>=77" wheel cmake ninja pybind11 numpy \
-	  "transformers>=4.56" accelerate tqdm pytest pytest-benchmark hypothesis matplotlib rapidfuzz $(DISASSEMBLER)
+	  "transformers>=4.56" accelerate tqdm pytest pytest-benchmark hypothesis matplotlib rapidfuzz peft $(DISASSEMBLER)
 	touch $@
 
 build: $(VENV)/ready

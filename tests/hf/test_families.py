@@ -17,7 +17,6 @@ import lkv
 from lkv.hf.versions import RecurrentLayer, is_recurrent, stage_of_generate
 from lkv.policies import AdaKV, SnapKV
 
-RECURRENT = {"jamba", "qwen3_next", "qwen3_5", "nemotron_h"}
 ONE, THREE = [41], [41, 29, 9]
 # Behind a turn, padding moves what windows and recurrent states see, in transformers' own cache too: none is there.
 TURNS = {"one": [turn(ONE, 6), turn([13], 6, seed=1)], "padded": [turn(THREE, 6), turn([13] * 3, 6, seed=1)]}
@@ -28,12 +27,12 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     name, config, _ = UNLIKE[request.param]
     if not hasattr(transformers, config):
         pytest.skip(f"no {name} in this transformers")
-    if request.param in RECURRENT and RecurrentLayer is None:
-        with pytest.raises(
-            ValueError, match="has recurrent layers, for which this version of transformers has no cache"
-        ):
+    if RecurrentLayer is None:  # an older transformers: right, or refused
+        try:
             lkv.Cache(build(request.param), retention=0.5)
-        pytest.skip("refused, and says so")
+        except ValueError as error:
+            assert "expected a model whose full-attention layers can be evicted" in str(error)
+            pytest.skip(str(error))
     return build(request.param)
 
 
@@ -51,6 +50,8 @@ def test_all_kept(model, shape):
 def test_a_third_kept(model, shape, chunks):
     """As the same tokens at once with what was evicted masked."""
     turns, policy = TURNS[shape], AdaKV(SnapKV(window=4))
+    if RecurrentLayer is None and model is build("gemma3n"):
+        pytest.skip("without a cache this transformers lets layers that share keys make their own")
     recurrent = any(map(is_recurrent, DynamicCache(config=model.config).layers))
     if recurrent:
         turns = turns[:1]  # some of transformers' recurrent layers begin anew where several tokens follow
@@ -194,9 +195,13 @@ def test_generate_is_seen_through():
     hook = model.register_forward_pre_hook(lambda *_: stages.append(stage_of_generate()))
     ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
     call(model, ids, None, None)
-    model.generate(ids, max_new_tokens=3, do_sample=False, prefill_chunk_size=7)
+    model.generate(
+        ids, max_new_tokens=3, do_sample=False, prefill_chunk_size=7, past_key_values=lkv.Cache(model, retention=1.0)
+    )
     chunked = stages[1:]
-    model.generate(ids, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=2)
+    model.generate(ids, max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=2, eos_token_id=99)
     hook.remove()
-    assert stages[0] is None and chunked[:2] == ["prompt"] * 2 and set(chunked[2:]) == {"answer"}
+    assert stages[0] is None and set(chunked[2:]) == {"answer"}
+    if not transformers.__version__.startswith("4."):  # which feeds the last chunk as if it were generated
+        assert chunked[:2] == ["prompt"] * 2
     assert set(stages[1 + len(chunked) :]) == {"draft"}

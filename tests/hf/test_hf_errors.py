@@ -117,9 +117,13 @@ def test_attention_weights(model):
 def test_attention_of_another_kind(kwargs, says):
     module = nn.Module()
     module.layer_idx = 3
+    query = torch.zeros(1, 4, 2, 8)
     with pytest.raises(ValueError, match=f"lkv.Cache: {says}"):
-        check_arguments(module, kwargs)
-    check_arguments(module, dict(dropout=0.0, scaling=1.0, softcap=3.0, sliding_window=None, s_aux=torch.ones(4)))
+        check_arguments(module, query, None, kwargs)
+    check_arguments(module, query[:, :, :1], None, dict(is_causal=False))
+    check_arguments(
+        module, query, None, dict(dropout=0.0, scaling=1.0, softcap=3.0, sliding_window=None, s_aux=torch.ones(4))
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from lkv.hf.versions import RecurrentLayer
 from lkv.policies import AdaKV, SnapKV, StreamingLLM
 
 POLICIES = pytest.mark.parametrize("policy", [SnapKV(window=4), AdaKV(SnapKV(window=4)), StreamingLLM()], ids=str)
-GREEDY = dict(do_sample=False, max_new_tokens=10)
+GREEDY = dict(do_sample=False, max_new_tokens=10, eos_token_id=99)  # which no token is: drafts need one
 
 
 @pytest.fixture(params=["llama", "gemma3"])
@@ -36,6 +36,8 @@ def positions(cache: lkv.Cache) -> list[list[int]]:
 @POLICIES
 def test_chunks_of_generate(model, policy, length):
     """Whatever the last chunk's size, the tokens and rows are those of the prompt in one piece."""
+    if RecurrentLayer is None:
+        pytest.skip("4.56 feeds the last chunk as if it were generated, 5.2 gives other tokens in chunks, to any cache")
     ids = tokens(1, length)
     whole, parts = (lkv.Cache(model, policy, retention=0.3, chunks="last") for _ in range(2))
     said = model.generate(ids, past_key_values=whole, **GREEDY)

@@ -70,7 +70,7 @@ def logits_of(own: str, query: Tensor, kwargs: dict[str, object]) -> tuple[float
     return (scale, None, None) if own == "sdpa" else (scale, kwargs.get("softcap"), kwargs.get("s_aux"))
 
 
-def check_arguments(module: nn.Module, kwargs: dict[str, object]) -> None:
+def check_arguments(module: nn.Module, query: Tensor, mask: Tensor | None, kwargs: dict[str, object]) -> None:
     """Refuses what attention over the rows of a cache would have to do otherwise.
 
     Raises:
@@ -83,7 +83,7 @@ def check_arguments(module: nn.Module, kwargs: dict[str, object]) -> None:
             f"lkv.Cache: expected full attention in layer {module.layer_idx}, got a sliding window of "
             f"{kwargs['sliding_window']}"
         )
-    if kwargs.get("is_causal") is False:
+    if kwargs.get("is_causal") is False and mask is None and query.shape[2] > 1:
         raise ValueError("lkv.Cache: expected causal attention, got is_causal=False")
     if kwargs.keys() <= _EVERYDAY:
         return

@@ -203,7 +203,7 @@ class RaggedLayer(CacheLayerMixin):
             key, value: what `update` returned.
         """
         self.session.attended(self.index, module.layer_idx)
-        check_arguments(module, kwargs)
+        check_arguments(module, query, mask, kwargs)
         scaling, softcap, sinks = logits_of(own, query, kwargs)
         if module.layer_idx == self.index:
             self.scaling, self.softcap, self.sinks = scaling, softcap, sinks
