@@ -1,5 +1,7 @@
 # Decides whether CUDA kernels are built and for which architectures. Sets LKV_WITH_CUDA and enables the language.
 
+include(CudaArchs)
+
 set(LKV_WITH_CUDA FALSE)
 if(NOT LKV_CUDA STREQUAL "OFF" AND LKV_WITH_TORCH)
   find_program(LKV_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
@@ -22,7 +24,7 @@ if(LKV_WITH_CUDA)
       list(REMOVE_DUPLICATES LKV_CUDA_ARCHS)
       list(TRANSFORM LKV_CUDA_ARCHS APPEND "-real")
     else()
-      set(LKV_CUDA_ARCHS 80-real 90-real 100-real 120-real 90-virtual)
+      lkv_default_archs(${LKV_NVCC} LKV_CUDA_ARCHS)
     endif()
   endif()
   set(CMAKE_CUDA_COMPILER ${LKV_NVCC})
@@ -31,5 +33,6 @@ if(LKV_WITH_CUDA)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   enable_language(CUDA)
+  lkv_needed_driver(${CMAKE_CUDA_COMPILER_VERSION} LKV_CUDA_DRIVER)
   message(STATUS "lkv_ext: CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${LKV_CUDA_ARCHS}")
 endif()

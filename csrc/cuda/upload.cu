@@ -22,6 +22,10 @@ Status upload(Upload bytes, Stream stream) {
 }
 
 const char* describe(Status status) {
+  if (status == cudaErrorInsufficientDriver) {
+    return "the NVIDIA driver is older than the CUDA runtime in this library: update it to the version that "
+           "lkv_ext.build_info()['cuda_driver'] names, or build lkv_ext with a toolkit of the driver's version";
+  }
   return cudaGetErrorString(static_cast<cudaError_t>(status));
 }
 

@@ -20,6 +20,7 @@ py::dict build_info() {
   info["cpu_isa"] = lkv::cpu::isa();
   info["cuda_compiler"] = or_none(build::cuda_compiler);
   info["cuda_archs"] = *build::cuda_compiler ? or_none(build::cuda_archs) : py::none();
+  info["cuda_driver"] = or_none(build::cuda_driver);
   info["torch_built_against"] = or_none(build::torch_version);
   info["torch_abi_target"] = *build::torch_version ? or_none(build::torch_abi) : py::none();
   return info;

@@ -137,9 +137,12 @@ class Emulator:
     def synchronize(self) -> None:
         self._lib.emulator_synchronize()
 
+    def describe(self, status: int) -> str:
+        return self._lib.driver_describe(status).decode()
+
     def _check(self, status: int) -> None:
         if status != 0:
-            raise RuntimeError(self._lib.driver_describe(status).decode())
+            raise RuntimeError(self.describe(status))
 
 
 def pointer(array: np.ndarray | None) -> int | None:

@@ -196,6 +196,12 @@ def check_no_row_sets(emulator: Emulator) -> None:
     oracle.same("rows of no row sets", out, np.zeros(out.size))
 
 
+def check_words_of_an_old_driver(emulator: Emulator) -> None:
+    words = emulator.describe(35)  # cudaErrorInsufficientDriver
+    if "driver is older" not in words or "build_info()" not in words:
+        raise AssertionError(f"an old driver is called {words!r}")
+
+
 def check_questions(emulator: Emulator, seed: int, schedule: Schedule) -> None:
     """A call like one before it asks the device nothing."""
     for _ in range(2):

@@ -30,6 +30,7 @@ def main(library: str, suite: str, first: int, count: int, names: list[str], var
         try:
             evict.check_upload(emulator)
             evict.check_no_row_sets(emulator)
+            evict.check_words_of_an_old_driver(emulator)
             evict.check_questions(emulator, first, Schedule(names[0]))
         except (AssertionError, RuntimeError) as error:
             print(error, file=sys.stderr)
