@@ -40,6 +40,13 @@ def race(bench: Bench, name: str, mode: str, shape: Shape, run: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["graph"])
+def test_launch(bench: Bench, mode: str) -> None:
+    """What a graph costs that has nothing to do, and one with a kernel of one block: the model's `launch_us`."""
+    one = make_inputs(Shape(1, heads=1, dim=1), bench.device).k
+    bench.time("graph of nothing", mode, Shape(1, heads=1, dim=1), lambda: None, {"of one kernel": one.zero_}, 0)
+
+
+@pytest.mark.parametrize("mode", ["graph"])
 def test_contiguous(bench: Bench, mode: str) -> None:
     race(bench, "contiguous", mode, Shape(LENGTH), run=LENGTH)
 

@@ -1,4 +1,4 @@
-"""What all benchmarks share: options, warm memory, the clock of each device, one line per shape, JSON in the end."""
+"""What all benchmarks share: options, warm memory, the clock of each device, one line per shape, in JSON at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import contenders
 import pytest
 import torch
 from contenders import Field, reason, versions
@@ -15,8 +16,9 @@ from timing import Call, Clock, CudaClock, WallClock, captured, take_turns
 
 HERE = Path(__file__).parent
 T = TypeVar("T")
-RUNS = pytest.StashKey[dict[str, list[Result]]]()
+RUNS = pytest.StashKey[dict[str, "Book"]]()
 SKIPPED = pytest.StashKey[dict[str, None]]()
+UNCAPTURABLE = pytest.StashKey[set[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,11 +34,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=HERE / "results",
         help="folder for cpu-<instruction set>.json or <gpu name>.json",
     )
+    group.addoption("--keep", action="store_true", help="keep what the file has of the same code and machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RUNS] = {}
     config.stash[SKIPPED] = {}
+    config.stash[UNCAPTURABLE] = set()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -58,15 +62,33 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    for device, results in session.config.stash[RUNS].items():
+    for book in session.config.stash[RUNS].values():
+        reporter.write_line(f"{len(book.run.results)} results in {book.path}")
+
+
+class Book:
+    """The results of one device, in their file from the moment that each is known."""
+
+    def __init__(self, device: str, config: pytest.Config) -> None:
         found = machine(device)
         set_ = found.get("cpu_isa", "unknown")
         name = f"cpu-{set_}" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
-        path = session.config.getoption("results") / f"{name}.json"
+        self.path = config.getoption("results") / f"{name}.json"
+        self.run = Run(device, found, [])
+        self._skipped = config.stash[SKIPPED]
+        if config.getoption("keep") and self.path.exists():
+            earlier = Run.read(self.path)
+            if self.run.goes_on_with(earlier):
+                self.run.results = earlier.results
+                self._skipped |= dict.fromkeys(earlier.machine.get("rivals skipped", ()))
         if device == "cuda":
-            found |= {"rivals": versions(), "rivals skipped": list(session.config.stash[SKIPPED])}
-        Run(device, found, results).write(path)
-        reporter.write_line(f"{len(results)} results in {path}")
+            self.run.machine["rivals"] = versions()
+
+    def add(self, result: Result) -> None:
+        self.run.add(result)
+        if self.run.device == "cuda":
+            self.run.machine["rivals skipped"] = list(self._skipped)
+        self.run.write(self.path)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -84,8 +106,10 @@ class Bench:
         self._benchmark = benchmark
         self._seconds = request.config.getoption("seconds")
         self._everybody = device == "cuda" and request.config.getoption("rivals") == "all"
-        self._results = request.config.stash[RUNS].setdefault(device, [])
+        runs = request.config.stash[RUNS]
+        self._book = runs[device] if device in runs else runs.setdefault(device, Book(device, request.config))
         self._skipped = request.config.stash[SKIPPED]
+        self._uncapturable = request.config.stash[UNCAPTURABLE]
         self._reporter = request.config.pluginmanager.get_plugin("terminalreporter")
         self._capture = request.config.pluginmanager.get_plugin("capturemanager")
 
@@ -147,10 +171,15 @@ class Bench:
 
     def _captured(self, calls: dict[str, Call]) -> dict[str, Call]:
         graphs = {}
-        for name, call in calls.items():
+        # Once a capture fails, some versions of torch fail in all that follow: who may not capture comes last, once.
+        for name in sorted(calls, key=lambda name: name in contenders.MAY_NOT_CAPTURE):
+            call = calls[name]
+            if name in self._uncapturable:
+                continue
             try:
                 graphs[name] = captured(call)
             except RuntimeError as error:
+                self._uncapturable.add(name)
                 self._skip(f"{name} in a graph", reason(error))
         return graphs
 
@@ -165,7 +194,7 @@ class Bench:
         return self._benchmark.pedantic(call, rounds=1, iterations=1)
 
     def report(self, result: Result) -> None:
-        self._results.append(result)
+        self._book.add(result)
         self._benchmark.extra_info.update(case=result.case, **vars(result))
         self._say(result.line())
 

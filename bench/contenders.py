@@ -13,6 +13,8 @@ from timing import Call
 from torch import Tensor
 
 Maker = Callable[[Inputs], Call]
+# Whose work may wait for the device, which a CUDA graph cannot have.
+MAY_NOT_CAPTURE = ("flashinfer", "torch.compile")
 
 
 @dataclass

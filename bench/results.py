@@ -74,32 +74,48 @@ class Run:
     results: list[Result]
 
     def write(self, path: Path) -> None:
+        """The file is whole at any time, whenever the process ends."""
         path.parent.mkdir(parents=True, exist_ok=True)
         results = ",\n  ".join(json.dumps(_rounded(asdict(result))) for result in self.results)
         head = {"device": self.device, "machine": self.machine}
-        path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "results": [\n  {results}\n ]\n}}\n')
+        part = path.with_suffix(".part")
+        part.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "results": [\n  {results}\n ]\n}}\n')
+        part.replace(path)
 
     @staticmethod
     def read(path: Path) -> Run:
         data = json.loads(path.read_text())
         return Run(data["device"], data["machine"], [Result(**result) for result in data["results"]])
 
+    def add(self, result: Result) -> None:
+        """In place of an older result of that case."""
+        same = [i for i, old in enumerate(self.results) if old.case == result.case]
+        if same:
+            self.results[same[0]] = result
+        else:
+            self.results.append(result)
+
+    def goes_on_with(self, earlier: Run) -> bool:
+        """Whether both measured the same code on the same machine."""
+        names = ("gpu", "cpu", "driver", "torch", "commit", "version")
+        return self.device == earlier.device and all(self.machine.get(n) == earlier.machine.get(n) for n in names)
+
     def find(self, case: str) -> Result | None:
         return next((result for result in self.results if result.case == case), None)
 
 
 def merge(runs: list[Run]) -> Run:
-    """The median of every number over several processes on one machine; cases that all of them have."""
+    """The median of every number over several processes on one machine, of those that have the case."""
     if len(runs) == 1:
         return runs[0]
     if len({run.device for run in runs}) != 1:
         raise ValueError(f"expected runs of one device, got {sorted({run.device for run in runs})}")
-    merged = []
-    for first in runs[0].results:
-        same = [result for run in runs if (result := run.find(first.case)) is not None]
-        if len(same) == len(runs):
-            merged.append(_median(same))
-    return Run(runs[0].device, {**runs[-1].machine, "processes": len(runs)}, merged)
+    cases: dict[str, list[Result]] = {}
+    for run in runs:
+        for result in run.results:
+            cases.setdefault(result.case, []).append(result)
+    machine = {**runs[-1].machine, "processes": len(runs)}
+    return Run(runs[0].device, machine, [_median(same) for same in cases.values()])
 
 
 def _median(same: list[Result]) -> Result:
@@ -108,8 +124,9 @@ def _median(same: list[Result]) -> Result:
         values = [getattr(result, name) for result in same]
         numbers[name] = None if None in values else median(values)
     for name in ("ratios", "rival_us"):
-        keys = [key for key in getattr(same[0], name) if all(key in getattr(result, name) for result in same)]
-        numbers[name] = {key: median(getattr(result, name)[key] for result in same) for key in keys}
+        keys = dict.fromkeys(key for result in same for key in getattr(result, name))
+        found = {key: [getattr(result, name).get(key) for result in same] for key in keys}
+        numbers[name] = {key: median(v for v in values if v is not None) for key, values in found.items()}
     first = asdict(same[0])
     return Result(**{**first, **numbers, "rounds": sum(result.rounds for result in same)})
 
@@ -125,6 +142,7 @@ def machine(device: str) -> dict[str, object]:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "load": round(os.getloadavg()[0], 1),
     }
+    found["commit"] = _commit()
     if device == "cuda":
         found |= _gpu()
     try:
@@ -138,12 +156,8 @@ def machine(device: str) -> dict[str, object]:
 
 
 def _gpu() -> dict[str, object]:
-    """The card, what drives it, and the commit that is measured."""
+    """The card, and what drives it."""
     card = torch.cuda.get_device_properties(0)
-    here = ("git", "-C", str(Path(__file__).parent))
-    commit = _words(*here, "rev-parse", "HEAD")
-    if commit is not None and _words(*here, "status", "--porcelain", "--untracked-files=no"):
-        commit += " and changes"
     # By its UUID: nvidia-smi counts cards that CUDA_VISIBLE_DEVICES hides.
     smi = ("nvidia-smi", f"--id=GPU-{card.uuid}", "--format=csv,noheader")
     return {
@@ -154,8 +168,16 @@ def _gpu() -> dict[str, object]:
         "driver": _words(*smi, "--query-gpu=driver_version"),
         "clocks": _words(*smi, "--query-gpu=clocks.max.sm,clocks.max.memory,power.limit"),
         "cuda": torch.version.cuda,
-        "commit": commit,
     }
+
+
+def _commit() -> str | None:
+    """What is measured."""
+    here = ("git", "-C", str(Path(__file__).parent))
+    commit = _words(*here, "rev-parse", "HEAD")
+    if commit is not None and _words(*here, "status", "--porcelain", "--untracked-files=no"):
+        commit += " and changes"
+    return commit
 
 
 def _words(*command: str) -> str | None:
