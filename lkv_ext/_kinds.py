@@ -35,7 +35,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
     "Blend": dict(alpha="number"),
     "Minimum": dict(rows="count"),
     "RaggedKV.layer": dict(i="count"),
-    "RaggedCache": dict(kv="RaggedKV", seen="count", free="count?"),
+    "RaggedCache": dict(kv="RaggedKV", seen="count", free="count?", tail="count"),
     "RaggedCache.append": dict(k="array", v="array", companions="arrays", valid="integers?"),
     "RaggedCache.evict": RANK | dict(scores="array", reserve="count?"),
     "RaggedCache.crop": dict(tokens="count"),
@@ -47,6 +47,10 @@ SIGNATURES: dict[str, dict[str, str]] = {
     "RaggedCache.to": dict(device="device"),
     "RaggedCache.load": dict(device="device"),
 }
+
+# Of what evict, select and their relatives return.
+FIELDS = dict(k="array", v="array?", companions="arrays", positions="array", lengths="array", cu_seqlens="array")
+FIELDS |= dict(max_length="rows", overflow="array?")
 
 
 def described(value: object) -> str:
@@ -136,6 +140,7 @@ def _named(*names: str) -> Kind:
 KINDS: dict[str, tuple[Kind, str]] = {
     "integers": (_integers, "as an int, a sequence of ints or a tensor of integers"),
     "count": (_count, "as an int"),
+    "rows": (lambda value: _count(value) and operator.index(value) < 2**31, "as an int below 2**31"),
     "number": (_number, "as a number"),
     "numbers": (_numbers, "as a number, numbers or a tensor of a real dtype"),
     "flag": (lambda value: isinstance(value, bool), "as a bool"),
@@ -159,15 +164,26 @@ def is_of(kind: str, value: object) -> bool:
 
 def fault(op: str, given: Mapping[str, object]) -> tuple[str, str] | None:
     """Of the arguments of `op`, the first that is not what it should be, and how to say so; None: all are."""
+    word = "array" if op.startswith("numpy.") else "tensor"
     for name, kind in SIGNATURES.get(op.removeprefix("numpy."), {}).items():
-        optional = kind.endswith("?")
-        if name not in given or (optional and given[name] is None):
+        if name not in given:
             continue
-        kind = kind.rstrip("?") if op.startswith("numpy.") else kind.rstrip("?").replace("array", "tensor")
-        fits, form = KINDS[kind]
-        if not fits(given[name]):
-            return name, f"expected {name} {form}{' or None' if optional else ''}, got {described(given[name])}"
+        wrong = _misfit(name, given[name], kind, word)
+        if wrong is None and kind.startswith("Ragged") and given[name] is not None:
+            parts = [(f"{name}.{part}", getattr(given[name], part, None), of) for part, of in FIELDS.items()]
+            known = [part for part in parts if hasattr(given[name], part[0].split(".")[1])]
+            wrong = next(filter(None, (_misfit(*part, word) for part in known)), None)
+        if wrong is not None:
+            return wrong
     return None
+
+
+def _misfit(name: str, value: object, kind: str, word: str) -> tuple[str, str] | None:
+    optional = kind.endswith("?")
+    fits, form = KINDS[kind.rstrip("?").replace("array", word)]
+    if fits(value) or (optional and value is None):
+        return None
+    return name, f"expected {name} {form}{' or None' if optional else ''}, got {described(value)}"
 
 
 def guess(given: Mapping[str, object] | None) -> str:

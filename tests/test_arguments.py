@@ -77,7 +77,7 @@ CALLS: dict[str, tuple[Callable, dict]] = {
                                                               lengths=None, starts=None, sink=0, window=0)),
     "Blend": (lkv_ext.Blend, dict(alpha=0.5)),
     "Minimum": (lkv_ext.Minimum, dict(rows=2)),
-    "RaggedCache": (RaggedCache, dict(kv=kept(), seen=8, free=None)),
+    "RaggedCache": (RaggedCache, dict(kv=kept(), seen=8, free=None, tail=0)),
     "RaggedCache.empty": (RaggedCache.empty, dict(batch=B, heads=H, dim=D, dim_v=None, dtype=torch.float32,
                                                   device=None, reserve=4, align=2)),
     "RaggedCache.append": (of_cache("append"), dict(k=rows(B, H, 2, D), v=rows(B, H, 2, D), companions=(),
@@ -279,3 +279,40 @@ def test_what_does_not_fit_in_int32() -> None:
         lkv_ext.select(rows(B, H, L), 1, reserve=2**30)
     with pytest.raises(ValueError, match=r"at most 2\*\*31 - 1 rows"):
         RaggedCache.empty(2**10, 2**10, D, reserve=2**12)
+
+
+PARTS = ("k", "v", "companions", "positions", "lengths", "cu_seqlens", "max_length")
+OF_PARTS: dict[str, tuple[Callable, tuple[str, ...]]] = {
+    "evict out": (lambda kv: lkv_ext.evict(**K, budgets=3, out=kv), PARTS[:-1]),
+    "attend cache": (lambda kv: lkv_ext.attend(rows(B, H, 1, D), kv), ("k", "v", *PARTS[4:])),
+    "RaggedCache kv": (lambda kv: RaggedCache(kv, 8), PARTS),
+    "gather index": (lambda kv: lkv_ext.gather([K["k"]], kv.index), ("positions", "cu_seqlens")),
+    "gather index ragged": (
+        lambda kv: lkv_ext.gather([rows(48, D)], kv.index, cu_seqlens=torch.arange(7, dtype=torch.int32) * 8),
+        PARTS[3:6],
+    ),
+}
+
+
+@pytest.mark.parametrize("call, part", [(call, part) for call, (_, parts) in OF_PARTS.items() for part in parts])
+def test_parts_of_what_was_returned(call: str, part: str) -> None:
+    """What evict and select returned may have been changed since."""
+    function, name = OF_PARTS[call][0], call.split()[1]
+    kinds = (
+        "text",
+        "fraction",
+        "mapping",
+        "object",
+        "meta integers",
+        "sparse",
+        "nested",
+        "quantized",
+        "complex tensor",
+    )
+    for value in (*(WRONG[kind] for kind in kinds), 2**70, -1):
+        kv = kept()
+        setattr(kv, part, value)
+        with pytest.raises((ValueError, TypeError), match=r"^lkv_ext\.\w+: expected ") as error:
+            function(kv)
+        says = str(error.value)
+        assert name in says or re.search(rf"\b{part}\b", says) or "meta" in says or "cu_seqlens" in says, says

@@ -83,6 +83,9 @@ def _evict_(payload, scores, budgets, total, padded=-1, count_overflow=False, cu
 @torch.library.register_fake("lkv_ext::evict_out")
 def _evict_out(out, payload, scores, budgets, total, padded=-1, count_overflow=False, cu_seqlens=None, *rest):
     _check_devices(payload, "payload", scores, cu_seqlens, rest[2:])
+    moved = [f"out[{i}]" for i in range(len(payload) // max(len(scores), 1))]
+    names = [*moved, "out.positions", "out.lengths", "out.cu_seqlens", "out.overflow"]
+    _on(payload[0].device, dict(zip(names, out, strict=False)))
 
 
 @torch.library.register_fake("lkv_ext::gather")
