@@ -76,8 +76,10 @@ def snapkv_by_loops(policy: SnapKV, o: Observation) -> Tensor:
                     logits = [float(q @ o.keys[b, h, i].double()) * o.scaling for i in seen]
                     if o.softcap is not None:
                         logits = [o.softcap * math.tanh(x / o.softcap) for x in logits]
+                    if o.sinks is not None:
+                        logits.append(float(o.sinks[h * group + g]))
                     exps = [math.exp(x - max(logits)) for x in logits]
-                    for i, e in zip(seen, exps, strict=True):
+                    for i, e in zip(seen, exps, strict=o.sinks is None):
                         mean[i] += e / sum(exps) / len(o.queries[b, 0])
                 cut = [0.0] * half + mean[:evictable] + [0.0] * half
                 reduce = max if policy.pooling == "max" else lambda part: sum(part) / len(part)
@@ -87,11 +89,12 @@ def snapkv_by_loops(policy: SnapKV, o: Observation) -> Tensor:
     return scores
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("softcap, sinks", [(None, None), (2.0, None), (None, [0.3, -1.0, 2.0, 0.0, -math.inf, 5.0])])
 @pytest.mark.parametrize("length", [1, 3, 6, 23])
 @pytest.mark.parametrize("policy", [p for p in SCORERS if isinstance(p, SnapKV)], ids=str)
-def test_snapkv_scores_as_the_loops_do(policy, length, softcap):
+def test_snapkv_scores_as_the_loops_do(policy, length, softcap, sinks):
     observed = observe(length, policy.window, seed=length, softcap=softcap)
+    observed = replace(observed, sinks=None if sinks is None else torch.tensor(sinks))
     scores = policy.score(0, observed).double()
     torch.testing.assert_close(scores, snapkv_by_loops(policy, observed), rtol=1e-5, atol=1e-7)
 

@@ -113,5 +113,5 @@ def observe(layer: RaggedLayer, needs: frozenset[str], window: int) -> Observati
     if "hidden_states" in needs:
         hidden = witness.hidden_states.read()
     return Observation(
-        keys, values, positions, lengths, starts, *queries, layer.scaling, layer.softcap, hidden, pre_rope
+        keys, values, positions, lengths, starts, *queries, layer.scaling, layer.softcap, hidden, pre_rope, layer.sinks
     )

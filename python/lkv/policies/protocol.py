@@ -52,6 +52,7 @@ class Observation:
         query_mask: bool `[B, w]`, which of them are there: a sequence may have had fewer tokens.
         scaling: of the logits, `queries @ keys * scaling`.
         softcap: logits are `softcap * tanh(logits / softcap)` where it is given.
+        sinks: `[Hq]`, a logit for each query head that takes part in the softmax and stands for no row; None: none.
         hidden_states: `[B, P, hidden]` where the policy needs them: what the layer's attention was called with (after
             its norm), of all P tokens appended so far, those of padding and those evicted since included; `positions`
             index them.
@@ -71,6 +72,7 @@ class Observation:
     softcap: float | None = None
     hidden_states: Tensor | None = None
     pre_rope_keys: Tensor | None = None
+    sinks: Tensor | None = None
 
     def ranks(self) -> Tensor:
         """int64 `[B, H, L]`: 0 for the first valid row of its head; negative, or at least `lengths`, outside."""

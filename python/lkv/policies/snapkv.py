@@ -89,6 +89,9 @@ def window_attention(observation: Observation, head: int) -> Tensor:
     visible = visible & observation.valid()[:, head, None] & observation.query_mask[..., None]
     # Of a query that sees nothing a softmax would make NaN: it is counted out instead.
     logits.masked_fill_(~visible[:, None], torch.finfo(torch.float32).min)
-    weights = logits.softmax(-1).mul_(visible[:, None])
+    if observation.sinks is not None:
+        sinks = observation.sinks[head * group : (head + 1) * group].float().view(1, group, 1, 1)
+        logits = torch.cat([logits, sinks.expand(batch, group, window, 1)], -1)
+    weights = logits.softmax(-1)[..., :length].mul_(visible[:, None])
     count = observation.query_mask.sum(1).clamp(min=1)
     return weights.sum(2) / count[:, None, None]
