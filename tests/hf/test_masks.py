@@ -257,6 +257,16 @@ def test_what_a_mask_hides_where_padding_moved_tokens(model):
         torch.testing.assert_close(*said, rtol=1e-4, atol=1e-4)
 
 
+def test_sequences_of_which_nothing_is_hidden_need_no_mask(model):
+    """Once those with padding are gone."""
+    prompt = turn([30, 22], 0)
+    with torch.no_grad():
+        cache = lkv.Cache(model, POLICY, retention=0.5)
+        call(model, prompt.ids, prompt.mask, cache)
+        cache.batch_select_indices(torch.tensor([0]))
+        assert call(model, tokens(1, 3), None, cache).shape == (1, 3, 64)
+
+
 def test_reading():
     """Of new tokens among themselves, as models make them where rows are packed."""
     causal = torch.ones(1, 1, 4, 4).bool().tril()

@@ -111,6 +111,17 @@ def test_generated_tokens_are_no_prompt(model):
         assert said.shape[1] == count + 30 and cache.ragged[0].held[0] >= 2 * 29
 
 
+def test_prefill_within_prefill():
+    model, ids = build("llama"), tokens(1, 40)
+    cache = lkv.Cache(model, "streaming_llm", retention=0.3, chunks="last")
+    with torch.no_grad(), cache.prefill():
+        with cache.prefill():
+            call(model, ids[:, :20], None, cache)
+        assert cache.ragged[0].rows is None
+        call(model, ids[:, 20:], None, cache)
+    assert cache.ragged[0].held == [2 * 12]
+
+
 def test_prefill_ends_where_it_fails():
     model, ids = build("llama"), tokens(1, 40)
     cache = lkv.Cache(model, "streaming_llm", retention=0.3, chunks="last")

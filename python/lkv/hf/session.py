@@ -220,13 +220,14 @@ class Session:
 
     @contextmanager
     def prefill(self) -> Iterator[None]:
-        self.in_prefill = self.explicit = True
+        outermost, self.in_prefill, self.explicit = not self.in_prefill, True, True
         try:
             yield
         finally:
-            self.in_prefill = False
-        self.settle()
-        self.evict_due()
+            self.in_prefill = not outermost
+        if outermost:
+            self.settle()
+            self.evict_due()
 
     def evict_due(self) -> None:
         """What a prompt has left, with no token to follow yet."""
@@ -254,6 +255,8 @@ class Session:
         for rotary in self.rotaries:
             rotary.select(indices)
         self.hidden, self.places = (None if t is None else t[indices.to(t.device)] for t in (self.hidden, self.places))
+        if self.hidden is not None and not bool(self.hidden.any()):
+            self.hidden = None
 
     def crop(self, tokens: int) -> None:
         """Before all layers forget the last tokens: what they share does."""
