@@ -273,7 +273,7 @@ class RaggedLayer(CacheLayerMixin):
         left_out = call.count - query.shape[2]
         query = torch.nn.functional.pad(query, (0, 0, left_out, 0))
         out = self.rows.attend(_in_order(query, order), scale=scale, softcap=softcap, sinks=sinks).transpose(1, 2)
-        out = torch.empty_like(out).scatter_(1, order[:, :, None, None].expand_as(out), out)
+        out = torch.empty_like(out).scatter_(1, order.to(out.device)[:, :, None, None].expand_as(out), out)
         return out[:, left_out:].contiguous()
 
     def _leaves_gaps(self, padding: Padding, count: int) -> bool:
@@ -360,4 +360,4 @@ class RaggedLayer(CacheLayerMixin):
 
 def _in_order(tensor: Tensor, order: Tensor) -> Tensor:
     """`[B, H, n, D]` by `[B, n]`."""
-    return tensor.gather(2, order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+    return tensor.gather(2, order.to(tensor.device)[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))

@@ -43,7 +43,7 @@ class LastQueries:
             self._oldest = (slot + 1) % self._slots
         else:
             if padding is not None and padding.order is not None:
-                order = padding.order[:, None, :, None].expand(-1, heads, -1, dim)
+                order = padding.order.to(queries.device)[:, None, :, None].expand(-1, heads, -1, dim)
                 queries = queries.gather(2, order)
             self._rebuild(queries, None if padding is None else padding.counts)
         self.seen += count

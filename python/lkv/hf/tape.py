@@ -113,4 +113,4 @@ def _ordered(part: Tensor, order: Tensor | None) -> Tensor:
     if order is None:
         return part
     part = part.expand(len(order), -1, -1)
-    return part.gather(1, order[..., None].expand_as(part))
+    return part.gather(1, order.to(part.device)[..., None].expand_as(part))
