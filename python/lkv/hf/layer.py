@@ -202,7 +202,7 @@ class RaggedLayer(CacheLayerMixin):
             own: the model's own attention, which runs while the rows are whole.
             key, value: what `update` returned.
         """
-        self.session.attended(self.index, module.layer_idx)
+        call, last = self.session.call, self.session.attended(self.index, module.layer_idx)
         check_arguments(module, query, mask, kwargs)
         scaling, softcap, sinks = logits_of(own, query, kwargs)
         if module.layer_idx == self.index:
@@ -211,9 +211,10 @@ class RaggedLayer(CacheLayerMixin):
         elif self.rows is None:
             out, _ = own_attention(own, module, query, key, value, mask, **kwargs)
         else:
-            self.session.call.check_mask(mask)
+            call.check_mask(mask)
             out = self._attend_rows(query, scaling, softcap, sinks)
-        self.session.leave(self)
+        if last and call.prompt:
+            self.session.leave(self)
         return out, None
 
     def _attend_first(
@@ -233,7 +234,8 @@ class RaggedLayer(CacheLayerMixin):
             self.keep(Choice(None, None, self.held), self.session.settings.reserve)
             key, value = key[:, :, -count:], value[:, :, -count:]
         if self.rows is not None:
-            call.check_mask(mask)
+            if count > 1:
+                call.check_mask(mask)
             return self._append(module, query, key, value, padding)
         out, _ = own_attention(own, module, query, key, value, mask, **kwargs)
         self._take(module, query, key, value, padding)

@@ -13,7 +13,7 @@ import inspect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -49,12 +49,13 @@ class Route:
         with _lock:
             self._open: list[_Routed] = []
             for config in _configs_of(decoder):
-                own = config._attn_implementation.removeprefix(PREFIX)
+                now = config._attn_implementation
+                own = now.removeprefix(PREFIX)
                 name = _register(own)
                 entry = _routed.setdefault(id(config), _Routed(config, own))
-                if config._attn_implementation != name:
+                if now != name:
                     entry.own = own
-                    config._attn_implementation = name
+                    config._attn_implementation = {"": name}  # and not in the configs within, of eyes and ears
                 entry.forwards += 1
                 self._open.append(entry)
 
@@ -65,7 +66,7 @@ class Route:
                 if entry.forwards == 0:
                     del _routed[id(entry.config)]
                     if entry.config._attn_implementation == PREFIX + entry.own:
-                        entry.config._attn_implementation = entry.own
+                        entry.config._attn_implementation = {"": entry.own}
             self._open = []
 
     __del__ = close  # of a forward that was interrupted
@@ -180,14 +181,14 @@ def _configs_of(decoder: nn.Module) -> list[PretrainedConfig]:
     return _configs[decoder]
 
 
+@cache
 def _register(own: str) -> str:
     name = PREFIX + own
     has_attention = own == "eager" or own in ALL_ATTENTION_FUNCTIONS
     if own not in ALL_MASK_ATTENTION_FUNCTIONS or not has_attention or own.startswith(("flex", "paged")):
         raise ValueError(f"lkv.Cache: expected a model with eager, sdpa or flash attention, got {own!r}")
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, make_attention(own))
-        # The sizes that the cache reports make it the mask of the tokens that the model's own attention sees, or, when
-        # the rows are ours, of the new tokens among themselves.
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    AttentionInterface.register(name, make_attention(own))
+    # The sizes that the cache reports make it the mask of the tokens that the model's own attention sees, or, when the
+    # rows are ours, of the new tokens among themselves.
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
     return name

@@ -142,8 +142,8 @@ class Session:
         if index in self.readers:
             call.waiting[index] = list(self.readers[index])
 
-    def attended(self, index: int, reader: int) -> None:
-        """Layer `reader` attends to the rows of layer `index`.
+    def attended(self, index: int, reader: int) -> bool:
+        """Layer `reader` attends to the rows of layer `index`; True if it is the last.
 
         Raises:
             ValueError: where that is not expected (any more).
@@ -155,14 +155,14 @@ class Session:
                 f"keys of layer {index} in the call that they came in, got layer {reader} once more"
             )
         waiting.remove(reader)
+        return not waiting
 
     def leave(self, layer: RaggedLayer) -> None:
-        """All have attended to a layer: a piece of a prompt is evicted at once where no other layer has a say.
+        """All have attended to a layer of a piece of a prompt: it is evicted at once where no other layer has a say.
 
         All else is behind the call, when all layers are chosen for before any is evicted.
         """
-        done = not self.call.waiting[layer.index]
-        if done and self.call.prompt and self.settings.policy.scope == "layer":
+        if self.settings.policy.scope == "layer":
             self._evict_due([layer])
 
     def settle(self) -> None:
