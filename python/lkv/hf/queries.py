@@ -27,6 +27,7 @@ class LastQueries:
         self._queries: Tensor | None = None  # [B, Hq, w, D]
         self._places: Tensor | None = None  # int64 [B, w]
         self._real: Tensor | None = None  # bool [B, w]: slots that hold a token
+        self._run = 0  # the last tokens, which came one by one: their places are written down when somebody asks
 
     def push(self, queries: Tensor, padding: Padding | None = None) -> None:
         """Adds the queries of the next n tokens, `[B, Hq, n, D]`."""
@@ -38,8 +39,7 @@ class LastQueries:
         if count == 1 and padding is None:
             slot = self._oldest
             self._queries[:, :, slot] = queries[:, :, 0]
-            self._places[:, slot] = self.seen
-            self._real[:, slot] = True
+            self._run = min(self._run + 1, self._slots)
             self._oldest = (slot + 1) % self._slots
         else:
             if padding is not None and padding.order is not None:
@@ -54,6 +54,7 @@ class LastQueries:
 
     def state(self) -> dict[str, object]:
         """All of it, for `load`."""
+        self._write_down()
         names = ("window", "seen", "_oldest", "_queries", "_places", "_real")
         return {name.lstrip("_"): getattr(self, name) for name in names}
 
@@ -85,14 +86,16 @@ class LastQueries:
         """Forgets the last tokens; those that they had pushed out do not come back."""
         if self._real is None or tokens == 0:
             return
+        self._write_down()
         self.seen -= tokens
-        self._real &= self._places < self.seen
+        self._real = self._real & (self._places < self.seen)
         self._oldest = (self._oldest - tokens) % self._slots
 
     @keeps_tensors
     def hide(self, leaving: Tensor) -> None:
         """The queries of some tokens do not count any more: bool `[B, L]`, by place."""
         if self._real is not None:
+            self._write_down()
             at = self._places.clamp(max=leaving.shape[1] - 1)
             self._real = self._real & ~leaving.to(self._real.device).gather(1, at)
             self._rebuild(self._queries[:, :, :0], None)
@@ -101,10 +104,21 @@ class LastQueries:
     def select(self, indices: Tensor) -> None:
         """Sequences `indices`, in that order."""
         if self._queries is not None:
+            self._write_down()
             chosen = indices.to(self._queries.device).clone()
             self._queries, self._places, self._real = (t[chosen] for t in (self._queries, self._places, self._real))
 
+    def _write_down(self) -> None:
+        """Makes new tensors: a mark may have the old ones."""
+        if self._run:
+            back = torch.arange(self._run, 0, -1, device=self._places.device)
+            slots, new = (self._oldest - back) % self._slots, self.seen - back
+            self._places = self._places.index_copy(1, slots, new.expand(len(self._places), -1))
+            self._real = self._real.index_fill(1, slots, True)
+            self._run = 0
+
     def _in_order(self, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        self._write_down()
         slots = torch.arange(self._slots - last, self._slots, device=self._places.device)
         slots = (slots + self._oldest) % self._slots
         places = self._places[:, slots]
