@@ -55,8 +55,9 @@ __all__ += [
 def build_info() -> dict[str, object]:
     """What this build is made of and what it runs on.
 
-    Keys: version, cxx_compiler, cpu_isa (in use: avx512, avx2 or portable), cuda_compiler, cuda_archs and
-    cuda_driver, the oldest NVIDIA driver that the kernels run on, as "580" (None: no CUDA kernels), torch_built_against and torch_abi_target (None: no torch ops).
+    Keys: version, cxx_compiler, cpu_isa (in use: avx512, avx2 or portable), cuda_compiler, cuda_archs and cuda_driver,
+    the oldest NVIDIA driver that the kernels run on, as "580" (None: no CUDA kernels), torch_built_against and
+    torch_abi_target (None: no torch ops).
     """
     return import_module("lkv_ext._C").build_info()
 
