@@ -91,9 +91,7 @@ class HarnessModel(HFLM):
         self._read: list[int] = []  # its tokens
 
     def close(self) -> None:
-        """Gives the model its own attention back."""
-        if self._cache is not None:
-            self._cache.close()
+        """Lets the rows of the last prompt go."""
         self._cache = None
 
     def cut(self, prompt: Sequence[int]) -> int:
@@ -121,7 +119,7 @@ class HarnessModel(HFLM):
         return min(low, len(prompt) - 1)
 
     def evicted(self, tokens: list[int]) -> Cache:
-        """A cache of these tokens, of which the policy has chosen; a copy that the caller closes."""
+        """A cache of these tokens, of which the policy has chosen; a copy."""
         if self._cache is None or tokens != self._read:
             self.close()
             self._cache, self._read = self._evict(tokens), tokens

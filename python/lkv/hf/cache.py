@@ -42,8 +42,7 @@ class Cache(HFCache):
     A prompt is attended to in full by the model's own attention, layer by layer; each layer is evicted before the next
     one is reached, or, by a policy of scope "model", all of them behind the last. Then new tokens are appended in place
     and attend to what is left, at their logical positions. A later prompt is appended, attends, and is evicted again
-    out of old and new rows. Batches may be padded: a first prompt on the left, what follows anywhere. Sliding-window
-    and other layers are transformers' own.
+    out of old and new rows. Batches may be padded anywhere. Sliding-window and other layers are transformers' own.
 
     What is a prompt: a call of several tokens; whatever `generate` does before its first new token; what comes within
     `prefill`, and then nothing else. Single tokens from the very first on, outside of both, are taken for one, too.
@@ -76,7 +75,7 @@ class Cache(HFCache):
     these are lost: every later call says so until `reset`.
 
     Raises:
-        ValueError, TypeError: for arguments out of range, and a model whose attention cannot be routed.
+        ValueError, TypeError: for arguments out of range, and a model that cannot be evicted, with the reason.
     """
 
     def __init__(
@@ -100,7 +99,8 @@ class Cache(HFCache):
         window = max(policy.window, 1) if observe_window is None else observe_window
         settings = Settings(policy, retention, budget, chunks, cap, interval, reserve, observe, window)
         settings.check_needs()
-        decoder = self._prepare(model, settings)
+        decoder = find_decoder(model)
+        self._prepare(decoder, settings)
         self._make(decoder.config, Session(settings, type(model).__name__, decoder.readers))
 
     def _make(self, config: PretrainedConfig, session: Session) -> None:
@@ -113,9 +113,8 @@ class Cache(HFCache):
         session.attach(self.layers)
 
     @staticmethod
-    def _prepare(model: PreTrainedModel, settings: Settings) -> Decoder:
-        """Everything that a forward of the model with a cache of ours needs, checked first."""
-        decoder = find_decoder(model)
+    def _prepare(decoder: Decoder, settings: Settings) -> None:
+        """Everything that a forward with a cache of ours needs, checked first."""
         kind = decoder.config.model_type
         if "pre_rope_keys" in settings.observe and kind not in ROTATED:
             raise ValueError(
@@ -125,7 +124,6 @@ class Cache(HFCache):
         install(decoder)
         if settings.observe & HOOKED:
             install_capture(decoder.module)
-        return decoder
 
     def attach(self, model: PreTrainedModel) -> None:
         """Prepares another model of the same kind: a copy, or the one here for a cache that was pickled elsewhere.
@@ -140,7 +138,7 @@ class Cache(HFCache):
                 f"lkv.Cache.attach: expected a model with {len(mine)} cache layers like those of "
                 f"{self.lkv_session.model}, got {type(model).__name__} with {len(its)}"
             )
-        self._prepare(model, self.settings)
+        self._prepare(decoder, self.settings)
 
     def close(self) -> None:
         """Does nothing, and need not be called: between calls the model is as if there were no cache of ours."""
@@ -192,7 +190,7 @@ class Cache(HFCache):
         """
         decoder = find_decoder(model)
         settings, held = state.load(path, decoder.config, policy)
-        cls._prepare(model, settings)
+        cls._prepare(decoder, settings)
         session = Session(settings, type(model).__name__, decoder.readers)
         return _revived(cls, decoder.config, session, held, device or decoder.module.device)
 
