@@ -13,8 +13,6 @@ from lkv.hf import Cache
 from lkv.learn import distill
 from lkv.learn.checkpoint import Design, Shape
 from lkv.learn.passes import follow
-from lkv.learn.second_pass import repeat_scores
-from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv import Learned
 
 LENGTHS = [60, 47]
@@ -121,18 +119,6 @@ def test_teachers_answers_are_greedy(model: PreTrainedModel) -> None:
     context = distill.read(model, policy(model), text).context.repeat(3)
     drafts = [told[0], [told[0][0], 499 - told[0][1], *told[0][2:]], [9, 9, 9, 9, 9, 9, 9, 9]]
     assert distill.answers(model, context, question * 3, 6, [3], drafts) == told * 3
-
-
-def test_second_pass_is_attention_of_the_repeated_text(model: PreTrainedModel) -> None:
-    """Eager attention of the model itself over the text twice."""
-    text = texts([40])
-    context = distill.read(model, policy(model), text).context
-    scores = repeat_scores(model, context, torch.tensor(text), KVzip())
-    model.set_attn_implementation("eager")
-    weights = model(torch.tensor([text[0] * 2]), output_attentions=True).attentions
-    for layer in range(3):
-        wanted = weights[layer][0, :, 40:, :40].amax(1).view(2, 2, 40).amax(1)
-        torch.testing.assert_close(scores[layer][0], wanted, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 NAME = "lkv_passes"
-# layer, query [B, Hq, m, D], keys [B, H, n + m, D], scaling, softcap
-Watcher = Callable[[int, Tensor, Tensor, float, float | None], None]
+# layer, query [B, Hq, m, D], keys [B, H, n + m, D], scaling, softcap, sinks [Hq]
+Watcher = Callable[[int, Tensor, Tensor, float, float | None, Tensor | None], None]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,16 @@ def follow(
         tokens: padded on the right with anything.
         log_masks: per layer `[B, H, n]`, added to the logits of the context's keys.
         watch: called in every layer with the queries and all keys.
+
+    Raises:
+        ValueError: for a model that does not attend to all that came before in every layer.
     """
+    layers = model.get_decoder().config.num_hidden_layers
+    if len(context.keys) != layers:
+        raise ValueError(
+            f"lkv.learn: expected a model of full attention in all {layers} layers, got keys and values of "
+            f"{len(context.keys)}: neither training nor a second pass goes over layers of another kind"
+        )
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(zip(context.keys, context.values, strict=True)):
         cache.update(keys, values, layer)
@@ -96,13 +105,17 @@ def attention(
     lkv_masks: Sequence[Tensor] | None = None,
     lkv_watch: Watcher | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """`[B, Hq, m, D]` against the context and the m tokens themselves: `[B, m, Hq, Dv]`."""
+    """`[B, Hq, m, D]` against the context and the m tokens themselves: `[B, m, Hq, Dv]`; `s_aux` `[Hq]` are sinks."""
     layer, (batch, heads, count, dim) = module.layer_idx, query.shape
     groups, size = key.shape[1], lkv_context.size
+    if sliding_window is not None:
+        raise ValueError(f"lkv.learn: expected full attention in layer {layer}, got a window of {sliding_window}")
     if lkv_watch is not None:
-        lkv_watch(layer, query, key, scaling, softcap)
+        lkv_watch(layer, query, key, scaling, softcap, s_aux)
     grouped = (query * scaling).reshape(batch, groups, -1, dim)
     logits = (grouped @ key.transpose(2, 3)).float()
     if softcap is not None:
@@ -114,8 +127,11 @@ def attention(
     logits = logits.view(batch, groups, heads // groups, count, -1) + bias[:, :, None]
     future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
     logits = torch.cat([logits[..., :size], logits[..., size:].masked_fill(future, -torch.inf)], -1)
-    weights = logits.softmax(-1).to(value.dtype)
-    out = weights.view(batch, groups, -1, size + count) @ value
+    if s_aux is not None:  # a column more, which nothing is read from
+        sinks = s_aux.float().view(1, groups, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, sinks], -1)
+    weights = logits.softmax(-1)[..., : size + count].to(value.dtype)
+    out = weights.reshape(batch, groups, -1, size + count) @ value
     return out.view(batch, heads, count, -1).transpose(1, 2), None
 
 

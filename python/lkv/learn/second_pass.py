@@ -19,21 +19,29 @@ LEAD = 8  # tokens before a chunk that tell the model where it is
 def repeat_scores(
     model: PreTrainedModel, context: Context, tokens: Tensor, policy: Policy, *, prompt: Sequence[int] = ()
 ) -> list[Tensor]:
-    """Scores of a policy that needs "second_pass": float32 `[B, H, n]` per layer.
+    """Scores of a policy that needs "second_pass": float32 `[B, H, n]` per layer, 0 in padding.
 
     Args:
         context: what was read.
-        tokens: `[B, n]`, what it was read from, padded on the right.
+        tokens: `[B, n]`, what it was read from, padded on the right with anything.
         prompt: tokens that ask for the repetition; a model that goes on with what it has seen needs none.
+
+    Raises:
+        ValueError: for tokens of another shape, and a model that does not attend to all in every layer.
     """
     batch, heads, size, _ = context.keys[0].shape
+    if tokens.shape != (batch, size):
+        raise ValueError(f"lkv.learn: expected tokens of shape [B, n] = {[batch, size]}, got {list(tokens.shape)}")
     best = [keys.new_zeros(batch, heads, size, dtype=torch.float32) for keys in context.keys]
     asked = torch.tensor(prompt, dtype=tokens.dtype, device=tokens.device).expand(batch, -1)
     for begin in range(0, size, CHUNK):
-        chunk = torch.cat([asked, tokens[:, max(begin - LEAD, 0) : begin + CHUNK]], 1)
+        first = max(begin - LEAD, 0)
+        chunk = torch.cat([asked, tokens[:, first : begin + CHUNK]], 1)
+        # A text that has ended before asks nothing, not even with the tokens that lead there.
+        asking = torch.where(context.lengths > begin, len(prompt) + context.lengths - first, 0)
 
-        def watch(layer: int, query: Tensor, keys: Tensor, scaling: float, softcap: float | None) -> None:
-            scores = policy.score(layer, _observe(context, layer, query, keys, scaling, softcap))
+        def watch(layer: int, query: Tensor, keys: Tensor, *settings: object, asking: Tensor = asking) -> None:
+            scores = policy.score(layer, _observe(context, asking, query, keys, *settings))
             torch.maximum(best[layer], scores[..., :size], out=best[layer])
 
         follow(model, context, chunk, watch=watch)
@@ -41,9 +49,19 @@ def repeat_scores(
 
 
 def _observe(
-    context: Context, layer: int, query: Tensor, keys: Tensor, scaling: float, softcap: float | None
+    context: Context,
+    asking: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Observation:
-    """The rows of the context and of the pass itself, of which a query sees those up to its own."""
+    """The rows of the context and of the pass itself, of which a query sees those up to its own.
+
+    Args:
+        asking: int `[B]`, how many of the queries are of the text: the first ones.
+    """
     batch, heads, length, _ = keys.shape
     count, device = query.shape[2], keys.device
     places = torch.arange(length, device=device).expand(batch, length)
@@ -57,7 +75,8 @@ def _observe(
         starts=torch.zeros(batch, heads, dtype=torch.int64, device=device),
         queries=query,
         query_positions=torch.arange(length - count, length, device=device).expand(batch, count),
-        query_mask=torch.ones(batch, count, dtype=torch.bool, device=device),
+        query_mask=torch.arange(count, device=device) < asking[:, None],
         scaling=scaling,
         softcap=softcap,
+        sinks=sinks,
     )

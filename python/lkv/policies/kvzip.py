@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import lkv_ext
+from lkv.policies.attention import attention_weights
 from lkv.policies.protocol import Observation
 from lkv.policies.uniform import uniform_budgets
 
@@ -18,7 +19,7 @@ class KVzip:
     """The largest attention that any query of a second pass over the same text pays to a row, over a head's group.
 
     All heads of all layers compete for one total, by these scores. The second pass costs about as much as the first
-    one: `lkv.hf.second_pass` runs it.
+    one: `lkv.learn.second_pass` runs it.
 
     Attributes:
         sink: rows at the beginning that every head keeps.
@@ -42,7 +43,7 @@ class KVzip:
     def score(self, layer: int, observation: Observation) -> Tensor:
         """float32 `[B, H, L]`: in [0, 1]; 0 for rows that no query sees."""
         heads = observation.keys.shape[1]
-        return torch.stack([_strongest(observation, head) for head in range(heads)], 1)
+        return torch.stack([attention_weights(observation, head).amax((1, 2)) for head in range(heads)], 1)
 
     def budgets(
         self, scores: Tensor | Sequence[Tensor], lengths: Tensor, total: Tensor, *, starts: Tensor | None = None
@@ -51,18 +52,3 @@ class KVzip:
             return uniform_budgets(lengths, total)
         options = dict(lengths=lengths, starts=starts, sink=self.sink)
         return lkv_ext.budgets_from_scores(scores, total, across=self.across, **options)
-
-
-def _strongest(observation: Observation, head: int) -> Tensor:
-    """float32 `[B, L]`: softmax over all rows that a query sees, the maximum over queries and the group."""
-    keys = observation.keys[:, head]
-    group = observation.queries.shape[1] // observation.keys.shape[1]
-    queries = observation.queries[:, head * group : (head + 1) * group]
-    logits = (queries.flatten(1, 2) @ keys.transpose(1, 2)).float().mul_(observation.scaling)
-    if observation.softcap is not None:
-        logits = logits.div_(observation.softcap).tanh_().mul_(observation.softcap)
-    visible = observation.positions[:, head, None, :] <= observation.query_positions[..., None]
-    visible = visible & observation.valid()[:, head, None] & observation.query_mask[..., None]
-    visible = visible.repeat(1, group, 1)
-    weights = logits.masked_fill_(~visible, torch.finfo(torch.float32).min).softmax(-1).mul_(visible)
-    return weights.amax(1)

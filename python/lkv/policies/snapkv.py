@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lkv.policies.attention import attention_weights
 from lkv.policies.protocol import Observation
 from lkv.policies.uniform import uniform_budgets
 
@@ -72,26 +73,7 @@ class SnapKV:
 def window_attention(observation: Observation, head: int) -> Tensor:
     """float32 `[B, G, L]`: the mean attention that the last queries pay to the rows of one KV head.
 
-    G query heads share the KV head. Queries that are not there do not count, nor do rows outside the valid ones; a
-    sequence without any real query has zeros.
+    Queries that are not there do not count; a sequence without any real query has zeros.
     """
-    keys = observation.keys[:, head]
-    batch, length, dim = keys.shape
-    group = observation.queries.shape[1] // observation.keys.shape[1]
-    queries = observation.queries[:, head * group : (head + 1) * group]
-    window = queries.shape[2]
-
-    logits = torch.bmm(queries.reshape(batch, group * window, dim), keys.transpose(1, 2)).float()
-    logits = logits.mul_(observation.scaling).view(batch, group, window, length)
-    if observation.softcap is not None:
-        logits = logits.div_(observation.softcap).tanh_().mul_(observation.softcap)
-    visible = observation.positions[:, head, None, :] <= observation.query_positions[..., None]
-    visible = visible & observation.valid()[:, head, None] & observation.query_mask[..., None]
-    # Of a query that sees nothing a softmax would make NaN: it is counted out instead.
-    logits.masked_fill_(~visible[:, None], torch.finfo(torch.float32).min)
-    if observation.sinks is not None:
-        sinks = observation.sinks[head * group : (head + 1) * group].float().view(1, group, 1, 1)
-        logits = torch.cat([logits, sinks.expand(batch, group, window, 1)], -1)
-    weights = logits.softmax(-1)[..., :length].mul_(visible[:, None])
     count = observation.query_mask.sum(1).clamp(min=1)
-    return weights.sum(2) / count[:, None, None]
+    return attention_weights(observation, head).sum(2) / count[:, None, None]
