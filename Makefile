@@ -14,13 +14,14 @@ HF_NEEDS_5.2.0 := "huggingface_hub>=1.3,<2" "tokenizers>=0.22,<=0.23.0" typer-sl
 # Counts the instructions of the CUDA kernels, of any toolkit up to its version (see bench/resources.py): 6 MB.
 DISASSEMBLER := "nvidia-cuda-cuobjdump==13.5.37; sys_platform == 'linux'" "nvidia-cuda-nvdisasm==13.5.37; sys_platform == 'linux'"
 
-.PHONY: build demo test test-hf fuzz retriever lkv lkv-variants lkv-eval bench style clean
+.PHONY: build demo test test-hf mutants fuzz retriever lkv lkv-variants lkv-eval bench style clean
 
 # Without isolation, so that the op library is built against the torch just installed.
 $(VENV)/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q "$(TORCH)" "setuptools>=77" wheel cmake ninja pybind11 numpy \
-	  "transformers>=4.56" accelerate tqdm pytest pytest-benchmark hypothesis matplotlib rapidfuzz peft $(DISASSEMBLER)
+	  "transformers>=4.56" accelerate tqdm pytest pytest-benchmark pytest-xdist hypothesis matplotlib rapidfuzz peft parso attrs $(DISASSEMBLER)
+	$(RUN) -m pip install -q --no-deps cosmic-ray==8.7.0
 	touch $@
 
 build: $(VENV)/ready
@@ -43,6 +44,10 @@ build/transformers-%/ready: $(VENV)/ready
 	rm -rf $(@D)
 	$(RUN) -m pip install -q --no-deps --target $(@D) transformers==$* $(HF_NEEDS_$*)
 	touch $@
+
+# Sources with a careless mistake in them: do the tests notice? About an hour; see tests/mutants.
+mutants: build
+	PYTHONPATH=tests $(RUN) -m mutants $(MUTANTS)
 
 fuzz: build
 	HYPOTHESIS_PROFILE=fuzz $(RUN) -m pytest tests/test_properties.py tests/test_budgets.py

@@ -1,0 +1,67 @@
+"""Which tests guard which sources: the most telling ones of a file first, as the first failure ends a mutant's run.
+
+The first pattern that fits a source names its tests. What starts processes or compilers is left out, as it is slow.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from pathlib import Path
+
+_HF = "hf/test_"
+_CACHE = [
+    _HF + x for x in ("gaps", "failed_calls", "hf_cache", "masks", "prompts", "evict_now", "storage", "generation")
+]
+_MODELS = [_HF + x for x in ("families", "routing", "wrapped", "hf_errors", "observed")]
+_LEARN = ["learning/test_" + x for x in ("token_scorer", "head_budget", "lkv_policy", "distill", "train")]
+_EVALUATE = ["learning/test_" + x for x in ("metrics", "evaluate", "lm_eval", "cli")]
+_TASKS = ["learning/test_" + x for x in ("tasks", "task_files", "metrics", "eval_files")]
+_OPS = ["test_parity", "test_properties", "test_errors", "test_arguments", "test_torch", "test_derivatives"]
+_RAGGED = ["test_cache", "test_cache_files", "test_shared_buffers", "test_errors", "test_arguments"]
+
+GUARDS: dict[str, list[str]] = {
+    "python/lkv/hf/*": [*_CACHE, *_MODELS],
+    "python/lkv/policies/lkv.py": ["learning/test_lkv_policy", "learning/test_distill", "test_policies"],
+    "python/lkv/policies/*": ["test_policies", "hf/test_generation", "hf/test_evict_now"],
+    "python/lkv/reference/soft_topk.py": ["test_soft_topk"],
+    "python/lkv/reference/attend.py": ["test_attend"],
+    "python/lkv/reference/budgets.py": ["test_budgets"],
+    "python/lkv/reference/*": ["test_parity", "test_properties", "test_numpy"],
+    "python/lkv/learn/*": _LEARN,
+    "python/lkv/evaluate/*": _EVALUATE,
+    "python/lkv/tasks/*": _TASKS,
+    "python/lkv/cli/lm_eval.py": ["learning/test_lm_eval", "learning/test_cli"],
+    "python/lkv/cli/eval.py": ["learning/test_eval_files", "learning/test_cli", "learning/test_evaluate"],
+    "python/lkv/cli/*": ["learning/test_cli", "learning/test_train"],
+    "python/lkv/*": ["learning/test_retriever", "learning/test_cli", "learning/test_evaluate"],
+    "lkv_ext/ops/budgets.py": ["test_budgets", "test_errors", "test_arguments", "test_policies"],
+    "lkv_ext/ops/cache*.py": _RAGGED,
+    "lkv_ext/ops/attend_backends.py": ["test_attend_backends"],
+    "lkv_ext/ops/attend.py": ["test_attend", "test_attend_backends", "test_errors", "test_arguments", "test_torch"],
+    "lkv_ext/ops/soft*.py": ["test_soft_topk", "test_derivatives", "test_errors", "test_arguments", "test_torch"],
+    "lkv_ext/ops/*": [
+        *_OPS,
+        "test_tracing",
+        "test_calls",
+        "test_layouts",
+        "test_cache",
+        "test_raw_ops",
+        "test_overlap",
+    ],
+    "lkv_ext/numpy.py": ["test_numpy", "test_errors", "test_arguments"],
+    "lkv_ext/_arrays.py": ["test_numpy", "test_errors", "test_arguments", "test_overlap"],
+    "lkv_ext/*": ["test_numpy", *_OPS, "test_calls"],
+}
+
+# Guard nothing that the others do not, or cannot run twice at a time.
+LEFT_OUT = ("tests/learning/test_train.py::test_two_processes_are_one",)
+
+
+def tests_of(file: str) -> tuple[str, ...]:
+    """The test files that guard a source file, in the order in which they run."""
+    names = next(tests for pattern, tests in GUARDS.items() if fnmatch(file, pattern))
+    return tuple(f"tests/{name}.py" for name in dict.fromkeys(names))
+
+
+def missing(root: Path) -> list[str]:
+    return sorted({f"{x}" for names in GUARDS.values() for x in names if not (root / f"tests/{x}.py").exists()})

@@ -1,0 +1,107 @@
+"""What became of mutants: written as it comes, so that a run goes on where the last one ended, and summed up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10, where pytest brings it
+    import tomli as tomllib
+
+from . import catalog
+
+KILLED, TIMED_OUT, SURVIVED, EQUIVALENT, NOT_RUN = "killed", "timed out", "survived", "equivalent", "not run"
+EQUIVALENTS = Path(__file__).parent / "equivalent"
+ENOUGH = 0.95  # of the mutants that are not equivalent
+
+
+@dataclass(frozen=True)
+class Result:
+    key: str  # of the mutant
+    area: str
+    state: str
+    by: str  # the test that noticed, or the reason on file why none can
+    mutant: str  # for readers
+    digest: str = ""  # of the source and its tests
+    seconds: float = 0.0
+
+
+class Store:
+    """Results of earlier runs and of this one. A later line of the file holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._known = {x.key: x for x in (Result(**json.loads(line)) for line in lines)}
+
+    def known(self, key: str) -> Result | None:
+        return self._known.get(key)
+
+    def add(self, result: Result) -> None:
+        self._known[result.key] = result
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(asdict(result)) + "\n")
+
+
+def digest(root: Path, source: str, tests: Iterable[str]) -> str:
+    """Of all that decides a mutant's fate save the rest of the package: where it is unchanged, so is the result."""
+    both = hashlib.sha256()
+    for file in (source, *tests):
+        both.update((root / file).read_bytes())
+    return both.hexdigest()[:16]
+
+
+def equivalents(folder: Path = EQUIVALENTS) -> dict[tuple[str, str, str, str, int], str]:
+    """The reason why a mutant behaves as the original, by file, function, lines before and after, and number."""
+    reasons = {}
+    for path in sorted(folder.glob("*.toml")):
+        for entry in tomllib.loads(path.read_text()).get("equivalent", ()):
+            if not entry.get("reason"):
+                raise ValueError(f"{path.name}: a mutant of {entry['file']} has no reason: {entry['after']!r}")
+            texts = (entry[x].strip() for x in ("file", "where", "before", "after"))
+            reasons[(*texts, entry.get("nth", 0))] = entry["reason"]
+    return reasons
+
+
+def identity(mutant: catalog.Mutant) -> tuple[str, str, str, str, int]:
+    return mutant.file, mutant.where, mutant.before, mutant.after, mutant.nth
+
+
+def as_entry(mutant: catalog.Mutant) -> str:
+    """The lines that file a mutant as equivalent, save for the reason."""
+    nth = f"nth = {mutant.nth}\n" if mutant.nth else ""
+    texts = "".join(f"{x} = {_toml(getattr(mutant, x))}\n" for x in ("file", "where", "before", "after"))
+    return f'[[equivalent]]\n{texts}{nth}reason = ""\n'
+
+
+def _toml(text: str) -> str:
+    return f"'''\n{text}'''" if "\n" in text or "'" in text else f"'{text}'"
+
+
+def share(results: Iterable[Result]) -> float:
+    counts = Counter(x.state for x in results)
+    noticed = counts[KILLED] + counts[TIMED_OUT]
+    tried = noticed + counts[SURVIVED]
+    return noticed / tried if tried else 1.0
+
+
+def summary(results: Iterable[Result]) -> str:
+    """A table of areas, and the survivors."""
+    areas: dict[str, list[Result]] = defaultdict(list)
+    for each in results:
+        areas[each.area].append(each)
+    every = [x for area in areas.values() for x in area]
+    states = (KILLED, TIMED_OUT, SURVIVED, EQUIVALENT, NOT_RUN)
+    rows = [f"{'area':10}" + "".join(f"{x:>12}" for x in (*states, "noticed"))]
+    for name, group in (*sorted(areas.items()), ("all", every)):
+        counts = Counter(x.state for x in group)
+        rows.append(f"{name:10}" + "".join(f"{counts[x]:12}" for x in states) + f"{share(group):11.1%}")
+    survivors = [f"survived: {x.mutant}" for x in every if x.state == SURVIVED]
+    return "\n".join((*survivors, "", *rows))
