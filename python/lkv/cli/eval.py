@@ -106,9 +106,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             raise ValueError(f"lkv eval: expected retentions in (0, 1], got {retention}")
     if options.samples < 1 or options.batch < 1:
         raise ValueError("lkv eval: expected samples and batch >= 1")
+    if options.answer_tokens is not None and options.answer_tokens < 1:
+        raise ValueError(f"lkv eval: expected answer tokens >= 1, got {options.answer_tokens}")
+    for name in ("methods", "retentions", "tasks", "file"):
+        # Twice the same would count as twice the samples, and narrow the intervals.
+        values = getattr(options, name) or []
+        if again := next((value for i, value in enumerate(values) if value in values[:i]), None):
+            raise ValueError(f"lkv eval: expected --{name} without repetitions, got {again} more than once")
     if bool(options.file) != bool(options.format):
         given, other = ("--file", "--format") if options.file else ("--format", "--file")
         raise ValueError(f"lkv eval: expected {other} beside {given}, got none")
+    if options.soft and (options.file or options.see_question):
+        other = "--file" if options.file else "--see-question"
+        raise ValueError(f"lkv eval: expected --soft with made texts and a question not seen, got {other} beside it")
     return options
 
 

@@ -10,6 +10,7 @@ from lkv.policies import Policy
 from lkv.policies.adakv import AdaKV
 from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv import Learned
+from lkv.policies.lkv import learned as with_budget
 from lkv.policies.random import Random
 from lkv.policies.snapkv import SnapKV
 from lkv.policies.streaming_llm import StreamingLLM
@@ -56,7 +57,7 @@ def learned(lkv: Learned, variants: Mapping[str, Learned] | None = None) -> dict
     snapkv, kvzip = SnapKV(), KVzip(across=None)
     grid: dict[str, Policy] = {
         "lkv": lkv,
-        "uniform+lkv-t": replace(lkv, budget=uniform),
+        "uniform+lkv-t": with_budget(lkv.scorer, uniform, lkv.sink, lkv.window),
         "lkv-h+snapkv": replace(lkv, scorer=snapkv, sink=snapkv.sink, window=snapkv.window),
         "lkv-h+kvzip": replace(lkv, scorer=kvzip, sink=kvzip.sink, window=kvzip.window),
         "uniform+kvzip": kvzip,

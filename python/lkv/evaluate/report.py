@@ -16,14 +16,15 @@ Row = dict[str, object]
 def rows(results: Iterable[Result], reference: str = "lkv") -> list[Row]:
     """A row per method and retention: scores per task and over all, kept rows, time, and how far `reference` is ahead.
 
-    The mean over tasks weighs every sample the same.
+    The mean over all weighs every sample the same, whatever its task. `reference` is compared where it has answered the
+    same samples at the same retention.
     """
     groups: dict[tuple[str, float], list[Result]] = {}
     for result in results:
         groups.setdefault((result.method, result.retention), []).append(result)
     out: list[Row] = []
     for (method, retention), group in groups.items():
-        ordered = sorted(group, key=lambda r: (r.task, r.index))
+        ordered = sorted(group, key=_sample)
         scores = [r.score for r in ordered]
         mean = interval(scores)
         row: Row = {
@@ -40,10 +41,9 @@ def rows(results: Iterable[Result], reference: str = "lkv") -> list[Row]:
                 task: _mean(r.score for r in group if r.task == task) for task in dict.fromkeys(r.task for r in group)
             },
         }
-        ours = groups.get((reference, retention))
-        if ours is not None and method != reference and len(ours) == len(group):
-            theirs = [r.score for r in sorted(ours, key=lambda r: (r.task, r.index))]
-            ahead = difference(theirs, scores)
+        ours = sorted(groups.get((reference, retention), []), key=_sample)
+        if method != reference and list(map(_sample, ours)) == list(map(_sample, ordered)):
+            ahead = difference([r.score for r in ours], scores)
             row["behind"] = [ahead.mean, ahead.low, ahead.high]
         out.append(row)
     return out
@@ -79,6 +79,10 @@ def write(path: Path, facts: Mapping[str, object], rows: Sequence[Row], extra: M
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps({"facts": dict(facts), "rows": list(rows), **extra}, indent=1) + "\n")
     os.replace(temporary, path)
+
+
+def _sample(result: Result) -> tuple[str, int]:
+    return result.task, result.index
 
 
 def _mean(values: Iterable[float]) -> float:

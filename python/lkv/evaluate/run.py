@@ -76,7 +76,11 @@ def evaluate(
     methods: Sequence[Method],
     setting: Setting,
 ) -> Iterator[Result]:
-    """Results as they come, batch by batch."""
+    """Results as they come, batch by batch.
+
+    Raises:
+        ValueError: for a sample without a context or a question.
+    """
     for begin in range(0, len(samples), setting.batch):
         yield from _batch(model, tokenizer, samples[begin : begin + setting.batch], methods, setting)
 
@@ -91,6 +95,12 @@ def _batch(
     pad, ends = pad_and_ends(model, tokenizer)
     contexts = [encode(tokenizer, s.context, begins=True) for s in samples]
     questions = [encode(tokenizer, s.question) for s in samples]
+    for sample, context, question in zip(samples, contexts, questions, strict=True):
+        if not context or not question:
+            missing = "question" if context else "context"
+            raise ValueError(
+                f"lkv eval: expected a {missing} of one or more tokens, got none: {sample.task} {sample.index}"
+            )
     if setting.see_question:
         # The last token stays behind, so that there is something to decode from.
         contexts = [c + q[:-1] for c, q in zip(contexts, questions, strict=True)]

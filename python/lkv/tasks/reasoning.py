@@ -39,7 +39,11 @@ def frequent_words(rng: random.Random, language: Language, length: int, count: C
 
 
 def _counting(rng: random.Random, language: Language, length: int, count: Count, shares: list[float]) -> Scene:
-    """Names in shuffled order: the most frequent have shares of 0.6 of the words in these proportions, the rest few."""
+    """Names in shuffled order: the most frequent have shares of 0.6 of the words in these proportions, the rest few.
+
+    Raises:
+        ValueError: for a text so short that words of the rest are as frequent.
+    """
     rest = 24
     names = language.names(rng, len(shares) + rest)
     words: list[str] = []
@@ -50,6 +54,12 @@ def _counting(rng: random.Random, language: Language, length: int, count: Count,
     for i in range(size - len(words)):
         words.append(names[len(shares) + i % rest])
     rng.shuffle(words)
-    top = tuple(word for word, _ in Counter(words).most_common(len(shares)))
+    counts = Counter(words)
+    top = tuple(word for word, _ in counts.most_common(len(shares)))
+    if len(counts) <= len(top) or counts[top[-1]] == counts.most_common(len(top) + 1)[-1][1]:
+        raise ValueError(
+            f"lkv.tasks: expected a context long enough for its {len(shares)} most frequent words to stand out, "
+            f"got {length} tokens"
+        )
     question = Question(language.ask_words(len(shares)), language.listing(top), top)
     return Scene(" ".join(words), (question,), ())

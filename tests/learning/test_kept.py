@@ -1,0 +1,76 @@
+"""Which positions a head keeps, and where the evidence stands: what the picture of one text is drawn from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lkv import tasks
+from lkv.evaluate.kept import kept_positions
+from lkv.hf import Cache
+from lkv.policies.adakv import AdaKV
+from lkv.policies.streaming_llm import StreamingLLM
+from lkv.text import encode
+
+
+@pytest.mark.parametrize("task", [*tasks.RETRIEVAL, "variable_tracking"])
+@pytest.mark.parametrize("begins", [True, False])
+def test_evidence_is_where_its_sentences_are(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, begins: bool
+) -> None:
+    """With a beginning token in front of the text, and without one."""
+    bos = tokenizer.bos_token
+    tokenizer.bos_token = bos if begins else None
+    try:
+        for index in range(3):
+            sample = tasks.make(task, index, 150)
+            told = kept_positions(model, tokenizer, StreamingLLM(), sample, 0.3)
+            text = encode(tokenizer, sample.context, begins=True)
+            assert told["length"] == len(text) == 150 + begins
+            assert [tokenizer.decode(text[begin:end]) for begin, end in told["evidence"]] == list(sample.evidence)
+    finally:
+        tokenizer.bos_token = bos
+
+
+def test_evidence_that_stands_twice_is_where_it_stands_first(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    sample = tasks.make("single", 0, 100)
+    (fact,) = sample.evidence
+    twice = replace(sample, context=f"{fact} gone {fact} {sample.context}")
+    assert kept_positions(model, tokenizer, StreamingLLM(), twice, 0.3)["evidence"] == [[1, 7]]
+
+
+@pytest.mark.parametrize("retention", [0.2, 0.5])
+def test_positions_are_those_of_each_head(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, retention: float
+) -> None:
+    sample = tasks.make("multi_key", 1, 120)
+    told = kept_positions(model, tokenizer, StreamingLLM(), sample, retention)
+    keep = round(retention * 121)
+    assert [head["name"] for head in told["heads"]] == [f"layer {n}, head {h}" for n in range(3) for h in range(2)]
+    assert all(head["positions"] == [0, 1, 2, 3, *range(121 - keep + 4, 121)] for head in told["heads"])
+    assert told["title"] == f"multi_key: positions kept at {100 * retention:.0f}%; evidence shaded"
+
+
+def test_heads_of_different_budgets(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    sample = tasks.make("multi_key", 1, 120)
+    heads = kept_positions(model, tokenizer, AdaKV(), sample, 0.5)["heads"]
+    with Cache(model, AdaKV(), retention=0.5) as cache, torch.no_grad():
+        tokens = torch.tensor([encode(tokenizer, sample.context, begins=True)])
+        model.get_decoder()(tokens, past_key_values=cache, use_cache=True)
+        expected = [
+            row[:count].tolist()
+            for layer in cache.ragged
+            for row, count in zip(
+                layer.rows.positions.tensor_split(layer.rows.cu_seqlens[1:-1].long().cpu()),
+                layer.rows.lengths.flatten().tolist(),
+                strict=True,
+            )
+        ]
+    assert [head["positions"] for head in heads] == expected
+    assert len({len(head["positions"]) for head in heads}) > 1
+    assert sum(len(head["positions"]) for head in heads) == 6 * round(0.5 * 121)
