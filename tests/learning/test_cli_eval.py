@@ -1,0 +1,284 @@
+"""`lkv eval`: what is asked on the command line is what is evaluated, and what the report says was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lkv import cli, retriever, tasks
+from lkv.cli import eval as command
+from lkv.cli import models
+from lkv.evaluate import metrics
+from lkv.evaluate.methods import FULL, Method
+from lkv.evaluate.run import Result, Setting
+from lkv.learn.checkpoint import Design, Shape, save
+from lkv.policies.lkv import Learned
+
+HEURISTICS = ["random", "streaming", "snapkv", "adakv", "kvzip"]
+GRID = ["uniform+kvzip", "uniform+lkv-t", "lkv-h+snapkv", "lkv-h+kvzip"]
+
+
+@dataclass
+class Asked:
+    """Of what `evaluate` was asked, call by call."""
+
+    samples: list[list[tasks.Sample]] = field(default_factory=list)
+    settings: list[Setting] = field(default_factory=list)
+    methods: list[Sequence[Method]] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        return [method.name for method in self.methods[0]]
+
+
+@pytest.fixture
+def asked(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Asked:
+    """Nothing is evaluated: every method is right in every second sample."""
+    asked = Asked()
+
+    def evaluate(
+        model: object, tokenizer: object, samples: list[tasks.Sample], methods: Sequence[Method], setting: Setting
+    ) -> list[Result]:
+        asked.samples.append(list(samples))
+        asked.settings.append(setting)
+        asked.methods.append(methods)
+        return [
+            Result(s.task, s.index, m.name, r, s.index % 2, r, "", 0.0)
+            for m in methods
+            for r in ([1.0] if m.name == FULL else setting.retentions)
+            for s in samples
+        ]
+
+    monkeypatch.setattr(command, "evaluate", evaluate)
+    monkeypatch.setattr(models.retriever, "load", lambda: (model, tokenizer))
+    monkeypatch.setattr(models.retriever, "LKV", tmp_path / "none")
+    return asked
+
+
+def run(*options: object) -> int:
+    return cli.main(["eval", *map(str, options)])
+
+
+@pytest.fixture
+def checkpoint(model: PreTrainedModel, tmp_path: Path) -> Path:
+    torch.manual_seed(5)
+    design, shape = Design(hidden=8), Shape.of(model)
+    save(tmp_path / "lkv", design.build(shape), design, shape, {})
+    return tmp_path / "lkv"
+
+
+SHORT = ("--samples", 2, "--length", 96)
+
+
+def test_by_default(asked: Asked, capsys: pytest.CaptureFixture) -> None:
+    assert (command.parse([]).samples, command.parse([]).length) == (300, 1024)
+    assert run("--samples", 2) == 0
+    assert [[s.task for s in group] for group in asked.samples] == [[task] * 2 for task in tasks.RETRIEVAL]
+    assert asked.names == [FULL, "floor", *HEURISTICS]
+    setting = asked.settings[0]
+    assert setting.retentions == (0.05, 0.1, 0.15, 0.3)
+    assert (setting.see_question, setting.batch, setting.limit) == (False, 16, 24)
+    assert all(other is setting for other in asked.settings)
+    sample = asked.samples[1][1]
+    assert sample == tasks.make("multi_key", 1, 1024, split="test")
+    assert setting.metric(sample.answer, sample) == 1
+    evidence = max(s.evidence_tokens for group in asked.samples for s in group)
+    printed = capsys.readouterr().out
+    assert f"question not seen by the compression; 10 texts of 1024 tokens, evidence of at most {evidence}" in printed
+
+
+def test_options_reach_what_they_are_for(asked: Asked, capsys: pytest.CaptureFixture) -> None:
+    options = ["--tasks", "key_value", "variable_tracking", "--split", "validation", "--batch", 3, "--see-question"]
+    assert run(*SHORT, *options, "--answer-tokens", 7, "--retentions", 0.2, 1, "--methods", "snapkv", FULL) == 0
+    assert asked.samples == [
+        [tasks.make(task, i, 96, split="validation") for i in range(2)] for task in ("key_value", "variable_tracking")
+    ]
+    setting = asked.settings[0]
+    assert (setting.retentions, setting.see_question, setting.batch, setting.limit) == ((0.2, 1.0), True, 3, 7)
+    assert asked.names == ["snapkv", FULL]
+    assert "question seen by the compression; 4 texts of 96 tokens" in capsys.readouterr().out
+
+
+def test_methods_with_a_checkpoint(asked: Asked, checkpoint: Path) -> None:
+    run(*SHORT, "--checkpoint", checkpoint)
+    assert asked.names == [FULL, "floor", *HEURISTICS, "lkv"]
+    assert isinstance(asked.methods[0][-1].policy, Learned)
+    asked.methods.clear()
+    run(*SHORT, "--checkpoint", checkpoint, "--grid", "--variants", f"a=b={checkpoint}"[2:], f"mine={checkpoint}")
+    assert asked.names == [FULL, "floor", *HEURISTICS, "lkv", *GRID, "b", "mine"]
+
+
+def test_the_retriever_comes_with_its_checkpoint_and_other_models_without(
+    asked: Asked, checkpoint: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(retriever, "LKV", checkpoint)
+    run(*SHORT)
+    assert asked.names[-1] == "lkv"
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    asked.methods.clear()
+    run(*SHORT, "--samples", 1, "--model", tmp_path / "model", "--device", "cpu")
+    assert "lkv" not in asked.names
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--retentions", "0"], "expected retentions in (0, 1], got 0.0"),
+        (["--retentions", "0.5", "1.5"], "expected retentions in (0, 1], got 1.5"),
+        (["--retentions", "nan"], "expected retentions in (0, 1], got nan"),
+        (["--samples", "0"], "expected samples and batch >= 1"),
+        (["--batch", "0"], "expected samples and batch >= 1"),
+        (["--answer-tokens", "0"], "expected answer tokens >= 1, got 0"),
+        (["--methods", "full", "snapkv", "full"], "expected --methods without repetitions, got full more than once"),
+        (["--retentions", "0.3", "0.30"], "expected --retentions without repetitions, got 0.3 more than once"),
+        (["--tasks", "single", "single"], "expected --tasks without repetitions, got single more than once"),
+        (["--format", "ruler"], "expected --file beside --format, got none"),
+        (["--file", "x.jsonl"], "expected --format beside --file, got none"),
+        (["--file", "x", "y", "x", "--format", "ruler"], "expected --file without repetitions, got x more than once"),
+        (["--soft", "--see-question"], "made texts and a question not seen, got --see-question beside it"),
+        (["--soft", "--file", "x", "--format", "ruler"], "made texts and a question not seen, got --file beside it"),
+        (["--variants", "x"], "expected variants NAME=PATH, got 'x'"),
+        (["--methods", "lkv"], "expected methods of full, floor, random, streaming, snapkv, adakv, kvzip, got 'lkv'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_runs(
+    asked: Asked, options: list[str], says: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(*options) == 2
+    assert says in capsys.readouterr().err
+    assert not asked.settings
+
+
+def test_progress_is_counted_in_samples(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    class Bar(command.tqdm):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(command, "tqdm", Bar)
+    for methods in (["snapkv", FULL], [FULL, "snapkv"]):
+        run(*SHORT, "--tasks", "single", "multi_key", "--methods", *methods, "--retentions", 0.5, 0.2)
+    assert [(bar.total, bar.n) for bar in bars] == [(4, 4), (4, 4)]
+
+
+class TestFiles:
+    @pytest.fixture
+    def paths(self, tmp_path: Path) -> list[Path]:
+        """Two tasks of RULER, whose answers have other lengths."""
+        paths = [tmp_path / "niah_single.jsonl", tmp_path / "qa_1.jsonl"]
+        for path in paths:
+            lines = [{"input": f"Text {i}.\nWhat is it? SAY it", "outputs": ["Paris", "Rome"]} for i in range(3)]
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return paths
+
+    def test_are_scored_and_limited_as_their_benchmark_does(self, asked: Asked, paths: list[Path]) -> None:
+        assert run("--file", *paths, "--format", "ruler", "--samples", 2) == 0
+        assert [[(s.task, s.index) for s in group] for group in asked.samples] == [
+            [("niah_single", 0), ("niah_single", 1)], [("qa_1", 0), ("qa_1", 1)],
+        ]  # fmt: skip
+        assert [setting.limit for setting in asked.settings] == [128, 32]
+        assert [s.metric("paris", group[0]) for s, group in zip(asked.settings, asked.samples, strict=True)] == [0.5, 1]
+        asked.settings.clear()
+        run("--file", *paths, "--format", "ruler", "--answer-tokens", 5)
+        assert [setting.limit for setting in asked.settings] == [5, 5]
+
+    def test_marker_and_split_are_handed_on(
+        self, asked: Asked, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert run("--file", paths[0], "--format", "ruler", "--question-marker", "SAY") == 0
+        assert asked.samples[0][0].question == "SAY it"
+        own, seen = command.files.load, []
+        monkeypatch.setattr(
+            command.files, "load", lambda *args, **more: seen.append((args, more)) or own(*args, **more)
+        )
+        run("--file", paths[0], "--format", "ruler", "--split", "validation")
+        assert seen == [
+            (("ruler", str(paths[0])), {"count": 300, "split": "validation", "prompts": None, "marker": None})
+        ]
+
+    def test_packages_are_looked_for_before_anything_runs(
+        self, asked: Asked, paths: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    ) -> None:
+        def missing(samples: Sequence[tasks.Sample]) -> None:
+            assert len(samples) == 6
+            raise metrics.need("no_such", "longbench", "ROUGE-L")
+
+        monkeypatch.setattr(metrics, "check_packages", missing)
+        assert run("--file", *paths, "--format", "ruler") == 2
+        assert "pip install 'lkv-ext[longbench]'" in capsys.readouterr().err and not asked.samples
+
+
+def test_report_says_what_was_run(asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    assert run(*SHORT, "--tasks", "single", "--see-question", "--out", out, "--split", "train", "--device", "cpu") == 0
+    report = json.loads((out / "report.json").read_text())
+    facts = report["facts"]
+    assert facts["question_seen"] is True and facts["split"] == "train" and facts["tasks"] == ["single"]
+    assert (facts["model"], facts["length"], facts["samples"], facts["device"]) == ("retriever", 96, 2, "cpu")
+    assert facts["torch"] == torch.__version__ and facts["threads"] == torch.get_num_threads()
+    assert facts["format"] is facts["prompts"] is None
+    assert {row["score"] for row in report["rows"]} == {0.5} and len(report["rows"]) == 1 + 6 * 4
+    assert "kept_positions" not in report
+    assert str(out / "accuracy.png") in capsys.readouterr().out
+
+
+def test_pictures_of_a_checkpoint_are_of_the_sample_in_the_middle(
+    asked: Asked, checkpoint: Path, tmp_path: Path, model: PreTrainedModel
+) -> None:
+    options = ["--tasks", "single", "multi_key", "--retentions", 0.2, 0.5, "--methods", FULL, "lkv"]
+    assert run(*SHORT, "--checkpoint", checkpoint, *options, "--out", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    kept = report["kept_positions"]
+    assert kept["title"].startswith("multi_key: positions kept at 15%") and kept["length"] == 97
+    assert sum(len(head["positions"]) for head in kept["heads"]) == 6 * round(0.15 * 97)
+    assert list(report["shares"]) == ["0.2", "0.5"]
+    for retention, rows in (("0.2", 19), ("0.5", 48)):
+        shares = torch.tensor(report["shares"][retention], dtype=torch.float64)
+        assert shares.shape == (3, 2) and shares.sum().item() * 97 == pytest.approx(6 * rows)
+
+
+def test_relaxed_mask_beside_eviction(
+    asked: Asked, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    seen = []
+
+    def soft(model: object, tokenizer: object, samples: list, policy: object, *rest: object) -> float:
+        seen.append((len(samples), isinstance(policy, Learned), *rest))
+        return 0.75
+
+    monkeypatch.setattr(command, "soft_accuracy", soft)
+    options = ["--batch", 5, "--answer-tokens", 9, "--retentions", 0.2, 0.5, "--soft", "--out", tmp_path / "out"]
+    assert run(*SHORT, "--tasks", "single", "--checkpoint", checkpoint, *options) == 0
+    assert seen == [(2, True, 0.2, 5, 9), (2, True, 0.5, 5, 9)]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["soft_to_hard"] == {"0.2": [0.75, 0.5], "0.5": [0.75, 0.5]}
+    assert "at 0.2: 75.0 through the relaxed mask, 50.0 after eviction" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_models(
+    dtype: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Asked, tmp_path: Path
+) -> None:
+    options = command.parse(["--device", "cpu", *(["--dtype", dtype] if dtype else [])])
+    read, _, language = models.load(options)
+    assert read.dtype == (torch.bfloat16 if dtype else torch.float32) and isinstance(language, tasks.Words)
+
+    model.to(torch.float16).train().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options.model = str(tmp_path / "model")
+    read, words, language = models.load(options)
+    assert read.dtype == (torch.bfloat16 if dtype else torch.float16)  # as it was stored
+    assert not read.training and read.device.type == "cpu" and isinstance(language, tasks.English)
+    assert words("set Bala").input_ids == tokenizer("set Bala").input_ids
