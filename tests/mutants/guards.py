@@ -14,8 +14,7 @@ _CACHE = [
 ]
 _MODELS = [_HF + x for x in ("families", "routing", "wrapped", "hf_errors", "observed")]
 _LEARN = ["learning/test_" + x for x in ("token_scorer", "head_budget", "lkv_policy", "distill", "train")]
-_EVALUATE = ["learning/test_" + x for x in ("metrics", "evaluate", "lm_eval", "cli")]
-_TASKS = ["learning/test_" + x for x in ("tasks", "task_files", "metrics", "eval_files")]
+_TASKS = ["learning/test_" + x for x in ("task_texts", "languages", "tasks", "task_files", "metrics", "eval_files")]
 _OPS = ["test_parity", "test_properties", "test_errors", "test_arguments", "test_torch", "test_derivatives"]
 _RAGGED = ["test_cache", "test_cache_files", "test_shared_buffers", "test_errors", "test_arguments"]
 
@@ -28,11 +27,23 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/reference/budgets.py": ["test_budgets"],
     "python/lkv/reference/*": ["test_parity", "test_properties", "test_numpy"],
     "python/lkv/learn/*": _LEARN,
-    "python/lkv/evaluate/*": _EVALUATE,
+    "python/lkv/evaluate/run.py": ["learning/test_evaluate", "learning/test_methods", "learning/test_report"],
+    "python/lkv/evaluate/metrics.py": ["learning/test_metrics", "learning/test_metrics_peers"],
+    "python/lkv/evaluate/statistics.py": ["learning/test_statistics", "learning/test_report"],
+    "python/lkv/evaluate/harness.py": ["learning/test_lm_eval"],
+    **{
+        f"python/lkv/evaluate/{name}.py": [f"learning/test_{name}", "learning/test_evaluate"]
+        for name in ("decode", "kept", "methods", "plots", "report", "soft")
+    },
+    "python/lkv/evaluate/*": ["learning/test_evaluate"],
     "python/lkv/tasks/*": _TASKS,
     "python/lkv/cli/lm_eval.py": ["learning/test_lm_eval", "learning/test_cli"],
-    "python/lkv/cli/eval.py": ["learning/test_eval_files", "learning/test_cli", "learning/test_evaluate"],
+    "python/lkv/cli/eval.py": ["learning/test_cli_eval", "learning/test_eval_files", "learning/test_cli"],
+    "python/lkv/cli/models.py": ["learning/test_cli_eval", "learning/test_cli"],
+    "python/lkv/cli/train.py": ["learning/test_train_command", "learning/test_cli"],
     "python/lkv/cli/*": ["learning/test_cli", "learning/test_train"],
+    "python/lkv/text.py": ["learning/test_text", "learning/test_evaluate"],
+    "python/lkv/extras.py": ["learning/test_text", "learning/test_metrics"],
     "python/lkv/*": ["learning/test_retriever", "learning/test_cli", "learning/test_evaluate"],
     "lkv_ext/ops/budgets.py": ["test_budgets", "test_errors", "test_arguments", "test_policies"],
     "lkv_ext/ops/cache*.py": _RAGGED,
