@@ -93,7 +93,7 @@ def _from_shares(
     if not is_of("numbers", shares):
         raise TypeError(f"expected shares as numbers or a tensor of a real dtype, got {described(shares)}")
     try:
-        weights = torch.as_tensor(shares)
+        weights = shares if isinstance(shares, Tensor) else torch.as_tensor(shares, dtype=torch.float64)
     except (ValueError, TypeError, RuntimeError):
         raise ValueError(f"expected shares as numbers in rows of one length, got {described(shares)}") from None
     weights = weights.detach().to("cpu", torch.float64)
@@ -144,9 +144,12 @@ def apportion(weights: Tensor, total: Tensor, lower: Tensor, upper: Tensor) -> T
     if weights.shape[1] == 0:
         return lower.clone()
     total = torch.minimum(torch.maximum(total, lower.sum(1)), upper.sum(1))
-    # A weight of zero becomes one too small to ever round up, so that t stays finite for every head.
-    most = weights.amax(1, keepdim=True)
-    weights = torch.where(most > 0, torch.maximum(weights / most, weights.new_tensor(1e-13)), 1.0)
+    # Heads of weight zero stay at their floors until all others are full, and then share alike.
+    served = weights > 0
+    spare = (total > torch.where(served, upper, lower).sum(1))[:, None]
+    lower, upper = torch.where(served & spare, upper, lower), torch.where(served | spare, upper, lower)
+    # Relative to the largest, and no smaller than lets t be finite for every head.
+    weights = torch.where(served, (weights / weights.amax(1, keepdim=True)).clamp(min=1e-290), 1.0)
     # The sum is piecewise linear in t; its corners are where a head leaves its floor or fills up.
     corners = torch.cat([lower / weights, upper / weights], 1).sort(1).values
     filled = torch.minimum(torch.maximum(corners[:, :, None] * weights[:, None], lower[:, None]), upper[:, None])
