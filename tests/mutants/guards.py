@@ -15,17 +15,19 @@ _CACHE = [
 _MODELS = [_HF + x for x in ("families", "routing", "wrapped", "hf_errors", "observed")]
 _LEARN = ["learning/test_" + x for x in ("token_scorer", "head_budget", "lkv_policy", "distill", "train")]
 _TASKS = ["learning/test_" + x for x in ("task_texts", "languages", "tasks", "task_files", "metrics", "eval_files")]
+_POLICIES = ["test_policies", "test_attention_scores", "test_policy_budgets", "test_policy_padding"]
 _OPS = ["test_parity", "test_properties", "test_errors", "test_arguments", "test_torch", "test_derivatives"]
 _RAGGED = ["test_cache", "test_cache_files", "test_shared_buffers", "test_errors", "test_arguments"]
 
 GUARDS: dict[str, list[str]] = {
     "python/lkv/hf/*": [*_CACHE, *_MODELS],
-    "python/lkv/policies/lkv.py": ["learning/test_lkv_policy", "learning/test_distill", "test_policies"],
-    "python/lkv/policies/*": ["test_policies", "hf/test_generation", "hf/test_evict_now"],
+    "python/lkv/policies/lkv.py": [*_POLICIES, "learning/test_lkv_policy", "learning/test_distill"],
+    "python/lkv/policies/*": [*_POLICIES, "learning/test_second_pass", "hf/test_generation", "hf/test_evict_now"],
     "python/lkv/reference/soft_topk.py": ["test_soft_topk"],
     "python/lkv/reference/attend.py": ["test_attend"],
     "python/lkv/reference/budgets.py": ["test_budgets"],
     "python/lkv/reference/*": ["test_parity", "test_properties", "test_numpy"],
+    "python/lkv/learn/second_pass.py": ["learning/test_second_pass"],
     "python/lkv/learn/*": _LEARN,
     "python/lkv/evaluate/run.py": ["learning/test_evaluate", "learning/test_methods", "learning/test_report"],
     "python/lkv/evaluate/metrics.py": ["learning/test_metrics", "learning/test_metrics_peers"],
@@ -45,7 +47,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/text.py": ["learning/test_text", "learning/test_evaluate"],
     "python/lkv/extras.py": ["learning/test_text", "learning/test_metrics"],
     "python/lkv/*": ["learning/test_retriever", "learning/test_cli", "learning/test_evaluate"],
-    "lkv_ext/ops/budgets.py": ["test_budgets", "test_errors", "test_arguments", "test_policies"],
+    "lkv_ext/ops/budgets.py": ["test_budgets", "test_policy_budgets", "test_errors", "test_arguments"],
     "lkv_ext/ops/cache*.py": _RAGGED,
     "lkv_ext/ops/attend_backends.py": ["test_attend_backends"],
     "lkv_ext/ops/attend.py": ["test_attend", "test_attend_backends", "test_errors", "test_arguments", "test_torch"],

@@ -49,10 +49,10 @@ def get(policy: str | Policy) -> Policy:
         if policy not in POLICIES:
             raise ValueError(f"lkv.policies: expected one of {', '.join(sorted(POLICIES))}, got {policy!r}")
         return POLICIES[policy]()
-    if isinstance(policy, type) or not isinstance(policy, Policy):
-        missing = [
-            name for name in ("needs", "scope", "sink", "window", "score", "budgets") if not hasattr(policy, name)
-        ]
+    early = isinstance(policy, Ahead) and getattr(policy, "scope", None) == "layer"  # its budgets are known before
+    members = ("needs", "scope", "sink", "window", "score", *(() if early else ("budgets",)))
+    missing = [name for name in members if not hasattr(policy, name)]
+    if isinstance(policy, type) or missing:
         lack = f" without {', '.join(missing)}" if missing else ""
         raise TypeError(f"lkv.policies: expected a name or a policy, got {policy!r}{lack}")
     if policy.scope not in SCOPES or not policy.needs <= NEEDS:

@@ -66,14 +66,6 @@ class LKV(Learned):
         total = rows * self.budget.layers * self.budget.heads
         return self.budget.table(total, length, self.sink + self.window)
 
-    def budgets(
-        self, scores: Tensor | Sequence[Tensor], lengths: Tensor, total: Tensor, *, starts: Tensor | None = None
-    ) -> Tensor:
-        """int64 `[N, B, H]`, for all layers at once."""
-        protected = self.sink + self.window
-        tables = [self.budget.table(int(total[b]), lengths[:, b], protected) for b in range(lengths.shape[1])]
-        return torch.stack(tables, 1)
-
 
 class LKVThreshold(Learned):
     """All tokens of all heads compete, with a bias for every head: budgets that depend on the text."""

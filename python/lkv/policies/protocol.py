@@ -15,8 +15,8 @@ How the methods to come fit:
 - A threshold for the whole model (KVzip, LKV-H): scope "model". When the last layer of a call has attended, `score` is
   called for every layer, and `budgets` once, with the list of their scores, `lengths` `[N, B, H]` and the total of all
   layers; it returns `[N, B, H]`. Before anything is evicted all layers are there in full: scope "layer" holds one.
-- Budgets that no score changes (LKV-H): with a method `ahead` a policy of scope "layer" says what the heads of a layer
-  keep while later layers are still to come, as its share of what the whole model keeps.
+- Budgets that no score changes (LKV-H): with a method `ahead` in the place of `budgets` a policy of scope "layer" says
+  what the heads of a layer keep while later layers are still to come, as its share of what the whole model keeps.
 - Hidden states or keys before RoPE: named in `needs`, they arrive as further fields of the observation. Hidden states
   are of tokens, not of rows: `hidden_states[b, positions[b, h, i]]` is that of a row, and a policy that scores tokens
   does so once and gathers the scores by `positions`.
@@ -88,6 +88,8 @@ class Observation:
 class Policy(Protocol):
     """The protocol. `sink` and `window` rows at the ends of every head are kept whatever their scores (`evict`'s own).
 
+    A policy that is `Ahead` needs no `budgets`.
+
     Attributes:
         needs: what the observation must hold beside the rows, a subset of `NEEDS`.
         scope: "layer" may evict as soon as a layer is done, "model" after all layers, "cascade" shrinks earlier layers
@@ -124,10 +126,10 @@ class Policy(Protocol):
 
 @runtime_checkable
 class Ahead(Protocol):
-    """What a policy of scope "layer" may have beside `Policy`: budgets that are known before the scores are."""
+    """What a policy of scope "layer" may have in the place of `budgets`: those that are known before the scores are."""
 
     def ahead(self, layer: int, rows: Tensor, lengths: Tensor) -> Tensor:
-        """Rows that every head of one layer keeps; `budgets` is not asked then.
+        """Rows that every head of one layer keeps.
 
         Args:
             rows: int64 `[B]`, on the host: to be kept per head, on average over all heads of all layers.

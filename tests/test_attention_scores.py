@@ -1,0 +1,150 @@
+"""SnapKV and KVzip against loops over batch, head, query and row, with every setting that a model's logits may have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from observations import SETTINGS, D, G, H, attention_by_loops, observe
+from torch import Tensor
+
+from lkv.policies import KVzip, Observation, SnapKV
+
+SNAPKV = [
+    SnapKV(window=4, kernel_size=1),
+    SnapKV(window=4, kernel_size=5),
+    SnapKV(window=7, kernel_size=3, pooling="max"),
+]
+settings = pytest.mark.parametrize("setting", SETTINGS)
+lengths = pytest.mark.parametrize("length", [1, 3, 6, 23])
+
+
+def snapkv_by_loops(policy: SnapKV, o: Observation) -> Tensor:
+    """Scores of the valid rows of observations without padding, in float64."""
+    batch, heads, length = o.keys.shape[:3]
+    group = o.queries.shape[1] // heads
+    evictable = max(length - policy.window, 0)
+    scores = torch.zeros(batch, heads, length, dtype=torch.float64)
+    half = policy.kernel_size // 2
+    for b in range(batch):
+        for h in range(heads):
+            pooled = []
+            for head in range(h * group, (h + 1) * group):
+                weights = attention_by_loops(o, b, head)
+                mean = [sum(row[i] for row in weights) / len(weights) for i in range(evictable)]
+                cut = [0.0] * half + mean + [0.0] * half
+                reduce = max if policy.pooling == "max" else lambda part: sum(part) / len(part)
+                pooled.append([reduce(cut[i : i + policy.kernel_size]) for i in range(evictable)])
+            for i in range(evictable):
+                scores[b, h, i] = sum(p[i] for p in pooled) / group
+    return scores
+
+
+def kvzip_by_loops(o: Observation) -> Tensor:
+    """The same for KVzip: the largest weight of all queries of the group."""
+    batch, heads, length = o.keys.shape[:3]
+    group = o.queries.shape[1] // heads
+    scores = torch.zeros(batch, heads, length, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            rows = [row for head in range(h * group, (h + 1) * group) for row in attention_by_loops(o, b, head)]
+            for i in range(length):
+                scores[b, h, i] = max(row[i] for row in rows)
+    return scores
+
+
+def close(scores: Tensor, expected: Tensor) -> None:
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@settings
+@lengths
+@pytest.mark.parametrize("policy", SNAPKV, ids=str)
+def test_snapkv_scores_as_the_loops_do(policy: SnapKV, length: int, setting: str) -> None:
+    observed = observe(length, policy.window, seed=length, **SETTINGS[setting])
+    close(policy.score(0, observed), snapkv_by_loops(policy, observed))
+
+
+@settings
+@lengths
+def test_kvzip_scores_as_the_loops_do(length: int, setting: str) -> None:
+    """Queries are those of a whole second pass, which come behind all rows of the text or among their own."""
+    observed = observe(length, length, seed=length, **SETTINGS[setting])
+    close(KVzip().score(0, observed), kvzip_by_loops(observed))
+    behind = replace(observed, query_positions=observed.query_positions + length)
+    scores = KVzip().score(0, behind)
+    close(scores, kvzip_by_loops(behind))
+    assert length == 1 or not torch.equal(scores, KVzip().score(0, observed))
+
+
+@pytest.mark.parametrize("policy", [SNAPKV[1], KVzip()], ids=["snapkv", "kvzip"])
+@pytest.mark.parametrize("heads, group", [(1, 1), (1, 4), (3, 1), (2, 3)])
+def test_heads_and_groups(policy: SnapKV | KVzip, heads: int, group: int) -> None:
+    sinks = torch.linspace(-2, 3, heads * group)
+    observed = observe(19, 5, heads=heads, group=group, sinks=sinks)
+    expected = kvzip_by_loops(observed) if isinstance(policy, KVzip) else snapkv_by_loops(policy, observed)
+    close(policy.score(0, observed), expected)
+
+
+def test_the_observation_window_is_the_policys_own() -> None:
+    """More queries than the window protects rows for, or fewer, as after a crop: they score the same rows."""
+    policy = SnapKV(window=6, kernel_size=3)
+    for count in (2, 6, 9):
+        observed = observe(20, count)
+        scores = policy.score(0, observed)
+        close(scores, snapkv_by_loops(policy, observed))
+        assert (scores[..., :14] > 0).all() and (scores[..., 14:] == 0).all()
+
+
+def test_a_tie_of_all_rows_and_weights_that_underflow() -> None:
+    """Zero queries look at everything alike; enormous ones at a single row."""
+    observed = observe(12, 4)
+    flat = replace(observed, queries=torch.zeros_like(observed.queries))
+    assert torch.allclose(KVzip().score(0, flat)[..., :9], torch.tensor(1 / 9))
+    sharp = replace(observed, queries=observed.queries * 1e18)
+    for policy in (KVzip(), SNAPKV[0]):
+        scores = policy.score(0, sharp)
+        assert scores.isfinite().all() and (scores >= 0).all() and (scores <= 1).all()
+    assert (KVzip().score(0, sharp).flatten(2).topk(1).values == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_softened_in_float32(dtype: torch.dtype) -> None:
+    observed = observe(40, 8, sinks=torch.full((H * G,), 1.0, dtype=dtype))
+    observed = replace(observed, keys=observed.keys.to(dtype), queries=observed.queries.to(dtype))
+    for policy in (KVzip(), SNAPKV[1]):
+        expected = kvzip_by_loops(observed) if isinstance(policy, KVzip) else snapkv_by_loops(policy, observed)
+        scores = policy.score(0, observed)
+        assert scores.dtype == torch.float32
+        torch.testing.assert_close(scores.double(), expected, rtol=5e-2, atol=2e-3)
+        assert scores[scores > 0].unique().numel() > 0.9 * (scores > 0).sum()  # not rounded to 8 bits
+
+
+@pytest.mark.parametrize("policy", [SnapKV(window=4, kernel_size=3), KVzip()], ids=["snapkv", "kvzip"])
+def test_rows_are_known_by_their_positions(policy: SnapKV | KVzip) -> None:
+    """A later turn: rows were evicted between those that are left, heads differ, and a query sees what came before."""
+    dense = observe(30, 4, seed=5)
+    kept = [[0, 3, 9, 10, 11, 26, 27, 28, 29], [1, 2, 28, 29], [5, 25, 26, 27, 28, 29]]
+    width = max(map(len, kept))
+    index = torch.tensor([rows + [0] * (width - len(rows)) for rows in kept]).expand(2, H, width)
+    take = index[..., None].expand(-1, -1, -1, D)
+    ragged = replace(
+        dense,
+        keys=dense.keys.gather(2, take),
+        values=dense.values.gather(2, take),
+        positions=index,
+        lengths=torch.tensor([list(map(len, kept))] * 2),
+    )
+    scores = policy.score(0, ragged)
+    for h, rows in enumerate(kept):
+        alone = replace(
+            dense,
+            keys=dense.keys[:, h : h + 1, rows],
+            positions=dense.positions[:, h : h + 1, rows],
+            queries=dense.queries[:, h * G : (h + 1) * G],
+        )
+        expected = kvzip_by_loops(alone) if isinstance(policy, KVzip) else snapkv_by_loops(policy, alone)
+        close(scores[:, h, : len(rows)], expected[:, 0])
+        assert (scores[:, h, len(rows) :] == 0).all()
