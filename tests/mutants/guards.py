@@ -39,7 +39,7 @@ GUARDS: dict[str, list[str]] = {
     },
     "python/lkv/evaluate/*": ["learning/test_evaluate"],
     "python/lkv/tasks/*": _TASKS,
-    "python/lkv/cli/lm_eval.py": ["learning/test_lm_eval", "learning/test_cli"],
+    "python/lkv/cli/lm_eval.py": ["learning/test_lm_eval_command"],
     "python/lkv/cli/eval.py": ["learning/test_cli_eval", "learning/test_eval_files", "learning/test_cli"],
     "python/lkv/cli/models.py": ["learning/test_cli_eval", "learning/test_cli"],
     "python/lkv/cli/train.py": ["learning/test_train_command", "learning/test_cli"],

@@ -168,9 +168,16 @@ class HarnessModel(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Of every continuation: the logarithm of its probability after its prompt, and whether it is the likeliest."""
+        """Of every continuation: the logarithm of its probability after its prompt, and whether it is the likeliest.
+
+        Raises:
+            ValueError: for a continuation that is longer than what the model reads, and see `cut`.
+        """
         answers = []
         for key, prompt, continuation in tqdm(requests, "lkv lm-eval: loglikelihood", disable=disable_tqdm):
+            if len(continuation) > self.max_length:
+                most = f"at most {self.max_length} tokens, as many as the model reads"
+                raise ValueError(f"lkv lm-eval: expected continuations of {most}, got one of {len(continuation)}")
             prompt = prompt[max(0, len(prompt) + len(continuation) - self.max_length - 1) :]
             cut = self.cut(prompt)
             with self.evicted(prompt[:cut]) as cache:
