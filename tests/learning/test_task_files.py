@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,8 +94,78 @@ def test_every_subset_has_a_prompt(tmp_path, subset):
     assert sample.classes == ("a", "b")
 
 
+def test_answers_of_longbench_are_128_tokens_at_most_and_512_of_summaries():
+    """LongBench's `dataset2maxlen.json`."""
+    published = {
+        "narrativeqa": 128, "qasper": 128, "multifieldqa_en": 64, "multifieldqa_zh": 64, "hotpotqa": 32, "2wikimqa": 32,
+        "musique": 32, "dureader": 128, "gov_report": 512, "qmsum": 512, "multi_news": 512, "vcsum": 512, "trec": 64,
+        "triviaqa": 32, "samsum": 128, "lsht": 64, "passage_count": 32, "passage_retrieval_en": 32,
+        "passage_retrieval_zh": 32, "lcc": 64, "repobench-p": 64,
+    }  # fmt: skip
+    assert published == longbench.LIMITS and list(longbench.PROMPTS) == list(longbench.LIMITS)
+    assert longbench.FEW_SHOT == ("trec", "triviaqa", "samsum", "lsht")
+
+
+@pytest.mark.parametrize(
+    ("task", "limit"),
+    [
+        ("niah_single_1", 128), ("niah_multiquery", 128), ("vt", 30), ("variable_tracking", 30), ("cwe", 120),
+        ("common_words_extraction", 120), ("fwe", 50), ("freq_words_extraction", 50), ("qa_2", 32), ("other", 128),
+    ],
+)  # fmt: skip
+def test_answers_of_ruler_are_as_long_as_it_has_them(tmp_path, task, limit):
+    path = write(tmp_path / task / "validation.jsonl", [RULER])
+    (sample,) = load("ruler", path)
+    assert (sample.task, sample.limit) == (task, limit)
+
+
+@pytest.mark.parametrize(
+    ("place", "task"),
+    [
+        ("niah_single_1/validation.jsonl", "niah_single_1"), ("niah_single_1/test.jsonl", "niah_single_1"),
+        ("4096/vt.jsonl", "vt"), ("vt/train.jsonl", "train"), ("cwe/cwe", "cwe"),
+    ],
+)  # fmt: skip
+def test_task_is_named_by_the_file_or_its_folder(tmp_path, place, task):
+    assert load("ruler", write(tmp_path / place, [RULER]))[0].task == task
+
+
+def test_name_of_a_file_without_a_folder_is_its_own(tmp_path, monkeypatch):
+    write(tmp_path / "validation.jsonl", [RULER])
+    monkeypatch.chdir(tmp_path)
+    assert load("ruler", "validation.jsonl")[0].task == "validation"
+
+
+def test_all_expected_answers_are_kept_in_their_order(tmp_path):
+    (sample,) = load("ruler", write(tmp_path / "vt.jsonl", [{**RULER, "outputs": ["b", "a", "c"]}]))
+    assert (sample.expected, sample.answer, sample.format, sample.classes) == (("b", "a", "c"), "b a c", "ruler", ())
+    record = {**LONGBENCH, "answers": ["b", "a"], "dataset": "trec", "all_classes": ["x", "b", "a"]}
+    (sample,) = load("longbench", write(tmp_path / "x.jsonl", [record]))
+    assert (sample.expected, sample.answer, sample.format) == (("b", "a"), "b", "longbench")
+    assert sample.classes == ("x", "b", "a") and sample.evidence == () and sample.evidence_tokens == 0
+
+
 def test_only_the_first_records(tmp_path):
-    assert len(load("longbench", write(tmp_path / "x.jsonl", [LONGBENCH] * 5), count=2)) == 2
+    path = write(tmp_path / "x.jsonl", [{**LONGBENCH, "input": str(i)} for i in range(5)])
+    path.write_text(path.read_text() + "no record\n")  # which is not read
+    samples = load("longbench", path, count=2)
+    assert [(s.index, "Question: 0" in s.question) for s in samples] == [(0, True), (1, False)]
+    assert len(load("longbench", path, count=5)) == 5
+    with pytest.raises(ValueError, match="x.jsonl line 6: expected a JSON object"):
+        load("longbench", path)
+
+
+def test_lines_are_numbered_as_they_stand_and_samples_as_they_come(tmp_path):
+    path = write(tmp_path / "x.jsonl", [LONGBENCH, without(LONGBENCH, "context")])
+    path.write_text("\n\n" + path.read_text().replace("\n", "\n\n"))
+    with pytest.raises(ValueError, match="x.jsonl line 5: expected the field 'context'"):
+        load("longbench", path)
+    assert load("longbench", path, count=1)[0].index == 0
+
+
+def test_text_is_utf_8(tmp_path):
+    (sample,) = load("longbench", write(tmp_path / "x.jsonl", [{**LONGBENCH, "context": "Größe 北京 …"}]))
+    assert sample.context.endswith("Größe 北京 …")
 
 
 @pytest.mark.parametrize("name", ["input", "outputs"])
@@ -124,6 +195,12 @@ def test_longbench_record_without_a_field(tmp_path, name):
             {**RULER, "input": "no question"},
             "question that begins with .* got one that ends with 'no question'",
         ),
+        ("ruler", {**RULER, "outputs": ["a", 12]}, r"'outputs', a list of one or more strings, got \['a', 12\]"),
+        ("ruler", {**RULER, "input": NEEDLES[NEEDLES.rindex("\nWhat") :]}, "hold a question that begins with"),
+        ("ruler", {**RULER, "answer_prefix": 3}, "'answer_prefix', a string, got 3"),
+        ("longbench", {**LONGBENCH, "dataset": "qaspere"}, "'dataset', one of narrativeqa, .*got 'qaspere'"),
+        ("longbench", {**LONGBENCH, "dataset": "lsht", "all_classes": []}, r"'all_classes', a list of .*, got \[\]"),
+        ("longbench", {**LONGBENCH, "context": ["x" * 80]}, r"'context', a string, got \['x{55}\.\.\.$"),
         ("longbench", {**LONGBENCH, "context": 3}, "'context', a string, got 3"),
         ("longbench", {**LONGBENCH, "dataset": "other"}, "'dataset', one of narrativeqa, .*got 'other'"),
         ("longbench", {**LONGBENCH, "dataset": "trec"}, "'all_classes', a list of one or more strings, got None"),
@@ -153,6 +230,10 @@ def test_file_that_holds_no_records(tmp_path, text, message):
 def test_no_file_no_format_no_context_in_a_prompt(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected a file of JSON lines, got .*none.jsonl"):
         load("ruler", tmp_path / "none.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"expected a file of JSON lines, got .*none.json, which is none"):
+        load("ruler", "none.json")
+    with pytest.raises(FileNotFoundError, match=r"expected a file of JSON lines, got .*none, which is none"):
+        load("ruler", tmp_path / "none")  # what begins at the root is no name of a data set
     with pytest.raises(ValueError, match="expected a format of ruler, longbench, got 'csv'"):
         load("csv", tmp_path / "none.jsonl")
     path = write(tmp_path / "x.jsonl", [LONGBENCH])
@@ -160,22 +241,40 @@ def test_no_file_no_format_no_context_in_a_prompt(tmp_path):
         load("longbench", path, prompts={"hotpotqa": "none"})
 
 
-def test_data_set_by_name(tmp_path, monkeypatch):
-    """A stand-in for the library: what is asked of it, and what becomes of its errors."""
+@pytest.fixture
+def library(monkeypatch):
+    """In the place of `datasets`: what is asked of it, and what becomes of its errors."""
+    asked = []
 
-    class Library:
-        @staticmethod
-        def load_dataset(name, configuration, split):
-            if name == "no/such":
-                raise OSError("not on the hub")
-            assert (name, configuration, split) == ("some/LongBench", "hotpotqa", "validation")
-            return [LONGBENCH]
+    def load_dataset(name, configuration, split):
+        asked.append((name, configuration, split))
+        if name == "no/such":
+            raise OSError("not on the hub")
+        return there.rows
 
-    monkeypatch.setitem(sys.modules, "datasets", Library)
+    there = SimpleNamespace(load_dataset=load_dataset, rows=[LONGBENCH], asked=asked)
+    monkeypatch.setitem(sys.modules, "datasets", there)
+    return there
+
+
+def test_data_set_by_name(library, monkeypatch):
     (sample,) = load("longbench", "some/LongBench:hotpotqa", split="validation")
-    assert sample.task == "hotpotqa"
+    assert sample.task == "hotpotqa" and sample.expected == ("Ann", "Ann B.")
+    load("longbench", "some/LongBench")
+    assert library.asked == [("some/LongBench", "hotpotqa", "validation"), ("some/LongBench", None, "test")]
     with pytest.raises(ValueError, match="expected a data set that loads, got 'no/such', split 'test': not on the hub"):
         load("longbench", "no/such")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingPackage, match=r"package 'datasets' .* pip install 'lkv-ext\[longbench\]'"):
         load("longbench", "some/LongBench")
+
+
+def test_rows_of_a_data_set(library):
+    """A task is named by the configuration; a row is numbered from 0, as the data set does."""
+    library.rows = [RULER, RULER, without(RULER, "outputs")]
+    assert [(s.task, s.index) for s in load("ruler", "some/ruler:vt", count=2)] == [("vt", 0), ("vt", 1)]
+    with pytest.raises(ValueError, match="some/ruler:vt row 2: expected the field 'outputs'"):
+        load("ruler", "some/ruler:vt")
+    library.rows = []
+    with pytest.raises(ValueError, match="expected at least one record, got an empty split 'train'"):
+        load("ruler", "some/ruler:vt", split="train")

@@ -46,6 +46,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/cli/*": ["learning/test_cli", "learning/test_train"],
     "python/lkv/text.py": ["learning/test_text", "learning/test_evaluate"],
     "python/lkv/extras.py": ["learning/test_text", "learning/test_metrics"],
+    "python/lkv/demo.py": ["learning/test_demo", "learning/test_retriever"],
     "python/lkv/*": ["learning/test_retriever", "learning/test_cli", "learning/test_evaluate"],
     "lkv_ext/ops/budgets.py": ["test_budgets", "test_policy_budgets", "test_errors", "test_arguments"],
     "lkv_ext/ops/cache*.py": _RAGGED,
