@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,8 +86,27 @@ def test_wrong_options_are_named(command: str, says: str, capsys: pytest.Capture
     assert says in capsys.readouterr().err
 
 
+def test_command_line_of_the_process_is_the_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lkv", "eval", "--samples", "0"])
+    assert main() == 2
+    assert capsys.readouterr().err == "lkv eval: expected samples and batch >= 1\n"
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate"])
+    assert stopped.value.code == 2
+
+
+def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    for name in ("lkv.cli.train", "accelerate"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delattr("lkv.cli.train", raising=False)
+    assert run("train --out x") == 2
+    assert "it needs: pip install 'lkv-ext[lkv]'" in capsys.readouterr().err
+
+
 def test_help_of_every_command(capsys: pytest.CaptureFixture) -> None:
-    for command in ("train", "eval"):
+    for command in ("train", "eval", "lm-eval"):
         with pytest.raises(SystemExit) as stopped:
             run(f"{command} --help")
         assert stopped.value.code == 0

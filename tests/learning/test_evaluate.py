@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkv import tasks
+from lkv.cli import eval as command
 from lkv.evaluate import run
 from lkv.evaluate.methods import FLOOR, FULL, Method, choose, heuristics, learned
 from lkv.evaluate.run import Result, Setting, evaluate
@@ -262,6 +263,12 @@ def test_special_tokens_are_no_text(results: Evaluate, samples: list[tasks.Sampl
     with torch.no_grad():
         model.lm_head.weight.zero_()  # always the first token, which is <pad>
     assert {r.text for r in results(samples[:1], METHODS[:1])} == {""}
+
+
+def test_setting_by_default_is_that_of_the_command() -> None:
+    setting, given = Setting(), command.parse([])
+    assert setting.retentions == tuple(given.retentions) == (0.05, 0.1, 0.15, 0.3)
+    assert (setting.batch, setting.limit, setting.see_question) == (given.batch, 24, False) == (16, 24, False)
 
 
 @pytest.mark.parametrize("empty", ["context", "question"])
