@@ -92,7 +92,7 @@ bench: build
 style: $(VENV)/ready
 	$(RUN) -m pip install -q ruff clang-format
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'examples/*.cpp')
 
 clean:
 	rm -rf build lkv_ext/*.so $(VENV)

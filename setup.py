@@ -35,7 +35,7 @@ class CMakeBuild(build_ext):
         definitions = [f"-D{key}={value}" for key, value in options.items()]
         self._call(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *definitions)
         self._call(cmake, "--build", str(build))
-        self._call(cmake, "--install", str(build))
+        self._call(cmake, "--install", str(build), "--component", "python")
 
     @staticmethod
     def _call(*command: str) -> None:

@@ -3,7 +3,7 @@
 include(CudaArchs)
 
 set(LKV_WITH_CUDA FALSE)
-if(NOT LKV_CUDA STREQUAL "OFF" AND LKV_WITH_TORCH)
+if(NOT LKV_CUDA STREQUAL "OFF" AND (LKV_WITH_TORCH OR NOT LKV_PYTHON))
   find_program(LKV_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
   if(LKV_NVCC)
     set(LKV_WITH_CUDA TRUE)
@@ -15,6 +15,10 @@ if(NOT LKV_CUDA STREQUAL "OFF" AND LKV_WITH_TORCH)
 endif()
 
 if(LKV_WITH_CUDA)
+  if(CMAKE_VERSION VERSION_LESS 3.27)
+    message(FATAL_ERROR "lkv_ext: CMake ${CMAKE_VERSION} does not know nvcc's C++20. Install CMake 3.27 or newer "
+                        "(pip install cmake), or build without CUDA: -DLKV_CUDA=OFF.")
+  endif()
   if(NOT LKV_CUDA_ARCHS)
     execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
                     OUTPUT_VARIABLE visible OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE failed)
