@@ -50,7 +50,7 @@ mutants: build
 	PYTHONPATH=tests $(RUN) -m mutants $(MUTANTS)
 
 fuzz: build
-	HYPOTHESIS_PROFILE=fuzz $(RUN) -m pytest tests/test_properties.py tests/test_budgets.py
+	HYPOTHESIS_PROFILE=fuzz $(RUN) -m pytest tests/test_properties.py tests/test_budgets.py tests/test_budget_competition.py
 
 # The model that comes with the package and what LKV has learned of it; both take long (see docs/lkv.md). Blocks of memory
 # stay with the process: giving them back and taking them again is half of the time of a step.

@@ -15,6 +15,7 @@ _CACHE = [
 _MODELS = [_HF + x for x in ("families", "routing", "wrapped", "hf_errors", "observed")]
 _LEARN = ["learning/test_" + x for x in ("token_scorer", "head_budget", "lkv_policy", "distill", "train")]
 _TASKS = ["learning/test_" + x for x in ("task_texts", "languages", "tasks", "task_files", "metrics", "eval_files")]
+_BUDGETS = ["test_budgets", "test_budget_competition"]
 _POLICIES = ["test_policies", "test_attention_scores", "test_policy_budgets", "test_policy_padding"]
 _OPS = ["test_parity", "test_properties", "test_errors", "test_arguments", "test_torch", "test_derivatives"]
 _RAGGED = ["test_cache", "test_cache_files", "test_shared_buffers", "test_errors", "test_arguments"]
@@ -25,7 +26,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/policies/*": [*_POLICIES, "learning/test_second_pass", "hf/test_generation", "hf/test_evict_now"],
     "python/lkv/reference/soft_topk.py": ["test_soft_topk"],
     "python/lkv/reference/attend.py": ["test_attend"],
-    "python/lkv/reference/budgets.py": ["test_budgets"],
+    "python/lkv/reference/budgets.py": _BUDGETS,
     "python/lkv/reference/*": ["test_parity", "test_properties", "test_numpy"],
     "python/lkv/learn/second_pass.py": ["learning/test_second_pass"],
     "python/lkv/learn/*": _LEARN,
@@ -48,7 +49,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/extras.py": ["learning/test_text", "learning/test_metrics"],
     "python/lkv/demo.py": ["learning/test_demo", "learning/test_retriever"],
     "python/lkv/*": ["learning/test_retriever", "learning/test_cli", "learning/test_evaluate"],
-    "lkv_ext/ops/budgets.py": ["test_budgets", "test_policy_budgets", "test_errors", "test_arguments"],
+    "lkv_ext/ops/budgets.py": [*_BUDGETS, "test_policy_budgets", "test_errors", "test_arguments"],
     "lkv_ext/ops/cache*.py": _RAGGED,
     "lkv_ext/ops/attend_backends.py": ["test_attend_backends"],
     "lkv_ext/ops/attend.py": ["test_attend", "test_attend_backends", "test_errors", "test_arguments", "test_torch"],
