@@ -145,7 +145,7 @@ def says_something(mutant: Mutant, source: str) -> bool:
 
 def sample(root: Path, files: list[str], count: int, seed: int) -> list[Mutant]:
     """`count` mutants, spread over areas by their parts, and within one over the kinds of mistakes."""
-    texts = {file: (root / file).read_text() for file in files}
+    texts = {file: (root / file).read_text() for file in sorted(files)}
     pools: dict[str, dict[str, list[Mutant]]] = defaultdict(lambda: defaultdict(list))
     for file, source in texts.items():
         for mutant in mutants(source, file):

@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import sys
-import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -48,7 +47,7 @@ class Outcome:
     by: str  # the test that failed, or what else ended the run
     seconds: float
     slowest: float = 0.0  # seconds of the test that took longest
-    modules: tuple[str, ...] = ()  # of other packages that the tests imported
+    modules: tuple[str, ...] = ()  # of the shared packages that the tests imported
     output: str = ""
 
 
@@ -82,16 +81,22 @@ class _Recorder:
         self.path.write_text(json.dumps({"by": by, "slowest": self.slowest, "modules": list(modules)}))
 
 
+# Packages that are imported before a fork, with what the tests need of them. Others may start threads when they are
+# imported, as pyarrow does, and a process with threads is not forked.
+SHARED = ("torch", "numpy", "hypothesis", "transformers", "tokenizers", "accelerate", "safetensors", "peft")
+_tried: set[str] = set()
+
+
 def preload(modules: Iterable[str]) -> None:
-    """Imports what the tests will need of other packages, so that forks have it. One that does not go is left."""
-    for name in modules:
-        if name not in sys.modules:
-            try:
-                importlib.import_module(name)
-            except Exception:
-                sys.modules.pop(name, None)
-    gc.collect()
-    gc.freeze()  # forks share the pages as long as the collector leaves them alone
+    """Imports modules of the shared packages, once. One that does not go is left to the tests."""
+    new = [x for x in modules if x.split(".")[0] in SHARED and x not in sys.modules and x not in _tried]
+    _tried.update(new)
+    for name in new:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    if new:
+        gc.collect()
+        gc.freeze()  # forks share the pages as long as the collector leaves them alone
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("an import started threads: a fork of this process could hang")
 
@@ -187,14 +192,8 @@ def _run(job: Job, root: Path) -> int:
     recorder = _Recorder(_report_of(root), job.test_limit)
     left_out = [f"--deselect={x}" for x in job.left_out]
     code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *left_out, *job.tests], plugins=[recorder]))
-    recorder.write(recorder.failed, _modules_of_others())
+    recorder.write(recorder.failed, [x for x in list(sys.modules) if x.split(".")[0] in SHARED])
     return code
-
-
-def _modules_of_others() -> list[str]:
-    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("stdlib")]
-    files = ((name, getattr(module, "__file__", None) or "") for name, module in list(sys.modules.items()))
-    return [name for name, file in files if any(file.startswith(x) for x in folders)]
 
 
 def _outcome(job: Job, root: Path, status: int, late: bool, seconds: float) -> Outcome:

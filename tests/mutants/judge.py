@@ -1,0 +1,94 @@
+"""Tries mutants: which are known, which are filed as equivalent, and what the tests say of the rest."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from . import catalog, guards, results, runner, tree
+from .results import Result
+
+# What most tests import; the rest is learnt from the first runs.
+PRELOADED = ("torch", "numpy", "hypothesis", "hypothesis.strategies", "transformers", "accelerate", "safetensors.torch")
+STATES = {runner.PASSED: results.SURVIVED, runner.FAILED: results.KILLED, runner.TIMED_OUT: results.TIMED_OUT}
+
+
+def judge(
+    root: Path,
+    mutants: Sequence[catalog.Mutant],
+    workers: int = 2,
+    minutes: float = float("inf"),
+    survivors: bool = False,
+    skip_clean: bool = False,
+) -> Iterator[Result]:
+    """A result for every mutant: an earlier one where neither source nor tests have changed since.
+
+    `survivors`: only of those that survived last time. `skip_clean`: the tests are known to pass without a mutant.
+    """
+    store = results.Store(root / "build/mutants/results.jsonl")
+    reasons = results.equivalents()
+    begun = time.monotonic()
+    open_ones: dict[tuple[str, ...], list[tuple[catalog.Mutant, Result]]] = defaultdict(list)
+    for mutant in mutants:
+        new = _unknown(root, mutant)
+        known = store.known(mutant.key)
+        if reason := reasons.get(results.identity(mutant)):
+            yield replace(new, state=results.EQUIVALENT, by=reason)
+        elif survivors and (known is None or known.state != results.SURVIVED):
+            continue
+        elif known is not None and known.digest == new.digest:
+            yield known
+        else:
+            open_ones[guards.tests_of(mutant.file)].append((mutant, new))
+    left = {new.key: new for group in open_ones.values() for _, new in group}
+    for result in _run(root, open_ones, workers, skip_clean, lambda: time.monotonic() - begun > minutes * 60):
+        del left[result.key]
+        store.add(result)
+        print(f"{result.state:9} {result.seconds:5.1f} s  {result.mutant}\n    {result.by}", flush=True)
+        yield result
+    yield from left.values()
+
+
+def _unknown(root: Path, mutant: catalog.Mutant) -> Result:
+    digest = results.digest(root, mutant.file, guards.tests_of(mutant.file))
+    return Result(mutant.key, catalog.area_of(mutant.file), results.NOT_RUN, "", str(mutant), digest)
+
+
+def _run(
+    root: Path,
+    open_ones: dict[tuple[str, ...], list[tuple[catalog.Mutant, Result]]],
+    workers: int,
+    skip_clean: bool,
+    is_over: Callable[[], bool],
+) -> Iterator[Result]:
+    if not open_ones:
+        return
+    copies = [tree.copy_tree(root, root / f"build/mutants/tree-{i}") for i in range(workers)]
+    texts = {mutant.file: (root / mutant.file).read_text() for group in open_ones.values() for mutant, _ in group}
+    runner.preload(PRELOADED)
+    clean = [runner.Job(tests, guards.LEFT_OUT) for tests in open_ones]
+    if not skip_clean:
+        clean = list(_within_limits(clean, copies, is_over))
+    jobs = (
+        replace(job, file=mutant.file, text=mutant.apply(texts[mutant.file]), subject=new)
+        for job in clean
+        for mutant, new in open_ones[job.tests]
+    )
+    for outcome in runner.run_all(jobs, copies, is_over):
+        runner.preload(outcome.modules)
+        new = outcome.job.subject
+        yield replace(new, state=STATES[outcome.result], by=outcome.by, seconds=round(outcome.seconds, 1))
+
+
+def _within_limits(jobs: list[runner.Job], copies: list[Path], is_over: Callable[[], bool]) -> Iterator[runner.Job]:
+    """The jobs with limits that are several times what they take without a mutant."""
+    for outcome in runner.run_all(jobs, copies, is_over):
+        if outcome.result != runner.PASSED:
+            sys.exit(f"mutants: {outcome.by} fails without any mutant:\n{outcome.output}")
+        print(f"clean     {outcome.seconds:5.1f} s  {' '.join(outcome.job.tests)}", flush=True)
+        runner.preload(outcome.modules)
+        yield replace(outcome.job, limit=60 + 5 * outcome.seconds, test_limit=20 + 5 * outcome.slowest)
