@@ -14,14 +14,20 @@ HF_NEEDS_5.2.0 := "huggingface_hub>=1.3,<2" "tokenizers>=0.22,<=0.23.0" typer-sl
 # Counts the instructions of the CUDA kernels, of any toolkit up to its version (see bench/resources.py): 6 MB.
 DISASSEMBLER := "nvidia-cuda-cuobjdump==13.5.37; sys_platform == 'linux'" "nvidia-cuda-nvdisasm==13.5.37; sys_platform == 'linux'"
 
+# Of lm-eval what its models and tables need, without the metrics that need SciPy and NLTK: 400 MB instead of 620. Of
+# cosmic-ray its operators, without its command line and database.
+LM_EVAL_NEEDS := datasets sacrebleu pytablewriter
+COSMIC_RAY_NEEDS := parso attrs
+
 .PHONY: build demo test test-hf mutants fuzz retriever lkv lkv-variants lkv-eval bench style clean
 
 # Without isolation, so that the op library is built against the torch just installed.
 $(VENV)/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q "$(TORCH)" "setuptools>=77" wheel cmake ninja pybind11 numpy \
-	  "transformers>=4.56" accelerate tqdm pytest pytest-benchmark pytest-xdist hypothesis matplotlib rapidfuzz peft parso attrs $(DISASSEMBLER)
-	$(RUN) -m pip install -q --no-deps cosmic-ray==8.7.0
+	  "transformers>=4.56" accelerate tqdm pytest pytest-benchmark pytest-xdist hypothesis matplotlib rapidfuzz peft \
+	  $(DISASSEMBLER) $(LM_EVAL_NEEDS) $(COSMIC_RAY_NEEDS)
+	$(RUN) -m pip install -q --no-deps lm-eval==0.4.13 cosmic-ray==8.7.0
 	touch $@
 
 build: $(VENV)/ready
@@ -30,8 +36,10 @@ build: $(VENV)/ready
 demo: build
 	$(RUN) -m lkv.demo
 
+# Two files at a time, of one thread each: tests of threads ask for more. Files in their order, so that builds and what
+# else takes long begins first.
 test: build
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(MAKE) test-hf
 
 test-hf: build $(HF_VERSIONS:%=build/transformers-%/ready)

@@ -1,4 +1,6 @@
-"""Profiles of hypothesis and the device that parity runs on: `pytest -m cuda` is the same suite on a GPU."""
+"""Profiles of hypothesis, the device that parity runs on (`pytest -m cuda` is the same suite on a GPU), and a line for
+CPU kernels that this machine lacks the instructions of.
+"""
 
 from __future__ import annotations
 
@@ -25,3 +27,14 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     return request.param
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """No emulator that Debian has runs AVX-512 (qemu's knows AVX2 at most), so that only a machine can."""
+    reasons = [str(x.longrepr[-1]) for x in terminalreporter.stats.get("skipped", ()) if isinstance(x.longrepr, tuple)]
+    lacking = sorted({x.rsplit(" ", 1)[-1] for x in reasons if "this machine does not run " in x})
+    if lacking:
+        terminalreporter.section("instruction sets", sep="=", yellow=True)
+        terminalreporter.write_line(
+            f"NOT TESTED: CPU kernels for {' and '.join(lacking)}, which this machine does not run"
+        )

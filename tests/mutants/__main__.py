@@ -24,6 +24,10 @@ def main() -> int:
     if options.list:
         print(*chosen, sep="\n")
         return 0
+    if options.entries:
+        store = results.Store(ROOT / judge.RESULTS)
+        print(*(results.as_entry(x) for x in chosen if (store.state(x.key)) == results.SURVIVED), sep="\n")
+        return 0
     with _alone(ROOT / "build/mutants"):
         found = list(judge.judge(ROOT, chosen, options.workers, options.minutes, options.survivors, options.skip_clean))
     print(results.summary(found), flush=True)
@@ -40,6 +44,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="tests at once, of one thread each (default 2)")
     parser.add_argument("--skip-clean", action="store_true", help="do not run the tests without a mutant: they pass")
     parser.add_argument("--survivors", action="store_true", help="only those of the sample that survived last time")
+    parser.add_argument("--entries", action="store_true", help="print survivors as entries of equivalent/ and end")
     parser.add_argument("--list", action="store_true", help="print the mutants of the sample and end")
     return parser.parse_args()
 

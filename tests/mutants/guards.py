@@ -10,9 +10,9 @@ from pathlib import Path
 
 _HF = "hf/test_"
 _CACHE = [
-    _HF + x for x in ("gaps", "failed_calls", "hf_cache", "masks", "prompts", "evict_now", "storage", "generation")
+    _HF + x for x in ("hf_errors", "failed_calls", "gaps", "hf_cache", "masks", "evict_now", "storage", "prompts")
 ]
-_MODELS = [_HF + x for x in ("families", "routing", "wrapped", "hf_errors", "observed")]
+_MODELS = [_HF + x for x in ("observed", "families", "wrapped", "routing", "generation")]
 _LEARN = ["learning/test_" + x for x in ("token_scorer", "head_budget", "lkv_policy", "distill", "train")]
 _TASKS = ["learning/test_" + x for x in ("task_texts", "languages", "tasks", "task_files", "metrics", "eval_files")]
 _BUDGETS = ["test_budgets", "test_budget_competition"]

@@ -14,6 +14,7 @@ from .results import Result
 
 # What most tests import; the rest is learnt from the first runs.
 PRELOADED = ("torch", "numpy", "hypothesis", "hypothesis.strategies", "transformers", "accelerate", "safetensors.torch")
+RESULTS = "build/mutants/results.jsonl"
 STATES = {runner.PASSED: results.SURVIVED, runner.FAILED: results.KILLED, runner.TIMED_OUT: results.TIMED_OUT}
 
 
@@ -29,7 +30,7 @@ def judge(
 
     `survivors`: only of those that survived last time. `skip_clean`: the tests are known to pass without a mutant.
     """
-    store = results.Store(root / "build/mutants/results.jsonl")
+    store = results.Store(root / RESULTS)
     reasons = results.equivalents()
     begun = time.monotonic()
     open_ones: dict[tuple[str, ...], list[tuple[catalog.Mutant, Result]]] = defaultdict(list)
@@ -38,7 +39,7 @@ def judge(
         known = store.known(mutant.key)
         if reason := reasons.get(results.identity(mutant)):
             yield replace(new, state=results.EQUIVALENT, by=reason)
-        elif survivors and (known is None or known.state != results.SURVIVED):
+        elif survivors and store.state(mutant.key) != results.SURVIVED:
             continue
         elif known is not None and known.digest == new.digest:
             yield known

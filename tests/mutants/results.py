@@ -43,6 +43,9 @@ class Store:
     def known(self, key: str) -> Result | None:
         return self._known.get(key)
 
+    def state(self, key: str) -> str:
+        return self._known[key].state if key in self._known else NOT_RUN
+
     def add(self, result: Result) -> None:
         self._known[result.key] = result
         self.path.parent.mkdir(parents=True, exist_ok=True)
