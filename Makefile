@@ -19,7 +19,7 @@ DISASSEMBLER := "nvidia-cuda-cuobjdump==13.5.37; sys_platform == 'linux'" "nvidi
 LM_EVAL_NEEDS := datasets sacrebleu pytablewriter
 COSMIC_RAY_NEEDS := parso attrs
 
-.PHONY: build demo test test-hf mutants fuzz retriever lkv lkv-variants lkv-eval bench style clean
+.PHONY: build demo test test-hf mutants fuzz retriever lkv lkv-variants lkv-eval bench docs style clean
 
 # Without isolation, so that the op library is built against the torch just installed.
 $(VENV)/ready: pyproject.toml Makefile
@@ -96,6 +96,11 @@ lkv-eval: build lkv-variants
 bench: build
 	$(RUN) bench/sets.py
 	$(RUN) bench/report.py --readme README.md
+
+# Into build/docs. Strict: a link into nothing and a name of the API that is gone are errors.
+docs: $(VENV)/ready
+	$(RUN) -m pip install -q "mkdocs>=1.6" "mkdocstrings[python]>=1.0" ruff
+	$(RUN) -m mkdocs build -q
 
 style: $(VENV)/ready
 	$(RUN) -m pip install -q ruff clang-format

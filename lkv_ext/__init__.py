@@ -63,6 +63,8 @@ def build_info() -> dict[str, object]:
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return build_info()["version"]
     if name not in _HOME:
         raise AttributeError(f"module 'lkv_ext' has no attribute {name!r}")
     try:

@@ -67,3 +67,10 @@ def test_endless(run):
     *_, last = run("endless.py", 700)[0]
     tokens, size = numbers(last)
     assert tokens == 4 + 699 and 448 * ROW_BYTES <= size <= 512 * ROW_BYTES
+
+
+def test_a_policy_of_its_own(run):
+    said, counts = run("policy.py", stdin=" ".join(f"word{i % 60 + 1}" for i in range(400)))
+    tokens, size = numbers(counts[-1])
+    assert said and 400 < tokens < 464
+    assert size == (100 + tokens - 400) * ROW_BYTES  # 25 % of the text, and what followed

@@ -1,0 +1,1 @@
+"""Evaluation: methods, physical eviction, metrics, statistics and reports."""

@@ -1,0 +1,83 @@
+"""The pages: every public name is in the API, every page can be reached, and the code of the quickstart runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lkv_ext
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+
+def members(package: str) -> set[str]:
+    """What docs/api.md lists of a package."""
+    (names,) = re.findall(rf"^::: {re.escape(package)}\n    options:\n      members: \[(.*)\]", API, re.MULTILINE)
+    return set(names.split(", "))
+
+
+API = (DOCS / "api.md").read_text()
+
+
+def test_every_public_name_has_its_place_in_the_api():
+    lkv, policies = pytest.importorskip("lkv"), pytest.importorskip("lkv.policies")
+    assert members("lkv_ext") == set(lkv_ext.__all__)
+    assert members("lkv") == set(lkv.__all__)
+    assert members("lkv.policies") == {name for name in policies.__all__ if not name.isupper()}
+
+
+def test_every_page_is_in_the_navigation():
+    pages = {path.name for path in DOCS.glob("*.md")}
+    navigation = (ROOT / "mkdocs.yml").read_text().split("nav:")[1]
+    assert pages == set(re.findall(r"(\w+\.md)", navigation))
+    assert pages - {"index.md"} == set(re.findall(r"\((\w+\.md)\)", (DOCS / "index.md").read_text()))
+
+
+def test_the_quickstart_runs():
+    """But for the model, which is made in the tests of examples."""
+    k, v = torch.randn(2, 1, 2, 64, 8)
+    scores = torch.rand(1, 2, 64)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "quickstart.md").read_text(), re.DOTALL)
+    blocks = [block for block in blocks if "lkv.Cache" not in block]
+    assert len(blocks) == 5
+    names: dict = {}
+    exec(blocks[0], names)
+    assert names["out"].k.shape == (3605, 128) and names["out"].cu_seqlens.shape == (9,)
+    assert names["out"].lengths.shape == (1, 8) and names["out"].positions.shape == (3605,)
+
+    names = {"torch": torch, "lkv_ext": lkv_ext, "k": k, "v": v, "scores": scores, "budgets": [9, 30]}
+    exec(blocks[1], names)
+    exec(blocks[2], names | {"shares": torch.tensor([[0.3, 0.7]]), "lengths": [64], "total": 39})
+    new = {"k_new": k[:, :, :1], "v_new": v[:, :, :1], "q": torch.randn(1, 4, 1, 8)}
+    before, after = blocks[3].split("cache.evict")
+    exec(before, cached := names | new)
+    cache = cached["cache"]
+    held = int(cache.lengths.sum())
+    exec("cache.evict" + after, cached | {"scores": torch.rand(cache.positions.shape), "budgets": [5, 5]})
+    assert held == 9 + 30 + 2 and int(cache.lengths.sum()) == 10
+    exec(blocks[4], names | {"k": k.numpy(), "v": v.numpy(), "scores": scores.numpy()})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed: make docs")
+def test_pages_build_without_a_warning(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "-q", "-d", tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "api.html").read_text()
+    missing = [name for name in (*members("lkv_ext"), *members("lkv.policies")) if f".{name}" not in text]
+    assert not missing
+
+
+def test_version():
+    assert lkv_ext.__version__ == lkv_ext.build_info()["version"]
+    assert f'version = "{lkv_ext.__version__}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"version: {lkv_ext.__version__}" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {lkv_ext.__version__}" in (ROOT / "CHANGELOG.md").read_text()
