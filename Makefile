@@ -95,7 +95,7 @@ lkv-eval: build lkv-variants
 # The CPU kernels of every instruction set that the machine runs, one after the other; a GPU has bench/gpu.py.
 bench: build
 	$(RUN) bench/sets.py
-	$(RUN) bench/report.py --readme README.md
+	$(RUN) bench/report.py --readme README.md --page docs/benchmarks.md
 
 # Into build/docs. Strict: a link into nothing and a name of the API that is gone are errors.
 docs: $(VENV)/ready

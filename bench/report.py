@@ -2,8 +2,9 @@
 
 python bench/report.py                          prints the tables of bench/results/cpu-*.json and draws a plot of each
 python bench/report.py run1.json run2.json      medians over several processes on one machine, on one instruction set
-python bench/report.py --readme README.md       replaces what stands between its two markers: the speed on the best
-                                                instruction set, and a row for each of them
+python bench/report.py --readme README.md       replaces what stands between its two markers: a row for each
+                                                instruction set
+python bench/report.py --page docs/benchmarks.md    the same with all tables and plots
 """
 
 from __future__ import annotations
@@ -51,13 +52,6 @@ def headline(run: Run) -> list[Result]:
     return [r for r in usual if "[1, 8," in r.shape and "scores" not in r.shape] + soft
 
 
-def brief(run: Run) -> list[Result]:
-    """The lines of the headline that a README has room for."""
-    lengths = ("8192", "32768", "131072")
-    rows = [r for r in headline(run) if r.op in ("evict", "select", "attend") and r.mode != "cold"]
-    return [r for r in rows if r.shape.split(", ")[2] in lengths]
-
-
 def speed_table(run: Run, rows: list[Result]) -> str:
     """Markdown: time, rate, share of memcpy, and how many times as long every rival takes."""
     columns = {name: keys for name, keys in COLUMNS.items() if any(key in r.ratios for r in rows for key in keys)}
@@ -99,12 +93,14 @@ def markdown(run: Run) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def summary(runs: list[Run]) -> str:
-    """What a README says: of the first run how fast it is, of all of them what they promise."""
-    parts = [caption(runs[0]), speed_table(runs[0], brief(runs[0]))]
-    if runs[0].device == "cpu":
-        parts += [SETS_CAPTION, targets.sets_table(runs)]
-    return "\n\n".join(parts)
+def page(runs: dict[Path, Run]) -> str:
+    """All tables and plots, a section for each instruction set."""
+    sections = []
+    for path, run in runs.items():
+        title = run.machine.get("gpu") or run.machine["cpu_isa"]
+        plot = f"![Time of an eviction against the length of the cache](benchmarks/{path.with_suffix('.png').name})"
+        sections.append(f"## {title}\n\n{markdown(run)}\n\n{plot}")
+    return "\n\n".join(sections)
 
 
 def replace_between_markers(path: Path, text: str) -> None:
@@ -123,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="*", help="default: the last run of each instruction set")
     parser.add_argument("--readme", type=Path, help="file with the two markers")
+    parser.add_argument("--page", type=Path, help="file with the two markers, plots beside it in benchmarks/")
     parser.add_argument("--write", type=Path, help="also write the merged run as JSON")
     parser.add_argument("--no-plot", action="store_true")
     args = parser.parse_args()
@@ -133,17 +130,21 @@ def main() -> None:
         runs = {
             path: Run.read(path) for path in (HERE / "results" / f"cpu-{isa}.json" for isa in SETS) if path.exists()
         }
+    plots = args.page.parent / "benchmarks" if args.page else HERE / "results"
     for path, run in runs.items():
         if args.write:
             run.write(args.write)
         if not args.no_plot:
             from plot import draw
 
-            draw(run, path.with_suffix(".png"))
-            print(f"plot in {path.with_suffix('.png')}\n")
+            plots.mkdir(exist_ok=True)
+            draw(run, plot := plots / path.with_suffix(".png").name)
+            print(f"plot in {plot}\n")
         print(markdown(run))
     if args.readme:
-        replace_between_markers(args.readme, summary(list(runs.values())))
+        replace_between_markers(args.readme, f"{SETS_CAPTION}\n\n{targets.sets_table(list(runs.values()))}")
+    if args.page:
+        replace_between_markers(args.page, page(runs))
 
 
 if __name__ == "__main__":
