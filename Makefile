@@ -19,6 +19,9 @@ DISASSEMBLER := "nvidia-cuda-cuobjdump==13.5.37; sys_platform == 'linux'" "nvidi
 LM_EVAL_NEEDS := datasets sacrebleu pytablewriter
 COSMIC_RAY_NEEDS := parso attrs
 
+# Formatters agree with themselves in one version only.
+STYLE := ruff==0.17.6 clang-format==23.1.5
+
 .PHONY: build demo test test-hf mutants fuzz retriever lkv lkv-variants lkv-eval bench docs style clean
 
 # Without isolation, so that the op library is built against the torch just installed.
@@ -99,11 +102,11 @@ bench: build
 
 # Into build/docs. Strict: a link into nothing and a name of the API that is gone are errors.
 docs: $(VENV)/ready
-	$(RUN) -m pip install -q "mkdocs>=1.6" "mkdocstrings[python]>=1.0" ruff
+	$(RUN) -m pip install -q "mkdocs>=1.6" "mkdocstrings[python]>=1.0" $(STYLE)
 	$(RUN) -m mkdocs build -q
 
 style: $(VENV)/ready
-	$(RUN) -m pip install -q ruff clang-format
+	$(RUN) -m pip install -q $(STYLE)
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'examples/*.cpp')
 
