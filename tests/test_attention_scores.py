@@ -88,6 +88,19 @@ def test_heads_and_groups(policy: SnapKV | KVzip, heads: int, group: int) -> Non
     close(policy.score(0, observed), expected)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("policy", [SnapKV(window=4, kernel_size=3), KVzip()], ids=["snapkv", "kvzip"])
+def test_queries_that_are_not_there_do_not_count(policy: SnapKV | KVzip, sinks: bool) -> None:
+    """Not even in the mean: as after a crop, or where a mask has hidden tokens. Without any, all scores are 0."""
+    o = observe(20, 6, **(SETTINGS["sinks"] if sinks else {}))
+    there = torch.tensor([False, True, True, False, True, True])
+    few = replace(o, queries=o.queries[:, :, there], query_positions=o.query_positions[:, there])
+    few = replace(few, query_mask=o.query_mask[:, there])
+    some, none = (replace(o, query_mask=mask.expand(2, 6)) for mask in (there, torch.zeros_like(there)))
+    torch.testing.assert_close(policy.score(0, some), policy.score(0, few))
+    assert (policy.score(0, none) == 0).all()
+
+
 def test_the_observation_window_is_the_policys_own() -> None:
     """More queries than the window protects rows for, or fewer, as after a crop: they score the same rows."""
     policy = SnapKV(window=6, kernel_size=3)

@@ -76,7 +76,9 @@ def test_adakv_is_a_competition_of_the_heads(x: Batch, sink: int, window: int, t
 @given(batches(), st.integers(0, 3))
 def test_kvzip_is_a_competition_of_all_heads(x: Batch, sink: int) -> None:
     joint = KVzip(sink).budgets(x.scores, x.lengths, x.total, starts=x.starts)
-    single = KVzip(sink, across="heads").budgets(x.scores[1], x.lengths[1], x.total, starts=x.starts)
+    heads = KVzip(sink, across="heads")
+    single = heads.budgets(x.scores[1], x.lengths[1], x.total, starts=x.starts)
+    assert torch.equal(heads.budgets(x.scores, x.lengths, x.total, starts=x.starts)[1], single)
     for b in range(len(x.total)):
         assert joint[:, b].flatten().tolist() == by_sorting(x, [0, 1], b, sink=sink)
         assert single[b].tolist() == by_sorting(x, [1], b, sink=sink)
@@ -143,6 +145,21 @@ def test_what_alpha_makes_sure(alpha: float, minimum: list[int], blend: list[int
     for floor, expected in (("minimum", minimum), ("blend", blend)):
         policy = AdaKV(SnapKV(window=2), alpha, floor)
         assert policy.budgets(scores, LENGTHS, torch.tensor([14])).tolist() == [expected]
+
+
+def test_the_first_rows_are_the_sink_and_the_last_the_window() -> None:
+    """With three first rows and one last protected the first head wins four rows; the other way round, two."""
+    scores = torch.tensor([[[0.0, 0, 0, 9, 8, 7, 6, 0], [0.0, 0, 0, 1, 2, 3, 4, 0]]])
+    lengths, total = torch.tensor([[8, 8]]), torch.tensor([12])
+    for sink, window, expected in ((3, 1, [8, 4]), (1, 3, [6, 6])):
+        ends = Random(sink=sink, window=window)
+        for policy in (AdaKV(ends, 0.0), AdaKV(ends, 0.0, "blend")):
+            assert policy.budgets(scores, lengths, total).tolist() == [expected]
+        threshold = trained(2, "threshold", sink, window)
+        torch.nn.init.zeros_(threshold.budget.logits.mlp[2].weight)
+        both = threshold.budgets([scores, torch.zeros(1, 2, 8) - 1], lengths.expand(2, 1, 2), total + 8)
+        assert both.tolist() == [[expected], [[4, 4]]]
+    assert KVzip(3, "heads").budgets(scores, lengths, total).tolist() == [[7, 5]]
 
 
 def test_totals_of_a_batch_have_minima_of_their_own() -> None:

@@ -43,8 +43,10 @@ POLICIES = {
 
 
 def layers_of(length: int, policy: Policy) -> list[Observation]:
-    sinks = torch.tensor(SINKS)
-    return [observe(length, max(policy.window, 4), 7 * n + length, 1, softcap=3.0, sinks=sinks) for n in range(LAYERS)]
+    """The second one has sinks."""
+    sinks = [None, torch.tensor(SINKS)]
+    window = max(policy.window, 4)
+    return [observe(length, window, 7 * n + length, 1, softcap=3.0, sinks=sinks[n]) for n in range(LAYERS)]
 
 
 def kept(policy: Policy, layers: list[Observation], total: Tensor) -> list[list[list[int]]]:
