@@ -110,6 +110,19 @@ def test_a_blend_goes_no_further_than_a_head_is_long():
     assert budgets.tolist() == [[6, 2, 1]]
     budgets = lkv_ext.budgets_from_scores(scores, 8, lengths=[[6, 2, 1]], floor=lkv_ext.Blend(1.0))
     assert budgets.tolist() == [[5, 2, 1]]
+    # Protected rows are there already: of six more, two each, the last head can take none and the second all it has.
+    budgets = lkv_ext.budgets_from_scores(scores, 9, lengths=[[6, 3, 1]], sink=1, floor=lkv_ext.Blend(1.0))
+    assert budgets.tolist() == [[5, 3, 1]]
+
+
+def test_the_mean_of_a_blend_is_over_all_heads_that_compete():
+    """Ten rows, all of which the first layer wins, between two heads, or four."""
+    won, lost = torch.ones(1, 1, 12), torch.zeros(1, 1, 12)
+    both = lkv_ext.budgets_from_scores([won, lost], 10, across="layers", floor=lkv_ext.Blend(0.5))
+    assert both.flatten().tolist() == [8, 2]  # of 7.5 and 2.5
+    pairs = [torch.cat([won, lost], 1), torch.cat([lost, lost], 1)]
+    four = lkv_ext.budgets_from_scores(pairs, 12, across="layers", floor=lkv_ext.Blend(0.5))
+    assert four.tolist() == [[[8, 2]], [[1, 1]]]  # of 7.5 and 1.5 each
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -63,6 +63,10 @@ def test_largest_remainder():
     assert lkv_ext.budgets_from_shares([3, 3, 1], total=2, lengths=9).tolist() == [1, 1, 0]
     assert lkv_ext.budgets_from_shares([1, 3, 3, 1], total=4, lengths=9).tolist() == [1, 2, 1, 0]
     assert lkv_ext.budgets_from_shares([5, 1, 1, 1], total=4, lengths=[2, 9, 9, 9]).tolist() == [2, 1, 1, 0]
+    assert lkv_ext.budgets_from_shares([1] * 99, total=40, lengths=9).tolist() == [1] * 40 + [0] * 59
+    # 8/3, 8/3, 2, 2/3; and 14 rows in the ratio of 4 : 1 : 1: a third is a third, whatever it came from.
+    assert lkv_ext.budgets_from_shares([8, 8, 6, 2], total=8, lengths=[3, 3, 12, 5]).tolist() == [3, 3, 2, 0]
+    assert lkv_ext.budgets_from_shares([6, 4, 1, 1], total=15, lengths=[1, 12, 3, 10]).tolist() == [1, 10, 2, 2]
 
 
 def test_bounds_of_heads():
@@ -91,8 +95,9 @@ def test_retention_is_of_all_tokens(retention, lengths, total):
     """Rounded to the nearest number of rows, halves to the even one; a cap comes afterwards."""
     budgets = lkv_ext.budgets_from_shares([1.0, 1.0, 1.0], retention=retention, lengths=lengths)
     assert int(budgets.sum()) == total and (budgets <= torch.as_tensor(lengths)).all()
-    capped = lkv_ext.budgets_from_shares([1.0, 1.0, 1.0], retention=1.0, lengths=[100, 100, 3], cap=10)
-    assert capped.tolist() == [10, 10, 3]
+    for some in (0.5, 1.0):
+        capped = lkv_ext.budgets_from_shares([1.0, 1.0, 1.0], retention=some, lengths=[100, 100, 3], cap=10)
+        assert capped.tolist() == [10, 10, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])

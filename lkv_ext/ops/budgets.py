@@ -160,8 +160,8 @@ def apportion(weights: Tensor, total: Tensor, lower: Tensor, upper: Tensor) -> T
     exact = torch.minimum(torch.maximum(t * weights, lower), upper)
 
     whole = exact.floor()
-    # Rounded, so that equal remainders compare as equal; full heads come last.
-    remainder = torch.where(whole < upper, ((exact - whole) * 2**30).round(), -1.0)
+    # Rounded, so that equal remainders compare as equal. Full heads have none, and never one of the largest.
+    remainder = ((exact - whole) * 2**30).round()
     rank = remainder.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     whole = whole.long()
     return whole + (rank < (total - whole.sum(1))[:, None]).long()
