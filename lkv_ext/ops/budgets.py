@@ -261,7 +261,7 @@ def _compete(
     total = _values(total, "total", device)
     if total.dim() > 1 or total.numel() not in (1, batch):
         raise ValueError(f"expected total as an int or of shape [B] = [{batch}], got {list(total.shape)}")
-    total = total.broadcast_to(batch).clamp(min=0)
+    total = total.broadcast_to(batch)
     masks, protected, available = [], [], []
     for n, s in enumerate(layers):
         begin = _per_head(_of_layer(starts, n), 0, s, "starts").clamp(0, s.shape[2])
@@ -291,7 +291,7 @@ def _compete(
             for s, m, extra in zip(layers, masks, (sure - protected).view(batch, -1, heads).unbind(1), strict=True)
         ]
         free = free & ~torch.cat(forced, 1)
-    won = count(_best(flat, free, (total - sure.sum(1)).clamp(min=0)))
+    won = count(_best(flat, free, total - sure.sum(1)))
     if isinstance(floor, Blend):
         rest = won.sum(1)
         mean = rest[:, None].double() / max(won.shape[1], 1)
@@ -317,11 +317,13 @@ def _per_head(values: Ints | None, default: int, scores: Tensor, name: str) -> T
 
 
 def _best(scores: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
-    """Which of the entries in `mask` are the best `keep` of their row, as a mask `[R, M]`; ties to the lower index."""
+    """Which of the entries in `mask` are the best `keep` of their row, as a mask `[R, M]`; ties to the lower index.
+
+    All of them where there are no more than that, none where `keep` is negative.
+    """
     rows, width = scores.shape
     if rows == 0 or width == 0:
         return mask
-    keep = torch.minimum(keep, mask.sum(1))
     lost = scores.isnan()
     # What takes no part ranks with NaN, below everything else; so real NaNs are counted out by hand, in order.
     ranked = torch.where(mask, scores, torch.nan)[:, None]
