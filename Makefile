@@ -22,7 +22,7 @@ COSMIC_RAY_NEEDS := parso attrs
 # Formatters agree with themselves in one version only.
 STYLE := ruff==0.17.6 clang-format==23.1.5
 
-.PHONY: build demo test test-hf mutants fuzz retriever lkv lkv-variants lkv-eval bench docs style clean
+.PHONY: build demo test test-hf mutants mutants-python mutants-csrc fuzz retriever lkv lkv-variants lkv-eval bench docs style clean
 
 # Without isolation, so that the op library is built against the torch just installed.
 $(VENV)/ready: pyproject.toml Makefile
@@ -56,9 +56,14 @@ build/transformers-%/ready: $(VENV)/ready
 	$(RUN) -m pip install -q --no-deps --target $(@D) transformers==$* $(HF_NEEDS_$*)
 	touch $@
 
-# Sources with a careless mistake in them: do the tests notice? About an hour; see tests/mutants.
-mutants: build
+# Sources with a careless mistake in them: do the tests notice? About an hour each; see tests/mutants.
+mutants: mutants-python mutants-csrc
+
+mutants-python: build
 	PYTHONPATH=tests $(RUN) -m mutants $(MUTANTS)
+
+mutants-csrc: build
+	PYTHONPATH=tests $(RUN) -m mutants --area csrc
 
 fuzz: build
 	HYPOTHESIS_PROFILE=fuzz $(RUN) -m pytest tests/test_properties.py tests/test_budgets.py tests/test_budget_competition.py

@@ -8,6 +8,8 @@ as long as without it. Whoever finds a survivor writes the test that was missing
 mutant behaves as the original, the mutant goes into a file of equivalent/ with the reason. Less than 95 % of the others
 killed is a failure.
 
+C++ and CUDA have lists of changes instead of a sample (native.py): `--area csrc` tries them, and each must be killed.
+
 Results are in build/mutants/results.jsonl; a run goes on where the last one ended, and tries again only mutants whose
 source or tests have changed. Mutants are written into copies of the tree in build/mutants, never into the tree.
 """

@@ -56,7 +56,6 @@ _PREFIX["sign"] = "ReplaceUnaryOperator_"
 
 # Decorators without which something still runs, and wrongly: the others fail at the first call or cache only.
 _TELLING_DECORATORS = ("no_grad", "inference_mode", "contextmanager")
-_MESSAGE_KEYWORDS = frozenset(("help", "description", "metavar", "stacklevel", "prog", "epilog", "dest"))
 _MESSAGE_CALLS = frozenset(("warn", "print", "add_argument", "add_parser", "add_argument_group", "TypeVar", "cast"))
 
 
@@ -224,7 +223,7 @@ def _is_silent(node: NodeOrLeaf) -> bool:
             return True
         if kind == "if_stmt" and operators.bare(parent.children[1]).endswith("TYPE_CHECKING"):
             return True
-        if kind == "argument" and operators.bare(parent.children[0]) in _MESSAGE_KEYWORDS:
+        if kind == "argument" and operators.bare(parent.children[0]) in operators.SILENT_KEYWORDS:
             return True
         if operators.trailers(parent, "(") and operators.called_name(parent) in _MESSAGE_CALLS:
             return True

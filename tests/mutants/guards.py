@@ -17,7 +17,8 @@ _LEARN = ["learning/test_" + x for x in ("token_scorer", "head_budget", "lkv_pol
 _TASKS = ["learning/test_" + x for x in ("task_texts", "languages", "tasks", "task_files", "metrics", "eval_files")]
 _BUDGETS = ["test_budgets", "test_budget_competition"]
 _POLICIES = ["test_policies", "test_attention_scores", "test_policy_budgets", "test_policy_padding"]
-_OPS = ["test_parity", "test_properties", "test_errors", "test_arguments", "test_torch", "test_derivatives"]
+_PARITY = ["test_parity", "test_errors", "test_properties", "test_arguments"]
+_TORCH = ["test_torch", "test_derivatives", "test_cache"]
 _RAGGED = ["test_cache", "test_cache_files", "test_shared_buffers", "test_errors", "test_arguments"]
 
 GUARDS: dict[str, list[str]] = {
@@ -54,18 +55,19 @@ GUARDS: dict[str, list[str]] = {
     "lkv_ext/ops/attend_backends.py": ["test_attend_backends"],
     "lkv_ext/ops/attend.py": ["test_attend", "test_attend_backends", "test_errors", "test_arguments", "test_torch"],
     "lkv_ext/ops/soft*.py": ["test_soft_topk", "test_derivatives", "test_errors", "test_arguments", "test_torch"],
-    "lkv_ext/ops/*": [
-        *_OPS,
-        "test_tracing",
-        "test_calls",
-        "test_layouts",
-        "test_cache",
-        "test_raw_ops",
-        "test_overlap",
-    ],
+    "lkv_ext/ops/batching.py": ["test_derivatives"],
+    "lkv_ext/ops/derivatives.py": ["test_derivatives", "test_torch"],
+    "lkv_ext/ops/modes.py": ["test_derivatives", "test_calls", "test_torch", "test_cache"],
+    "lkv_ext/ops/errors.py": ["test_errors", "test_arguments"],
+    "lkv_ext/ops/facts.py": ["test_calls", *_PARITY],
+    "lkv_ext/ops/fake.py": ["test_torch", "test_tracing", "test_layouts"],
+    "lkv_ext/ops/ints.py": ["test_calls", *_PARITY, "test_tracing", "test_torch"],
+    "lkv_ext/ops/rooms.py": _PARITY,
+    "lkv_ext/ops/ragged.py": [*_PARITY, "test_layouts", "test_torch", "test_cache"],
+    "lkv_ext/ops/*": [*_PARITY, "test_overlap", "test_calls", "test_layouts", "test_raw_ops", "test_tracing"] + _TORCH,
     "lkv_ext/numpy.py": ["test_numpy", "test_errors", "test_arguments"],
     "lkv_ext/_arrays.py": ["test_numpy", "test_errors", "test_arguments", "test_overlap"],
-    "lkv_ext/*": ["test_numpy", *_OPS, "test_calls"],
+    "lkv_ext/*": ["test_numpy", *_PARITY, "test_calls"],
 }
 
 # Guard nothing that the others do not, or cannot run twice at a time.

@@ -14,7 +14,6 @@ from .results import Result
 
 # What most tests import; the rest is learnt from the first runs.
 PRELOADED = ("torch", "numpy", "hypothesis", "hypothesis.strategies", "transformers", "accelerate", "safetensors.torch")
-RESULTS = "build/mutants/results.jsonl"
 STATES = {runner.PASSED: results.SURVIVED, runner.FAILED: results.KILLED, runner.TIMED_OUT: results.TIMED_OUT}
 
 
@@ -30,7 +29,7 @@ def judge(
 
     `survivors`: only of those that survived last time. `skip_clean`: the tests are known to pass without a mutant.
     """
-    store = results.Store(root / RESULTS)
+    store = results.Store(root / results.FILE)
     reasons = results.equivalents()
     begun = time.monotonic()
     open_ones: dict[tuple[str, ...], list[tuple[catalog.Mutant, Result]]] = defaultdict(list)
@@ -49,7 +48,7 @@ def judge(
     for result in _run(root, open_ones, workers, skip_clean, lambda: time.monotonic() - begun > minutes * 60):
         del left[result.key]
         store.add(result)
-        print(f"{result.state:9} {result.seconds:5.1f} s  {result.mutant}\n    {result.by}", flush=True)
+        print(results.line(result), flush=True)
         yield result
     yield from left.values()
 

@@ -45,6 +45,11 @@ SYMMETRIC = frozenset(
         "lcm",
     )
 )
+# Keywords without which a caller sees no difference here: devices where there is one, texts, checks of the code itself.
+SILENT_KEYWORDS = frozenset(
+    ("help", "description", "metavar", "prog", "epilog", "stacklevel", "device", "strict", "non_blocking", "encoding")
+    + ("desc", "unit", "leave", "flush")
+)
 BOUND_CALLS = frozenset(("range", "narrow", "arange"))
 
 
@@ -155,7 +160,7 @@ class DropKeyword(Replacement):
         if trailers(node, "("):
             given = arguments(node)
             for dropped in given:
-                if is_named(dropped) and bare(dropped.children[0]) != "device":
+                if is_named(dropped) and bare(dropped.children[0]) not in SILENT_KEYWORDS:
                     yield f"({', '.join(bare(x) for x in given if x is not dropped)})"
 
     @classmethod

@@ -18,6 +18,7 @@ from . import catalog
 
 KILLED, TIMED_OUT, SURVIVED, EQUIVALENT, NOT_RUN = "killed", "timed out", "survived", "equivalent", "not run"
 EQUIVALENTS = Path(__file__).parent / "equivalent"
+FILE = "build/mutants/results.jsonl"
 ENOUGH = 0.95  # of the mutants that are not equivalent
 
 
@@ -86,6 +87,10 @@ def as_entry(mutant: catalog.Mutant) -> str:
 
 def _toml(text: str) -> str:
     return f"'''\n{text}'''" if "\n" in text or "'" in text else f"'{text}'"
+
+
+def line(result: Result) -> str:
+    return f"{result.state:9} {result.seconds:5.1f} s  {result.mutant}\n    {result.by}"
 
 
 def share(results: Iterable[Result]) -> float:
