@@ -30,7 +30,7 @@ $(VENV)/ready: pyproject.toml Makefile
 	$(RUN) -m pip install -q "$(TORCH)" "setuptools>=77" wheel cmake ninja pybind11 numpy \
 	  "transformers>=4.56" accelerate tqdm pytest pytest-benchmark pytest-xdist hypothesis matplotlib rapidfuzz peft \
 	  $(DISASSEMBLER) $(LM_EVAL_NEEDS) $(COSMIC_RAY_NEEDS)
-	$(RUN) -m pip install -q --no-deps lm-eval==0.4.13 cosmic-ray==8.7.0
+	$(RUN) -m pip install -q --no-deps lm-eval==0.4.13 cosmic-ray==8.7.0 gguf==0.19.0
 	touch $@
 
 build: $(VENV)/ready

@@ -24,6 +24,8 @@ _HOMES = {"Cache": "lkv.hf.cache", "load": "lkv.learn.checkpoint"}
 def __getattr__(name: str) -> object:
     if name == "__version__":  # the two packages are one distribution
         return import_module("lkv_ext").__version__
+    if name in ("models", "policies"):
+        return import_module(f"lkv.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'lkv' has no attribute {name!r}")
     try:

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkv import retriever
-from lkv.cli import main, models
+from lkv.cli import main
 
 TRAIN = "train --steps 2 --warm-steps 1 --batch 2 --questions 1 --length 96 --answer-tokens 3 --tasks single multi_key"
 EVAL = "eval --samples 2 --length 96 --batch 2 --answer-tokens 3 --retentions 0.3 0.6 --tasks single multi_key"
@@ -23,8 +23,8 @@ def stand_in(
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     load = retriever.load
-    monkeypatch.setattr(models.retriever, "load", lambda: load(tmp_path / "model"))
-    monkeypatch.setattr(models.retriever, "LKV", tmp_path / "none")
+    monkeypatch.setattr(retriever, "load", lambda: load(tmp_path / "model"))
+    monkeypatch.setattr(retriever, "LKV", tmp_path / "none")
 
 
 def run(text: str, *more: object) -> int:

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lkv import cli, tasks
-from lkv.cli import models
+from lkv import cli, retriever, tasks
 from lkv.cli import train as command
 from lkv.evaluate.methods import Method
 from lkv.evaluate.run import Result, Setting
@@ -39,7 +38,7 @@ class Trainer:
 def trained(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> object:
-    monkeypatch.setattr(models.retriever, "load", lambda: (model, tokenizer))
+    monkeypatch.setattr(retriever, "load", lambda: (model, tokenizer))
     monkeypatch.setattr(command, "Trainer", Trainer)
 
     def call(*options: object) -> Trainer:

@@ -46,6 +46,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/cli/models.py": ["learning/test_cli_eval", "learning/test_cli"],
     "python/lkv/cli/train.py": ["learning/test_train_command", "learning/test_cli"],
     "python/lkv/cli/*": ["learning/test_cli", "learning/test_train"],
+    "python/lkv/models.py": ["learning/test_models", "learning/test_cli_eval"],
     "python/lkv/text.py": ["learning/test_text", "learning/test_evaluate"],
     "python/lkv/extras.py": ["learning/test_text", "learning/test_metrics"],
     "python/lkv/demo.py": ["learning/test_demo", "learning/test_retriever"],

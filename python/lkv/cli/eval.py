@@ -22,6 +22,7 @@ from lkv.evaluate.methods import FLOOR, FULL, choose, heuristics, learned
 from lkv.evaluate.run import Setting, evaluate
 from lkv.evaluate.soft import soft_accuracy
 from lkv.learn.checkpoint import load
+from lkv.models import RETRIEVER
 from lkv.policies import Policy
 from lkv.policies.lkv import Learned
 from lkv.tasks import Language, Sample, files
@@ -125,7 +126,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def known(options: argparse.Namespace, model: PreTrainedModel) -> tuple[Mapping[str, Policy], Learned | None]:
     """All methods by name, and LKV if there is a checkpoint."""
     path = options.checkpoint
-    if path is None and options.model == models.RETRIEVER and retriever.LKV.exists():
+    if path is None and options.model == RETRIEVER and retriever.LKV.exists():
         path = retriever.LKV
     policies = heuristics()
     if path is None:
