@@ -70,6 +70,7 @@ def test_ruler_reads_an_answer_as_its_own_script_does(text, expected, value):
         ("U.S.A.", "usa", 1.0),
         ("“cat”", "cat", 0.0),  # of ASCII alone
         ("cat\n\tdog ", "dog cat", 1.0),
+        ("cat“a”dog", "cat“ ”dog", 1.0),  # an article leaves a blank
         ("a", "the", 0.0),  # nothing is left
         ("", "cat", 0.0),
         ("cat", "", 0.0),

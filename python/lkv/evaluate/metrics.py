@@ -147,7 +147,7 @@ METRICS: dict[str, Callable[..., float]] = {
 
 
 def _sentences(text: str) -> list[list[str]]:
-    return [sentence.split() for sentence in text.split(".") if sentence.strip()]
+    return [sentence.split() for sentence in text.split(".")]
 
 
 def _f1(words: Sequence[str], expected: Sequence[str]) -> float:
