@@ -130,10 +130,11 @@ def test_task_is_named_by_the_file_or_its_folder(tmp_path, place, task):
     assert load("ruler", write(tmp_path / place, [RULER]))[0].task == task
 
 
-def test_name_of_a_file_without_a_folder_is_its_own(tmp_path, monkeypatch):
-    write(tmp_path / "validation.jsonl", [RULER])
+def test_name_of_a_file_without_a_folder_or_an_ending_is_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert load("ruler", "validation.jsonl")[0].task == "validation"
+    for name in ("validation.jsonl", "validation"):
+        write(tmp_path / name, [RULER])
+        assert load("ruler", name)[0].task == "validation"
 
 
 def test_all_expected_answers_are_kept_in_their_order(tmp_path):
@@ -143,6 +144,9 @@ def test_all_expected_answers_are_kept_in_their_order(tmp_path):
     (sample,) = load("longbench", write(tmp_path / "x.jsonl", [record]))
     assert (sample.expected, sample.answer, sample.format) == (("b", "a"), "b", "longbench")
     assert sample.classes == ("x", "b", "a") and sample.evidence == () and sample.evidence_tokens == 0
+    for none in ([], None):
+        (sample,) = load("longbench", write(tmp_path / "x.jsonl", [{**LONGBENCH, "all_classes": none}]))
+        assert sample.classes == ()
 
 
 def test_only_the_first_records(tmp_path):

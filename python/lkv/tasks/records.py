@@ -54,7 +54,7 @@ class Record:
         return ValueError(f"lkv.tasks: {self.place}: expected the field {name!r}, {kind}, got {got}")
 
 
-def read(source: str | Path, split: str = "test") -> Iterator[Record]:
+def read(source: str | Path, split: str) -> Iterator[Record]:
     """
     Args:
         source: a file of JSON lines, or the name of a data set that the `datasets` library loads, with the name of its
