@@ -17,6 +17,8 @@ DISASSEMBLER := "nvidia-cuda-cuobjdump==13.5.37; sys_platform == 'linux'" "nvidi
 # Of lm-eval what its models and tables need, without the metrics that need SciPy and NLTK: 400 MB instead of 620. Of
 # cosmic-ray its operators, without its command line and database.
 LM_EVAL_NEEDS := datasets sacrebleu pytablewriter
+# For metrics of Chinese, and the ROUGE that LongBench's own script scores with, to compare.
+LONGBENCH_NEEDS := jieba rouge
 COSMIC_RAY_NEEDS := parso attrs
 
 # Formatters agree with themselves in one version only.
@@ -29,7 +31,7 @@ $(VENV)/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q "$(TORCH)" "setuptools>=77" wheel cmake ninja pybind11 numpy \
 	  "transformers>=4.56" accelerate tqdm pytest pytest-benchmark pytest-xdist hypothesis matplotlib rapidfuzz peft \
-	  $(DISASSEMBLER) $(LM_EVAL_NEEDS) $(COSMIC_RAY_NEEDS)
+	  $(DISASSEMBLER) $(LM_EVAL_NEEDS) $(LONGBENCH_NEEDS) $(COSMIC_RAY_NEEDS)
 	$(RUN) -m pip install -q --no-deps lm-eval==0.4.13 cosmic-ray==8.7.0 gguf==0.19.0
 	touch $@
 

@@ -126,8 +126,11 @@ def test_the_retriever_comes_with_its_checkpoint_and_other_models_without(
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     asked.methods.clear()
-    run(*SHORT, "--samples", 1, "--model", tmp_path / "model", "--device", "cpu")
+    run("--samples", 1, "--length", 200, "--model", tmp_path / "model", "--device", "cpu")
     assert "lkv" not in asked.names
+    # They are asked in English, by their own tokenizer.
+    context = asked.samples[-1][0].context
+    assert "The special number of" in context and 150 < len(tokenizer(context).input_ids) <= 200
 
 
 @pytest.mark.parametrize(
@@ -154,7 +157,7 @@ def test_the_retriever_comes_with_its_checkpoint_and_other_models_without(
 def test_what_makes_no_sense_is_refused_before_anything_runs(
     asked: Asked, options: list[str], says: str, capsys: pytest.CaptureFixture
 ) -> None:
-    assert run(*options) == 2
+    assert run(*SHORT, *options) == 2
     assert says in capsys.readouterr().err
     assert not asked.settings
 

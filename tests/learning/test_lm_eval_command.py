@@ -13,6 +13,8 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("lm_eval.models.huggingface")
 
 import lm_eval
+import lm_eval.tasks
+import lm_eval.utils
 import tiny_folder
 import torch
 
