@@ -151,10 +151,10 @@ KINDS: dict[str, tuple[Kind, str]] = {
     "RaggedIndex": (_named("RaggedIndex", "RaggedKV"), "as a RaggedIndex"),
     "RaggedCache": (lambda value: hasattr(value, "cu_seqlens"), "as a RaggedCache or RaggedKV"),
 }
-for _one, _fits, _word in (("array", _ndarray, "array"), ("tensor", _tensor, "dense tensor")):
-    KINDS[_one] = _fits, f"as a {_word}"
+for _one, _fits, _word, _a in (("array", _ndarray, "array", "an"), ("tensor", _tensor, "dense tensor", "a")):
+    KINDS[_one] = _fits, f"as {_a} {_word}"
     KINDS[f"{_one}s"] = _all(_fits), f"as a sequence of {_word}s"
-    KINDS[f"{_one} or {_one}s"] = _either(_fits, _all(_fits)), f"as a {_word}, or a sequence of them"
+    KINDS[f"{_one} or {_one}s"] = _either(_fits, _all(_fits)), f"as {_a} {_word}, or a sequence of them"
     KINDS[f"lists of {_one}s"] = _all(_all(_fits)), f"as sequences of {_word}s, one per layer"
 
 

@@ -14,6 +14,7 @@ import torch
 
 import lkv_ext.numpy as lkv_np
 from lkv import reference
+from lkv_ext._arrays import thread_count
 
 rng = np.random.default_rng
 
@@ -227,6 +228,21 @@ def test_threads_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             lkv_np.evict(k, v, scores, 9)
 
 
+def test_as_many_threads_as_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LKV_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(5 + process)), raising=False)
+    assert thread_count(None) == 5 and thread_count(7) == 7
+    monkeypatch.delattr(os, "sched_getaffinity")
+    for found, count in ((3, 3), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda found=found: found)
+        assert thread_count(None) == count
+    monkeypatch.setenv("LKV_NUM_THREADS", "1")
+    assert thread_count(None) == 1 and thread_count(1) == 1
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match=f"threads of at least 1, got {wrong}"):
+            thread_count(wrong)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_fork_works_on() -> None:
     code = """
@@ -266,6 +282,7 @@ OUT = lkv_np.evict(K, V, SCORES, 4)
 READ_ONLY = K.copy()
 READ_ONLY.flags.writeable = False
 OFFSETS = np.array([0, 5, 10], np.int32)
+UNALIGNED_OFFSETS = np.frombuffer(b"-" + OFFSETS.tobytes(), np.uint8)[1:].view(np.int32)
 UNALIGNED = np.zeros(2 * 3 * 20 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(2, 3, 20)
 BAD = {
     "k is a list": (lambda: evict([1], V, SCORES, 4), TypeError, "k as a NumPy array, got list"),
@@ -288,6 +305,33 @@ BAD = {
     ),
     "cu_seqlens of int64": (
         lambda: evict(K[0, 0], None, SCORES[0, 0], 4, cu_seqlens=OFFSETS.astype(np.int64)), TypeError, "dtype int32",
+    ),
+    "cu_seqlens of floats": (
+        lambda: evict(K[0, 0], None, SCORES[0, 0], 4, cu_seqlens=OFFSETS.astype(np.float32)), TypeError,
+        "cu_seqlens of dtype int32, got float32",
+    ),
+    "cu_seqlens unaligned": (
+        lambda: evict(K[0, 0], None, SCORES[0, 0], 4, cu_seqlens=UNALIGNED_OFFSETS), ValueError,
+        "cu_seqlens aligned to its dtype",
+    ),
+    "cu_seqlens is a list": (
+        lambda: evict(K[0, 0], None, SCORES[0, 0], 4, cu_seqlens=[0, 5, 10]), TypeError,
+        "cu_seqlens as a NumPy array, got list",
+    ),
+    "cu_seqlens of rank 2": (
+        lambda: evict(K[0, 0], None, SCORES[0, 0], 4, cu_seqlens=OFFSETS[None]), ValueError,
+        "cu_seqlens of shape [B * H + 1], got [1, 3]",
+    ),
+    "cu_seqlens of none": (
+        lambda: evict(K[0, 0], None, SCORES[0, 0], 4, cu_seqlens=OFFSETS[:0]), ValueError, "[B * H + 1], got [0]",
+    ),
+    "k dense beside cu_seqlens": (
+        lambda: evict(K, None, SCORES[0, 0], 4, cu_seqlens=OFFSETS), ValueError,
+        "k of shape [T, D], got [2, 3, 20, 8]: with cu_seqlens rows are ragged",
+    ),
+    "v ragged beside dense": (
+        lambda: evict(K, V[0, 0], SCORES, 4), ValueError,
+        "v of shape [B, H, L, D], got [20, 11]: without cu_seqlens rows are dense",
     ),
     "cu_seqlens of other heads": (
         lambda: evict(K[0, 0], None, SCORES[0, 0], [1, 2, 3], cu_seqlens=OFFSETS), ValueError, "cu_seqlens of shape",

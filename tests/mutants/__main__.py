@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import fcntl
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -31,6 +32,7 @@ def main() -> int:
         store = results.Store(ROOT / results.FILE)
         print(*(results.as_entry(x) for x in chosen if store.state(x.key) == results.SURVIVED), sep="\n")
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that copies and tests are put away
     with _alone(ROOT / "build/mutants"):
         found = list(judge.judge(ROOT, chosen, options.workers, options.minutes, options.survivors, options.skip_clean))
         of_lists = list(native.judge(options.minutes)) if native.AREA in (options.area or ()) else []

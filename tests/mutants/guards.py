@@ -66,6 +66,8 @@ GUARDS: dict[str, list[str]] = {
     "lkv_ext/ops/rooms.py": _PARITY,
     "lkv_ext/ops/ragged.py": [*_PARITY, "test_layouts", "test_torch", "test_cache"],
     "lkv_ext/ops/*": [*_PARITY, "test_overlap", "test_calls", "test_layouts", "test_raw_ops", "test_tracing"] + _TORCH,
+    "lkv_ext/_sizes.py": ["test_sizes", "test_numpy", *_PARITY],
+    "lkv_ext/_kinds.py": ["test_kinds", "test_errors", "test_arguments", "test_numpy"],
     "lkv_ext/numpy.py": ["test_numpy", "test_errors", "test_arguments"],
     "lkv_ext/_arrays.py": ["test_numpy", "test_errors", "test_arguments", "test_overlap"],
     "lkv_ext/*": ["test_numpy", *_PARITY, "test_calls"],

@@ -6,6 +6,7 @@ Nothing of the project is imported before a fork, so that every run sees the sou
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import importlib.util
@@ -24,6 +25,7 @@ import pytest
 from . import tree
 
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
+_PR_SET_PDEATHSIG = 1
 _BROKEN = 70  # exit code of a fork in which the runner failed, not the tests
 
 
@@ -156,6 +158,8 @@ def _fork(job: Job, root: Path) -> int:
         code = _BROKEN
         try:
             _lead_group(0)
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # tests do not outlive the runner
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             code = _run(job, root)
         except BaseException:
             traceback.print_exc()
