@@ -5,9 +5,11 @@ CPU kernels that this machine lacks the instructions of.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+from invariants import watched
 
 try:
     from hypothesis import HealthCheck, settings
@@ -38,3 +40,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"NOT TESTED: CPU kernels for {' and '.join(lacking)}, which this machine does not run"
         )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _caches_are_watched() -> Iterator[None]:
+    """The bookkeeping of every RaggedCache is checked after every step, whatever the test is about."""
+    with watched():
+        yield

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
+from invariants import unwatched
 
 import lkv_ext
 import lkv_ext.numpy as lkv_numpy
@@ -17,6 +18,13 @@ from lkv_ext import RaggedCache
 from lkv_ext._kinds import SIGNATURES
 
 B, H, L, D = 2, 3, 8, 4
+
+
+@pytest.fixture(autouse=True)
+def _wrong_on_purpose() -> Iterator[None]:
+    """What a cache is told here is not true, or not what who watches it can read."""
+    with unwatched():
+        yield
 
 
 def rows(*shape: int) -> torch.Tensor:
@@ -87,7 +95,7 @@ CALLS: dict[str, tuple[Callable, dict]] = {
     "RaggedCache.attend": (of_cache("attend"), dict(q=rows(B, 2 * H, 1, D), causal=True, scale=None, softcap=None,
                                                     sinks=None)),
     "RaggedCache.crop": (of_cache("crop"), dict(tokens=2)),
-    "RaggedCache.restore": (of_cache("restore"), dict(mark=(3, 3), rows=[2, 2])),
+    "RaggedCache.restore": (of_cache("restore"), dict(mark=(3, 3, 3), rows=[2, 2])),
     "RaggedCache.select_batch": (of_cache("select_batch"), dict(indices=[1, 0])),
     "RaggedCache.reorder": (of_cache("reorder"), dict(beams=[1, 0])),
     "RaggedCache.padded": (of_cache("padded"), dict(rows=rows(B * H * 9))),

@@ -249,12 +249,12 @@ class RaggedCache:
         self._tail -= tokens
         self._free += tokens
 
-    def mark(self) -> tuple[int, int]:
-        """What `restore` needs to take back later appends."""
-        return self.seen, self._tail
+    def mark(self) -> tuple[int, int, int]:
+        """What `restore` needs to take back later appends: seen, the tail and max_length."""
+        return self.seen, self._tail, self.max_length
 
     @keeps_tensors
-    def restore(self, mark: tuple[int, int], rows: Sequence[int]) -> None:
+    def restore(self, mark: tuple[int, int, int], rows: Sequence[int]) -> None:
         """Takes back all appends since `mark`, between which and now nothing was evicted, cropped or selected.
 
         Args:
@@ -264,9 +264,9 @@ class RaggedCache:
             ValueError: where there are fewer tokens than at the mark.
         """
         try:
-            if not isinstance(mark, tuple) or len(mark) != 2:
+            if not isinstance(mark, tuple) or len(mark) != 3:
                 raise TypeError(f"expected mark as a tuple that `mark` returned, got {described(mark)}")
-            then, tail = (whole(n, "mark") for n in mark)
+            then, tail, longest = (whole(n, "mark") for n in mark)
             tokens, kept = self.seen - then, self._sequences(rows, "rows")
             if tokens < 0 or len(kept) != self.batch:
                 raise ValueError(
@@ -280,8 +280,10 @@ class RaggedCache:
         if tokens:
             back = torch.tensor(kept, dtype=torch.int32, device=self.device)
             self.lengths = self.lengths - back[:, None]
-            self.max_length -= tokens
-            self._free += tokens
+            # What growth since has read of the lengths, it read behind tokens of which some sequences kept fewer.
+            least = min(kept, default=0)
+            self.max_length = min(longest, self.max_length - least)
+            self._free += least
         self.seen, self._tail = then, tail
 
     @keeps_tensors
@@ -431,4 +433,4 @@ class RaggedCache:
         self.positions, *companions = kv.companions
         self.companions = tuple(companions)
         self.lengths, self.cu_seqlens, self.max_length = kv.lengths, kv.cu_seqlens, kv.max_length
-        self._free = self._reserve = reserve
+        self._free, self._reserve = reserve, max(reserve, 1)

@@ -32,7 +32,7 @@ class Mark:
 
     length: int
     counts: tuple[object, ...]
-    rows: tuple[int, int] | None
+    rows: tuple[int, int, int] | None
     witness: object
 
 
@@ -309,7 +309,7 @@ class RaggedLayer(CacheLayerMixin):
             self.keys = self.values = self.rows = None
         elif self.rows is not None:
             new = [*map(sub, self.real, before["real"])]
-            self.rows.restore(mark.rows or (mark.length, 0), new)
+            self.rows.restore(mark.rows or (mark.length, 0, mark.length), new)
         else:
             self.keys, self.values = self.keys[:, :, : mark.length], self.values[:, :, : mark.length]
         vars(self).update(before)
