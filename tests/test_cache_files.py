@@ -97,6 +97,8 @@ INCONSISTENT = {
     "seen too small": (counted("seen", 3), "positions of rows in use"),
     "free too many": (counted("_free", 1000), "expected free in"),
     "tail too long": (counted("_tail", 50), "expected tail in"),
+    "tail of rows that are not the last tokens": (counted("_tail", 3), r"expected tail in \[0, 2\], got 3"),
+    "tail of a token that came later": (counted("seen", 8), r"expected tail in \[0, 0\], got 2"),
     "max_length too small": (counted("max_length", 1), "expected max_length in"),
     "max_length beyond": (counted("max_length", 10**9), "expected max_length in"),
     "reserve none": (counted("_reserve", 0), "expected reserve in"),

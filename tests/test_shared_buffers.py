@@ -135,3 +135,20 @@ def test_rooms_that_are_none(change: dict, says: str) -> None:
     kv = lkv_ext.RaggedKV(k=torch.zeros(8, 3), v=torch.zeros(8, 3), companions=(), **ints, **counts)
     with pytest.raises(ValueError, match=f"lkv_ext.RaggedCache: expected {says}|lkv_ext.RaggedCache: .*{says}"):
         RaggedCache(kv, 5)
+
+
+def test_a_tail_that_is_none() -> None:
+    """Only rows of the last tokens can be cropped: those of every head, as far back as all of them go."""
+    k = torch.randn(1, 2, 6, D)
+    scores = torch.tensor([[[0.0, 9, 0, 1, 2, 3], [9, 0, 0, 1, 2, 3]]])
+    kv = lkv_ext.evict(k, k, scores, [4, 3])
+    assert kv.positions.tolist() == [1, 3, 4, 5, 0, 4, 5]
+    cache = RaggedCache(kv, 6, tail=2)
+    cache.crop(2)
+    assert cache.lengths.tolist() == [[2, 1]] and cache.seen == 4
+    for seen, most in ((6, 2), (7, 0)):
+        for tail in (most + 1, 4):
+            with pytest.raises(
+                ValueError, match=f"expected tail of at most {most}, .* got {tail}"
+            ):
+                RaggedCache(kv, seen, tail=tail)

@@ -71,8 +71,10 @@ class RaggedCache:
                 free, span = known.slack, slice(known.first, known.end)
                 if known.longest > self.max_length:
                     raise ValueError(f"expected lengths of at most max_length = {self.max_length}, got {known.longest}")
-                if whole(tail, "tail") > known.shortest:
-                    raise ValueError(f"expected tail of at most {known.shortest} rows, as some head has, got {tail}")
+                if whole(tail, "tail") > known.tail:
+                    raise ValueError(
+                        f"expected tail of at most {known.tail}, the last tokens that all heads have, got {tail}"
+                    )
                 if known.first:
                     parts["cu_seqlens"] = parts["cu_seqlens"] - known.first
             self._free = whole(free, "free")

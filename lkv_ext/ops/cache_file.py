@@ -48,7 +48,7 @@ def check_parts(parts: dict[str, Tensor], companions: Sequence[Tensor]) -> None:
 
 def check_counts(counts: dict[str, int], of: facts.Facts, rows: int) -> None:
     """Raises unless the counts of a cache are true of its rooms; `rows`: T."""
-    most = dict(seen=MOST, max_length=counts["seen"] + rows, _free=of.slack, _tail=of.shortest, _reserve=MOST // 2)
+    most = dict(seen=MOST, max_length=counts["seen"] + rows, _free=of.slack, _tail=of.tail, _reserve=MOST // 2)
     least = dict(seen=of.last_position + 1, max_length=of.longest, _reserve=1, align=1)
     for name in COUNTS:
         low, high = least.get(name, 0), most.get(name, MOST)

@@ -15,14 +15,15 @@ class Facts(NamedTuple):
 
     Attributes:
         first, end: where the first room begins, and the last one ends.
-        shortest, longest: rows in use of any room.
-        slack: rows that every room has left. Where there is no room, this and `shortest` are 2**31 - 1.
+        tail: how many of the last tokens every room has, as its last rows in use.
+        longest: rows in use of any room.
+        slack: rows that every room has left; 2**31 - 1 where there is no room.
         last_position: the highest of rows in use, -1 where there are none.
     """
 
     first: int
     end: int
-    shortest: int
+    tail: int
     longest: int
     slack: int
     last_position: int
@@ -48,11 +49,14 @@ def read(parts: dict[str, Tensor], align: int, seen: int) -> Facts:
     if used.numel() and rows.numel():
         row_set = torch.searchsorted(offsets[1:], rows, right=True).clamp_(max=used.numel() - 1)
         place = rows - offsets[row_set]
-        in_use = positions[(place >= 0) & (place < used[row_set])].long()
-        ends += [torch.where(in_use < 0, in_use, 0).sum(), in_use.max()] if in_use.numel() else []
+        in_use = (place >= 0) & (place < used[row_set])
+        behind, tokens = (used[row_set] - place)[in_use], positions[in_use].long()  # 1: the last row of its room
+        if tokens.numel():
+            recent = torch.where(seen - tokens == behind, MOST, behind - 1).min()
+            ends += [torch.where(tokens < 0, tokens, 0).sum(), tokens.max(), recent]
     first, end, misplaced, *sizes = torch.stack(ends).tolist()
-    narrowest, shortest, longest, slack, *places = sizes or (0, MOST, 0, MOST)
-    negative, last = places or (0, -1)
+    narrowest, shortest, longest, slack, *places = sizes or (0, seen, 0, MOST)
+    negative, last, recent = places or (0, -1, MOST)
     if narrowest < 0 or first < 0 or end > positions.numel():
         raise ValueError(
             f"expected cu_seqlens that rise from at least 0 to at most T = {positions.numel()}, got others"
@@ -63,4 +67,4 @@ def read(parts: dict[str, Tensor], align: int, seen: int) -> Facts:
         raise ValueError("expected lengths of at least 0 and at most the rows between cu_seqlens, got others")
     if negative or last >= seen:
         raise ValueError(f"expected positions of rows in use in [0, seen) = [0, {seen}), got others")
-    return Facts(first, end, shortest, longest, slack, last)
+    return Facts(first, end, min(shortest, recent), longest, slack, last)
