@@ -216,3 +216,15 @@ def test_budgets_keep_what_won():
 def test_bad_scores(error, arguments):
     with pytest.raises(error, match="lkv_ext.budgets_from_scores: expected"):
         lkv_ext.budgets_from_scores(arguments.pop("scores"), **arguments)
+
+
+@pytest.mark.parametrize("alpha", [-0.01, 1.01, float("nan"), "half", None])
+def test_bad_blends(alpha):
+    with pytest.raises((ValueError, TypeError), match=r"lkv_ext.Blend: expected alpha in \[0, 1\]"):
+        lkv_ext.Blend(alpha)
+
+
+@pytest.mark.parametrize("rows", [-1, 2.5, "two", None])
+def test_bad_minima(rows):
+    with pytest.raises((ValueError, TypeError), match="lkv_ext.Minimum: expected rows"):
+        lkv_ext.Minimum(rows)

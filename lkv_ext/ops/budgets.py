@@ -322,8 +322,6 @@ def _best(scores: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
     All of them where there are no more than that, none where `keep` is negative.
     """
     rows, width = scores.shape
-    if rows == 0 or width == 0:
-        return mask
     lost = scores.isnan()
     # What takes no part ranks with NaN, below everything else; so real NaNs are counted out by hand, in order.
     ranked = torch.where(mask, scores, torch.nan)[:, None]
