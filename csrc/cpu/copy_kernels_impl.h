@@ -13,7 +13,6 @@ namespace {
 
 // Enough rows ahead to hide memory's latency, few enough to stay in the first-level cache.
 constexpr int64_t kPrefetchBytes = 4096;
-constexpr int64_t kLine = 64;
 
 template <class S, bool streaming>
 void move_block(char* to, const char* from) {
@@ -27,7 +26,6 @@ void move_block(char* to, const char* from) {
 // Rows of a size known at compile time.
 template <class S, int64_t size, bool streaming>
 struct Fixed {
-  static constexpr int64_t lines = (size + kLine - 1) / kLine;
   static void copy(char* to, const char* from, int64_t) {
     if constexpr (size % S::block == 0) {
       for (int64_t at = 0; at < size; at += S::block) move_block<S, streaming>(to + at, from + at);
@@ -40,7 +38,6 @@ struct Fixed {
 // Rows of `half` to 2 * half bytes: two copies that may overlap.
 template <int64_t half>
 struct Halves {
-  static constexpr int64_t lines = 1;
   static void copy(char* to, const char* from, int64_t bytes) {
     char first[half], last[half];
     memcpy(first, from, half);
@@ -53,7 +50,6 @@ struct Halves {
 // Rows of a block or more; the last block may overlap the one before it.
 template <class S, bool streaming>
 struct Blocks {
-  static constexpr int64_t lines = 0;
   static void copy(char* to, const char* from, int64_t bytes) {
     int64_t at = 0;
     for (; at + S::block <= bytes; at += S::block) move_block<S, streaming>(to + at, from + at);
@@ -61,13 +57,13 @@ struct Blocks {
   }
 };
 
-// The address of a position that may be anything is computed as an integer and only ever prefetched.
-template <int64_t lines>
-void prefetch_row(const RowCopy& c, int64_t i) {
+// The first line alone: it brings the address translation, and lines beside it come without being asked for, where one
+// request for each would keep those of the copies waiting. The address of a position that may be anything is computed
+// as an integer and only ever prefetched.
+inline void prefetch_row(const RowCopy& c, int64_t i) {
   const uintptr_t row = reinterpret_cast<uintptr_t>(c.from) +
                         static_cast<uintptr_t>(c.positions[i]) * static_cast<uintptr_t>(c.from_stride);
-  const int64_t end = lines > 0 ? lines * kLine : c.bytes;
-  for (int64_t at = 0; at < end; at += kLine) __builtin_prefetch(reinterpret_cast<const void*>(row + at));
+  __builtin_prefetch(reinterpret_cast<const void*>(row));
 }
 
 template <class Row>
@@ -76,10 +72,10 @@ void copy_rows(const RowCopy& c) {
   if (ahead < 1) ahead = 1;
   if (ahead > 32) ahead = 32;
   if (ahead > c.rows) ahead = c.rows;
-  for (int64_t i = 0; i < ahead; ++i) prefetch_row<Row::lines>(c, i);
+  for (int64_t i = 0; i < ahead; ++i) prefetch_row(c, i);
   char* to = c.to;
   for (int64_t i = 0; i < c.rows; ++i, to += c.to_stride) {
-    if (i + ahead < c.rows) prefetch_row<Row::lines>(c, i + ahead);
+    if (i + ahead < c.rows) prefetch_row(c, i + ahead);
     const int64_t position = c.positions[i];
     if (position >= 0 && position < c.limit) {
       Row::copy(to, c.from + position * c.from_stride, c.bytes);

@@ -5,8 +5,8 @@
 
 namespace lkv::cpu {
 
-// Units are taken in order, those of the select first: whoever waits for a row set in the gather waits for a thread
-// that is at work on it and waits for nobody.
+// Whoever waits for a row set in the gather waits for a thread that is at work on it and waits for nobody, as all of
+// the select is taken before any of the gather.
 void evict(SelectParams select, GatherParams gather, const Threads& threads) {
   std::vector<uint32_t> ready(static_cast<size_t>(select.source.rows()));
   select.ready = ready.data();
@@ -14,12 +14,10 @@ void evict(SelectParams select, GatherParams gather, const Threads& threads) {
   const int64_t workers = std::max(select_workers(select, threads), gather_workers(gather, threads));
   const SelectUnits selects(select, workers);
   const GatherUnits gathers(gather, workers);
-  for_each_unit(threads, workers, selects.count() + gathers.count(), [&](int64_t unit, int64_t worker) {
-    if (unit < selects.count()) {
-      selects.run(unit, worker);
-    } else {
-      gathers.run(unit - selects.count());
-    }
+  UnitQueue selecting(selects.count(), workers), moving(gathers.count(), workers);
+  for_each_worker(threads, workers, [&](int64_t worker) {
+    selecting.drain(worker, [&](int64_t unit) { selects.run(unit, worker); });
+    moving.drain(worker, [&](int64_t unit) { gathers.run(unit); });
   });
 }
 

@@ -55,16 +55,15 @@ int64_t gather_workers(const GatherParams& p, const Threads& threads) {
   return useful_workers(threads, p.total, p.total * bytes_of(p), kGrain);
 }
 
-GatherUnits::GatherUnits(const GatherParams& p, int64_t workers)
-    : p_(p), kernels_(row_kernels()), bytes_(bytes_of(p)), workers_(workers) {
+GatherUnits::GatherUnits(const GatherParams& p, int64_t workers) : p_(p), kernels_(row_kernels()), bytes_(bytes_of(p)) {
   if (p.total == 0 || bytes_ == 0) return;
   const int64_t work = p.total * bytes_;
   tile_ = std::max<int64_t>(1, std::min(kTile, work / (4 * workers)) / bytes_);
-  stretch_ = ((p.total + tile_ - 1) / tile_ + workers - 1) / workers;
+  count_ = (p.total + tile_ - 1) / tile_;
 }
 
 void GatherUnits::run(int64_t unit) const {
-  int64_t begin = (unit % workers_ * stretch_ + unit / workers_) * tile_;
+  int64_t begin = unit * tile_;
   const int64_t end = std::min(p_.total, begin + tile_);
   while (begin < end) {
     const Segment segment = segment_at(p_, p_.source.rows(), begin, end);

@@ -13,7 +13,7 @@ class GatherUnits {
  public:
   GatherUnits(const GatherParams& p, int64_t workers);
 
-  int64_t count() const { return stretch_ * workers_; }
+  int64_t count() const { return count_; }
   void run(int64_t unit) const;  // waits where p.ready says so
 
  private:
@@ -22,12 +22,9 @@ class GatherUnits {
 
   const GatherParams& p_;
   const RowKernels& kernels_;
-  int64_t bytes_;  // of one row, all payloads
-  int64_t workers_;
+  int64_t bytes_;     // of one row, all payloads
   int64_t tile_ = 1;  // rows
-  // Tiles are handed out from as many stretches as there are workers: two that meet in one fresh huge page would both
-  // clear it.
-  int64_t stretch_ = 0;
+  int64_t count_ = 0;
 };
 
 }  // namespace lkv::cpu
