@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -35,6 +36,13 @@ class EachSample(Function):
 
     def __init_subclass__(cls) -> None:
         cls.vmap = staticmethod(each(cls.apply))
+
+
+def call(function: type[EachSample], *args: object) -> object:
+    """`function.apply(*args)`, which reads the signature of `forward` anew each time, without that where it is eager."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 # Not the ops that write in place: torch refuses these by name, as it must where samples share what is written.

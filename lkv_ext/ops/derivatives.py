@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lkv_ext.ops.batching import EachSample
+from lkv_ext.ops.batching import EachSample, call
 from lkv_ext.ops.library import ops
 
 
@@ -69,7 +69,7 @@ def gather(
     """The op of the same name for tensors of one layer, differentiable in them any number of times, in either mode."""
     if wanted(tensors):
         op = _GatherInForwardMode if in_forward_mode() else _Gather
-        return list(op.apply(positions, cu_seqlens, source, batch, heads, *tensors))
+        return list(call(op, positions, cu_seqlens, source, batch, heads, *tensors))
     return ops.gather(tensors, positions, cu_seqlens, 1, source, batch, heads)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lkv_ext._kinds import described
 from lkv_ext.ops import derivatives, errors
-from lkv_ext.ops.batching import EachSample
+from lkv_ext.ops.batching import EachSample, call
 from lkv_ext.ops.library import ops
 from lkv_ext.ops.soft_slopes import Slopes
 
@@ -90,10 +90,12 @@ def _integers(lengths: Sequence | int, device: torch.device) -> Tensor:
 
 
 def _number(given: float | Tensor, name: str, real: torch.dtype) -> tuple[Tensor | None, float]:
+    if type(given) is float:
+        return None, given
     if isinstance(given, Tensor):
         if given.is_complex() or given.dtype == torch.bool:
             raise TypeError(f"expected {name} of a real dtype, got {given.dtype}")
-        return given.to(real), 0.0
+        return given if given.dtype == real else given.to(real), 0.0
     if isinstance(given, bool) or not isinstance(given, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"expected {name} as a number or a tensor, got {type(given).__name__}")
     return None, float(given)
@@ -110,8 +112,12 @@ def _flattened(scores: Tensor, k: Tensor | None, k_value: float, t: Tensor | Non
 def _run(scores: Tensor, k: Tensor | None, k_value: float, t: Tensor | None, *rest) -> Tensor:
     if derivatives.wanted([x for x in (scores, k, t) if x is not None]):
         op = _SoftTopkInForwardMode if derivatives.in_forward_mode() else _SoftTopk
-        return op.apply(scores, k, k_value, t, *rest)[0]
+        return call(op, scores, k, k_value, t, *rest)[0]
     return ops.soft_topk(scores, k, k_value, t, *rest)[0]
+
+
+def _summed(grad: Tensor, shape: torch.Size) -> Tensor:
+    return grad if grad.shape == shape else grad.sum_to_size(shape)
 
 
 class _SoftTopk(EachSample):
@@ -125,7 +131,6 @@ class _SoftTopk(EachSample):
         mask, weights = output
         ctx.mark_non_differentiable(weights)
         ctx.save_for_backward(mask, weights, temperature, lengths)
-        ctx.save_for_forward(mask, weights, temperature)
         ctx.dtype = scores.dtype
         ctx.shapes = [None if x is None else x.shape for x in (k, temperature)]
 
@@ -145,9 +150,9 @@ class _SoftTopk(EachSample):
         k_shape, t_shape = ctx.shapes
         return (
             of_scores if to_scores else None,
-            of_k.sum_to_size(k_shape) if to_k else None,
+            _summed(of_k, k_shape) if to_k else None,
             None,
-            of_temperature.sum_to_size(t_shape) if to_temperature else None,
+            _summed(of_temperature, t_shape) if to_temperature else None,
             None,
             None,
             None,
@@ -156,6 +161,11 @@ class _SoftTopk(EachSample):
 
 class _SoftTopkInForwardMode(_SoftTopk):
     """Of its own, as torch.compile traces no function with a `jvp`."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _SoftTopk.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*output, inputs[3])
 
     @staticmethod
     def jvp(ctx, scores, k, _k_value, temperature, *_rest):
