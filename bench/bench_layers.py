@@ -21,12 +21,13 @@ def race(bench: Bench, mode: str, shape: Shape, count: int) -> None:
     one = make_inputs(shape, bench.device)
     layers = [Inputs(shape, one.k.clone(), one.v.clone(), one.scores.clone()) for _ in range(count)]
     ks, vs, scores = ([getattr(layer, name) for layer in layers] for name in ("k", "v", "scores"))
-    joint = lkv_ext.evict_layers(ks, vs, scores, shape.budgets)
+    budgets = one.budgets.repeat(count, 1)  # [N, H]
+    joint = lkv_ext.evict_layers(ks, vs, scores, budgets)
     pair = [joint.k, joint.v]
     if mode == "warm":
         out = joint
         memcpy, compositions, name = rivals.copy_warm(pair), [rivals.best_out(layer) for layer in layers], "best out="
-        singles = [evict_warm(layer, lkv_ext.evict(layer.k, layer.v, layer.scores, shape.budgets)) for layer in layers]
+        singles = [evict_warm(layer, lkv_ext.evict(layer.k, layer.v, layer.scores, layer.budgets)) for layer in layers]
     else:
         out = None
         memcpy, compositions, name = rivals.clone(pair), [rivals.best(layer) for layer in layers], "best"
@@ -37,11 +38,11 @@ def race(bench: Bench, mode: str, shape: Shape, count: int) -> None:
         name: lambda: [call() for call in compositions],
     }
 
-    one_out = lkv_ext.evict(one.k, one.v, one.scores, shape.budgets)
+    one_out = lkv_ext.evict(one.k, one.v, one.scores, one.budgets)
     others |= bench.admit(lambda: contenders.for_layers(layers, [one_out.k, one_out.v]))
 
     def subject() -> lkv_ext.RaggedKV:
-        return lkv_ext.evict_layers(ks, vs, scores, shape.budgets, out=out)
+        return lkv_ext.evict_layers(ks, vs, scores, budgets, out=out)
 
     bench.time(f"evict_layers {count}", mode, shape, subject, others, count * moved_bytes(shape))
 

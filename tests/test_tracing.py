@@ -94,6 +94,17 @@ def test_sizes_that_only_the_values_tell_are_refused() -> None:
         lkv_ext.evict(mode.from_tensor(k), None, mode.from_tensor(scores), mode.from_tensor(budgets))
 
 
+def test_a_plan_of_values_that_are_not_there_is_refused() -> None:
+    budgets = inputs(2, 12)[2]
+    for name, given in (("budgets", (budgets,)), ("lengths", (3, budgets))):
+        expected = pytest.raises(ValueError, match=f"lkv_ext.plan: expected {name} that can be read now")
+        with FakeTensorMode() as mode, expected:
+            lkv_ext.plan(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in given))
+    with FakeTensorMode():
+        held = lkv_ext.plan([3, 4], [[5, 6]])
+    assert (held.budgets, held.lengths, list(held.lengths_tensor.shape)) == ([3, 4], [5, 6], [1, 2])
+
+
 def test_export_of_any_batch_and_length() -> None:
     class Shrink(torch.nn.Module):
         def forward(self, k: Tensor, scores: Tensor, budgets: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ class EachSample(Function):
 
 
 def call(function: type[EachSample], *args: object) -> object:
-    """`function.apply(*args)`, which reads the signature of `forward` anew each time, without that where it is eager."""
+    """`function.apply(*args)`; eager, without reading the signature of `forward` at every call, as that does."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(Function, function).apply(*unwrap_dead_wrappers(args))

@@ -55,6 +55,7 @@ def plan(budgets: Ints, lengths: Ints | None = None, *, device: torch.device | s
 
     Raises:
         TypeError: where something is not an integer.
+        ValueError: for a tensor that is traced or fake, which has no values to copy.
     """
     try:
         device = device_of(device) or torch.get_default_device()
@@ -70,7 +71,9 @@ def _both(values: Ints, name: str, device: torch.device) -> tuple[list[int], Ten
     if isinstance(values, (list, tuple)) and is_of("numbers", values) and not is_of("integers", values):
         raise TypeError(f"expected {name} of integers, got {torch.as_tensor(values).dtype}")
     if isinstance(values, Tensor):
-        held = split(values.cpu(), name, [tuple(values.shape)])[0]
+        held, unread = split(values.cpu(), name, [tuple(values.shape)])
+        if unread is not None:
+            raise ValueError(f"expected {name} that can be read now, as a plan holds them, got a tensor that is traced")
         shape: tuple[int, ...] = tuple(values.shape)
     else:
         shape = () if isinstance(values, int) else flatten(values, name)[1]
