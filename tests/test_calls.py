@@ -51,6 +51,19 @@ def test_integers_in_a_tensor(call: Callable, shape: tuple[int, ...], dtype: tor
     assert python_calls(lambda: call(budgets=budgets, lengths=lengths, starts=starts)) <= plain + 7
 
 
+def test_derivatives_need_no_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a function with a `setup_context` torch reads it at every `apply`, which takes longer than a small op."""
+    scores, k = SCORES.clone().requires_grad_(), K.float().requires_grad_()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a signature was read")
+
+    monkeypatch.setattr("inspect.signature", refuse)
+    lkv_ext.soft_topk(scores, 5.0, 0.1).square().sum().backward()
+    lkv_ext.evict(k, V, SCORES, 5).k.sum().backward()
+    assert scores.grad is not None and k.grad is not None
+
+
 @pytest.mark.parametrize("name", ["budgets", "lengths", "starts"])
 def test_values_are_read_at_every_call(name: str) -> None:
     sizes = dict(budgets=torch.tensor([7, 7, 7]), lengths=torch.tensor([16, 9]), starts=torch.tensor([2, 3]))
