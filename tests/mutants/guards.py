@@ -59,7 +59,7 @@ GUARDS: dict[str, list[str]] = {
     "lkv_ext/ops/batching.py": ["test_derivatives"],
     "lkv_ext/ops/derivatives.py": ["test_derivatives", "test_torch"],
     "lkv_ext/ops/modes.py": ["test_derivatives", "test_calls", "test_torch", "test_cache"],
-    "lkv_ext/ops/errors.py": ["test_errors", "test_arguments"],
+    "lkv_ext/ops/errors.py": ["test_reraise", "test_errors", "test_arguments"],
     "lkv_ext/ops/facts.py": ["test_calls", *_PARITY],
     "lkv_ext/ops/fake.py": ["test_torch", "test_tracing", "test_layouts"],
     "lkv_ext/ops/ints.py": ["test_calls", *_PARITY, "test_tracing", "test_torch"],
@@ -70,6 +70,7 @@ GUARDS: dict[str, list[str]] = {
     "lkv_ext/_kinds.py": ["test_kinds", "test_errors", "test_arguments", "test_numpy"],
     "lkv_ext/numpy.py": ["test_numpy", "test_errors", "test_arguments"],
     "lkv_ext/_arrays.py": ["test_numpy", "test_errors", "test_arguments", "test_overlap"],
+    "lkv_ext/_arguments.py": ["test_numpy", "test_reraise", *_PARITY, "test_cache"],
     "lkv_ext/*": ["test_numpy", *_PARITY, "test_calls"],
 }
 
