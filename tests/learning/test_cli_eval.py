@@ -112,7 +112,8 @@ def test_methods_with_a_checkpoint(asked: Asked, checkpoint: Path) -> None:
     assert asked.names == [FULL, "floor", *HEURISTICS, "lkv"]
     assert isinstance(asked.methods[0][-1].policy, Learned)
     asked.methods.clear()
-    run(*SHORT, "--checkpoint", checkpoint, "--grid", "--variants", f"a=b={checkpoint}"[2:], f"mine={checkpoint}")
+    odd = checkpoint.rename(checkpoint.with_name("of=mine"))
+    run(*SHORT, "--checkpoint", odd, "--grid", "--variants", f"b={odd}", f"mine={odd}")
     assert asked.names == [FULL, "floor", *HEURISTICS, "lkv", *GRID, "b", "mine"]
 
 
