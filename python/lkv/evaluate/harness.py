@@ -116,7 +116,7 @@ class HarnessModel(HFLM):
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if asks(middle) else (low, middle)
-        return min(low, len(prompt) - 1)
+        return low
 
     def evicted(self, tokens: list[int]) -> Cache:
         """A cache of these tokens, of which the policy has chosen; a copy."""
