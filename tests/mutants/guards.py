@@ -13,18 +13,26 @@ _CACHE = [
     _HF + x for x in ("hf_errors", "failed_calls", "gaps", "hf_cache", "masks", "evict_now", "storage", "prompts")
 ]
 _MODELS = [_HF + x for x in ("observed", "families", "wrapped", "routing", "generation")]
-_LEARN = ["learning/test_" + x for x in ("token_scorer", "head_budget", "lkv_policy", "distill", "train")]
+_LEARN = [
+    "learning/test_" + x for x in ("token_scorer", "head_budget", "lkv_policy", "padded_batches", "distill", "train")
+]
 _TASKS = ["learning/test_" + x for x in ("task_texts", "languages", "tasks", "task_files", "metrics", "eval_files")]
 _BUDGETS = ["test_budgets", "test_budget_competition"]
 _POLICIES = ["test_policies", "test_attention_scores", "test_policy_budgets", "test_policy_padding"]
 _PARITY = ["test_parity", "test_errors", "test_properties", "test_arguments"]
 _TORCH = ["test_torch", "test_derivatives", "test_cache"]
-_RAGGED = ["test_cache", "test_cache_files", "test_shared_buffers", "test_errors", "test_arguments"]
+_RAGGED = ["test_cache", "test_cache_steps", "test_cache_files", "test_shared_buffers", "test_errors", "test_arguments"]
 
 GUARDS: dict[str, list[str]] = {
     "python/lkv/hf/*": [*_CACHE, *_MODELS],
     "python/lkv/policies/lkv.py": [*_POLICIES, "learning/test_lkv_policy", "learning/test_distill"],
-    "python/lkv/policies/*": [*_POLICIES, "learning/test_second_pass", "hf/test_generation", "hf/test_evict_now"],
+    "python/lkv/policies/*": [
+        *_POLICIES,
+        "learning/test_scores_of_models",
+        "learning/test_second_pass",
+        "hf/test_generation",
+        "hf/test_evict_now",
+    ],
     "python/lkv/reference/soft_topk.py": ["test_reference", "test_soft_topk"],
     "python/lkv/reference/attend.py": ["test_reference", "test_attend"],
     "python/lkv/reference/budgets.py": ["test_reference", *_BUDGETS],
@@ -41,6 +49,8 @@ GUARDS: dict[str, list[str]] = {
     },
     "python/lkv/evaluate/*": ["learning/test_evaluate"],
     "python/lkv/tasks/*": _TASKS,
+    "python/lkv/retriever/__init__.py": ["learning/test_retriever_parts", "learning/test_retriever"],
+    "python/lkv/retriever/*": ["learning/test_retriever_parts", "learning/test_padded_batches"],
     "python/lkv/cli/lm_eval.py": ["learning/test_lm_eval_command"],
     "python/lkv/cli/eval.py": ["learning/test_cli_eval", "learning/test_eval_files", "learning/test_cli"],
     "python/lkv/cli/models.py": ["learning/test_cli_eval", "learning/test_cli"],
@@ -61,7 +71,7 @@ GUARDS: dict[str, list[str]] = {
     "lkv_ext/ops/modes.py": ["test_derivatives", "test_calls", "test_torch", "test_cache"],
     "lkv_ext/ops/errors.py": ["test_reraise", "test_errors", "test_arguments"],
     "lkv_ext/ops/facts.py": ["test_calls", *_PARITY],
-    "lkv_ext/ops/fake.py": ["test_torch", "test_tracing", "test_layouts"],
+    "lkv_ext/ops/fake.py": ["test_fake", "test_torch", "test_tracing", "test_layouts"],
     "lkv_ext/ops/ints.py": ["test_calls", *_PARITY, "test_tracing", "test_torch"],
     "lkv_ext/ops/rooms.py": _PARITY,
     "lkv_ext/ops/ragged.py": [*_PARITY, "test_layouts", "test_torch", "test_cache"],
