@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -203,6 +204,7 @@ def test_budgets_keep_what_won():
     [
         (ValueError, dict(scores=torch.zeros(2, 3), total=1)),
         (ValueError, dict(scores=[torch.zeros(1, 2, 3), torch.zeros(1, 3, 3)], total=1)),
+        (ValueError, dict(scores=[torch.zeros(1, 2, 3), torch.zeros(1, 2, 3, device="meta")], total=1)),
         (ValueError, dict(scores=torch.zeros(1, 2, 3), total=1, across="tokens")),
         (TypeError, dict(scores=torch.zeros(1, 2, 3), total=1, floor=0.2)),
         (TypeError, dict(scores=torch.zeros(1, 2, 3).double(), total=1)),
@@ -228,3 +230,12 @@ def test_bad_blends(alpha):
 def test_bad_minima(rows):
     with pytest.raises((ValueError, TypeError), match="lkv_ext.Minimum: expected rows"):
         lkv_ext.Minimum(rows)
+
+
+def test_numbers_of_other_kinds():
+    """A rule is the same rule, whoever made its number."""
+    for alpha in (0.25, np.float32(0.25), np.float64(0.25)):
+        blend = lkv_ext.Blend(alpha)
+        assert blend == lkv_ext.Blend(0.25) and type(blend.alpha) is float
+    assert type(lkv_ext.Blend(1).alpha) is float
+    assert lkv_ext.Minimum(np.int64(3)) == lkv_ext.Minimum(3) and type(lkv_ext.Minimum(np.int64(3)).rows) is int

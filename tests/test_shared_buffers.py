@@ -148,7 +148,5 @@ def test_a_tail_that_is_none() -> None:
     assert cache.lengths.tolist() == [[2, 1]] and cache.seen == 4
     for seen, most in ((6, 2), (7, 0)):
         for tail in (most + 1, 4):
-            with pytest.raises(
-                ValueError, match=f"expected tail of at most {most}, .* got {tail}"
-            ):
+            with pytest.raises(ValueError, match=f"expected tail of at most {most}, .* got {tail}"):
                 RaggedCache(kv, seen, tail=tail)
