@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -40,7 +40,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Design:
-    """Which modules there are; see `HeadBudget` and `TokenScorer`."""
+    """Which modules there are, and how many rows at either end every head keeps; see `HeadBudget` and `TokenScorer`.
+
+    Raises:
+        ValueError: for numbers that are not whole or too small.
+    """
 
     budget: str = "capped"
     floor: float = 0.005
@@ -48,6 +52,12 @@ class Design:
     hidden: int = 64
     sink: int = 4
     window: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("hidden", 1), ("sink", 0), ("window", 0)):
+            got = getattr(self, name)
+            if type(got) is not int or got < least:
+                raise ValueError(f"lkv train: expected {name} >= {least}, a whole number, got {got!r}")
 
     def build(self, shape: Shape) -> Learned:
         features = 2 * shape.head_dim if self.input == "kv" else shape.hidden_size
@@ -81,7 +91,7 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> 
         raise FileNotFoundError(f"lkv.load: expected {CONFIG} and {WEIGHTS} in {folder}, found none")
     try:
         config = json.loads((folder / CONFIG).read_text())
-        shape, design = Shape(**config["model"]), Design(**config["design"])
+        shape, design = _all_of(Shape, config["model"]), _all_of(Design, config["design"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"lkv.load: expected the configuration of a checkpoint in {folder / CONFIG}: {error}"
@@ -94,6 +104,18 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> 
         for module in (lkv.scorer, lkv.budget):
             module.to(model.device)
     return lkv
+
+
+def _all_of(kind: type, values: Mapping[str, object]) -> Shape | Design:
+    """Made of values for all of its fields: a default of today is not what the checkpoint was trained with.
+
+    Raises:
+        ValueError: naming those that are missing.
+    """
+    missing = [field.name for field in fields(kind) if field.name not in values]
+    if missing:
+        raise ValueError(f"expected a value of {', '.join(missing)}, found none")
+    return kind(**values)
 
 
 def check(expected: Shape, got: Shape) -> None:

@@ -68,8 +68,9 @@ class TrainConfig:
 
     def temperature_at(self, step: int) -> float:
         first, last = self.temperature
-        progress = min(step / max(self.soft_steps, 1), 1.0)
-        return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
+        if step >= self.soft_steps:
+            return last
+        return last + (first - last) * 0.5 * (1 + math.cos(math.pi * step / self.soft_steps))
 
     def rate_at(self, step: int, steps: int) -> float:
         """Of the learning rates."""

@@ -45,7 +45,11 @@ class Reading:
 
 @torch.no_grad()
 def read(model: PreTrainedModel, policy: Learned, contexts: Sequence[Sequence[int]]) -> Reading:
-    """Prefills texts with the model's own attention; those of one length together."""
+    """Prefills texts with the model's own attention; those of one length together.
+
+    Raises:
+        ValueError: for a model of which some layers hold no keys of all tokens: sliding, shared or recurrent ones.
+    """
     lengths = [len(c) for c in contexts]
     size, device = max(lengths), model.device
     tokens = torch.zeros(len(contexts), size, dtype=torch.int64, device=device)
@@ -57,6 +61,11 @@ def read(model: PreTrainedModel, policy: Learned, contexts: Sequence[Sequence[in
         text = torch.tensor([list(contexts[b]) for b in rows], device=device)
         tokens[rows, :length] = text
         with Cache(model, policy, retention=1.0, chunks="last") as cache:
+            if len(cache.ragged) != policy.budget.layers:
+                raise ValueError(
+                    f"lkv.learn: expected full attention in all {policy.budget.layers} layers, each with keys of its "
+                    f"own, got {len(cache.ragged)} such layers in {type(model).__name__}"
+                )
             model.get_decoder()(text, past_key_values=cache, use_cache=True)
             for i, layer in enumerate(cache.ragged):
                 observed = observe(layer, policy.needs, 1)
@@ -105,10 +114,14 @@ def log_masks(policy: Learned, reading: Reading, retention: Tensor, temperature:
 
 
 def evicted(soft: Tensor) -> Tensor:
-    """The log-mask `[..., m]` of the tokens that are kept when as many are as a relaxed one sums to."""
-    number = soft.exp().sum(-1).round().long()[..., None]
-    last = soft.sort(-1, descending=True).values.gather(-1, (number - 1).clamp(min=0))
-    return torch.where((soft >= last) & (number > 0), 0.0, FLOOR)
+    """The log-mask `[..., m]` of the tokens that are kept when as many are as a relaxed one sums to.
+
+    Ties go to the lower position, as in `evict`: where a word stands twice its scores are equal in the first layer.
+    """
+    number = soft.exp().sum(-1, keepdim=True).round()
+    order = soft.argsort(-1, descending=True, stable=True)
+    ranks = torch.arange(soft.shape[-1], device=soft.device)
+    return torch.empty_like(soft).scatter_(-1, order, torch.where(ranks < number, 0.0, FLOOR))
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
+from lkv.hf.attention import logits_of
+
 NAME = "lkv_passes"
 # layer, query [B, Hq, m, D], keys [B, H, n + m, D], scaling, softcap, sinks [Hq]
 Watcher = Callable[[int, Tensor, Tensor, float, float | None, Tensor | None], None]
@@ -81,7 +83,7 @@ def follow(
         cache.update(keys, values, layer)
     count = tokens.shape[1]
     places = context.lengths[:, None] + torch.arange(count, device=tokens.device)
-    with using(model):
+    with using(model) as own:
         output = model.get_decoder()(
             tokens,
             position_ids=places,
@@ -90,6 +92,7 @@ def follow(
             lkv_context=context,
             lkv_masks=log_masks,
             lkv_watch=watch,
+            lkv_own=own,
         )
     return output.last_hidden_state
 
@@ -100,22 +103,32 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float,
-    lkv_context: Context,
+    lkv_context: Context | None = None,
     lkv_masks: Sequence[Tensor] | None = None,
     lkv_watch: Watcher | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
+    lkv_own: str = "eager",
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """`[B, Hq, m, D]` against the context and the m tokens themselves: `[B, m, Hq, Dv]`; `s_aux` `[Hq]` are sinks."""
+    """`[B, Hq, m, D]` against the context and the m tokens themselves: `[B, m, Hq, Dv]`.
+
+    Scale, soft cap and sinks `[Hq]` are those of the model's own attention `lkv_own`.
+
+    Raises:
+        ValueError: for a sliding window, and where a decoder does not hand on what `follow` calls it with.
+    """
+    if lkv_context is None:
+        raise ValueError(
+            "lkv.learn: expected a model whose decoder hands keyword arguments on to its attention, got "
+            f"{type(module).__name__} without them"
+        )
     layer, (batch, heads, count, dim) = module.layer_idx, query.shape
     groups, size = key.shape[1], lkv_context.size
     if sliding_window is not None:
         raise ValueError(f"lkv.learn: expected full attention in layer {layer}, got a window of {sliding_window}")
+    scaling, softcap, sinks = logits_of(lkv_own, query, kwargs)
     if lkv_watch is not None:
-        lkv_watch(layer, query, key, scaling, softcap, s_aux)
+        lkv_watch(layer, query, key, scaling, softcap, sinks)
     grouped = (query * scaling).reshape(batch, groups, -1, dim)
     logits = (grouped @ key.transpose(2, 3)).float()
     if softcap is not None:
@@ -127,9 +140,9 @@ def attention(
     logits = logits.view(batch, groups, heads // groups, count, -1) + bias[:, :, None]
     future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
     logits = torch.cat([logits[..., :size], logits[..., size:].masked_fill(future, -torch.inf)], -1)
-    if s_aux is not None:  # a column more, which nothing is read from
-        sinks = s_aux.float().view(1, groups, -1, 1, 1).expand(*logits.shape[:-1], 1)
-        logits = torch.cat([logits, sinks], -1)
+    if sinks is not None:  # a column more, which nothing is read from
+        column = sinks.float().view(1, groups, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, column], -1)
     weights = logits.softmax(-1)[..., : size + count].to(value.dtype)
     out = weights.reshape(batch, groups, -1, size + count) @ value
     return out.view(batch, heads, count, -1).transpose(1, 2), None
@@ -142,13 +155,13 @@ def visible(context: Context, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def using(model: PreTrainedModel) -> Iterator[None]:
-    """The model with the attention of this file, and with its own again afterwards."""
+def using(model: PreTrainedModel) -> Iterator[str]:
+    """The model with the attention of this file, and with its own again afterwards; the name of its own."""
     config = model.get_decoder().config
     own = config._attn_implementation
     config._attn_implementation = NAME
     try:
-        yield
+        yield own
     finally:
         config._attn_implementation = own
 

@@ -181,14 +181,14 @@ class Trainer:
         if self.accelerator.is_main_process:
             if mean > self.best or self.validate is None:
                 self.best = mean
-                self._save(BEST)
-            self._save(LAST)
+                self._save(BEST, mean)
+            self._save(LAST, mean)
             self._save_state()
         self.accelerator.wait_for_everyone()
         return numbers
 
-    def _save(self, name: str) -> None:
-        facts = {"step": self.step, "train": asdict(self.config), "validation": self.best}
+    def _save(self, name: str, validation: float) -> None:
+        facts = {"step": self.step, "train": asdict(self.config), "validation": validation}
         checkpoint.save(self.folder / name, self.lkv, self.config.design, self.shape, facts)
 
     def _save_state(self) -> None:
