@@ -127,7 +127,9 @@ def test_another_model_is_refused(model: PreTrainedModel, tmp_path: Path, field:
     shape = Shape.of(model)
     other = "mistral" if field == "model_type" else getattr(shape, field) + 1
     checkpoint.save(tmp_path, built(OTHER, model), OTHER, replace(shape, **{field: other}), {})
-    with pytest.raises(ValueError, match=f"^lkv.load: expected a model of {field} {other}, got {getattr(shape, field)}"):
+    with pytest.raises(
+        ValueError, match=f"^lkv.load: expected a model of {field} {other}, got {getattr(shape, field)}"
+    ):
         lkv.load(tmp_path, model)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -47,7 +48,7 @@ def test_temperature_never_turns_back_and_is_the_last_one_wherever_it_is_hard(st
     assert values[0] == pytest.approx(ends[0] if config.soft_steps else ends[1])
     assert all(value == ends[1] for value in values[config.soft_steps :])
     sign = 1 if ends[0] >= ends[1] else -1
-    assert all(sign * (a - b) >= -1e-12 for a, b in zip(values, values[1:], strict=False))
+    assert all(sign * (a - b) >= -1e-12 for a, b in pairwise(values))
 
 
 def test_learning_rates_at_the_joints() -> None:

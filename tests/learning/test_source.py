@@ -70,8 +70,8 @@ def test_a_row_is_the_same_whoever_reads_it(tokenizer: PreTrainedTokenizerBase) 
 
 def test_tasks_take_turns_over_rows_and_steps(tokenizer: PreTrainedTokenizerBase, seen: list) -> None:
     for step in range(3):
-        read(tokenizer, step)
-    assert [task for task, _, _ in seen] == [CONFIG.tasks[i % 3] for i in range(12)]
+        read(tokenizer, step, range(5), batch=5)
+    assert [task for task, _, _ in seen] == [CONFIG.tasks[i % 3] for i in range(15)]
 
 
 def test_tokens_are_those_of_the_scene(tokenizer: PreTrainedTokenizerBase, seen: list) -> None:

@@ -1,4 +1,4 @@
-"""One process of `test_two_processes_are_one`: trains a tiny LKV into the folder it is given."""
+"""One process of `test_two_processes_are_one`: two steps of a tiny LKV, in so many parts, into a folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if __name__ == "__main__":
         num_hidden_layers=2,
         num_attention_heads=4,
         head_dim=16,
-        initializer_range=0.2,  # attention is not uniform, and gradients are more than rounding,
+        initializer_range=0.2,  # attention is not uniform, and gradients are more than rounding
     )
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=len(words.vocabulary), num_key_value_heads=2, eos_token_id=3, bos_token_id=2, **shape)
@@ -32,14 +32,15 @@ if __name__ == "__main__":
     config = TrainConfig(
         design=Design(hidden=8),
         tasks=("single", "multi_key"),
-        steps=18,
-        warm_steps=2,
+        steps=2,
+        warm_steps=1,
         hard=0.0,  # the same word twice has one score in the first layer: rounding would decide which is kept
         batch=4,
+        accumulate=int(sys.argv[2]),
         questions=2,
         length=96,
         answer_tokens=3,
         validate_every=100,
-        retention=(0.3, 0.6),
+        retention=(0.45, 0.45),
     )
     Trainer(model, build_tokenizer(words), words, config, sys.argv[1], accelerator=Accelerator(cpu=True)).run()

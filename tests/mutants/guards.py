@@ -13,9 +13,18 @@ _CACHE = [
     _HF + x for x in ("hf_errors", "failed_calls", "gaps", "hf_cache", "masks", "evict_now", "storage", "prompts")
 ]
 _MODELS = [_HF + x for x in ("observed", "families", "wrapped", "routing", "generation")]
-_LEARN = [
-    "learning/test_" + x for x in ("token_scorer", "head_budget", "lkv_policy", "padded_batches", "distill", "train")
-]
+_LEARN = {
+    "checkpoint": ["checkpoint"],
+    "config": ["schedule"],
+    "distill": ["hard_masks", "passes", "distill", "padded_batches", "updates"],
+    "head_budget": ["head_budget", "hard_masks"],
+    "passes": ["passes", "distill", "padded_batches"],
+    "second_pass": ["second_pass"],
+    "source": ["source", "schedule"],
+    "token_scorer": ["token_scorer", "hard_masks", "lkv_policy"],
+    "train": ["updates", "resume", "train"],
+}
+_RETRIEVER = ["learning/test_retriever_training", "learning/test_padded_batches"]
 _TASKS = ["learning/test_" + x for x in ("task_texts", "languages", "tasks", "task_files", "metrics", "eval_files")]
 _BUDGETS = ["test_budgets", "test_budget_competition"]
 _POLICIES = ["test_policies", "test_attention_scores", "test_policy_budgets", "test_policy_padding"]
@@ -25,7 +34,7 @@ _RAGGED = ["test_cache", "test_cache_steps", "test_cache_files", "test_shared_bu
 
 GUARDS: dict[str, list[str]] = {
     "python/lkv/hf/*": [*_CACHE, *_MODELS],
-    "python/lkv/policies/lkv.py": [*_POLICIES, "learning/test_lkv_policy", "learning/test_distill"],
+    "python/lkv/policies/lkv.py": [*_POLICIES, "learning/test_lkv_policy", "learning/test_checkpoint"],
     "python/lkv/policies/*": [
         *_POLICIES,
         "learning/test_scores_of_models",
@@ -37,8 +46,8 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/reference/attend.py": ["test_reference", "test_attend"],
     "python/lkv/reference/budgets.py": ["test_reference", *_BUDGETS],
     "python/lkv/reference/*": ["test_reference", "test_parity", "test_properties", "test_numpy"],
-    "python/lkv/learn/second_pass.py": ["learning/test_second_pass"],
-    "python/lkv/learn/*": _LEARN,
+    **{f"python/lkv/learn/{name}.py": [f"learning/test_{x}" for x in tests] for name, tests in _LEARN.items()},
+    "python/lkv/learn/*": ["learning/test_train", "learning/test_distill"],
     "python/lkv/evaluate/run.py": ["learning/test_evaluate", "learning/test_methods", "learning/test_report"],
     "python/lkv/evaluate/metrics.py": ["learning/test_metrics", "learning/test_metrics_peers"],
     "python/lkv/evaluate/statistics.py": ["learning/test_statistics", "learning/test_report"],
@@ -50,7 +59,9 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/evaluate/*": ["learning/test_evaluate"],
     "python/lkv/tasks/*": _TASKS,
     "python/lkv/retriever/__init__.py": ["learning/test_retriever_parts", "learning/test_retriever"],
-    "python/lkv/retriever/*": ["learning/test_retriever_parts", "learning/test_padded_batches"],
+    "python/lkv/retriever/*": [
+        f"learning/test_{x}" for x in ("retriever_training", "retriever_parts", "padded_batches")
+    ],
     "python/lkv/cli/lm_eval.py": ["learning/test_lm_eval_command"],
     "python/lkv/cli/eval.py": ["learning/test_cli_eval", "learning/test_eval_files", "learning/test_cli"],
     "python/lkv/cli/models.py": ["learning/test_cli_eval", "learning/test_cli"],
@@ -65,7 +76,14 @@ GUARDS: dict[str, list[str]] = {
     "lkv_ext/ops/cache*.py": _RAGGED,
     "lkv_ext/ops/attend_backends.py": ["test_attend_backends"],
     "lkv_ext/ops/attend.py": ["test_attend", "test_attend_backends", "test_errors", "test_arguments", "test_torch"],
-    "lkv_ext/ops/soft*.py": ["test_soft_topk", "test_derivatives", "test_errors", "test_arguments", "test_torch"],
+    "lkv_ext/ops/soft*.py": [
+        "test_soft_topk_closed_forms",
+        "test_soft_topk",
+        "test_derivatives",
+        "test_errors",
+        "test_arguments",
+        "test_torch",
+    ],
     "lkv_ext/ops/batching.py": ["test_derivatives"],
     "lkv_ext/ops/derivatives.py": ["test_derivatives", "test_torch"],
     "lkv_ext/ops/modes.py": ["test_derivatives", "test_calls", "test_torch", "test_cache"],

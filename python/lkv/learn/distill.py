@@ -109,8 +109,8 @@ def log_masks(policy: Learned, reading: Reading, retention: Tensor, temperature:
     if hard:
         soft = soft + (evicted(soft.detach()) - soft).detach()
     places = torch.arange(size, device=soft.device)
-    protected = (places < sink) | ((places >= sink + middle[:, None]) & (places < lengths[:, None]))
-    return F.pad(soft, (sink, 0)).masked_fill(protected[:, None], 0.0)
+    protected = ((places < sink) | (places >= sink + middle[:, None])) & (places < lengths[:, None])
+    return F.pad(soft, (sink, 0), value=FLOOR).masked_fill(protected[:, None], 0.0)
 
 
 def evicted(soft: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def evicted(soft: Tensor) -> Tensor:
     Ties go to the lower position, as in `evict`: where a word stands twice its scores are equal in the first layer.
     """
     number = soft.exp().sum(-1, keepdim=True).round()
-    order = soft.argsort(-1, descending=True, stable=True)
+    order = soft.argsort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(soft.shape[-1], device=soft.device)
     return torch.empty_like(soft).scatter_(-1, order, torch.where(ranks < number, 0.0, FLOOR))
 

@@ -127,7 +127,8 @@ class HeadBudget(nn.Module):
             `[N, B, H, m]`, log of the share of every token that is kept; with the protected ones they make the budgets.
         """
         layers, batch, heads, m = scores.shape
-        rest = (retention * lengths - (lengths - competing)) / competing  # retention of those that compete
+        # The retention of those that compete, of which a short text has none.
+        rest = (retention * lengths - (lengths - competing)) / competing.clamp(min=1)
         if self.static:
             budgets = self(rest.clamp(min=1e-6)).permute(1, 0, 2) * competing[:, None]
             valid = competing[:, None].expand(layers, -1, heads)

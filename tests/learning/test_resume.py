@@ -1,0 +1,145 @@
+"""Runs that were interrupted go on as if nothing had happened: weights, optimizer and the best score so far."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lkv.learn import checkpoint
+from lkv.learn.checkpoint import Design
+from lkv.learn.config import TrainConfig
+from lkv.learn.train import BEST, LAST, METRICS, STATE, Trainer
+from lkv.policies.lkv import Learned
+from lkv.tasks import Words
+
+CONFIG = TrainConfig(
+    design=Design(hidden=8), tasks=("single", "multi_key"), steps=6, warm_steps=2, batch=2, questions=2, length=60,
+    answer_tokens=3, validate_every=2, retention=(0.3, 0.6),
+)  # fmt: skip
+
+
+@pytest.fixture
+def make(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path):
+    def trainer(name: str = "run", scores: Sequence[dict[str, float]] = (), **changes: object) -> Trainer:
+        """`scores` are what validations give, one after the other."""
+        run = Trainer(model, tokenizer, Words(), replace(CONFIG, **changes), tmp_path / name)
+        left = list(scores)
+        if scores:
+            run.validate = lambda policy: left.pop(0)
+        return run
+
+    return trainer
+
+
+def state(run: Trainer) -> dict[str, object]:
+    return torch.load(run.folder / STATE, weights_only=True)
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def facts(run: Trainer, name: str) -> tuple[int, float]:
+    told = json.loads((run.folder / name / checkpoint.CONFIG).read_text())["facts"]
+    return told["step"], told["validation"]
+
+
+@pytest.mark.parametrize("stops", [[2], [4], [3], [1, 2, 5], [6]], ids=str)
+def test_weights_and_optimizer_are_those_of_an_uninterrupted_run(make, stops: list[int]) -> None:
+    """Bit by bit, wherever it stopped: at a save, between two of them, before the first one, at the end."""
+    whole = make("whole")
+    policy = whole.run()
+    for stop in stops:
+        make("parts").run(until=stop)
+    parts = make("parts")
+    again = parts.run()
+    assert parts.step == 6 and equal(checkpoint.weights(again), checkpoint.weights(policy))
+    assert equal(parts.optimizer.state_dict(), whole.optimizer.state_dict())
+    assert equal(state(parts), state(whole))
+    moments = state(whole)["optimizer"]["state"].values()
+    assert all(int(moment["step"]) == 8 for moment in moments) and any(m["exp_avg"].any() for m in moments)
+
+
+def test_a_finished_run_does_nothing_more(make) -> None:
+    make().run()
+    lines = (make().folder / METRICS).read_text()
+    again = make(scores=[{}])
+    again.run()
+    assert (again.folder / METRICS).read_text() == lines
+
+
+def test_a_torn_save_is_not_read(make) -> None:
+    whole = make("whole").run()
+    parts = make("parts")
+    parts.run(until=4)
+    (parts.folder / (STATE + ".part")).write_bytes(b"torn")
+    assert equal(checkpoint.weights(make("parts").run()), checkpoint.weights(whole))
+
+
+@pytest.mark.parametrize("stop", [None, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [([0.7, 0.2, 0.5], 2), ([0.2, 0.7, 0.5], 4), ([0.2, 0.5, 0.7], 6), ([0.5, 0.5, 0.5], 2), ([0.0, 0.0, 0.0], 2)],
+    ids=str,
+)
+def test_the_best_score_is_remembered_over_an_interruption(make, scores: list[float], best: int, stop: int) -> None:
+    """The highest one, the first of equals; every checkpoint states its own."""
+    given = [{"0.15": score} for score in scores]
+    if stop is not None:
+        make(scores=given).run(until=stop)
+    run = make(scores=given if stop is None else given[stop // 2 :])
+    run.run()
+    assert facts(run, BEST) == (best, scores[best // 2 - 1])
+    assert facts(run, LAST) == (6, scores[-1])
+    assert state(run)["best"] == run.best == max(scores)
+
+
+def test_the_mean_over_retentions_decides_and_what_was_validated_is_what_is_saved(make) -> None:
+    run, seen = make(), []
+
+    def validate(policy: Learned) -> dict[str, float]:
+        seen.append({name: t.clone() for name, t in checkpoint.weights(policy).items()})
+        return [{"0.05": 1.0, "0.15": 0.0}, {"0.05": 0.55, "0.15": 0.55}, {"0.05": 0.0, "0.15": 1.05}][len(seen) - 1]
+
+    run.validate = validate
+    run.run()
+    assert facts(run, BEST) == (4, pytest.approx(0.55))
+    for name, step in ((BEST, 1), (LAST, 2)):
+        assert equal(checkpoint.weights(checkpoint.load(run.folder / name)), seen[step])
+    lines = {x["step"]: x for x in map(json.loads, (run.folder / METRICS).read_text().splitlines())}
+    assert lines[4]["validation/0.05"] == 0.55 and "validation/0.05" not in lines[5]
+
+
+@pytest.mark.parametrize(("steps", "every", "at"), [(5, 2, [2, 4, 5]), (4, 2, [2, 4]), (3, 100, [3])])
+def test_when_it_is_validated(make, steps: int, every: int, at: list[int]) -> None:
+    """Every so many steps of distillation, and behind the last one; never during the warm start."""
+    run, seen = make(steps=steps, validate_every=every), []
+    run.validate = lambda policy: (seen.append(run.step), {"0.15": 0.5})[1]
+    run.run()
+    assert seen == at
+
+
+def test_without_validation_the_last_checkpoint_is_the_best(make) -> None:
+    run = make()
+    run.run()
+    assert facts(run, BEST)[0] == facts(run, LAST)[0] == 6
+
+
+def test_another_configuration_is_refused(make) -> None:
+    make().run(until=2)
+    for changes in (dict(lr_scorer=0.5), dict(seed=3), dict(design=Design(hidden=8, sink=2))):
+        expected = rf"^lkv train: expected the configuration of the run in .* got another \['{next(iter(changes))}'\]"
+        with pytest.raises(ValueError, match=expected):
+            make(**changes).run()
