@@ -92,8 +92,6 @@ def _row_sets(
     if starts is not None:
         raise ValueError("expected no starts with cu_seqlens: ragged rows begin at their offsets")
     check_array(cu_seqlens, "cu_seqlens", read=True)
-    if cu_seqlens.dtype != np.int32:
-        raise TypeError(f"expected cu_seqlens of dtype int32, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.size < 1 or array.ndim < 1:
         raise ValueError(f"expected cu_seqlens of shape [B * H + 1], got {list(cu_seqlens.shape)}")
     batch, heads = ragged_heads(cu_seqlens.size - 1, shape_of(budgets), shape_of(lengths))

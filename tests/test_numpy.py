@@ -161,6 +161,17 @@ def test_ragged_goes_in_again() -> None:
     assert np.array_equal(pages[:kept], first.k[begin : begin + kept])
 
 
+def test_pages_behind_a_room_are_pages() -> None:
+    """Of rooms of 12, 4 and 0 rows, in pages of 4: what is behind a room's last page repeats one that there is."""
+    k, _, scores = cache(1, 3, 20, 4, seed=7)
+    out = lkv_np.evict(k, None, scores, [9, 1, 0], align=4)
+    assert out.block_table.tolist() == [[0, 1, 2], [3, 3, 3], [3, 3, 3]] and out.block_table.dtype == np.int32
+    out = lkv_np.evict(k, None, scores, [9, 1, 0], align=4, reserve=4)
+    assert out.block_table.tolist() == [[0, 1, 2, 3], [4, 5, 6, 6], [6, 6, 6, 6]]
+    assert lkv_np.evict(k, None, scores, [9, 1, 0]).block_table is None
+    assert lkv_np.evict(k, None, scores, 0, align=2).block_table.tolist() == [[], [], []]
+
+
 def test_broken_offsets_stay_inside() -> None:
     k = rng(8).standard_normal((50, 4)).astype(np.float32)
     for offsets in ([0, 90, 20, 50], [-5, 10, 10, 2**31 - 1], [50, 40, 30, 20]):

@@ -212,6 +212,8 @@ def _is_silent(node: NodeOrLeaf) -> bool:
     """Annotations, imports, messages, strings and decorators: a mistake there says nothing, or fails at once."""
     if node.type in ("annassign", "tfpdef"):
         return True
+    if node.type == "operator" and node.parent.type in ("parameters", "param", "lambdef"):  # *, of keywords alone
+        return True
     child, parent = node, node.parent
     while parent is not None:
         kind = parent.type
