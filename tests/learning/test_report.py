@@ -148,7 +148,7 @@ def test_tasks_keep_their_order_in_the_table() -> None:
 
 def test_report_file_is_read_back_as_it_was(tmp_path: Path) -> None:
     rows = report.rows(results())
-    path = tmp_path / "new" / "report.json"
+    path = tmp_path / "new" / "folder" / "report.json"
     report.write(path, {"model": "x", "question_seen": False}, rows, {"shares": {"0.15": [[0.5, 0.25]]}})
     told = json.loads(path.read_text())
     assert told == {"facts": {"model": "x", "question_seen": False}, "rows": rows, "shares": {"0.15": [[0.5, 0.25]]}}

@@ -33,13 +33,13 @@ def answer(
 
     Args:
         cache: of the texts that came before.
-        seen: `[B, n]`, 1 for real tokens of these texts.
+        seen: `[B, n]`, 1 for real tokens of these texts, of which each has some.
         limit: most tokens of an answer.
         pad: a token for padding. ends: tokens that end an answer; they are left off.
     """
     tokens, real = pad_left(questions, pad)
     tokens, mask = tokens.to(model.device), torch.cat([seen, real.to(seen.device)], 1).to(model.device)
-    places = (mask.cumsum(1) - 1).clamp(min=0)[:, seen.shape[1] :]
+    places = (mask.cumsum(1) - 1)[:, seen.shape[1] :]
     stops = torch.tensor(list(ends), device=model.device)
     done = torch.zeros(len(questions), dtype=torch.bool, device=model.device)
     written: list[Tensor] = []

@@ -28,7 +28,7 @@ def interval(scores: Sequence[float], seed: int = 0) -> Interval:
 
 def difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Interval:
     """Of two methods on the same samples: the samples are drawn, with both of their scores."""
-    return interval(np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64), seed)
+    return interval(np.subtract(first, second, dtype=np.float64), seed)
 
 
 def _resampled(values: np.ndarray, seed: int) -> np.ndarray:
