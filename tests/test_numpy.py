@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -293,7 +294,14 @@ OUT = lkv_np.evict(K, V, SCORES, 4)
 READ_ONLY = K.copy()
 READ_ONLY.flags.writeable = False
 OFFSETS = np.array([0, 5, 10], np.int32)
-UNALIGNED_OFFSETS = np.frombuffer(b"-" + OFFSETS.tobytes(), np.uint8)[1:].view(np.int32)
+
+
+def unaligned(array: np.ndarray) -> np.ndarray:
+    memory = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    memory[...] = array
+    return memory
+
+
 UNALIGNED = np.zeros(2 * 3 * 20 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(2, 3, 20)
 BAD = {
     "k is a list": (lambda: evict([1], V, SCORES, 4), TypeError, "k as a NumPy array, got list"),
@@ -322,7 +330,7 @@ BAD = {
         "cu_seqlens of dtype int32, got float32",
     ),
     "cu_seqlens unaligned": (
-        lambda: evict(K[0, 0], None, SCORES[0, 0], 4, cu_seqlens=UNALIGNED_OFFSETS), ValueError,
+        lambda: evict(K[0, 0], None, SCORES[0, 0], 4, cu_seqlens=unaligned(OFFSETS)), ValueError,
         "cu_seqlens aligned to its dtype",
     ),
     "cu_seqlens is a list": (
@@ -364,6 +372,17 @@ BAD = {
         lambda: evict(K.astype(np.float16), V, SCORES, 4, out=OUT), TypeError, "out.k of the dtype of what moves",
     ),
     "out is a dict": (lambda: evict(K, V, SCORES, 4, out={}), TypeError, "out as a RaggedKV"),
+    "out.k is a list": (
+        lambda: evict(K, V, SCORES, 4, out=replace(OUT, k=[1.0])), TypeError, "out.k as a",
+    ),
+    "out.companions hold objects": (
+        lambda: evict(K, V, SCORES, 4, companions=[SCORES], out=replace(OUT, companions=(np.array([None]),))),
+        TypeError, "out.companions[0] of a dtype without Python objects",
+    ),
+    "out.lengths unaligned": (
+        lambda: evict(K, V, SCORES, 4, out=replace(OUT, lengths=unaligned(OUT.lengths))), ValueError,
+        "out.lengths aligned to its dtype",
+    ),
     "out overlaps its source": (
         lambda: evict(OUT.k, OUT.v, OUT.k[:, 0], 4, cu_seqlens=OUT.cu_seqlens, lengths=OUT.lengths, out=OUT),
         ValueError, "out.k and k without common memory",
@@ -397,3 +416,7 @@ def test_a_foreign_index_gives_zeros() -> None:
     assert not moved[:, :, :3].any() and np.array_equal(moved[:, :, 3], K[:, :, 3])
     with pytest.raises(ValueError, match=r"lkv_ext.numpy.gather: expected arrays\[1\] of shape"):
         lkv_np.gather([K, K[:, :, :9]], index)
+    for part in ("positions", "lengths", "cu_seqlens"):
+        broken = replace(index, **{part: unaligned(getattr(index, part))})
+        with pytest.raises(ValueError, match=rf"^lkv_ext.numpy.gather: expected index.{part} aligned to its dtype"):
+            lkv_np.gather([K], broken)

@@ -98,7 +98,7 @@ GUARDS: dict[str, list[str]] = {
     "lkv_ext/_kinds.py": ["test_kinds", "test_errors", "test_arguments", "test_numpy"],
     "lkv_ext/numpy.py": ["test_numpy", "test_errors", "test_arguments"],
     "lkv_ext/_arrays.py": ["test_numpy", "test_errors", "test_arguments", "test_overlap"],
-    "lkv_ext/_arguments.py": ["test_numpy", "test_reraise", *_PARITY, "test_cache"],
+    "lkv_ext/_arguments.py": ["test_host_arguments", "test_numpy", "test_reraise", *_PARITY, "test_cache"],
     "lkv_ext/*": ["test_numpy", *_PARITY, "test_calls"],
 }
 
