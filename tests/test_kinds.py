@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import lkv_ext
+import lkv_ext.numpy as lkv_numpy
 from lkv_ext._kinds import FIELDS, KINDS, SIGNATURES, described, fault, guess, is_of
 
 F32, I64, BOOL = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
@@ -145,3 +147,15 @@ def test_axes_that_were_confused() -> None:
     assert guess(None) == guess({}) == guess(dict(k=np.zeros((2, 9, 3, 4)))) == guess(dict(k=None, scores=3)) == ""
     layers = guess(dict(ks=[np.zeros((2, 9, 3, 4))], scores=[np.zeros((2, 3, 9))]))
     assert layers == hint.replace("fit k", "fit ks") and guess(dict(ks=[], scores=[])) == ""
+
+
+@pytest.mark.parametrize("name", [x for x in SIGNATURES if not x.startswith("RaggedCache.load")])
+def test_every_parameter_has_a_kind(name: str) -> None:
+    found = lkv_ext
+    for part in name.split("."):
+        found = getattr(found, part)
+    parameters = inspect.signature(found).parameters
+    if name in ("evict", "evict_", "select", "gather"):  # these are NumPy's as well
+        parameters = parameters | inspect.signature(getattr(lkv_numpy, name)).parameters
+    unknown = {"lengths", "starts"} if name == "RaggedCache.evict" else set()  # a cache has its own
+    assert set(parameters) - {"self"} == set(SIGNATURES[name]) - unknown

@@ -55,7 +55,7 @@ _PREFIX = {"comparison": "ReplaceComparisonOperator_", "arithmetic": "ReplaceBin
 _PREFIX["sign"] = "ReplaceUnaryOperator_"
 
 # Decorators without which something still runs, and wrongly: the others fail at the first call or cache only.
-_TELLING_DECORATORS = ("no_grad", "inference_mode", "contextmanager")
+_TELLING_DECORATORS = ("no_grad", "inference_mode")
 _MESSAGE_CALLS = frozenset(("warn", "print", "add_argument", "add_parser", "add_argument_group", "TypeVar", "cast"))
 
 
@@ -153,11 +153,11 @@ def sample(root: Path, files: list[str], count: int, seed: int) -> list[Mutant]:
     chosen: list[Mutant] = []
     for area, kinds in pools.items():
         for pool in kinds.values():
-            pool.sort(key=lambda x: hashlib.sha256(f"{seed} {x.key}".encode()).digest(), reverse=True)
+            pool.sort(key=lambda x: _rank(seed, x.key), reverse=True)
         wanted = -(-count * AREAS[area][0] // parts)
         taken: list[Mutant] = []
         while len(taken) < wanted and any(kinds.values()):
-            for kind in sorted(kinds):
+            for kind in sorted(kinds, key=lambda x, area=area: _rank(seed, area, x)):
                 while kinds[kind]:
                     mutant = kinds[kind].pop()
                     if says_something(mutant, texts[mutant.file]):
@@ -165,6 +165,10 @@ def sample(root: Path, files: list[str], count: int, seed: int) -> list[Mutant]:
                         break
         chosen += taken[:wanted]
     return chosen
+
+
+def _rank(*words: object) -> bytes:
+    return hashlib.sha256(" ".join(map(str, words)).encode()).digest()
 
 
 def _mutated(node: NodeOrLeaf, operator: Operator, index: int) -> str:

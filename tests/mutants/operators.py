@@ -211,6 +211,9 @@ class DropStatement(Replacement):
         return (Example("self.held = 0\n", "pass\n"), Example("rows.append(x)\n", "pass\n"))
 
 
+_NO_BOUNDS = ("operator", "sliceop", "argument", "string", "keyword", "arglist", "factor")
+
+
 class ShiftBound(Replacement):
     """A bound of a slice or of a range is off by one. Numbers are cosmic-ray's."""
 
@@ -221,7 +224,7 @@ class ShiftBound(Replacement):
 
     def _is_bound(self, node: NodeOrLeaf) -> bool:
         parent = node.parent
-        if parent is None or node.type in ("operator", "sliceop", "argument", "string", "keyword"):
+        if parent is None or node.type in _NO_BOUNDS:
             return False
         if parent.type == "subscript":
             return True
