@@ -286,3 +286,28 @@ def test_models(
     assert read.dtype == (torch.bfloat16 if dtype else torch.float64)  # as it was stored
     assert not read.training and read.device.type == "cpu" and isinstance(language, tasks.English)
     assert words("set Bala").input_ids == tokenizer("set Bala").input_ids
+
+
+@pytest.mark.parametrize("methods, others", [([FULL], 0), ([FULL, "random", "snapkv"], 4 + 2), (["snapkv", FULL], 4)])
+def test_a_text_is_done_when_its_last_method_is(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch, methods: list[str], others: int
+) -> None:
+    """The bar: of 2 texts, under 2 retentions save with the full cache, results come method by method."""
+    steps: list[int] = []
+
+    class Bar:
+        def __init__(self, total: int, **_: object) -> None:
+            assert total == 2
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def update(self, count: int) -> None:
+            steps.append(count)
+
+    monkeypatch.setattr(command, "tqdm", Bar)
+    assert run(*SHORT, "--tasks", "single", "--retentions", 0.1, 0.2, "--methods", *methods) == 0
+    assert steps[-2:] == [1, 1] and sum(steps) == 2 and len(steps) >= others
