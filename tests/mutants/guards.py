@@ -33,6 +33,21 @@ _TORCH = ["test_torch", "test_derivatives", "test_cache"]
 _RAGGED = ["test_cache", "test_cache_steps", "test_cache_files", "test_shared_buffers", "test_errors", "test_arguments"]
 
 GUARDS: dict[str, list[str]] = {
+    **{
+        f"python/lkv/hf/{name}.py": [_HF + first, *_CACHE, *_MODELS]
+        for name, first in {
+            "attention": "routing",
+            "call": "routing",
+            "capture": "observed",
+            "compat": "families",
+            "masks": "masks",
+            "observe": "observed",
+            "queries": "evict_now",
+            "routing": "routing",
+            "state": "storage",
+            "tape": "observed",
+        }.items()
+    },
     "python/lkv/hf/*": [*_CACHE, *_MODELS],
     "python/lkv/policies/lkv.py": [*_POLICIES, "learning/test_lkv_policy", "learning/test_checkpoint"],
     "python/lkv/policies/*": [
