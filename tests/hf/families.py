@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from functools import cache
 
+import nondefault
 import torch
 import transformers
 from torch import Tensor
@@ -37,6 +38,12 @@ FAMILIES = {
         dict(head_dim=8, query_pre_attn_scalar=8, attn_implementation="eager", **SLIDING),
     ),
     "gemma3": ("Gemma3", "Gemma3TextConfig", dict(head_dim=8, query_pre_attn_scalar=8, **SLIDING)),
+    "nondefault": ("Nondefault", "Gemma2Config", {**nondefault.OPTIONS, **SLIDING}),
+}
+# Windows and recurrent states count padding that comes between tokens: these have none.
+WITHOUT_WINDOWS = {name: family for name, family in FAMILIES.items() if "sliding_window" not in family[2]} | {
+    "mistral": FAMILIES["mistral"],
+    "nondefault, full": ("Nondefault", "Gemma2Config", {**nondefault.OPTIONS, "layer_types": ["full_attention"] * 2}),
 }
 # Those of which something is unlike: layers without keys of their own, sinks, a recurrent state, experts, a wrapper.
 # Whole conversations with them are in test_families.py alone.
@@ -81,12 +88,18 @@ UNLIKE = {
 
 @cache
 def build(family: str) -> transformers.PreTrainedModel:
-    name, config, options = {**FAMILIES, **UNLIKE}[family]
-    torch.manual_seed(0)
-    kind = name if name.endswith("Model") else f"{name}ForCausalLM"
-    model = getattr(transformers, kind)(getattr(transformers, config)(**{**SMALL, **options})).eval()
+    model = variant(family)
     model.generation_config.eos_token_id = None
     return model
+
+
+def variant(family: str, **options: object) -> transformers.PreTrainedModel:
+    """With other options of its config."""
+    name, config, own = {**FAMILIES, **WITHOUT_WINDOWS, **UNLIKE}[family]
+    torch.manual_seed(0)
+    kind = name if name.endswith("Model") else f"{name}ForCausalLM"
+    made = getattr(nondefault if name == "Nondefault" else transformers, kind)
+    return made(getattr(transformers, config)(**{**SMALL, **own, **options})).eval()
 
 
 def tokens(batch: int, count: int, seed: int = 0) -> Tensor:

@@ -6,18 +6,19 @@ one forward of the same tokens without any cache, with exactly these masks, must
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from families import HEADS, places
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lkv
 import lkv_ext
-from lkv.hf.attention import logits_of, own_attention
 from lkv.hf.compat import find_decoder
 
 
@@ -55,8 +56,24 @@ def recorded(cache: lkv.Cache, batch: int, length: int) -> Iterator[Recorder]:
         lkv_ext.RaggedCache.attend = attend
 
 
-def masked_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, visible: dict[int, Tensor]) -> Tensor:
-    """Logits `[B, L, V]` of all tokens; `mask` `[B, L]` says which are no padding."""
+def own_attention(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention of a model, with all that it does to its logits."""
+    if name == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def masked_logits(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    visible: dict[int, Tensor],
+    weights: dict[int, Tensor] | None = None,
+) -> Tensor:
+    """Logits `[B, L, V]` of all tokens; `mask` `[B, L]` says which are no padding.
+
+    `weights` is given those of eager attention, by layer: `[B, Hq, L, L]`.
+    """
     config = model.get_decoder().config
     owner = {reader: layer for layer, readers in find_decoder(model).readers.items() for reader in readers}
     own = config._attn_implementation
@@ -64,19 +81,13 @@ def masked_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, visible: di
     diagonal = torch.eye(ids.shape[1], dtype=torch.bool)  # padding sees itself, lest it be NaN
 
     def attention(module, query, key, value, attention_mask, **kwargs):
-        if owner.get(module.layer_idx) not in seen:
-            return own_attention(own, module, query, key, value, attention_mask, **kwargs)
-        group = query.shape[1] // key.shape[1]
-        shown = seen[owner[module.layer_idx]] | diagonal
-        key, value, shown = (t.repeat_interleave(group, 1) for t in (key, value, shown))
-        scale, cap, sinks = logits_of(own, query, kwargs)
-        logits = query @ key.transpose(2, 3) * scale
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        logits = logits.masked_fill(~shown, -torch.inf)
-        if sinks is not None:  # a column more, which nothing is read from
-            logits = torch.cat([logits, sinks.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1)
-        weights = logits.softmax(-1)[..., : key.shape[2]]
-        return (weights @ value).transpose(1, 2), None
+        if owner.get(module.layer_idx) in seen:
+            shown = (seen[owner[module.layer_idx]] | diagonal).repeat_interleave(query.shape[1] // key.shape[1], 1)
+            attention_mask = torch.zeros(shown.shape).masked_fill(~shown, torch.finfo(torch.float32).min)
+        out, paid = own_attention(own, module)(module, query, key, value, attention_mask, **kwargs)
+        if weights is not None:
+            weights[module.layer_idx] = paid
+        return out, paid
 
     AttentionInterface.register("masked_reference", attention)
     AttentionMaskInterface.register("masked_reference", ALL_MASK_ATTENTION_FUNCTIONS[own])

@@ -116,36 +116,6 @@ def test_chunks_and_cap(shape, options):
     check(build("llama"), shape, **options)
 
 
-def variant(family: str, **options: object) -> PreTrainedModel:
-    name, config, own = FAMILIES[family]
-    torch.manual_seed(0)
-    return getattr(transformers, f"{name}ForCausalLM")(
-        getattr(transformers, config)(**{**SMALL, **own, **options})
-    ).eval()
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_scaled_rotations(shape):
-    """YaRN scales cos and sin by more than 1."""
-    scaling = dict(rope_type="yarn", factor=8.0, rope_theta=10000.0, original_max_position_embeddings=512)
-    model = variant("llama", rope_scaling=scaling)
-    assert model.model.rotary_emb.attention_scaling > 1.1
-    check(model, shape)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_rotations_of_a_part(shape):
-    """Phi-3 with half of every head rotated, and LongRoPE, whose rotations change once the text is long."""
-    options = dict(hidden_size=64, partial_rotary_factor=0.5, max_position_embeddings=4096)
-    model = variant("phi3", **options)
-    check(model, shape)
-    assert model.model.rotary_emb.inv_freq.shape[0] * 4 == model.model.layers[0].self_attn.head_dim
-    scaling = dict(type="longrope", short_factor=[1.0] * 4, long_factor=[3.0] * 4)
-    long = variant("phi3", **options, original_max_position_embeddings=40, rope_scaling=scaling)
-    assert long.model.rotary_emb.attention_scaling > 1.1
-    check(long, shape)
-
-
 def test_half_precision():
     model = copy.deepcopy(build("llama")).to(torch.bfloat16)
     policy = spy()

@@ -60,14 +60,16 @@ def by_torch(cache: lkv.Cache, model: PreTrainedModel, folder: Path) -> lkv.Cach
 
 @pytest.mark.parametrize("way", [by_file, by_pickle, by_torch])
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma4", "gpt_oss", "qwen3_next", "jamba", "mixtral"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3", "nondefault", "gemma4", "gpt_oss", "qwen3_next", "jamba", "mixtral"]
+)
 def test_there_and_back(family, whole, way, tmp_path):
     if not hasattr(__import__("transformers"), {**FAMILIES, **UNLIKE}[family][1]):
         pytest.skip("not in this transformers")
     if family in ("qwen3_next", "jamba") and RecurrentLayer is None:
         pytest.skip("refused in this transformers")
     model = build(family)
-    needs = NEEDS if family in ("llama", "gemma3") else {"queries"}
+    needs = NEEDS if family in FAMILIES else {"queries"}
     options = dict(retention=1.0, chunks="last") if whole else {}
     cache, mask = filled(model, observe=needs, **options)
     if whole:
