@@ -233,6 +233,7 @@ class Cache(HFCache):
         for name, value in vars(self).items():
             setattr(other, name, value if name == "_config" else copy.deepcopy(value, memo))
         other.lkv_session.attach(other.layers)
+        other.lkv_session.in_prefill = False  # nobody will end it there
         return other
 
     def evict(

@@ -18,8 +18,10 @@ class Call:
 
     Attributes:
         prompt: its tokens are of a prompt, which is evicted as the settings say.
+        token_by_token: see `Session`, with the token of this call.
         draft: its tokens are to be verified, and may be cropped behind it: nothing is evicted before.
         due: some layer has something to evict.
+        done: it has come to its end, and is not taken back any more.
         visible, padding: what the mask says of all tokens, and of the new ones.
         before: marks of the layers that it has reached.
         waiting: of every layer whose keys are on their way, the layers that have to attend to them yet.
@@ -28,7 +30,7 @@ class Call:
     def __init__(self, route: Route, batch: int, count: int, visible: masks.Visible) -> None:
         self.route, self.batch, self.count, self.visible = route, batch, count, visible
         self.thread = threading.get_ident()
-        self.prompt = self.draft = self.due = False
+        self.prompt = self.token_by_token = self.draft = self.due = self.done = False
         self.padding: masks.Padding | None = None
         self.before: dict[int, object] = {}
         self.waiting: dict[int, list[int]] = {}

@@ -89,6 +89,8 @@ class Witness:
         for part in (self.hidden_states, self.rotary):
             if part is not None:
                 part.truncate(length)
+        if length == 0:
+            self.rotary = None  # the session's are gone, too
 
 
 def observe(layer: RaggedLayer, needs: frozenset[str], window: int) -> Observation:
@@ -111,7 +113,7 @@ def observe(layer: RaggedLayer, needs: frozenset[str], window: int) -> Observati
     if "pre_rope_keys" in needs:
         pre_rope = witness.rotary.undo(keys, None if layer.rows is None else positions)
     if "hidden_states" in needs:
-        hidden = witness.hidden_states.read()
+        hidden = witness.hidden_states.read().expand(len(keys), -1, -1)
     return Observation(
         keys, values, positions, lengths, starts, *queries, layer.scaling, layer.softcap, hidden, pre_rope, layer.sinks
     )

@@ -32,6 +32,7 @@ class Session:
         hidden: bool `[B, L]`, tokens that the masks so far have hidden, in the order in which they came; None: none.
         places: int64 `[B, L]`, where each of them is among the rows' positions, if padding moved some.
         explicit: `prefill` was used: what is outside of it is no prompt.
+        token_by_token: all tokens so far came one by one, outside of `prefill` and `generate`.
     """
 
     def __init__(self, settings: Settings, model: str, readers: dict[int, tuple[int, ...]]) -> None:
@@ -47,7 +48,7 @@ class Session:
         self.hidden: Tensor | None = None
         self.places: Tensor | None = None
         self.rotaries: list[Rotary] = []
-        self._token_by_token = False
+        self.token_by_token = False
         self.explicit = self.in_prefill
 
     def attach(self, layers: Sequence[CacheLayerMixin]) -> None:
@@ -110,7 +111,7 @@ class Session:
                 if call.due:
                     self._evict_due(self.ragged)
                 self._remember(call)
-                call.before.clear()
+                call.done = True
         finally:
             self.settle()
 
@@ -171,10 +172,15 @@ class Session:
         if call is None:
             return
         call.route.close()
+        if call.done:
+            return
         while call.before:
             index, before = call.before.popitem()
             if not restore(self._layers[index](), before):
                 self.broken = index
+        for layer in self.ragged:
+            layer.witness.captured = None
+        self.rotaries = [rotary for rotary in self.rotaries if rotary.cos.length]
 
     def length_before(self, index: int) -> int | None:
         """Of a layer that the call has reached: its length without the tokens of the call."""
@@ -215,8 +221,15 @@ class Session:
 
     @keeps_tensors
     def select(self, indices: Tensor) -> None:
-        """Before all layers go on with the sequences `indices`: what they share does."""
+        """Before all layers go on with the sequences `indices`: what they share does.
+
+        Raises:
+            ValueError: for indices of sequences that are not there; nothing has changed then.
+        """
         self.settle()
+        order, batch = indices.tolist(), len(self.ragged[0].real)
+        if batch and not all(type(b) is int and 0 <= b < batch for b in order):
+            raise ValueError(f"lkv.Cache: expected indices of sequences in [0, {batch}), got {order}")
         for rotary in self.rotaries:
             rotary.select(indices)
         self.hidden, self.places = (None if t is None else t[indices.to(t.device)] for t in (self.hidden, self.places))
@@ -229,6 +242,8 @@ class Session:
             self.hidden, self.places = (
                 None if t is None else t[:, : t.shape[1] - tokens] for t in (self.hidden, self.places)
             )
+        if tokens == self.length:
+            self.rotaries = []
 
     # Within a call.
 
@@ -267,23 +282,19 @@ class Session:
 
     def _classify(self, call: Call, seen: int) -> None:
         stage = stage_of_generate()
-        if seen == 0:
-            self._token_by_token = False
-        if call.count > 1 or stage is not None or self.explicit:
-            self._token_by_token = False
-        elif seen == 0:
-            self._token_by_token = True
-        elif self._token_by_token and seen == 1 and self.settings.chunks == "last":
-            warnings.warn(
-                "lkv.Cache: a prompt that comes token by token has no end that chunks='last' could see, and is evicted "
-                "behind every token: wrap it in `with cache.prefill()`",
-                stacklevel=2,
-            )
+        if call.count == 1 and stage is None and not self.explicit:
+            call.token_by_token = seen == 0 or self.token_by_token
+            if call.token_by_token and seen == 1 and self.settings.chunks == "last":
+                warnings.warn(
+                    "lkv.Cache: a prompt that comes token by token has no end that chunks='last' could see, and is "
+                    "evicted behind every token: wrap it in `with cache.prefill()`",
+                    stacklevel=2,
+                )
         call.draft = stage == "draft"
         if self.explicit:
             call.prompt = self.in_prefill
         elif not call.draft:
-            call.prompt = call.count > 1 or stage == "prompt" or self._token_by_token
+            call.prompt = call.count > 1 or stage == "prompt" or call.token_by_token
 
     @keeps_tensors
     def _hide(self, leaving: Tensor) -> None:
@@ -296,6 +307,7 @@ class Session:
 
     @keeps_tensors
     def _remember(self, call: Call) -> None:
+        self.token_by_token = call.token_by_token
         self.hidden = None if call.visible.hidden is None else call.visible.hidden.clone()
         order = None if call.padding is None else call.padding.order
         if order is None and self.places is None:
@@ -308,7 +320,8 @@ class Session:
 
     def _evict_due(self, layers: Sequence[RaggedLayer]) -> None:
         """Behind a call, or a layer of it: what has come with it as a prompt, or was left before a token."""
-        call, wait = self.call, self.settings.chunks == "last" and not self._token_by_token
+        call = self.call
+        wait = self.settings.chunks == "last" and not call.token_by_token
         if call.draft or (call.prompt and wait) or (self.in_prefill and wait):
             return
         layers = [layer for layer in layers if layer.due]

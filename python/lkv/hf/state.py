@@ -36,6 +36,7 @@ def state_of(cache: Cache) -> State:
     rotaries = session.rotaries
     return {
         "explicit": session.explicit,
+        "token_by_token": session.token_by_token,
         "hidden": session.hidden,
         "places": session.places,
         "rotaries": [{"cos": r.cos.read(), "sin": r.sin.read()} for r in rotaries],
@@ -54,7 +55,7 @@ def restore(cache: Cache, state: State, device: torch.device | None = None) -> N
     """
     session, state = cache.lkv_session, _moved(state, device)
     try:
-        session.explicit = bool(state["explicit"])
+        session.explicit, session.token_by_token = bool(state["explicit"]), bool(state["token_by_token"])
         session.hidden, session.places = state["hidden"], state["places"]
         session.load_rotaries([(r["cos"], r["sin"]) for r in state["rotaries"]])
         layers = state["layers"]
