@@ -17,3 +17,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _invariants(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every cache of every test is looked at behind each of its steps."""
+    from cache_invariants import check_always, check_routes
+
+    check_always(monkeypatch)
+    yield
+    check_routes()

@@ -77,7 +77,7 @@ def test_a_sixth_kept(model, turns, chunk, chunks):
 
 def test_capped(model):
     """Over many tokens, never more rows than the cap."""
-    capped(model, [turn(ONE, 2000 if model is build("llama") else 200)], SnapKV(window=8))
+    capped(model, [turn(ONE, 1000 if model is build("llama") else 150)], SnapKV(window=8))
 
 
 @pytest.mark.parametrize("policy", [StreamingLLM(sink=2), SnapKV(window=8), AdaKV(SnapKV(window=4))], ids=str)
@@ -99,7 +99,7 @@ def capped(model: PreTrainedModel, turns: list[Turn], policy: lkv.policies.Polic
     assert sum(a > b for a, b in pairwise(rows[0] for rows in counts)) >= turns[0].steps // 17
     expected = masked_logits(model, said.ids, said.mask, recorder.visible)
     wanted = expected[said.mask.bool()]
-    torch.testing.assert_close(real(said), wanted, rtol=1e-3, atol=1e-3)  # a few of many, after 2000 steps
+    torch.testing.assert_close(real(said), wanted, rtol=1e-3, atol=1e-3)  # a few of many, after many steps
     assert (real(said) - wanted).abs().mean() < 1e-5
 
 

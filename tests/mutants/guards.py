@@ -10,9 +10,11 @@ from pathlib import Path
 
 _HF = "hf/test_"
 _CACHE = [
-    _HF + x for x in ("hf_errors", "failed_calls", "gaps", "hf_cache", "masks", "evict_now", "storage", "prompts")
+    _HF + x
+    for x in ("bookkeeping", "masks", "refusals", "gaps", "prompts", "hf_errors", "failed_calls", "hf_cache")
+    + ("evict_now", "storage", "growth")
 ]
-_MODELS = [_HF + x for x in ("observed", "families", "wrapped", "routing", "generation")]
+_MODELS = [_HF + x for x in ("scores", "observed", "families", "rope", "wrapped", "routing", "generation")]
 _LEARN = {
     "checkpoint": ["checkpoint"],
     "config": ["schedule"],

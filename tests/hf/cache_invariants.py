@@ -1,0 +1,163 @@
+"""What holds of a `lkv.Cache` behind every call and every method, whatever came before."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import wraps
+
+import pytest
+import torch
+from invariants import check_cache
+from torch import Tensor
+
+import lkv
+import lkv_ext
+from lkv.hf import routing, state
+from lkv.hf.layer import RaggedLayer
+from lkv.hf.queries import LastQueries
+from lkv.hf.session import Session
+from lkv.hf.tape import Tape
+from lkv.hf.versions import HFCache
+
+READ_ONLY = ("get_", "is_", "update")  # methods that change nothing, and those of a call, which is checked at its end
+
+
+def check(session: Session) -> None:
+    """All layers of a cache, between two calls."""
+    if session.call is not None or session.broken is not None:
+        return
+    lengths = {layer.get_seq_length() for layer in session.ragged}
+    batches = {len(layer.real) for layer in session.ragged}
+    assert len(lengths) == 1 == len(batches), f"layers of lengths {lengths} and batches {batches}"
+    (length,), (batch,) = lengths, batches
+    hidden = torch.zeros(batch, length, dtype=torch.bool)
+    if session.hidden is not None:
+        assert session.hidden.dtype == torch.bool and session.hidden.any()
+        hidden = session.hidden
+    assert hidden.shape == (batch, length)
+    if session.places is not None:  # every token has a place of its own
+        assert torch.equal(session.places.sort(1).values, torch.arange(length).expand(batch, -1))
+        hidden = torch.zeros_like(hidden).scatter_(1, session.places, hidden)
+    for layer in session.ragged:
+        _check_layer(layer, ~hidden)
+        _check_witness(layer, ~hidden, session)
+    used = [layer.witness.rotary for layer in session.ragged]
+    assert all(any(rotary is each for each in used) for rotary in session.rotaries), "rotations of no layer"
+
+
+def _check_layer(layer: RaggedLayer, real: Tensor) -> None:
+    """`real`: bool `[B, L]`, the places of tokens that are no padding."""
+    batch, length = real.shape
+    assert layer.real == real.sum(1).tolist(), f"real {layer.real}, of the masks {real.sum(1).tolist()}"
+    assert 0 <= layer.evicted <= length and layer.is_initialized >= (length > 0)
+    if layer.rows is not None:
+        assert layer.keys is None and layer.values is None
+        assert (layer.rows.batch, layer.rows.seen) == (batch, length)
+        assert layer.held == layer.rows.lengths.sum(1).tolist(), f"held {layer.held}, there {layer.rows.lengths}"
+        check_cache(layer.rows)
+        _check_positions(layer, real)
+    elif layer.keys is not None:
+        assert layer.keys.shape[:3] == layer.values.shape[:3] == (batch, layer.heads, length)
+        assert layer.held == [layer.heads * n for n in layer.real]
+        assert (layer.evicted, layer.evictions, layer.due) == (0, 0, True)
+        padding = length - real.sum(1, keepdim=True)
+        assert torch.equal(real, torch.arange(length) >= padding), "whole rows with padding between tokens"
+    else:
+        assert layer.held == [] and length == layer.evicted == layer.evictions == 0 and not layer.due
+
+
+def _check_positions(layer: RaggedLayer, real: Tensor) -> None:
+    """Rows are of tokens that are there; of those that came since the last eviction, all are."""
+    length = real.shape[1]
+    for tokens, heads in zip(real, _heads(layer.rows), strict=True):
+        for positions in heads:
+            assert positions.numel() == 0 or 0 <= int(positions[0]) <= int(positions[-1]) < length
+            assert tokens[positions].all(), "rows of tokens that are hidden"
+            first = layer.evicted if layer.evictions else 0
+            assert (positions >= first).sum() == tokens[first:].sum(), "tokens without rows that nobody evicted"
+            assert layer.evictions or len(positions) == tokens.sum()
+
+
+def _heads(rows: lkv_ext.RaggedCache) -> list[list[Tensor]]:
+    """Per sequence and head, the positions of its rows."""
+    begins, lengths = rows.cu_seqlens[:-1].view(rows.lengths.shape).tolist(), rows.lengths.tolist()
+    return [
+        [rows.positions[a : a + n].long() for a, n in zip(*one, strict=True)]
+        for one in zip(begins, lengths, strict=True)
+    ]
+
+
+def _check_witness(layer: RaggedLayer, real: Tensor, session: Session) -> None:
+    """What is held beside the rows is of all tokens, and of the last ones."""
+    witness, (batch, length) = layer.witness, real.shape
+    assert witness.captured is None, "what a call was on its way with"
+    if witness.queries is not None:
+        _check_queries(witness.queries, real)
+    if witness.hidden_states is not None:
+        _check_tape(witness.hidden_states, batch, length)
+    if witness.rotary is not None:
+        assert any(witness.rotary is each for each in session.rotaries)
+        _check_tape(witness.rotary.cos, batch, length)
+        _check_tape(witness.rotary.sin, batch, length)
+    elif witness.rotates:
+        assert length == 0
+
+
+def _check_tape(tape: Tape, batch: int, length: int) -> None:
+    """A batch of 1 may stand for any."""
+    assert tape.length == length
+    tape = copy.deepcopy(tape)  # reading puts a tape together
+    assert length == 0 or tape.read().shape[:2] in ((batch, length), (1, length))
+
+
+def _check_queries(queries: LastQueries, real: Tensor) -> None:
+    """Places are those of the last tokens, of fewer than the window where some were cropped or hidden."""
+    assert queries.seen == real.shape[1]
+    if queries._queries is None:
+        assert queries.seen == 0
+        return
+    _, places, there = copy.copy(queries).read()
+    assert places.shape == there.shape == (len(real), queries.window)
+    for one, valid, tokens in zip(places, there, real, strict=True):
+        held = one[valid]
+        assert torch.equal(held, tokens.nonzero().flatten()[int(tokens.sum()) - len(held) :])
+
+
+def checked(method: Callable[..., object], session_of: Callable[[object], Session]) -> Callable[..., object]:
+    """The method, and a look at the cache behind it, also where it fails; at the cache that it returns, too."""
+
+    @wraps(method)
+    def with_check(self: object, *args: object, **kwargs: object) -> object:
+        try:
+            result = method(self, *args, **kwargs)
+        finally:
+            check(session_of(self))
+        if isinstance(result, lkv.Cache):
+            check(result.lkv_session)
+        return result
+
+    return with_check
+
+
+def check_always(patch: pytest.MonkeyPatch) -> None:
+    """From now on, behind whatever a cache does: forwards, public methods, and what comes out of files and pickles."""
+    own = {name: member for kind in (HFCache, lkv.Cache) for name, member in vars(kind).items()}
+    public = [name for name, member in own.items() if callable(member) and not name.startswith(("_", *READ_ONLY))]
+    for name in (*public, "__copy__", "__deepcopy__", "__reduce__"):
+        if not isinstance(own[name], (classmethod, staticmethod)):
+            patch.setattr(lkv.Cache, name, checked(getattr(lkv.Cache, name), lambda cache: cache.lkv_session))
+    for name in ("begin", "end", "evict_due"):
+        patch.setattr(Session, name, checked(getattr(Session, name), lambda session: session))
+    restore = state.restore
+
+    def restored(cache: lkv.Cache, *args: object) -> None:
+        restore(cache, *args)
+        check(cache.lkv_session)
+
+    patch.setattr(state, "restore", restored)
+
+
+def check_routes() -> None:
+    """No model is left with our attention."""
+    assert not routing._routed
