@@ -16,7 +16,7 @@ DISASSEMBLER := "nvidia-cuda-cuobjdump==13.5.37; sys_platform == 'linux'" "nvidi
 
 # Of lm-eval what its models and tables need, without the metrics that need SciPy and NLTK: 400 MB instead of 620. Of
 # cosmic-ray its operators, without its command line and database.
-LM_EVAL_NEEDS := datasets sacrebleu pytablewriter
+LM_EVAL_NEEDS := datasets requests sacrebleu pytablewriter
 # For metrics of Chinese, and the ROUGE that LongBench's own script scores with, to compare.
 LONGBENCH_NEEDS := jieba rouge
 COSMIC_RAY_NEEDS := parso attrs

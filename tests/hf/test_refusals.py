@@ -138,7 +138,7 @@ def test_a_mask_that_packed_rows_cannot_follow(past):
 
 
 @pytest.mark.parametrize("family", ["llama", "nondefault, full"])
-@pytest.mark.parametrize("past, least", [(whole, 7), (packed, 20), (prefilled, 20), (hidden, 30)], ids=str)
+@pytest.mark.parametrize("past, least", [(whole, 7), (packed, 20), (prefilled, 20), (hidden, 30)])
 def test_crop_goes_back_as_far_as_rows_are_there(family, past, least):
     """To the padding of the shortest sequence, the last eviction, or the last padding: one token less is refused."""
     made = past(build(family))
