@@ -179,3 +179,9 @@ def test_a_policy_that_fails_later_leaves_its_turn_out(model, reserve, left):
         assert untouched(cache, 30)
         session.settings = replace(session.settings, policy=SnapKV(window=4))
         assert torch.equal(call(model, tokens(2, 5), mask, cache), call(model, tokens(2, 5), mask, twin))
+
+
+@pytest.mark.parametrize("cap, interval", [(2, 1), (7, 1), (8, 1), (15, 1), (16, 2), (80, 10)])
+def test_the_interval_is_an_eighth_of_the_cap(model, cap, interval):
+    with lkv.Cache(model, cap=cap) as cache:
+        assert cache.lkv_session.settings.interval == interval

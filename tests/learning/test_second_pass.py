@@ -115,3 +115,11 @@ def test_what_cannot_be_repeated() -> None:
     with pytest.raises(ValueError, match=r"expected tokens of shape \[B, n\] = \[1, 20\], got \[1, 19\]"):
         repeat_scores(build("scale"), rows, text[:, 1:], KVzip())
     assert sliding.config._attn_implementation != "lkv_passes"
+
+
+def test_scores_have_no_gradients() -> None:
+    """Of a model that is being trained: nothing of the pass is kept for a backward that nobody asks for."""
+    model, text = build("norm of keys").requires_grad_(), tokens(1, 20)[0]
+    with torch.enable_grad():
+        scores = repeat_scores(model, context_of(model, [text]), text[None], KVzip())
+    assert not any(x.requires_grad for x in scores)

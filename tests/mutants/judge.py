@@ -85,10 +85,10 @@ def _run(
 
 
 def _within_limits(jobs: list[runner.Job], copies: list[Path], is_over: Callable[[], bool]) -> Iterator[runner.Job]:
-    """The jobs with limits that are several times what they take without a mutant."""
+    """The jobs with a limit that is several times what their slowest test takes without a mutant."""
     for outcome in runner.run_all(jobs, copies, is_over):
         if outcome.result != runner.PASSED:
             sys.exit(f"mutants: {outcome.by} fails without any mutant:\n{outcome.output}")
         print(f"clean     {outcome.seconds:5.1f} s  {' '.join(outcome.job.tests)}", flush=True)
         runner.preload(outcome.modules)
-        yield replace(outcome.job, limit=60 + 5 * outcome.seconds, test_limit=20 + 5 * outcome.slowest)
+        yield replace(outcome.job, limit=20 + 5 * outcome.slowest)

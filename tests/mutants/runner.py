@@ -37,8 +37,7 @@ class Job:
     left_out: tuple[str, ...] = ()  # of these tests
     file: str = ""
     text: str | None = None
-    limit: float = 900.0  # seconds for all tests
-    test_limit: float = 300.0  # and for one of them
+    limit: float = 120.0  # seconds for one of them, and for what pytest does before the first
     subject: object = None  # comes back with the outcome
 
 
@@ -68,7 +67,7 @@ class _Recorder:
         try:
             return (yield)
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, self.limit)
             self.slowest = max(self.slowest, time.monotonic() - begun)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -117,17 +116,12 @@ def run_all(jobs: Iterable[Job], copies: list[Path], stop: Callable[[], bool] = 
                 return
             for pid, (job, root, hold, begun) in list(running.items()):
                 ended, status = os.waitpid(pid, os.WNOHANG)
-                seconds = time.monotonic() - begun
-                late = not ended and seconds > job.limit
-                if late:
-                    os.killpg(pid, signal.SIGKILL)
-                    ended, status = os.waitpid(pid, 0)
                 if ended:
                     _end_group(pid)
                     hold.__exit__(None, None, None)
                     del running[pid]
                     free.append(root)
-                    yield _outcome(job, root, status, late, seconds)
+                    yield _outcome(job, root, status, time.monotonic() - begun)
             time.sleep(0.02)
     finally:
         for pid, (_, _, hold, _) in running.items():
@@ -193,22 +187,25 @@ def _run(job: Job, root: Path) -> int:
             found = importlib.util.find_spec(package)
             if package in sys.modules or not found or not found.origin.startswith(folder):
                 raise RuntimeError(f"{package} is not imported from {folder}")
-    recorder = _Recorder(_report_of(root), job.test_limit)
+    recorder = _Recorder(_report_of(root), job.limit)
+    recorder.write("before the first test")
+    signal.setitimer(signal.ITIMER_REAL, job.limit)
     left_out = [f"--deselect={x}" for x in job.left_out]
     code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *left_out, *job.tests], plugins=[recorder]))
+    signal.setitimer(signal.ITIMER_REAL, 0)
     recorder.write(recorder.failed, [x for x in list(sys.modules) if x.split(".")[0] in SHARED])
     return code
 
 
-def _outcome(job: Job, root: Path, status: int, late: bool, seconds: float) -> Outcome:
+def _outcome(job: Job, root: Path, status: int, seconds: float) -> Outcome:
     code = os.waitstatus_to_exitcode(status)
     report = json.loads(_report_of(root).read_text()) if _report_of(root).exists() else {}
     output = _output_of(root).read_text(errors="replace") if _output_of(root).exists() else ""
     if code == _BROKEN:
         raise RuntimeError(f"the run of {job.tests} did not get as far as pytest:\n{output}")
     by = report.get("by", "")
+    late = -code == signal.SIGALRM
     if code < 0 and not late:
-        late = -code == signal.SIGALRM
         by = f"{by} (ended by signal {-code})"
     result = TIMED_OUT if late else PASSED if code == 0 else FAILED
     by = "" if result == PASSED else by or f"pytest's exit code {code}"

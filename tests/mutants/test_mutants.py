@@ -63,7 +63,7 @@ text = (root / "python/lkv/toy.py").read_text()
 runner.preload(["hypothesis", "hypothesis.core"])
 copies = [tree.copy_tree(root, root / "build/mutants/tree-0")]
 jobs = [
-    runner.Job(("tests/test_toy.py",), (), "python/lkv/toy.py", text.replace(a, b), test_limit=2, subject=i)
+    runner.Job(("tests/test_toy.py",), (), "python/lkv/toy.py", text.replace(a, b), limit=3, subject=i)
     for i, (a, b, *_) in enumerate(fates)
 ]
 for outcome in runner.run_all([*jobs, runner.Job(("tests/test_toy.py",), subject=-1)], copies):
