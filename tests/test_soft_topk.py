@@ -162,6 +162,23 @@ def test_largest_scores(device: str) -> None:
             assert not mask.isnan().any()
 
 
+@pytest.mark.parametrize("log", [False, True], ids=["mask", "log"])
+@pytest.mark.parametrize("far", [torch.finfo(torch.float32).min, 3e38, -1e30, 1e25, -1e9, 1e5])
+@pytest.mark.parametrize("near", [0.0, -70.0, 3000.0])
+def test_scores_of_all_magnitudes(device: str, far: float, near: float, log: bool) -> None:
+    """Who masks scores often puts the least float there: that is a score like any other, and the sum is k."""
+    for n in (9, 100, 2047, 3000):
+        scores = near + scores_of("normal", [3, n])
+        scores[:, ::3] = far
+        ends = -(-n // 3)  # scores that are far, between which and the others no tau is needed
+        k = torch.tensor([0.1, 0.5, 0.95]) * (n - ends) + (ends if far > 0 else 0)
+        for temperature in (1.0, 0.05):
+            mask = lkv_ext.soft_topk(scores.to(device), k.to(device), temperature, log=log).double().cpu()
+            mask = mask.exp() if log else mask
+            assert ((mask.sum(-1) - k).abs() <= 1e-4 * k).all()
+            check(mask, reference.soft_topk(scores, k, temperature), False, 1e-3)
+
+
 def test_temperatures_below_the_least(device: str) -> None:
     scores = scores_of("normal", [4, 40]).to(device)
     mask = lkv_ext.soft_topk(scores, 7.0, torch.tensor([0.0, -1.0, NAN, 1e-30], device=device))
@@ -180,6 +197,8 @@ def test_lengths(device: str, log: bool) -> None:
     cut = lkv_ext.soft_topk(scores[:1, :300].to(device), 50.0, 0.3, log=log)
     whole = lkv_ext.soft_topk(scores[:1].to(device), 50.0, 0.3, [300], log=log)
     assert torch.equal(whole[:, :300], cut) and (whole[:, 300:] == (-INF if log else 0)).all()
+    beyond = lkv_ext.soft_topk(scores[:1].to(device), 50.0, 0.3, torch.tensor([2**40], device=device), log=log)
+    assert torch.equal(beyond, lkv_ext.soft_topk(scores[:1].to(device), 50.0, 0.3, log=log))
     out = lkv_ext.soft_topk(scores[:1].to(device), 50.0, 0.3, torch.tensor([-7], device=device))
     assert torch.equal(out, torch.zeros_like(out))
 

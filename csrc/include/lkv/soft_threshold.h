@@ -75,7 +75,7 @@ class SoftThreshold {
   }
 
   // Begins elsewhere, as far as the bracket allows.
-  LKV_HD void move_to(double guess) { tau = guess >= low_ && guess <= high_ ? guess : 0.5 * (low_ + high_); }
+  LKV_HD void move_to(double guess) { tau = guess >= low_ && guess <= high_ ? guess : middle(); }
 
   // Takes the sums at tau, and moves it unless it is good.
   LKV_HD State step(const SoftSums& sums, const SoftPrecision& precision) {
@@ -99,7 +99,7 @@ class SoftThreshold {
     const bool stalls = ++steps_ % 2 == 0 && fabs(move) > 1 && high_ - low_ > 0.5 * width_;
     if (steps_ % 2 == 0) width_ = high_ - low_;
     const bool inside = next > low_ && next < high_ && !stalls;
-    if (!inside) next = 0.5 * (low_ + high_);
+    if (!inside) next = middle();
     if (next == tau || !(low_ < high_)) return good;
     tau = next;
     if (!inside || fabs(move) > precision.close) return far;
@@ -108,6 +108,17 @@ class SoftThreshold {
   }
 
  private:
+  // Of the bracket; by orders of magnitude where it is wide, as it is with the largest floats among the scores, which
+  // masks put there.
+  LKV_HD double middle() const {
+    const double linear = 0.5 * (low_ + high_);
+    if (high_ - low_ <= 0x1p20 * temperature_) return linear;
+    if (low_ < 0 && high_ > 0) return 0;
+    const double sign = high_ > 0 ? 1 : -1, far = high_ > 0 ? high_ : -low_, near = high_ > 0 ? low_ : -high_;
+    const double tau = sign * Math::root(far) * Math::root(near > temperature_ ? near : temperature_);
+    return far > 4 * near && tau > low_ && tau < high_ ? tau : linear;
+  }
+
   double k_, rest_, temperature_, low_, high_, width_;
   int steps_;
 };
