@@ -23,7 +23,7 @@ for count, (kind, dtype) in itertools.product(tokens, itertools.product(SCORES, 
     scores = place(scores_of(kind, [1, 3, count]).to(dtype), ("contiguous", "tokens_first")[count % 2])
     budgets = [count // 7, count // 2, count - 1]
     check_index(lkv_ext.select(scores, budgets, sink=count % 3), expected([], scores, budgets, sink=count % 3))
-for dim, how in itertools.product((1, 2, 3, 4, 5, 8, 12, 16, 31, 33, 64, 100, 128, 200), ("contiguous", "gapped")):
+for dim, how in itertools.product((1, 2, 3, 4, 5, 8, 12, 16, 31, 33, 64, 65, 100, 129, 200), ("contiguous", "gapped")):
     for dtype in (torch.int8, torch.bfloat16, torch.float32, torch.int64):
         payload = [place(rows_of([2, 2, 60, dim], dtype, i), how) for i in range(2)]
         scores = scores_of("ties", [2, 2, 60])
@@ -35,10 +35,13 @@ for dim, how in itertools.product((1, 2, 3, 4, 5, 8, 12, 16, 31, 33, 64, 100, 12
         lkv_ext.evict_(*mine, scores, [7, 40])
         expected(theirs, scores, [7, 40], in_place=True)
         assert all(torch.equal(storage_bytes(a), storage_bytes(b)) for a, b in zip(mine, theirs))
-k = rows_of([1, 1, 400_000, 64], torch.bfloat16)  # large and warm: non-temporal stores
-scores = scores_of("normal", [1, 1, 400_000])
-out = lkv_ext.evict(k, None, scores, 200_000)
-check(lkv_ext.evict(k, None, -scores, 200_000, out=out), expected([k], -scores, 200_000))
+# Large and warm: non-temporal stores, where rows and their addresses are multiples of 64 bytes.
+k, v = rows_of([1, 1, 200_000, 64], torch.bfloat16), rows_of([1, 1, 200_000, 25], torch.float32)
+scores = scores_of("normal", [1, 1, 200_000])
+out, want = lkv_ext.evict(k, v, scores, 100_000), expected([k, v], -scores, 100_000)
+check(lkv_ext.evict(k, v, -scores, 100_000, out=out), want)
+out.k = torch.empty(100_001 * 64, dtype=k.dtype)[8 : 8 + 100_000 * 64].view(100_000, 64)
+check(lkv_ext.evict(k, v, -scores, 100_000, out=out), want)
 """
 
 # Every 16-bit score there is, and of float32 the neighbours of every border: all NaNs, both zeros, subnormal numbers.
