@@ -27,6 +27,14 @@ class Native:
     file: str  # the mutated source, from the root of the tree
     guards: tuple[Path, ...]  # the folders and files that decide whether it is noticed, beside csrc
     caught_by: Callable[[], str | None]
+    equivalent: str = ""  # why no test can notice
+
+
+def built() -> Iterator[Native]:
+    """C++ sources, built and tried by the tests of the ops."""
+    from . import built
+
+    return built.mutants()
 
 
 def emulated() -> Iterator[Native]:
@@ -38,10 +46,12 @@ def emulated() -> Iterator[Native]:
         raise RuntimeError(f"the emulator is built with {tool}, which is not installed")
     for mutation in mutations.MUTATIONS:
         file = (build.KERNELS / mutation.file).relative_to(ROOT).as_posix()
-        yield Native(mutation.name, file, (ROOT / "tests/emulator",), partial(mutations.caught_by, mutation))
+        yield Native(
+            mutation.name, file, (ROOT / "tests/emulator",), partial(mutations.caught_by, mutation), mutation.equivalent
+        )
 
 
-LISTS: tuple[Callable[[], Iterable[Native]], ...] = (emulated,)
+LISTS: tuple[Callable[[], Iterable[Native]], ...] = (built, emulated)
 
 
 def judge(minutes: float) -> Iterator[Result]:
@@ -51,7 +61,9 @@ def judge(minutes: float) -> Iterator[Result]:
     for native in (x for each in LISTS for x in each()):
         key = hashlib.sha256(f"{native.file} {native.name}".encode()).hexdigest()[:12]
         new = Result(key, AREA, results.NOT_RUN, "", f"{native.file}: {native.name}", _digest(native.guards))
-        if (known := store.known(key)) is not None and known.digest == new.digest:
+        if native.equivalent:
+            yield replace(new, state=results.EQUIVALENT, by=native.equivalent)
+        elif (known := store.known(key)) is not None and known.digest == new.digest:
             yield known
         elif time.monotonic() - begun > minutes * 60:
             yield new

@@ -1,26 +1,17 @@
 """Mutations of the kernels: one textual change each that the cases must notice.
 
-`python -m harness.mutations [WORD ...]` tries those whose name has all words, each over a copy of the kernels.
+`python -m harness.mutations [WORD ...]` tries those whose name has all words, each over a copy of the kernels; with
+PYTHONPATH=tests:tests/emulator. The list of the other C++ sources is `mutants.native`.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
+from mutants.textual import Mutation
+
 from harness import build
-
-
-@dataclass(frozen=True)
-class Mutation:
-    name: str
-    file: str
-    before: str  # occurs in the file; `nth` picks which
-    after: str
-    nth: int = 0
-    suite: str = "evict"  # whose cases notice
-
 
 MUTATIONS = (
     Mutation("scan without its barrier", "block_scan.cuh", "block_sync();", "", 0),
@@ -148,11 +139,7 @@ def apply(mutation: Mutation, kernels: Path) -> None:
     for original in build.KERNELS.iterdir():
         text = original.read_text()
         if original.name == mutation.file:
-            parts = text.split(mutation.before)
-            if len(parts) <= mutation.nth + 1:
-                raise ValueError(f"{mutation.name}: {mutation.file} has no {mutation.before!r} number {mutation.nth}")
-            head, tail = parts[: mutation.nth + 1], parts[mutation.nth + 1 :]
-            text = mutation.before.join(head) + mutation.after + mutation.before.join(tail)
+            text = mutation.apply(text)
         copy = kernels / original.name
         if not copy.exists() or copy.read_text() != text:
             copy.write_text(text)
@@ -167,7 +154,7 @@ def caught_by(mutation: Mutation, cases: int = 60) -> str | None:
         apply(mutation, kernels)
         folder = build.build("mutated", "kernels", weak=True, kernels=kernels)
         for schedule in reversed(build.SCHEDULES):
-            done = build.run_cases(folder, mutation.suite, 0, cases, (schedule,), 0, sanitize=False)
+            done = build.run_cases(folder, mutation.suite or "evict", 0, cases, (schedule,), 0, sanitize=False)
             if done.returncode != 0:
                 lines = done.stderr.splitlines() or [f"ended by signal {-done.returncode}"]
                 return f"{schedule}: {lines[0]}"
