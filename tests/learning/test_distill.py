@@ -122,6 +122,26 @@ def test_teachers_answers_are_greedy(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("drafted", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_answers_end_with_their_first_end_token(model: PreTrainedModel, masked: bool, drafted: bool) -> None:
+    """Each where it comes, while the others go on with a context and masks of their own."""
+    lkv, text, questions = policy(model), texts([40, 33, 51]), [[5, 6, 7], [8, 9], [10]]
+    reading = distill.read(model, lkv, text)
+    masks = distill.log_masks(lkv, reading, torch.tensor([0.2, 0.3, 0.25]), 0.1, True) if masked else None
+    endless = distill.answers(model, reading.context, questions, 9, [], log_masks=masks)
+    assert [len(row) for row in endless] == [9, 9, 9]
+    drafts = endless if drafted else None
+    for stops in ([endless[0][0]], [endless[1][2]], [endless[2][5], endless[0][3]], [endless[1][8]]):
+        want = []
+        for row in endless:
+            end = next((i + 1 for i, token in enumerate(row) if token in stops), 9)
+            want.append(row[:end])
+        assert any(len(row) < 9 or row[-1] in stops for row in want)
+        assert distill.answers(model, reading.context, questions, 9, stops, drafts, masks) == want
+
+
+@torch.no_grad()
 def test_answers_after_eviction_of_padded_questions_are_those_of_each_alone(model: PreTrainedModel) -> None:
     text, questions = texts([50, 50]), [[5, 6, 7, 8], [9, 10]]
 

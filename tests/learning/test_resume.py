@@ -76,6 +76,7 @@ def test_a_finished_run_does_nothing_more(make) -> None:
     make().run()
     lines = (make().folder / METRICS).read_text()
     again = make(scores=[{}])
+    again.source.examples = lambda *args: pytest.fail("a text was read again")
     again.run()
     assert (again.folder / METRICS).read_text() == lines
 
