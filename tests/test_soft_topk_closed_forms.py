@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lkv_ext
-from lkv.learn.head_budget import HeadBudget
 
 
 def sigmoid(x: float) -> float:
@@ -103,20 +102,6 @@ def test_any_scores(scores: list[float], share: float, temperature: float) -> No
         assert to_scores[i].item() == pytest.approx(slope, **close)
 
 
-def test_shares_of_heads_are_a_relaxed_top_k_of_their_logits() -> None:
-    """LKV-H is the same relaxation one level up: floors first, then what is left among what heads have above them."""
-    torch.manual_seed(2)
-    budget = HeadBudget(2, 3, floor=0.125, temperature=0.5)
-    with torch.no_grad():
-        budget.logits.mlp[2].weight.normal_(0, 3)
-    logits = budget.logits().flatten().tolist()
-    for retention in (0.2, 0.5, 0.9):
-        above = bisected(logits, (retention - 0.125) / 0.875 * 6, 0.5)
-        want = torch.tensor([0.125 + 0.875 * m for m in above]).view(2, 3)
-        torch.testing.assert_close(budget(retention), want, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(budget(0.1), torch.full((2, 3), 0.1))  # below the floor: equal shares
-
-
 def test_the_gradient_of_a_share_reaches_the_loss_through_k() -> None:
     """dL/dk is the mean of the upstream gradient, weighted with m (1 - m)."""
     scores, upstream = torch.randn(3, 50, generator=generator(1)).double(), torch.randn(3, 50).double()
@@ -125,3 +110,23 @@ def test_the_gradient_of_a_share_reaches_the_loss_through_k() -> None:
     (got,) = torch.autograd.grad(mask, k, upstream)
     w: Tensor = (mask * (1 - mask)).detach()
     torch.testing.assert_close(got, (w * upstream).sum(-1) / w.sum(-1), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kernel", "differentiated again"])
+@pytest.mark.parametrize("cold", [1e-9, torch.tensor(1e-9), torch.tensor(-1.0)], ids=["number", "tensor", "negative"])
+def test_the_least_temperature_holds_for_slopes(cold: float | Tensor, again: bool) -> None:
+    """Of equal scores: w (g - mean g) / T, T being 1e-6."""
+    scores = torch.ones(1, 4, dtype=torch.float64, requires_grad=True)
+    upstream = torch.tensor([[1.0, 2.0, 3.0, 6.0]], dtype=torch.float64)
+    mask = lkv_ext.soft_topk(scores, 1.0, cold)
+    (got,) = torch.autograd.grad(mask, scores, upstream, create_graph=again)
+    torch.testing.assert_close(got.detach(), 3 / 16 * (upstream - 3) / 1e-6, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kernel", "differentiated again"])
+def test_where_no_score_is_near_the_threshold_k_has_next_to_no_slope(again: bool) -> None:
+    """W counts as 1e-6 for each score: of the true one, of 4e-22, the slope in k would be 1."""
+    scores, k = torch.tensor([0.0, 100.0]), torch.tensor(1.0, requires_grad=True)
+    mask = lkv_ext.soft_topk(scores, k, 1.0)
+    (got,) = torch.autograd.grad(mask.sum(), k, create_graph=again)
+    assert 0 <= got.item() < 1e-9

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lkv import reference
 from lkv.learn.head_budget import KINDS, HeadBudget, pour
 
 STATIC = [kind for kind in KINDS if kind != "threshold"]
@@ -71,6 +72,34 @@ def test_pour_fills_heads_to_the_brim_and_gives_the_rest_to_others() -> None:
     torch.testing.assert_close(pour(shares, torch.tensor(0.9)), torch.tensor([0.63, 0.18, 0.09]))
     torch.testing.assert_close(pour(shares, torch.tensor(1.9)), torch.tensor([1.0, 0.6, 0.3]))
     torch.testing.assert_close(pour(shares, torch.tensor(3.0)), torch.ones(3))
+
+
+def test_shares_are_a_relaxed_top_k_of_the_logits() -> None:
+    """The same relaxation one level up, in float64: floors first, then the rest among what heads have above them."""
+    for options, temperature in ((dict(temperature=0.5), 0.5), ({}, 1.0)):
+        torch.manual_seed(2)
+        budget = HeadBudget(2, 3, floor=0.125, **options)
+        with torch.no_grad():
+            budget.logits.mlp[2].weight.normal_(0, 3)
+        logits = budget.logits().flatten().detach()
+        for retention in (0.2, 0.5, 0.9):
+            above = reference.soft_topk(logits, (retention - 0.125) / 0.875 * 6, temperature)
+            want = (0.125 + 0.875 * above).view(2, 3).float()
+            torch.testing.assert_close(budget(retention), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(budget(0.1), torch.full((2, 3), 0.1))  # below the floor: equal shares
+
+
+@pytest.mark.parametrize("kind", STATIC)
+def test_tables_of_heads_of_several_lengths(kind: str) -> None:
+    """What is protected is there first, as far as it is there; more than all is all."""
+    lengths = torch.tensor([[3, 40, 10, 0], [40, 40, 12, 5], [1, 2, 90, 40]])
+    budget, sure = trained(kind), lengths.clamp(max=12)
+    for total in (int(sure.sum()), 150, 250, int(lengths.sum()), int(lengths.sum()) + 9):
+        table = budget.table(total, lengths, protected=12)
+        assert int(table.sum()) == min(total, int(lengths.sum()))
+        assert (table >= sure).all() and (table <= lengths).all()
+    few = budget.table(20, lengths, protected=12)
+    assert int(few.sum()) == 20 and (few <= sure).all()
 
 
 class Given(nn.Module):

@@ -117,6 +117,19 @@ def test_masks_stay_float32_beside_bfloat16() -> None:
     assert grad.dtype == torch.float32
 
 
+def test_logits_are_float32_beside_bfloat16() -> None:
+    """Soft caps and weights of a teacher too: in bfloat16 they would be off by 5 %."""
+    query, key = torch.zeros(B, HQ, M, D), torch.zeros(B, H, N + M, D)
+    query[..., 0] = 32.0
+    key[..., 0] = 1 - torch.arange(N + M) / 64  # logits 32 - j / 2: exact in bfloat16
+    value = normal(B, H, N + M, D, seed=4).abs()
+    half = (t.bfloat16() for t in (query, key, value))
+    given = dict(lkv_context=some_context(), scaling=1.0, softcap=50.0)
+    out, _ = attention(SimpleNamespace(layer_idx=0), *half, None, **given)
+    wanted = one_by_one(query, key, value.bfloat16(), torch.zeros(B, H, N), 1.0, 50.0, None)
+    torch.testing.assert_close(out.double(), wanted, rtol=8e-3, atol=0)
+
+
 def test_contexts_are_repeated_and_picked_whole() -> None:
     context = Context(
         tuple(normal(3, H, N, D, seed=s) for s in (1, 2)), (normal(3, H, N, D, seed=3),), torch.tensor([7, 3, 5])

@@ -62,6 +62,37 @@ def test_moments_leave_padding_out_and_add_up() -> None:
     torch.testing.assert_close(whole[1], torch.cat([torch.tensor([len(rows)]), rows.sum(0), (rows**2).sum(0)]))
 
 
+def test_inputs_of_half_precision_are_read_in_float32() -> None:
+    scorer, features = make(), torch.randn(2, 3, 20, 10).bfloat16()
+    assert torch.equal(scorer.raw(0, features), scorer.raw(0, features.float()))
+    assert scorer(0, features, torch.ones(2, 3, 20, dtype=torch.bool)).dtype == torch.float32
+
+
+def test_inputs_that_never_change_are_no_reason_for_infinity() -> None:
+    scorer, features = make(), torch.randn(2, 3, 40, 10)
+    features[..., 4] = 2.5
+    scorer.fit_input(moments(features, torch.ones(2, 3, 40, dtype=torch.bool)).expand(2, -1, -1))
+    torch.testing.assert_close(scorer.deviation[..., 4], torch.full((2, 3), 1e-3))
+    assert scorer.raw(0, features).isfinite().all()
+
+
+def test_moments_are_summed_in_float64() -> None:
+    """Small deviations from a large mean, which squares in float32 would lose."""
+    scorer, noise = make(), torch.randn(2, 3, 400, 10)
+    features = 1000 + noise
+    scorer.fit_input(moments(features, torch.ones(2, 3, 400, dtype=torch.bool)).expand(2, -1, -1))
+    rows = features.double().transpose(0, 1).flatten(1, 2)
+    torch.testing.assert_close(scorer.deviation[1].double(), rows.std(1, correction=0), rtol=1e-4, atol=0)
+
+
+def test_what_was_fitted_is_part_of_the_weights() -> None:
+    scorer, features = make(), 3 + 2 * torch.randn(2, 3, 40, 10)
+    scorer.fit_input(moments(features, torch.ones(2, 3, 40, dtype=torch.bool)).expand(2, -1, -1))
+    again = make()
+    again.load_state_dict(scorer.state_dict())
+    assert torch.equal(again.raw(1, features), scorer.raw(1, features))
+
+
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="expected an input of kv, hidden"):
         TokenScorer(1, 1, 4, "queries")

@@ -113,7 +113,7 @@ class Trainer:
             part = torch.zeros_like(loss)
             for layer, x in enumerate(reading.features):
                 target = standardise(wanted[layer].clamp(min=1e-4).log(), valid)
-                part = part + ((self.lkv.scorer(layer, x, valid) - target) ** 2 * valid).sum()
+                part = part + ((self.lkv.scorer(layer, x, valid) - target) ** 2).sum()  # both are 0 in padding
             part.backward()
             loss += part.detach()
             tokens += int(valid.sum()) * self.shape.layers
