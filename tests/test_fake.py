@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import lkv_ext
+from lkv_ext.ops import fake
 from lkv_ext.ops.library import ops
 
 
@@ -168,3 +170,37 @@ def test_gather_of_layers() -> None:
             for of, mine, theirs in zip(tensors, *both, strict=True):
                 zero = torch.zeros_like(of)
                 assert torch.equal(zero if mine is None else mine, zero if theirs is None else theirs)
+
+
+# As the ops name their tensors; all others by the name of the argument.
+NAMED = {
+    "evict_plain": dict(k="payload[0]", v="payload[1]"),
+    "gather": dict(positions="index.positions", cu_seqlens="index.cu_seqlens", source_cu_seqlens="cu_seqlens"),
+    "append_": dict(positions="cache.positions", lengths="cache.lengths", rows="payload", cache="cache"),
+}
+FIRST = dict(evict_plain="k", attend="q", gather="tensors", append_="rows")
+PARTS = ("out[0]", "out[1]", "out.positions", "out.lengths", "out.cu_seqlens")
+
+
+def name_of(op: str, argument: str, i: int, count: int) -> str:
+    if argument == "out":
+        return PARTS[i]
+    name = NAMED.get(op, {}).get(argument, "payload" if argument == "tensors" else argument)
+    return name if argument == "scores" and count == 1 else f"{name}[{i}]" if count else name
+
+
+# Not those of one tensor, and not soft_topk, whose arguments are made by its own wrapper.
+@pytest.mark.parametrize("call", [x for x in good() if x not in ("select", "select_ragged") and "soft" not in x])
+def test_tensors_in_two_places_are_refused(call: str) -> None:
+    """By the name of the one that is not where the first is, which the rows of K are."""
+    op = call.removesuffix("_ragged").removesuffix("_padded").removesuffix("_layers")
+    given = {name: x for name, x in good()[call].items() if op != "gather" or name not in ("batch", "heads")}
+    for name, value in given.items():
+        parts = value if isinstance(value, list) else [value]
+        for i, part in enumerate(parts):
+            if not isinstance(part, Tensor) or (name == FIRST.get(op, "payload") and i == 0):
+                continue
+            moved = [x.to("meta") if n == i else x for n, x in enumerate(parts)]
+            words = name_of(op, name, i, len(parts) if isinstance(value, list) else 0)
+            with pytest.raises(RuntimeError, match="^ValueError: expected " + re.escape(f"{words} on cpu, got meta")):
+                getattr(fake, f"_{op}")(**given | {name: moved if isinstance(value, list) else moved[0]})

@@ -110,7 +110,16 @@ GUARDS: dict[str, list[str]] = {
     "lkv_ext/ops/ints.py": ["test_calls", *_PARITY, "test_tracing", "test_torch"],
     "lkv_ext/ops/rooms.py": ["test_rooms", "test_cache", *_PARITY],
     "lkv_ext/ops/ragged.py": ["test_rooms", *_PARITY, "test_layouts", "test_torch", "test_cache"],
-    "lkv_ext/ops/*": [*_PARITY, "test_overlap", "test_calls", "test_layouts", "test_raw_ops", "test_tracing"] + _TORCH,
+    "lkv_ext/ops/*": [
+        "test_reraise",
+        *_PARITY,
+        "test_overlap",
+        "test_calls",
+        "test_layouts",
+        "test_raw_ops",
+        "test_tracing",
+    ]
+    + _TORCH,
     "lkv_ext/_sizes.py": ["test_sizes", "test_numpy", *_PARITY],
     "lkv_ext/_kinds.py": ["test_kinds", "test_errors", "test_arguments", "test_numpy"],
     "lkv_ext/numpy.py": ["test_numpy", "test_errors", "test_arguments"],
