@@ -140,6 +140,7 @@ def test_a_step_is_the_mean_divergence_of_all_answer_tokens(make: Make, step: in
     run.step = step
     numbers, gradients = mean_gradients(run, run._distil)
     assert asked == ([(step, [0, 1])] if accumulate == 1 else [(step, [0]), (step, [1])])
+    assert run.ends == [3]
     rate = torch.tensor([run.source.retention(step)])
     losses, tokens, agreed = [], 0, 0
     for row, text in enumerate(whole.contexts):
