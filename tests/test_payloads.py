@@ -66,6 +66,22 @@ def test_all_that_moves_rows(parts: list, order: tuple[int, ...]) -> None:
     assert torch.equal(storage_bytes(mine[0]), storage_bytes(theirs[0])), "the gaps too"
 
 
+def test_axes_of_one_element_have_any_stride() -> None:
+    """No step is made along them: rows of one element far apart, and an output of one row."""
+    k, scores = torch.randn(B, H, L, 5)[..., 1::5], scores_of("ties", [B, H, L])
+    assert k.shape[-1] == 1 and k.stride(-1) == 5
+    check(lkv_ext.evict(k, k, scores, 4), expected([k, k], scores, 4))
+    mine, theirs = twins([k]), twins([k])
+    check_index(lkv_ext.evict_(mine[0], None, scores, 4), expected(theirs, scores, 4, in_place=True))
+    assert torch.equal(storage_bytes(mine[0]), storage_bytes(theirs[0]))
+    one, ranking = torch.randn(1, 1, L, 4), scores_of("normal", [1, 1, L])
+    out = lkv_ext.evict(one, None, -ranking, 1)
+    out.k = torch.empty(2, 4)[::2]
+    assert out.k.stride() == (8, 1)
+    lkv_ext.evict(one, None, ranking, 1, out=out)
+    assert torch.equal(out.k[0], one[0, 0, ranking.argmax()])
+
+
 @pytest.mark.parametrize("parts", [LAYOUTS["float32, uint8"], LAYOUTS["of four sizes"]], ids=len)
 def test_numpy(parts: list) -> None:
     payload, scores = interleaved(parts), scores_of("ties", [B, H, L])
