@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -34,10 +35,11 @@ def states(folder: Path) -> dict[str, str]:
 
 
 def kill_with_children(pid: int) -> None:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    os.kill(pid, signal.SIGKILL)
-    for child in children:
-        kill_with_children(int(child))
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one that has just ended by itself
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(pid, signal.SIGKILL)
+        for child in children:
+            kill_with_children(int(child))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes to end in /proc")

@@ -176,7 +176,7 @@ def test_gather_distrusts_the_index(device: str) -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS, ids=str)
-@pytest.mark.parametrize("tokens", [(257, 257), (257, 40)])
+@pytest.mark.parametrize("tokens", [(257, 257), (257, 40), (40, 257)])
 def test_evict_layers(device: str, room: dict, tokens: tuple[int, int]) -> None:
     """Layers of different lengths and strides in one joint buffer; each is the eviction of that layer alone."""
     layers = [cache(device, length) for length in tokens]
@@ -215,6 +215,16 @@ def test_evict_layers(device: str, room: dict, tokens: tuple[int, int]) -> None:
             assert torch.equal(mine.cu_seqlens - begin, alone.cu_seqlens)
             assert torch.equal(bits(mine.k)[begin:end], bits(alone.k))
             assert torch.equal(mine.positions[begin:end], alone.positions)
+
+
+@pytest.mark.parametrize("room", [dict(reserve=3), dict(align=4), dict(layout="padded", reserve=2)], ids=str)
+def test_a_bound_of_no_rows(device: str, room: dict) -> None:
+    """`max_budget` of 0 is a bound like any other, where there is room for rows."""
+    k, v, _ = cache(device)
+    scores = scores_of("normal", [2, 3, 257]).to(device)
+    for budgets in (5, BUDGETS):
+        want = expected([k, v], scores, budgets, max_budget=0, **room)
+        check(lkv_ext.evict(k, v, scores, budgets, max_budget=0, **room), want)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

@@ -138,3 +138,46 @@ def test_what_is_read_beside_what_is_written() -> None:
         given = {key: out[0].view(-1)[: B * H].view(B, H) if t is inside else t for key, t in given.items()}
         with pytest.raises(RuntimeError, match=re.escape(f"expected out[0] and {name} without common memory")):
             ops.evict_out(out, [memory], [scores], **sizes | given)
+
+
+@pytest.mark.parametrize("flipped", [(0, 1), (1, 0), (1, 1)], ids=str)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_negative_strides(axis: int, flipped: tuple[int, int]) -> None:
+    """K | V of one NumPy buffer of which one goes backwards: beside each other, or with a byte in common."""
+    buffer = rows_of([B, H, L, ROW], torch.uint8, 3).numpy()
+    scores = scores_of("ties", [B, H, L]).numpy()
+
+    def views(memory: np.ndarray, begin: int) -> list[np.ndarray]:
+        both = memory[..., :16].view(np.float32), memory[..., begin : begin + 7]
+        return [np.flip(x, axis) if flip else x for x, flip in zip(both, flipped, strict=True)]
+
+    mine, theirs = buffer.copy(), [np.ascontiguousarray(x) for x in views(buffer, 16)]
+    for x, flat in zip(views(mine, 16), theirs, strict=True):
+        assert np.array_equal(x.view(np.uint8), flat.view(np.uint8))
+    lkv_numpy.evict_(*views(mine, 16), scores, [3, 21, 8])
+    lkv_numpy.evict_(*theirs, scores, [3, 21, 8])
+    for x, flat in zip(views(mine, 16), theirs, strict=True):
+        assert np.array_equal(x.view(np.uint8), flat.view(np.uint8))
+    assert np.array_equal(mine[..., 23:], buffer[..., 23:])
+    with pytest.raises(ValueError, match="expected k and v without common memory"):
+        lkv_numpy.evict_(*views(mine, 15), scores, 4)
+
+
+def test_elements_that_meet_within() -> None:
+    """Strides of NumPy are in bytes: rows of two floats that begin every six."""
+    memory = np.zeros(4000, np.uint8)
+    k = np.lib.stride_tricks.as_strided(memory.view(np.float32), (1, 2, 9, 2), (400, 200, 6, 4))
+    with pytest.raises(ValueError, match="expected k with memory of its own for every element"):
+        lkv_numpy.evict_(k, None, np.zeros((1, 2, 9), np.float32), 4)
+    assert not memory.any()
+
+
+def test_strides_that_take_too_long_to_tell() -> None:
+    """Whether any of these elements is one of the scores takes too many steps to find out: it counts as so."""
+    batch, heads, tokens = 30, 19, 12
+    memory = rows_of([250_000], torch.int16)
+    k = memory.as_strided((batch, heads, tokens, 1), (1874, 3442, 2388, 1), 0)
+    scores = memory.view(torch.float16).as_strided((batch, heads, tokens), (1590, 3290, 1406), 1)
+    lkv_ext.evict(k, None, scores, 3)
+    with pytest.raises(ValueError, match="lkv_ext.evict_: expected k and scores without common memory"):
+        lkv_ext.evict_(k, None, scores, 3)

@@ -79,6 +79,11 @@ REFUSED = (
     ("evict", dict(align=0), "align >= 1"),
     ("evict", dict(reserve=-1), "reserve >= 0"),
     ("evict", dict(sink=-1), "sink and window of at least 0"),
+    ("evict", dict(budgets=[], budgets_tensor=torch.ones(H - 1, dtype=torch.int64)), "budgets of shape"),
+    ("evict", dict(budgets=[], budgets_tensor=torch.ones(B - 1, H + 1, dtype=torch.int64)), "budgets of shape"),
+    ("evict", dict(lengths_tensor=torch.ones(B, H - 1, dtype=torch.int32)), "lengths of shape"),
+    ("evict", dict(starts_tensor=torch.ones(1, B, H, 1, dtype=torch.int32)), "starts of shape"),
+    ("evict_layers", dict(payload=[rows().half(), rows().bfloat16()]), "of the dtype of the first layer"),
     ("evict", dict(payload=[]), ""),  # counts as a select
     ("evict", dict(scores=[]), "one tensor per layer"),
     ("evict", dict(payload=[torch.empty(1, 1, 2**31, 0)], scores=[torch.zeros(1).expand(1, 1, 2**31)]), "tokens"),

@@ -59,10 +59,10 @@ void Problem::read_shape(const Named& first) {
   heads = first.array.sizes[1];
 }
 
-// Row sets are counted in 32 bits, as rows are. Each factor first, so that no product overflows.
+// Row sets are counted in 32 bits, as rows are. Each factor first, so that the product does not overflow.
 void Problem::check_rows() const {
   const bool fits = batch >= 0 && heads >= 0 && batch <= kMost && heads <= kMost && layers <= kMost;
-  check_value(fits && (batch == 0 || heads <= kMost / batch) && batch * heads <= kMost / layers,
+  check_value(fits && batch * heads <= kMost / layers,
               "expected at most 2**31 - 1 heads of all sequences and layers, got ", Shape{layers, batch, heads});
 }
 

@@ -148,7 +148,23 @@ def cropped(model: PreTrainedModel) -> Past:
     return past
 
 
-STATES = [empty, whole, packed, prefilled, hidden, capped, token_by_token, failed, cropped]
+@once
+def two_rotations(model: PreTrainedModel) -> Past:
+    """Layers that are given copies of the rotations, as on several devices."""
+    past = Past(model)
+    last = model.get_decoder().layers[past.cache.ragged[-1].index].self_attn
+
+    def copied(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[object, ...]:
+        return args, kwargs | {"position_embeddings": tuple(t.clone() for t in kwargs["position_embeddings"])}
+
+    hook = last.register_forward_pre_hook(copied, with_kwargs=True, prepend=True)
+    past.say(20, new=PROMPT.mask)
+    past.say(1, 1)
+    hook.remove()
+    return past
+
+
+STATES = [empty, whole, packed, prefilled, hidden, capped, token_by_token, failed, cropped, two_rotations]
 PASTS = pytest.mark.parametrize("past", STATES, ids=lambda f: f.__name__)
 
 
@@ -174,8 +190,10 @@ COPIES = {"fork": lkv.Cache.fork, "copy": copy.copy, "deepcopy": copy.deepcopy, 
 def test_copies_hold_the_same(model, past, way, tmp_path):
     cache = past.__wrapped__(model).cache
     before = snapshot(cache)
+    assert len(cache.lkv_session.rotaries) == {empty: 0, failed: 0, two_rotations: 2}.get(past, 1)
     if way == "file":
         cache.save(tmp_path / "cache")
+        assert [path.name for path in tmp_path.iterdir()] == ["cache"]
         twin = lkv.Cache.load(tmp_path / "cache", model)
     else:
         twin = COPIES[way](cache)
@@ -236,8 +254,9 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("new", ["token", "tokens", "padded"])
 @PASTS
-def test_a_model_that_fails(model, past, new, place):
+def test_a_model_that_fails(past, new, place):
     """Everything is as before, whatever part of the model failed."""
+    model = build("nondefault")
     made = past(model)
     if past is not capped:
         made.cache.lkv_session.settings = Past(model, chunks="last").cache.settings  # or rows would be gone
@@ -265,3 +284,44 @@ def test_a_copy_made_within_prefill_is_outside_of_it(way):
         past.say(8, 2)
         assert all(layer.rows is None for layer in past.cache.ragged)
     assert all(layer.held == [2 * 8] * 3 and not layer.due for layer in past.cache.ragged)
+
+
+def test_a_turn_that_fits_is_over():
+    """Nothing of it was evicted, and nothing is later: what comes behind it is an answer."""
+    past = Past(build("llama"), retention=None, budget=40)
+    past.say(20, new=PROMPT.mask)
+    past.cache.evict(budget=12)  # rows are packed
+    past.say(9, 1)
+    assert all(layer.evictions == 1 and not layer.due for layer in past.cache.ragged)
+    for i in range(30):
+        past.say(1, i)
+    assert all(layer.held == [2 * (12 + 39)] * 3 for layer in past.cache.ragged)
+
+
+def test_a_prompt_is_attended_to_in_full_before_the_cap_is_kept():
+    past = Past(build("llama"), retention=None, cap=16, interval=3)
+    for turns in (1, 2, 3):
+        past.say(20)
+        assert all((layer.evictions, layer.held) == (turns, [2 * 16] * 3) for layer in past.cache.ragged)
+
+
+def test_several_tokens_that_are_no_prompt_make_room_below_the_cap():
+    past = Past(build("llama"), retention=None, cap=16, interval=3)
+    with past.cache.prefill():
+        past.say(15)
+    for i in range(6):
+        past.say(5, i)
+        assert all(max(layer.held) <= 2 * 16 for layer in past.cache.ragged)
+
+
+def test_a_hidden_token_makes_place_for_an_earlier_query():
+    """And is the first to be overwritten."""
+    past = Past(build("llama"), retention=1.0)
+    past.say(20)
+    past.mask[:, -2] = 0
+    past.say(1, 1)
+    for expected in ([16, 17, 19, 20], [17, 19, 20, 21], [19, 20, 21, 22]):
+        for layer in past.cache.ragged:
+            _, places, there = layer.witness.queries.read()
+            assert places.tolist() == [expected] * 3 and there.all()
+        past.say(1, 2)

@@ -47,9 +47,44 @@ class Hold:
     budgets = score
 
 
+@dataclass(frozen=True)
+class Table:
+    """Budgets that are known before the scores: of layer 0 a few rows, of layer 1 more than there are, and none."""
+
+    needs = frozenset()
+    scope = "layer"
+    sink, window = 1, 2
+
+    def score(self, layer, observation):
+        return -observation.ranks().float()
+
+    def ahead(self, layer, rows, lengths):
+        return torch.tensor([[3, 5], [10**6, -1]])[layer].expand(len(rows), 2)
+
+    def budgets(self, scores, lengths, total, *, starts=None):
+        raise AssertionError
+
+
 @pytest.fixture
 def model():
     return build("llama")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_budgets_that_are_known_ahead(model, packed):
+    """The first row, the last two and the earliest between; packed rows are fewer than the tokens."""
+    prompt = turn([20, 11], 0)
+    cache = lkv.Cache(model, Table(), retention=0.9, chunks="last")
+    talk(model, cache, [prompt])
+    there = [[*range(20)], [*range(9, 20)]]
+    if packed:
+        cache.evict("streaming_llm", budget=8)
+        there = [[*row[:4], *row[-4:]] for row in there]
+    cache.evict(retention=0.2)
+    few = [[[*row[: n - 2], *row[-2:]] for n in (3, 5)] for row in there]
+    all_of = [[row, []] for row in there]
+    assert rows(cache) == [few[0] + few[1], all_of[0] + all_of[1]]
+    assert [layer.held for layer in cache.ragged] == [[8, 8], [len(row) for row in there]]
 
 
 def rows(cache: lkv.Cache) -> list[list[list[int]]]:

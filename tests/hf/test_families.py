@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conversation import talk, turn
-from families import SMALL, UNLIKE, build, call, tokens
+from families import SMALL, UNLIKE, build, call, places, tokens
 from masked import masked_logits, recorded
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -79,6 +79,24 @@ def test_layers_that_share_keys_with_the_last_logits_alone(family, keep):
             said.append([model(ids, past_key_values=cache, logits_to_keep=keep).logits for ids in (prompt, more)])
     for dense, ours in zip(*said, strict=True):
         torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_the_last_logits_alone_where_padding_is_between_tokens(family, keep):
+    if not hasattr(transformers, UNLIKE[family][1]):
+        pytest.skip("not in this transformers")
+    model, prompt, more = build(family), tokens(2, 40), tokens(2, 9, seed=1)
+    mask = torch.ones(2, 49).long()
+    mask[0, 45] = mask[1, 41] = mask[1, 44] = 0
+    said = []
+    with torch.no_grad():
+        for last in (0, keep):  # 0: all
+            cache = lkv.Cache(model, "adakv", retention=0.5)
+            call(model, prompt, mask[:, :40], cache)
+            options = dict(attention_mask=mask, position_ids=places(mask)[:, 40:], past_key_values=cache)
+            said.append(model(more, logits_to_keep=last, **options).logits[:, -keep:])
+    torch.testing.assert_close(said[1], said[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_is_evicted_when_the_last_that_reads_it_has_attended():

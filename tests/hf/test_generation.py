@@ -77,12 +77,12 @@ def test_a_sixth_kept(model, turns, chunk, chunks):
 
 def test_capped(model):
     """Over many tokens, never more rows than the cap."""
-    capped(model, [turn(ONE, 1000 if model is build("llama") else 150)], SnapKV(window=8))
+    capped(model, [turn(ONE, 500 if model is build("llama") else 90)], SnapKV(window=8))
 
 
 @pytest.mark.parametrize("policy", [StreamingLLM(sink=2), SnapKV(window=8), AdaKV(SnapKV(window=4))], ids=str)
 def test_capped_in_a_padded_batch(model, policy):
-    capped(model, [turn(FOUR, 150)], policy)
+    capped(model, [turn(FOUR, 60)], policy)
 
 
 def capped(model: PreTrainedModel, turns: list[Turn], policy: lkv.policies.Policy, cap: int = 48) -> None:

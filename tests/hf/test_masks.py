@@ -274,9 +274,18 @@ def test_reading():
     blocks[..., 1, 2] = True  # as of two tokens of one picture
     assert masks.is_causal(causal, 2, 4) and not masks.is_causal(blocks, 2, 4)
     assert not masks.is_causal(causal.roll(1, 2), 2, 4)
+    assert masks.is_causal(causal[:, :, 2:], 2, 4) and not masks.is_causal(causal[:, :, 2:].roll(1, 3), 2, 4)
     padded = causal.expand(2, -1, -1, -1).clone()
     padded[1, :, :, 0] = False
     assert masks.is_causal(padded, 2, 4)
+    of_heads = causal.repeat(1, 2, 1, 1)
+    of_heads[:, 0, :, 0] = of_heads[:, 1, :, 1] = False  # every token is seen by some head
+    read = masks.read(of_heads, None, None, 2, 0, 4)
+    assert read.hidden is None and not read.causal
+    for lowest, same in ((-torch.inf, True), (LOWEST, True), (torch.finfo(torch.bfloat16).min, True), (-9.0, False)):
+        additive = torch.zeros(1, 1, 4, 4).masked_fill(~causal, LOWEST)
+        additive[..., 0, 2] = lowest
+        assert masks.is_causal(additive, 2, 4) == same
     known = torch.tensor([[False] * 3, [True, False, False]])
     read = masks.read({"full_attention": padded, "sliding_attention": None}, None, known, 2, 3, 4)
     assert read.causal and read.hidden.tolist() == [[False] * 7, [True, False, False, True, False, False, False]]
@@ -285,14 +294,15 @@ def test_reading():
     assert masks.read(padded, outer, known, 2, 3, 4).hidden.tolist() == (outer == 0).tolist()
 
 
-def test_a_block_of_a_model_on_packed_rows(model, monkeypatch):
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_block_of_a_model_on_packed_rows(model, count, monkeypatch):
     """A mask that the model made, and that is not causal: refused where rows are packed, as it was before."""
     functions = __import__("transformers").masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
-    block = torch.ones(2, 1, 4, 4).bool()
+    block = torch.ones(2, 1, count, count).bool()
     cache = lkv.Cache(model, POLICY, retention=0.5)
     with torch.no_grad():
         call(model, tokens(2, 20), None, cache)
         monkeypatch.setitem(functions._global_mapping, "lkv_sdpa", lambda *args, **kwargs: block)
         with pytest.raises(ValueError, match="lkv.Cache: expected a causal mask"):
-            call(model, tokens(2, 4), None, cache)
+            call(model, tokens(2, count), None, cache)
     assert cache.get_seq_length() == 20

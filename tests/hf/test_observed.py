@@ -197,6 +197,14 @@ def test_what_is_held_follows_the_cache():
     three = lkv.Cache(model, policy, **options)
     with torch.no_grad():
         call(model, tokens(1, 20).expand(3, -1), None, three)
+    unpadded = lkv.Cache(model, policy, **options)  # of which all sequences have the same rotations
+    with torch.no_grad():
+        call(model, tokens(3, 20), None, unpadded)
+    unpadded.batch_select_indices(torch.tensor([2, 0]))
+    of_two = lkv.Cache(model, policy, **options)
+    with torch.no_grad():
+        call(model, tokens(3, 20)[[2, 0]], None, of_two)
+    same(unpadded, of_two)
     one, other = shown(single), shown(three)
     assert [each.hidden_states.shape for each in one] == [each.hidden_states.shape for each in other]
     assert [each.pre_rope_keys.shape for each in one] == [each.pre_rope_keys.shape for each in other]

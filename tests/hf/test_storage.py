@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conversation import turn
-from families import FAMILIES, UNLIKE, build, call, tokens
+from families import FAMILIES, UNLIKE, build, call, tokens, variant
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache, PreTrainedModel
@@ -200,8 +201,14 @@ for cache in (pickled, loaded):
 
 def test_attach_refuses_other_models():
     cache, _ = filled(build("llama"))
-    with pytest.raises(ValueError, match="lkv.Cache.attach: expected a model with 2 cache layers like those of Llama"):
-        cache.attach(build("gemma3"))
+    longer = variant("gemma3", layer_types=["full_attention"] * 2 + ["sliding_attention"] * 2)
+    if hasattr(transformers, "Gemma4TextConfig"):  # of the layers of a cache, but read by others
+        shorter = variant("gemma3", num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+        with pytest.raises(ValueError, match="expected a model with 4 cache layers like those of Gemma4"):
+            lkv.Cache(build("gemma4"), retention=0.5).attach(shorter)
+    for other in (build("gemma3"), longer):
+        with pytest.raises(ValueError, match="lkv.Cache.attach: expected a model with 2 cache layers like those of Ll"):
+            cache.attach(other)
 
 
 def test_what_other_code_asks_of_a_cache():

@@ -76,7 +76,7 @@ HOST = (
     Mutation("problem: more tokens than positions", "host/problem.cpp", "check_value(count <= kMost,",
              "check_value(count <= kMost + 1,"),
     Mutation("problem: more row sets than 32 bits count", "host/problem.cpp",
-             "(batch == 0 || heads <= kMost / batch) && ", ""),
+             "batch * heads <= kMost / layers", "batch * heads <= kMost"),
     Mutation("problem: layers of other rows", "host/problem.cpp",
              "std::equal(array.sizes + axes, array.sizes + array.rank, head.sizes + axes, head.sizes + head.rank)",
              "(array.rank == head.rank)"),

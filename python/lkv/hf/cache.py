@@ -63,7 +63,8 @@ class Cache(HFCache):
         chunks: with a prompt in several calls, "each" evicts behind every one, so that memory is bounded; "last" behind
             the first token that follows it, or at the end of `prefill`: all of the prompt was attended to in full.
         cap: rows per head, on average over a layer, beyond which decoding does not go: when they are reached,
-            `interval` rows are evicted, however long it goes on. Without a cap generated tokens are kept.
+            `interval` rows are evicted, or as many as come at once, however long it goes on. Without a cap generated
+            tokens are kept.
         interval: default: an eighth of the cap.
         reserve: rows of slack behind every head, into which tokens are written in place.
         observe: what to hold for `evict` with other policies, beside what this one needs: "queries", "pre_rope_keys"

@@ -168,9 +168,6 @@ class RaggedLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(len(self.real)).repeat_interleave(repeats))
-
     @keeps_tensors
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.rows is not None:

@@ -85,8 +85,12 @@ def read(mask: object, outer: Tensor | None, known: Tensor | None, batch: int, s
 
 
 def is_causal(mask: Tensor, batch: int, count: int) -> bool:
-    """Whether a mask of new tokens among themselves, `[B or 1, H or 1, n, n]`, is causal but for hidden tokens."""
-    return mask.dim() == 2 or _read_square(mask, batch, mask.shape[-1] - count, count).causal
+    """Whether a mask of new tokens among themselves, `[B or 1, H or 1, n, n]`, is causal but for hidden tokens.
+
+    Of fewer queries they are the last, as of models that ask for the last logits alone.
+    """
+    queries = min(mask.shape[-2], count)
+    return mask.dim() == 2 or _read_square(mask, batch, mask.shape[-1] - queries, queries).causal
 
 
 def _read_rows(mask: Tensor, batch: int, total: int) -> Tensor | None:

@@ -337,7 +337,8 @@ class Session:
         groups = [layers] if eviction.one_total(settings.policy) else [[layer] for layer in layers]
         full = [g for g in groups if g and _rows_after(g, count) > settings.cap * _heads(g)]
         if full:
-            eviction.evict([layer for group in full for layer in group], settings, settings.cap - settings.interval)
+            rows = max(settings.cap - max(settings.interval, count), 1)
+            eviction.evict([layer for group in full for layer in group], settings, rows)
 
 
 def _heads(layers: Sequence[RaggedLayer]) -> int:
