@@ -66,7 +66,7 @@ class Limit(NamedTuple):
 LIMITS = (
     Limit(r"gather_bulk_kernel", 64, vectors=4, bulk=2),
     Limit(r"(gather|evict|compact|append)_kernel", 64, vectors=4),
-    Limit(r"split_(histogram|count)_kernel|rooms_kernel", 48),
+    Limit(r"split_(histogram|count)_kernel|spans_kernel", 48),
     Limit(r"soft_topk_\w*kernel", 56),
     Limit(r"upload_kernel", 40),
     Limit(r"attend_kernel<.*true>", 160),  # of mixed types

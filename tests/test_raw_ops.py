@@ -68,9 +68,9 @@ def op_of(call: str):
 
 
 REFUSED = (
-    ("evict_padded", dict(total=100), "a padded output of 6 rooms of 5 rows, got 100 rows"),
-    ("evict_padded", dict(total=10_000_000), "a padded output of 6 rooms of 5 rows"),
-    ("evict_padded", dict(padded=2**62, total=0), "a padded output of 6 rooms"),
+    ("evict_padded", dict(total=100), "a padded output of 6 spans of 5 rows, got 100 rows"),
+    ("evict_padded", dict(total=10_000_000), "a padded output of 6 spans of 5 rows"),
+    ("evict_padded", dict(padded=2**62, total=0), "a padded output of 6 spans"),
     ("evict_out", dict(padded=5), "contiguous of shape"),
     ("evict", dict(total=2**31), "at most 2\\*\\*31 - 1 rows"),
     ("evict", dict(total=-1), "at most 2\\*\\*31 - 1 rows"),

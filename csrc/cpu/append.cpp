@@ -10,7 +10,7 @@ namespace {
 // Bytes that are worth a thread of their own.
 constexpr int64_t kGrain = 256 << 10;
 
-void append_row_set(const AppendParams& p, int64_t row) {
+void append_segment(const AppendParams& p, int64_t row) {
   const int64_t b = row / p.heads, h = row % p.heads;
   const int64_t begin = clamp(p.cu_seqlens[row], 0, p.tokens);
   const int64_t end = clamp(p.cu_seqlens[row + 1], begin, p.tokens);
@@ -35,7 +35,7 @@ void append(const AppendParams& p, const Threads& threads) {
   int64_t bytes = 0;
   for (int64_t i = 0; i < p.payloads; ++i) bytes += p.row_bytes[i];
   const int64_t workers = useful_workers(threads, rows, rows * p.count * bytes, kGrain);
-  for_each_unit(threads, workers, rows, [&](int64_t row, int64_t) { append_row_set(p, row); });
+  for_each_unit(threads, workers, rows, [&](int64_t row, int64_t) { append_segment(p, row); });
 }
 
 }  // namespace lkv::cpu

@@ -39,34 +39,34 @@ struct Partial {
 };
 
 // Rows of K and V in use.
-struct Span {
+struct InUse {
   int64_t begin, length;
 };
 
 class Attention {
  public:
   explicit Attention(const AttendParams& p)
-      : p_(p), row_sets_(p.batch * p.heads), queries_(p.group * p.queries), acc_stride_(stride_of(p.dim_v)) {
-    if (row_sets_ == 0 || queries_ == 0) return;
+      : p_(p), segments_(p.batch * p.heads), queries_(p.group * p.queries), acc_stride_(stride_of(p.dim_v)) {
+    if (segments_ == 0 || queries_ == 0) return;
     tile_ = std::min(queries_, kQueryTile);
     tiles_ = divide_up(queries_, tile_);
-    const int64_t most = std::max<int64_t>(1, kPieces / (row_sets_ * tiles_));
+    const int64_t most = std::max<int64_t>(1, kPieces / (segments_ * tiles_));
     piece_ = std::max(kPieceRows, divide_up(p.longest, most));
     pieces_ = std::max<int64_t>(1, divide_up(p.longest, piece_));
     partials_.reset(new float[static_cast<size_t>(units() * partial_size())]);
     // Read once: who else has these tensors may write to them.
-    spans_.reserve(static_cast<size_t>(row_sets_));
-    for (int64_t row = 0; row < row_sets_; ++row) spans_.push_back(span_of(row));
-    left_ = std::vector<std::atomic<int64_t>>(static_cast<size_t>(row_sets_ * tiles_));
-    for (int64_t i = 0; i < row_sets_ * tiles_; ++i) left_[i] = pieces_of(length_of(i / tiles_));
+    spans_.reserve(static_cast<size_t>(segments_));
+    for (int64_t row = 0; row < segments_; ++row) spans_.push_back(span_of(row));
+    left_ = std::vector<std::atomic<int64_t>>(static_cast<size_t>(segments_ * tiles_));
+    for (int64_t i = 0; i < segments_ * tiles_; ++i) left_[i] = pieces_of(length_of(i / tiles_));
     if (p.sinks != nullptr) with_type(p.sinks_type, [&]<ScoreType type>() { load_sinks<type>(); });
   }
 
-  int64_t units() const { return row_sets_ * tiles_ * pieces_; }
+  int64_t units() const { return segments_ * tiles_ * pieces_; }
 
   int64_t work() const {
     int64_t rows = 0;
-    for (const Span& span : spans_) rows += span.length;
+    for (const InUse& span : spans_) rows += span.length;
     return rows * queries_ * (p_.dim + p_.dim_v);
   }
 
@@ -79,10 +79,10 @@ class Attention {
   }
 
  private:
-  Span span_of(int64_t row) const {
+  InUse span_of(int64_t row) const {
     const int64_t begin = clamp(p_.cu_seqlens[row], 0, p_.tokens);
-    const int64_t room = clamp(p_.cu_seqlens[row + 1], begin, p_.tokens) - begin;
-    return {begin, clamp(p_.lengths[row], 0, std::min(room, p_.longest))};
+    const int64_t space = clamp(p_.cu_seqlens[row + 1], begin, p_.tokens) - begin;
+    return {begin, clamp(p_.lengths[row], 0, std::min(space, p_.longest))};
   }
   int64_t begin_of(int64_t row) const { return spans_[row].begin; }
   int64_t length_of(int64_t row) const { return spans_[row].length; }
@@ -111,7 +111,7 @@ class Attention {
     for (int64_t head = 0; head < p_.heads * p_.group; ++head) sinks_.push_back(to_float<type>(from[head]));
   }
 
-  // Query i of a row set is head i % group of the group at token i / group: neighbours see about the same rows.
+  // Query i of a segment is head i % group of the group at token i / group: neighbours see about the same rows.
   int64_t head_of(int64_t row, int64_t i) const { return row % p_.heads * p_.group + i % p_.group; }
 
   template <ScoreType type>
@@ -182,9 +182,9 @@ class Attention {
   }
 
   const AttendParams& p_;
-  int64_t row_sets_, queries_, acc_stride_;
+  int64_t segments_, queries_, acc_stride_;
   int64_t tile_ = 1, tiles_ = 0, piece_ = 1, pieces_ = 0;
-  std::vector<Span> spans_;  // of each row set
+  std::vector<InUse> spans_;  // of each segment
   std::unique_ptr<float[]> partials_;
   std::vector<float> sinks_;                // of every query head; empty: none
   std::vector<std::atomic<int64_t>> left_;  // pieces of each tile that are not done

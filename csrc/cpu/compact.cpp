@@ -20,14 +20,14 @@ int64_t in_place(const int32_t* positions, int64_t count) {
 
 void compact_columns(const CompactParams& p, const RowKernels& kernels, int64_t row, int64_t payload, int64_t begin,
                      int64_t end) {
-  const RowSet set = row_set(p.source, row);
-  const Strided& tokens = p.payload[payload * p.source.layers + set.layer];
+  const Segment segment = segment_of(p.source, row);
+  const Strided& tokens = p.payload[payload * p.source.layers + segment.layer];
   const int32_t* positions = p.positions + p.cu_seqlens[row];
-  const int64_t count = clamp(p.lengths[row], 0, set.limit);
+  const int64_t count = clamp(p.lengths[row], 0, segment.limit);
   const int64_t still = in_place(positions, count);
   const CopyRows copy = kernels.copy_rows(end - begin);
-  copy({set.at(tokens, still) + begin, tokens.token, set.at(tokens, 0) + begin, tokens.token, positions + still,
-        count - still, set.limit, end - begin});
+  copy({segment.at(tokens, still) + begin, tokens.token, segment.at(tokens, 0) + begin, tokens.token, positions + still,
+        count - still, segment.limit, end - begin});
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 namespace lkv::cpu {
 
-// Whoever waits for a row set in the gather waits for a thread that is at work on it and waits for nobody, as all of
+// Whoever waits for a segment in the gather waits for a thread that is at work on it and waits for nobody, as all of
 // the select is taken before any of the gather.
 void evict(SelectParams select, GatherParams gather, const Threads& threads) {
   std::vector<uint32_t> ready(static_cast<size_t>(select.source.rows()));

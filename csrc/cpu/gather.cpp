@@ -15,14 +15,14 @@ constexpr int64_t kGrain = 32 << 10;
 // Outputs that would not stay in the cache anyway.
 constexpr int64_t kStreamed = 16 << 20;
 
-// Destination rows [begin, end) of one row set, or of none (row < 0).
-struct Segment {
+// Destination rows [begin, end) of one segment, or of none (row < 0).
+struct Run {
   int64_t row, begin, end;
 };
 
-// The rooms around destination row j. Whatever cu_seqlens holds, the bisection ends on an i with
-// cu_seqlens[i - 1] <= j < cu_seqlens[i], so its row set exists, and the segment is never empty.
-Segment segment_at(const GatherParams& p, int64_t rows, int64_t j, int64_t end) {
+// The spans around destination row j. Whatever cu_seqlens holds, the bisection ends on an i with
+// cu_seqlens[i - 1] <= j < cu_seqlens[i], so its segment exists, and the run is never empty.
+Run run_at(const GatherParams& p, int64_t rows, int64_t j, int64_t end) {
   const int64_t i = std::upper_bound(p.cu_seqlens, p.cu_seqlens + rows + 1, j) - p.cu_seqlens;
   if (i > rows) return {-1, j, end};
   return {i - 1, j, clamp(p.cu_seqlens[i], j + 1, end)};  // clamped, as it may be another by now
@@ -38,7 +38,7 @@ char* output(const GatherParams& p, int64_t payload, int64_t j) {
   return p.outputs[payload] + j * p.row_bytes[payload];
 }
 
-void clear(const GatherParams& p, const Segment& s) {
+void clear(const GatherParams& p, const Run& s) {
   for (int64_t payload = 0; payload < p.payloads; ++payload) {
     const int64_t bytes = p.row_bytes[payload];
     if (bytes > 0) std::memset(output(p, payload, s.begin), 0, static_cast<size_t>((s.end - s.begin) * bytes));
@@ -66,27 +66,27 @@ void GatherUnits::run(int64_t unit) const {
   int64_t begin = unit * tile_;
   const int64_t end = std::min(p_.total, begin + tile_);
   while (begin < end) {
-    const Segment segment = segment_at(p_, p_.source.rows(), begin, end);
-    if (segment.row < 0) {
-      clear(p_, segment);
+    const Run run = run_at(p_, p_.source.rows(), begin, end);
+    if (run.row < 0) {
+      clear(p_, run);
     } else {
-      if (p_.ready != nullptr) wait_for(p_.ready[segment.row]);
-      move(segment.row, segment.begin, segment.end);
+      if (p_.ready != nullptr) wait_for(p_.ready[run.row]);
+      move(run.row, run.begin, run.end);
     }
-    begin = segment.end;
+    begin = run.end;
   }
   if (p_.warm) kernels_.fence();
 }
 
 void GatherUnits::move(int64_t row, int64_t begin, int64_t end) const {
-  const RowSet set = row_set(p_.source, row);
+  const Segment segment = segment_of(p_.source, row);
   for (int64_t payload = 0; payload < p_.payloads; ++payload) {
     const int64_t bytes = p_.row_bytes[payload];
     if (bytes == 0) continue;
-    const Strided& input = p_.inputs[payload * p_.source.layers + set.layer];
+    const Strided& input = p_.inputs[payload * p_.source.layers + segment.layer];
     const CopyRows copy = streamed(payload) ? kernels_.stream_rows(bytes) : kernels_.copy_rows(bytes);
-    copy({output(p_, payload, begin), bytes, set.at(input, 0), input.token, p_.positions + begin, end - begin,
-          set.limit, bytes});
+    copy({output(p_, payload, begin), bytes, segment.at(input, 0), input.token, p_.positions + begin, end - begin,
+          segment.limit, bytes});
   }
 }
 

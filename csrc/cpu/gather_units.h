@@ -8,7 +8,7 @@ namespace lkv::cpu {
 // How many threads a gather is worth.
 int64_t gather_workers(const GatherParams& p, const Threads& threads);
 
-// A gather cut into units of work: tiles of destination rows over all row sets, so that skewed budgets balance.
+// A gather cut into units of work: tiles of destination rows over all segments, so that skewed budgets balance.
 class GatherUnits {
  public:
   GatherUnits(const GatherParams& p, int64_t workers);

@@ -10,7 +10,7 @@ namespace lkv::cpu {
 // How many threads a select is worth.
 int64_t select_workers(const SelectParams& p, const Threads& threads);
 
-// A select cut into units of work: a row set each, or one unit that writes the slack where there is none.
+// A select cut into units of work: a segment each, or one unit that writes the slack where there is none.
 class SelectUnits {
  public:
   SelectUnits(const SelectParams& p, int64_t workers);

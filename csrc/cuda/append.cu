@@ -1,6 +1,6 @@
 #include "launch.h"
-#include "room.cuh"
 #include "rows_copy.cuh"
+#include "span.cuh"
 #include "tuning.h"
 
 namespace lkv::cuda {
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kProductionBlock = 256;
 
-// The rows of one row set that fit: where they go, and which token is the first of them.
+// The rows of one segment that fit: where they go, and which token is the first of them.
 struct Added {
   int64_t first, rows, token;
 };
@@ -32,17 +32,17 @@ __device__ __forceinline__ void append_rows(const AppendParams& p, int64_t row, 
   }
 }
 
-// A block per row set: nobody else reads the length that it changes.
+// A block per segment: nobody else reads the length that it changes.
 template <int kBlock>
 __global__ void __launch_bounds__(kBlock) append_kernel(const LKV_GRID_CONSTANT AppendParams p) {
   const int64_t rows = p.batch * p.heads;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const Room room = room_of(p.cu_seqlens, p.lengths, p.tokens, row);
+    const Span span = span_of(p.cu_seqlens, p.lengths, p.tokens, row);
     const int64_t valid = clamp(p.valid.at(0, row / p.heads, row % p.heads), 0, p.count);
-    const int64_t fit = clamp(valid, 0, room.size - room.length);
-    append_rows<kBlock>(p, row, {room.begin + room.length, fit, p.count - valid});
+    const int64_t fit = clamp(valid, 0, span.size - span.length);
+    append_rows<kBlock>(p, row, {span.begin + span.length, fit, p.count - valid});
     block_sync();  // all threads have read the length
-    if (threadIdx.x == 0) p.lengths[row] = static_cast<int32_t>(room.length + fit);
+    if (threadIdx.x == 0) p.lengths[row] = static_cast<int32_t>(span.length + fit);
   }
 }
 

@@ -17,13 +17,13 @@ int block_of(const Tuning& tuning) {
   return tuning.block == kTestBlock ? kTestBlock : kProductionBlock;
 }
 
-int64_t row_sets(const AttendParams& p) {
+int64_t segments(const AttendParams& p) {
   return p.batch * p.heads;
 }
 
 AttendPlan make_plan(const AttendParams& p, void* scratch, const Tuning& tuning) {
   const int64_t tiles = divide_up(p.group * p.queries, kQueries), slices = divide_up(p.dim_v, kSlice);
-  const int64_t most = std::max<int64_t>(1, kUnits / std::max<int64_t>(1, row_sets(p) * tiles * slices));
+  const int64_t most = std::max<int64_t>(1, kUnits / std::max<int64_t>(1, segments(p) * tiles * slices));
   const int64_t rows =
       tuning.pieces > 0 ? divide_up(p.longest, tuning.pieces) : std::max(kPieceRows, divide_up(p.longest, most));
   const int64_t piece_rows = std::max<int64_t>(1, divide_up(rows, block_of(tuning))) * block_of(tuning);
@@ -35,7 +35,7 @@ template <ScoreType type, int kBlock, bool kMixed>
 Status run(const AttendParams& p, const AttendPlan& plan, Stream stream) {
   constexpr size_t shared = sizeof(AttendShared<type, kBlock>);
   static_assert(shared <= kDefaultShared);
-  const int64_t units = plan.unit(row_sets(p), 0, 0, 0), outputs = row_sets(p) * p.group * p.queries * plan.slices;
+  const int64_t units = plan.unit(segments(p), 0, 0, 0), outputs = segments(p) * p.group * p.queries * plan.slices;
   if (std::max(units, outputs) > kMaxBlocks) return cudaErrorInvalidConfiguration;
   const Grid grid = {.blocks = units, .block = kBlock, .shared = shared};
   const Status status = launch(attend_kernel<type, kBlock, kMixed>, grid, stream, p, plan);
@@ -49,7 +49,7 @@ Status run(const AttendParams& p, const AttendPlan& plan, Stream stream) {
 
 size_t attend_scratch(const AttendParams& p, const Tuning& tuning) {
   const AttendPlan plan = make_plan(p, nullptr, tuning);
-  return plan.pieces == 1 ? 0 : plan.unit(row_sets(p), 0, 0, 0) * sizeof(AttendPartial);
+  return plan.pieces == 1 ? 0 : plan.unit(segments(p), 0, 0, 0) * sizeof(AttendPartial);
 }
 
 size_t attend_scratch(const AttendParams& p) {

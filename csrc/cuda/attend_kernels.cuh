@@ -101,10 +101,10 @@ __global__ void __launch_bounds__(kBlock, kMixed ? 3 : 4)
   const ScoreType of_q = kMixed ? p.type : type;
   auto* shared = dyn_smem<AttendShared<type, kBlock>>();
   const Unit u = unit_of_block(plan);
-  const Room room = attended_rows(p, u.row);
-  if (u.piece >= plan.pieces_of(room.length)) return;
+  const Span span = attended_rows(p, u.row);
+  if (u.piece >= plan.pieces_of(span.length)) return;
   const auto begin = static_cast<int>(u.piece * plan.piece_rows);  // lengths are int32
-  find_queries(shared, p, u, room.length, clamp(begin + plan.piece_rows, 0, room.length));
+  find_queries(shared, p, u, span.length, clamp(begin + plan.piece_rows, 0, span.length));
   int end = 0;
 #pragma unroll
   for (int q = 0; q < kQueries; ++q) end = shared->end[q] > end ? shared->end[q] : end;
@@ -116,8 +116,8 @@ __global__ void __launch_bounds__(kBlock, kMixed ? 3 : 4)
   Accumulators mine = {};
   for (int first = begin; first < end; first += kBlock) {
     const int rows = smaller(end - first, kBlock);
-    const char* k = p.k.data + (room.begin + first) * p.k.token;
-    const char* v = p.v.data + (room.begin + first) * p.v.token;
+    const char* k = p.k.data + (span.begin + first) * p.k.token;
+    const char* v = p.v.data + (span.begin + first) * p.v.token;
     float logits[kQueries] = {};
     for (int64_t at = 0; at < p.dim; at += kChunk) {
       const int slot = resident ? static_cast<int>(at / kChunk) : 0, columns = smaller(p.dim - at, kChunk);

@@ -4,10 +4,10 @@
 #include <type_traits>
 
 #include "block_scan.cuh"
-#include "room.cuh"
+#include "span.cuh"
 
-// How attention is cut: a unit is one tile of queries of a row set over one piece of its rows, for one slice of the
-// columns of V. Query i of a row set is head i % group of the group at token i / group: neighbours see about the same
+// How attention is cut: a unit is one tile of queries of a segment over one piece of its rows, for one slice of the
+// columns of V. Query i of a segment is head i % group of the group at token i / group: neighbours see about the same
 // rows.
 
 namespace lkv::cuda {
@@ -34,7 +34,7 @@ struct AttendPlan {
   LKV_HD int64_t unit(int64_t row, int64_t piece, int64_t tile, int64_t slice) const {
     return ((row * pieces + piece) * tiles + tile) * slices + slice;
   }
-  // How many pieces of a row set have a result: at least one, as a query that sees nothing gets zeros.
+  // How many pieces of a segment have a result: at least one, as a query that sees nothing gets zeros.
   LKV_HD int64_t pieces_of(int64_t length) const { return clamp((length + piece_rows - 1) / piece_rows, 1, pieces); }
 };
 
@@ -53,22 +53,22 @@ struct AttendShared {
   float highest[kQueries], sum[kQueries], factor[kQueries], sink[kQueries];
   const char* query[kQueries];  // nullptr: there is none
   char* out[kQueries];
-  int end[kQueries];  // rows of the row set that the query sees
+  int end[kQueries];  // rows of the segment that the query sees
 };
 
-// The rows that a row set has in use, as far as `longest` allows.
-__device__ __forceinline__ Room attended_rows(const AttendParams& p, int64_t row) {
-  Room room = room_of(p.cu_seqlens, p.lengths, p.tokens, row);
-  room.length = clamp(room.length, 0, p.longest);
-  return room;
+// The rows that a segment has in use, as far as `longest` allows.
+__device__ __forceinline__ Span attended_rows(const AttendParams& p, int64_t row) {
+  Span span = span_of(p.cu_seqlens, p.lengths, p.tokens, row);
+  span.length = clamp(span.length, 0, p.longest);
+  return span;
 }
 
-// The head of a query of a row set.
+// The head of a query of a segment.
 __device__ __forceinline__ int64_t query_head(const AttendParams& p, int64_t row, int64_t i) {
   return row % p.heads * p.group + i % p.group;
 }
 
-// Where a query of a row set, or what becomes of it, lies.
+// Where a query of a segment, or what becomes of it, lies.
 __device__ __forceinline__ char* query_at(const AttendParams& p, const Strided& t, int64_t row, int64_t i) {
   return t.data + row / p.heads * t.batch + query_head(p, row, i) * t.head + i / p.group * t.token;
 }

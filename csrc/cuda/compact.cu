@@ -9,12 +9,12 @@ namespace {
 constexpr int kProductionBlock = 512;
 constexpr uint32_t kSliceVectors = 4;  // of a row's bytes move in one slice
 
-// Which (row set, payload) a block moves, and the slices of its rows: bytes of different slices never meet.
+// Which (segment, payload) a block moves, and the slices of its rows: bytes of different slices never meet.
 struct Slices {
   int64_t first, step;
 };
 
-// Moves the slices of one row set's rows. Kept rows only move towards the front, so a tile's stores never reach what a
+// Moves the slices of one segment's rows. Kept rows only move towards the front, so a tile's stores never reach what a
 // later tile loads: only within a tile all loads must come before the first store.
 template <class Vector, int kBlock>
 __device__ __forceinline__ void move_rows(char* rows, int64_t stride, int64_t limit, int64_t row_bytes,
@@ -52,15 +52,15 @@ __global__ void __launch_bounds__(kBlock, kProductionBlock * 2 / kBlock)
   const int64_t units = p.source.rows() * p.payloads * slices;
   for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
     const int64_t payload = unit / slices % p.payloads, row = unit / slices / p.payloads;
-    const RowSet set = row_set(p.source, row);
-    const Strided& tokens = p.payload[payload * p.source.layers + set.layer];
+    const Segment segment = segment_of(p.source, row);
+    const Strided& tokens = p.payload[payload * p.source.layers + segment.layer];
     const int64_t row_bytes = p.row_bytes[payload];
     const int32_t* positions = p.positions + p.cu_seqlens[row];
-    const int64_t keep = clamp(p.lengths[row], 0, set.limit);
-    char* rows = set.at(tokens, 0);
+    const int64_t keep = clamp(p.lengths[row], 0, segment.limit);
+    char* rows = segment.at(tokens, 0);
     const uint32_t bits = low_bits(rows) | static_cast<uint32_t>(tokens.token | row_bytes);
     with_vector(bits, [&](auto vector) {
-      move_rows<decltype(vector), kBlock>(rows, tokens.token, set.limit, row_bytes, positions, keep,
+      move_rows<decltype(vector), kBlock>(rows, tokens.token, segment.limit, row_bytes, positions, keep,
                                           {unit % slices, slices});
     });
   }
@@ -82,7 +82,7 @@ Status run(const CompactParams& p, Stream stream) {
 
 Status compact(const CompactParams& p, Stream stream, const Tuning& tuning) {
   CompactParams params = p;
-  params.source.lengths = params.source.starts = RowInts{};  // positions reach any row of a row set
+  params.source.lengths = params.source.starts = RowInts{};  // positions reach any row of a segment
   return with_block<kProductionBlock>(tuning, [&]<int kBlock> { return run<kBlock>(params, stream); });
 }
 

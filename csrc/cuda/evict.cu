@@ -1,7 +1,7 @@
 #include "gather_tile.cuh"
 #include "select_plan.h"
 
-// Small evictions in one launch: the blocks that have selected a row set's rows move them as well, which is worth it
+// Small evictions in one launch: the blocks that have selected a segment's rows move them as well, which is worth it
 // where each has little to move. Otherwise a select with a gather beside it, whose tiles balance whatever the budgets
 // are.
 
@@ -19,18 +19,18 @@ struct EvictShared {
 template <ScoreType type, int kBlock>
 __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
     evict_kernel(const LKV_GRID_CONSTANT SelectParams p, const LKV_GRID_CONSTANT GatherParams g,
-                 const uint32_t warp_room) {
+                 const uint32_t warp_capacity) {
   grid_dependency_wait();
   auto* shared = dyn_smem<EvictShared<kBlock>>();
   Cluster cluster;
   meet(&shared->select, cluster);
   const auto rows = static_cast<uint32_t>(p.source.rows());
-  // Once more behind the last row set: what lies behind its room is cleared, by all blocks.
+  // Once more behind the last segment: what lies behind its span is cleared, by all blocks.
   bool ends = false;
   for (uint32_t row = blockIdx.x >> cluster.shift; !ends; row += gridDim.x >> cluster.shift) {
     ends = row >= rows;
     if (!ends) {
-      select_row<type, kBlock, KeysIn::registers>(p, row, warp_room, cluster, &shared->select);
+      select_row<type, kBlock, KeysIn::registers>(p, row, warp_capacity, cluster, &shared->select);
       cluster.sync();
     }
     const auto begin = static_cast<uint32_t>(clamp(p.cu_seqlens[ends ? rows : row], 0, p.total));
@@ -77,7 +77,7 @@ Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, int6
     return status == cudaSuccess ? gather(g, /*behind_select=*/x.rows > 0, stream, tuning) : status;
   }
   GatherParams moved = g;
-  moved.source.lengths = moved.source.starts = RowInts{};  // a gather reads any position of a row set
+  moved.source.lengths = moved.source.starts = RowInts{};  // a gather reads any position of a segment
   return with_block<kSelectBlock>(tuning, [&]<int kBlock> { return run<kBlock>(p, moved, x, plan, stream); });
 }
 

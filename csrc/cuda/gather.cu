@@ -37,7 +37,7 @@ Status run(void (*kernel)(GatherParams), const GatherParams& p, const Device& de
 
 Status gather(const GatherParams& p, bool behind_select, Stream stream, const Tuning& tuning) {
   GatherParams params = p;
-  params.source.lengths = params.source.starts = RowInts{};  // a gather reads any position of a row set
+  params.source.lengths = params.source.starts = RowInts{};  // a gather reads any position of a segment
   Device device;
   if (moves_in_bulk(tuning)) {
     const Status status = Device::of(gather_bulk_kernel, device);

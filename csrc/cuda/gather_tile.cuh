@@ -7,7 +7,7 @@
 
 namespace lkv::cuda {
 
-inline constexpr int kTileRows = 64;     // skewed budgets balance, as tiles know no row sets
+inline constexpr int kTileRows = 64;     // skewed budgets balance, as tiles know no segments
 inline constexpr int kPayloadGroup = 4;  // payloads whose addresses are found together
 
 struct TileShared {
@@ -18,7 +18,7 @@ struct TileShared {
   int64_t row_bytes[kPayloadGroup];
 };
 
-// The rooms have written the offsets and the tables, two grids in front of a gather that has not waited for any yet.
+// The spans have written the offsets and the tables, two grids in front of a gather that has not waited for any yet.
 struct RelaxedLoad {
   template <class T>
   LKV_HD T operator()(const T* p) const {
@@ -30,7 +30,7 @@ __device__ __forceinline__ Strided load_relaxed(const Strided* p) {
   return {load_relaxed(&p->data), load_relaxed(&p->batch), load_relaxed(&p->head), load_relaxed(&p->token)};
 }
 
-// The row set whose room holds output row j, or -1. Any contents of cu_seqlens give a row set in range.
+// The segment whose span holds output row j, or -1. Any contents of cu_seqlens give a segment in range.
 __device__ __forceinline__ int64_t row_of(const int32_t* cu_seqlens, int64_t rows, int64_t j) {
   int64_t low = 0, high = rows;
   while (low < high) {
@@ -44,7 +44,7 @@ __device__ __forceinline__ int64_t row_of(const int32_t* cu_seqlens, int64_t row
   return low < rows && load_relaxed(&cu_seqlens[low]) <= j ? low : -1;
 }
 
-// The last row set that begins at or before output row j, by a whole warp: of 1024 row sets in two loads that wait for
+// The last segment that begins at or before output row j, by a whole warp: of 1024 segments in two loads that wait for
 // each other, where row_of takes ten.
 __device__ __forceinline__ int64_t warp_row_of(const int32_t* cu_seqlens, int64_t rows, int64_t j) {
   int64_t low = 0;
@@ -59,7 +59,7 @@ __device__ __forceinline__ int64_t warp_row_of(const int32_t* cu_seqlens, int64_
   return low;
 }
 
-// The row set of row i of the tile that begins at output row `first`, or -1. By all lanes of a warp.
+// The segment of row i of the tile that begins at output row `first`, or -1. By all lanes of a warp.
 __device__ __forceinline__ int64_t find_row(const GatherParams& p, int64_t first, int i) {
   const int64_t rows = p.source.rows(), j = first + i;
   const int64_t row = rows > 0 ? warp_row_of(p.cu_seqlens, rows, first) : -1;
@@ -68,7 +68,7 @@ __device__ __forceinline__ int64_t find_row(const GatherParams& p, int64_t first
   return inside ? row : row_of(p.cu_seqlens, rows, j);
 }
 
-// Waits for the positions of the lanes' row sets. One lane polls for all whose row set is the same: every look empties
+// Waits for the positions of the lanes' segments. One lane polls for all whose segment is the same: every look empties
 // the L1 cache.
 __device__ __forceinline__ void wait_for_select(const GatherParams& p, int64_t row) {
   if (p.ready == nullptr) return;
@@ -85,7 +85,7 @@ __device__ __forceinline__ int group_size(const GatherParams& p, int payload) {
   return left < kPayloadGroup ? left : kPayloadGroup;
 }
 
-// Where the rows first .. first + kTileRows of some payloads come from and go to. `row_at(i)`: the row set of the i-th
+// Where the rows first .. first + kTileRows of some payloads come from and go to. `row_at(i)`: the segment of the i-th
 // of them, -1: zeros. Nothing but its position is read behind `wait(row)`.
 template <class RowAt, class Wait>
 __device__ __forceinline__ void stage_tile(const GatherParams& p, int64_t first, int payload, int payloads,
@@ -97,16 +97,16 @@ __device__ __forceinline__ void stage_tile(const GatherParams& p, int64_t first,
   }
   for (int i = threadIdx.x; i < kTileRows; i += blockDim.x) {
     const int64_t row = row_at(i);
-    const RowSet set = row < 0 ? RowSet{} : row_set(p.source, row, RelaxedLoad{});
+    const Segment segment = row < 0 ? Segment{} : segment_of(p.source, row, RelaxedLoad{});
 #pragma unroll 2
     for (int g = 0; g < payloads && row >= 0; ++g) {
-      const Strided input = load_relaxed(&p.inputs[int64_t{payload + g} * p.source.layers + set.layer]);
-      shared->source[g][i] = set.at(input, 0);
+      const Strided input = load_relaxed(&p.inputs[int64_t{payload + g} * p.source.layers + segment.layer]);
+      shared->source[g][i] = segment.at(input, 0);
       shared->step[g][i] = input.token;
     }
     wait(row);
     const int64_t position = row < 0 ? -1 : p.positions[first + i];
-    const bool there = position >= 0 && position < set.limit;
+    const bool there = position >= 0 && position < segment.limit;
     for (int g = 0; g < payloads; ++g) {
       const char* source = there ? shared->source[g][i] + position * shared->step[g][i] : nullptr;
       shared->source[g][i] = source;

@@ -11,7 +11,7 @@ Status device_of(Device& out) {
   return Device::of(select_kernel<ScoreType::f32, kSelectBlock, KeysIn::shared>, out);
 }
 
-// Independent blocks per row set; 0: one cluster instead.
+// Independent blocks per segment; 0: one cluster instead.
 int choose_splits(const SelectSize& x) {
   if (x.tuning.splits >= 0) return x.tuning.splits;
   if (x.device.clusters || x.part(1) <= x.in_shared() || x.rows * 2 > x.device.multiprocessors) return 0;

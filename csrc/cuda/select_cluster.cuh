@@ -2,7 +2,7 @@
 
 #include "select_emit.cuh"
 
-// Select with one cluster of blocks per row set: histograms and counts are exchanged over distributed shared memory.
+// Select with one cluster of blocks per segment: histograms and counts are exchanged over distributed shared memory.
 // A cluster of one block is what architectures before sm_90 run.
 
 namespace lkv::cuda {
@@ -104,10 +104,10 @@ inline constexpr int kRegisterTiles = 2;
 template <int kBlock>
 inline constexpr uint32_t kRegisterKeys = kRegisterTiles * kWarpTile * (kBlock / kWarp);
 
-// Writes the positions of one row set. All blocks of the cluster call it; nobody's shared memory is read any more and
+// Writes the positions of one segment. All blocks of the cluster call it; nobody's shared memory is read any more and
 // all positions are there once they have met.
 template <ScoreType type, int kBlock, KeysIn keys_in>
-__device__ __forceinline__ void select_row(const SelectParams& p, int64_t row, uint32_t warp_room, Cluster& cluster,
+__device__ __forceinline__ void select_row(const SelectParams& p, int64_t row, uint32_t warp_capacity, Cluster& cluster,
                                            ClusterShared<kBlock>* shared) {
   const RowPlan& plan = share_plan(&shared->plan, p, row);
   if (!plan.decided()) {
@@ -117,7 +117,7 @@ __device__ __forceinline__ void select_row(const SelectParams& p, int64_t row, u
       if constexpr (keys_in == KeysIn::registers) {
         return RegisterKeys<type, kRegisterTiles>{source, {}};
       } else {
-        return SharedKeys<type>{source, shared->keys() + warp_id() * warp_room, warp_room};
+        return SharedKeys<type>{source, shared->keys() + warp_id() * warp_capacity, warp_capacity};
       }
     }();
     Pivot pivot = first_pivot(plan.wanted);
@@ -135,10 +135,10 @@ __device__ __forceinline__ void select_row(const SelectParams& p, int64_t row, u
   emit_decided(p, plan, row, int64_t{cluster.rank} * kBlock + threadIdx.x, int64_t{cluster.size} * kBlock);
 }
 
-// `warp_room`: the keys that a warp has shared memory for.
+// `warp_capacity`: the keys that a warp has shared memory for.
 template <ScoreType type, int kBlock, KeysIn keys_in>
 __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
-    select_kernel(const LKV_GRID_CONSTANT SelectParams p, const uint32_t warp_room) {
+    select_kernel(const LKV_GRID_CONSTANT SelectParams p, const uint32_t warp_capacity) {
   grid_dependency_wait();
   trigger_dependents();
   auto* shared = dyn_smem<ClusterShared<kBlock>>();
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
   meet(shared, cluster);
   const int64_t rows = p.source.rows();
   for (int64_t row = blockIdx.x >> cluster.shift; row < rows; row += gridDim.x >> cluster.shift) {
-    select_row<type, kBlock, keys_in>(p, row, warp_room, cluster, shared);
+    select_row<type, kBlock, keys_in>(p, row, warp_capacity, cluster, shared);
     cluster.sync();
     if (p.ready != nullptr && cluster.rank == 0 && threadIdx.x == 0) store_release(&p.ready[row], 1);
   }

@@ -28,7 +28,7 @@ __device__ __forceinline__ Counts count_slice(const Keys& keys, const Slice& sli
   return warp_sum(Counts{greater} << 32 | ties);
 }
 
-// Writes the kept positions of one warp's slice. `out` and `first` belong to key 0 of the row set.
+// Writes the kept positions of one warp's slice. `out` and `first` belong to key 0 of the segment.
 template <class Keys>
 __device__ __forceinline__ void emit_slice(const Keys& keys, const Slice& slice, const Pivot& pivot, Counts before,
                                            int64_t first, int32_t* out) {
@@ -67,15 +67,15 @@ __device__ __forceinline__ void emit_slack(int32_t* out, int64_t n, int64_t thre
   for (int64_t i = thread; i < n; i += threads) out[i] = -1;
 }
 
-// All positions of a row set that need no scores: sink, window, a middle kept whole, slack; and its share of what lies
-// behind the last room.
+// All positions of a segment that need no scores: sink, window, a middle kept whole, slack; and its share of what lies
+// behind the last span.
 __device__ __forceinline__ void emit_decided(const SelectParams& p, const RowPlan& plan, int64_t row, int64_t thread,
                                              int64_t threads) {
   int32_t* out = p.positions + plan.out;
   emit_run(out, plan.sink, plan.begin, thread, threads);
   emit_run(out + plan.keep - plan.window, plan.window, plan.begin + plan.length - plan.window, thread, threads);
   if (plan.decided()) emit_run(out + plan.sink, plan.wanted, plan.begin + plan.sink, thread, threads);
-  emit_slack(out + plan.keep, plan.room - plan.keep, thread, threads);
+  emit_slack(out + plan.keep, plan.span - plan.keep, thread, threads);
   const int64_t rows = p.source.rows(), end = clamp(p.cu_seqlens[rows], 0, p.total);
   emit_slack(p.positions + end, p.total - end, row * threads + thread, rows * threads);
 }

@@ -95,30 +95,30 @@ struct StreamedKeys {
   }
 };
 
-// As many as there is room for stay in shared memory.
+// As many as fit stay in shared memory.
 template <ScoreType type>
 struct SharedKeys {
   StreamedKeys<type> source;
-  uint32_t* kept;  // of this warp
-  uint32_t room;   // keys, whole tiles
+  uint32_t* kept;     // of this warp
+  uint32_t capacity;  // keys, whole tiles
 
   __device__ __forceinline__ uint4& at(uint32_t key) const { return *reinterpret_cast<uint4*>(kept + key); }
 
   template <class F>
   __device__ __forceinline__ void first(const Slice& slice, F&& f) const {
     source.from(0, slice, [&](uint32_t i, const Four& four) {
-      if (i - slice.begin < room) at(i - slice.begin) = {four.key[0], four.key[1], four.key[2], four.key[3]};
+      if (i - slice.begin < capacity) at(i - slice.begin) = {four.key[0], four.key[1], four.key[2], four.key[3]};
       f(i, four);
     });
   }
 
   template <class F>
   __device__ __forceinline__ void each(const Slice& slice, F&& f) const {
-    for (uint32_t tile = 0; tile < slice.size && tile < room; tile += kWarpTile) {
+    for (uint32_t tile = 0; tile < slice.size && tile < capacity; tile += kWarpTile) {
       const uint4 keys = at(tile + 4 * lane_id());
       f(slice.begin + tile + 4 * lane_id(), Four{keys.x, keys.y, keys.z, keys.w});
     }
-    source.from(room, slice, f);
+    source.from(capacity, slice, f);
   }
 };
 

@@ -55,7 +55,7 @@ struct PivotSearch {
   BlockScan<uint32_t, kBlock> scan;
   Pivot found;
 
-  // The pivot one digit further, from the histogram over the whole row set; four(bin) loads the counts of bin .. bin
+  // The pivot one digit further, from the histogram over the whole segment; four(bin) loads the counts of bin .. bin
   // + 3. All threads call it and get it. Needs 1 <= need <= the sum of the bins; ends with a barrier, so the histogram
   // may be overwritten.
   template <class FourBins>

@@ -14,12 +14,12 @@ inline constexpr int64_t kShortPart = 256;       // keys per warp below which mo
 inline constexpr int64_t kShortRow = 16384;      // up to which keys stay in registers, if it takes a cluster
 inline constexpr int64_t kForGather = 16 << 10;  // shared memory left to the blocks of a gather that runs beside
 
-// One cluster of `cluster` blocks per row set.
+// One cluster of `cluster` blocks per segment.
 struct Plan {
   int block = kSelectBlock, cluster = 1;
   KeysIn keys_in = KeysIn::shared;
-  uint32_t warp_room = 0;  // keys of a warp in shared memory
-  bool on_chip = false;    // all of them
+  uint32_t warp_capacity = 0;  // keys of a warp in shared memory
+  bool on_chip = false;        // all of them
   size_t shared = 0;
 };
 
@@ -41,8 +41,8 @@ struct SelectSize {
   int64_t part(int cluster) const { return keys_per_warp(static_cast<uint32_t>(longest), cluster * warps()); }
   // How many of them it could hold.
   int64_t in_shared() const {
-    const int64_t room = device.shared_per_block - kForGather - static_cast<int64_t>(fixed());
-    return whole_tiles(room / static_cast<int64_t>(warps() * sizeof(uint32_t)));
+    const int64_t space = device.shared_per_block - kForGather - static_cast<int64_t>(fixed());
+    return whole_tiles(space / static_cast<int64_t>(warps() * sizeof(uint32_t)));
   }
   int64_t in_registers() const { return tuning.registers == 0 ? 0 : whole_tiles(kRegisterTiles * kWarpTile); }
   int64_t whole_tiles(int64_t keys) const {
@@ -52,20 +52,20 @@ struct SelectSize {
 
   Plan with_cluster(int cluster) const {
     Plan plan = {.block = block(), .cluster = cluster};
-    const int64_t keys = part(cluster), room = std::min(keys, in_shared());
+    const int64_t keys = part(cluster), kept = std::min(keys, in_shared());
     if (keys <= in_registers()) {
       plan.keys_in = KeysIn::registers;
       plan.on_chip = true;
     } else {
-      plan.warp_room = static_cast<uint32_t>(room);
-      plan.on_chip = room == keys;
+      plan.warp_capacity = static_cast<uint32_t>(kept);
+      plan.on_chip = kept == keys;
     }
-    plan.shared = fixed() + plan.warp_room * warps() * sizeof(uint32_t);
+    plan.shared = fixed() + plan.warp_capacity * warps() * sizeof(uint32_t);
     return plan;
   }
 };
 
-// Blocks are added to a row set until its keys fit on chip, and further while multiprocessors would idle.
+// Blocks are added to a segment until its keys fit on chip, and further while multiprocessors would idle.
 inline Plan plan_clusters(const SelectSize& x) {
   if (!x.device.clusters) return x.with_cluster(1);
   if (x.tuning.cluster > 0) return x.with_cluster(x.tuning.cluster);
@@ -77,7 +77,7 @@ inline Plan plan_clusters(const SelectSize& x) {
   return x.with_cluster(cluster);
 }
 
-// Launches kernel_of(plan), behind the rooms, on clusters that walk the row sets: no more than run at once, and than
+// Launches kernel_of(plan), behind the spans, on clusters that walk the segments: no more than run at once, and than
 // `per_multiprocessor` blocks for each, so that what follows may start beside them.
 template <class KernelOf, class... Params>
 Status launch_clusters(KernelOf&& kernel_of, const SelectSize& x, Plan plan, int per_multiprocessor, Stream stream,
@@ -91,7 +91,7 @@ Status launch_clusters(KernelOf&& kernel_of, const SelectSize& x, Plan plan, int
   };
   int64_t active = 0;
   Status status = allow(kernel_of(plan), grid_of(plan, 1), x.device, active);
-  // Large clusters are halved until all row sets run at once, as long as the keys stay on chip, or until one cluster
+  // Large clusters are halved until all segments run at once, as long as the keys stay on chip, or until one cluster
   // fits at all.
   while (status == cudaSuccess && plan.cluster > 1) {
     const Plan half = x.with_cluster(plan.cluster / 2);
@@ -104,7 +104,7 @@ Status launch_clusters(KernelOf&& kernel_of, const SelectSize& x, Plan plan, int
   if (status != cudaSuccess) return status;
   const int64_t wanted = int64_t{x.device.multiprocessors} * per_multiprocessor / plan.cluster;
   const int64_t clusters = std::min(x.rows, std::max<int64_t>(std::min(wanted, active), 1));
-  return launch(kernel_of(plan), grid_of(plan, clusters), stream, params..., plan.warp_room);
+  return launch(kernel_of(plan), grid_of(plan, clusters), stream, params..., plan.warp_capacity);
 }
 
 }  // namespace lkv::cuda

@@ -3,14 +3,14 @@
 #include "block_scan.cuh"
 #include "lkv/params.h"
 
-// One row set of a select: what competes in it, and how it is cut into slices.
+// One segment of a select: what competes in it, and how it is cut into slices.
 
 namespace lkv::cuda {
 
 // Kept are the first `sink` and last `window` valid tokens and the `wanted` best of the `count` tokens between.
 struct RowPlan {
   int64_t begin, length;  // valid positions
-  int64_t out, room;      // where the room lies in the output
+  int64_t out, span;      // where the span lies in the output
   int64_t keep, sink, window;
   const char* scores;  // of the first token that competes
   int64_t stride;
@@ -24,18 +24,18 @@ __device__ inline RowPlan plan_row(const SelectParams& p, int64_t row) {
   // Loaded first, so that none of these waits for another.
   const int64_t out = p.cu_seqlens[row], end = p.cu_seqlens[row + 1], keep = p.lengths[row];
   const Strided scores = p.scores[p.source.layer_of(row)];
-  const RowSet set = row_set(p.source, row);
+  const Segment segment = segment_of(p.source, row);
   RowPlan plan;
-  plan.begin = set.begin;
-  plan.length = set.length;
+  plan.begin = segment.begin;
+  plan.length = segment.length;
   plan.out = clamp(out, 0, p.total);
-  plan.room = clamp(end, plan.out, p.total) - plan.out;
-  plan.keep = clamp(keep, 0, set.length < plan.room ? set.length : plan.room);
+  plan.span = clamp(end, plan.out, p.total) - plan.out;
+  plan.keep = clamp(keep, 0, segment.length < plan.span ? segment.length : plan.span);
   plan.sink = clamp(p.sink, 0, plan.keep);
   plan.window = clamp(p.window, 0, plan.keep - plan.sink);
-  plan.count = static_cast<uint32_t>(set.length - plan.sink - plan.window);
+  plan.count = static_cast<uint32_t>(segment.length - plan.sink - plan.window);
   plan.wanted = static_cast<uint32_t>(plan.keep - plan.sink - plan.window);
-  plan.scores = set.at(scores, set.begin + plan.sink);
+  plan.scores = segment.at(scores, segment.begin + plan.sink);
   plan.stride = scores.token;
   plan.lead = reinterpret_cast<uintptr_t>(plan.scores) >> (p.type == ScoreType::f32 ? 2 : 1) & 3;
   return plan;
@@ -48,7 +48,7 @@ __device__ __forceinline__ const RowPlan& share_plan(RowPlan* shared, const Sele
   return *shared;
 }
 
-// Of the tokens that compete, in order, every block of a row set takes one run and every warp of it one part of that,
+// Of the tokens that compete, in order, every block of a segment takes one run and every warp of it one part of that,
 // so that ranks follow from how many keys the slices before keep. Parts are whole warp tiles.
 inline constexpr uint32_t kWarpTile = 4 * kWarp;
 

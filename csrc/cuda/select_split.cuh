@@ -2,12 +2,12 @@
 
 #include "select_emit.cuh"
 
-// Select with several independent blocks per row set, for few long row sets where clusters do not exist: every round
+// Select with several independent blocks per segment, for few long segments where clusters do not exist: every round
 // is a grid of its own and meets in global memory, so no block ever waits for another.
 
 namespace lkv::cuda {
 
-// Zero before the first round; one per row set.
+// Zero before the first round; one per segment.
 struct alignas(16) SplitRow {
   uint32_t histograms[3][kBins];
   uint32_t done;  // blocks that have written their positions
@@ -15,8 +15,8 @@ struct alignas(16) SplitRow {
 
 struct Split {
   SplitRow* rows;   // [R]
-  Counts* counts;   // [R][blocks of a row set][warps]
-  uint32_t blocks;  // per row set
+  Counts* counts;   // [R][blocks of a segment][warps]
+  uint32_t blocks;  // per segment
 };
 
 template <int kBlock>

@@ -15,13 +15,13 @@ inline constexpr int kTestBlock = 64;  // in the emulator alone
 struct Tuning {
   int block = 0;  // threads per block: kTestBlock in the emulator, or 0 for what each kernel is made for
   int cluster =
-      0;  // select, soft_topk: blocks per row (set) in one cluster, a power of two up to 16; 0: chosen by size
-  int splits = -1;     // select: independent blocks per row set, without clusters; 0: never; -1: chosen by size
+      0;  // select, soft_topk: blocks per row or segment in one cluster, a power of two up to 16; 0: chosen by size
+  int splits = -1;     // select: independent blocks per segment, without clusters; 0: never; -1: chosen by size
   int resident = -1;   // select, soft_topk: the most keys a block keeps on chip; -1: as many as fit
   int registers = -1;  // select: 0: no keys in registers
   int fused = -1;      // evict: 1: select and gather in one kernel, 0: never; -1: chosen by size
   int bulk = -1;       // gather: 1: rows move by bulk copies, 0: through registers; -1: as LKV_CUDA_GATHER says
-  int pieces = 0;      // attend: the most pieces that the rows of a row set are split into; 0: chosen by size
+  int pieces = 0;      // attend: the most pieces that the rows of a segment are split into; 0: chosen by size
 };
 
 // What the environment asks for where a tuning leaves the choice: for benchmarks that compare two ways. Read anew every
@@ -41,7 +41,7 @@ Status with_block(const Tuning& tuning, F&& f) {
   return f.template operator()<kBlock>();
 }
 
-Status rooms(const RoomsParams& p, Upload tables, Stream stream, const Tuning& tuning);
+Status spans(const SpansParams& p, Upload tables, Stream stream, const Tuning& tuning);
 size_t select_scratch(int64_t rows, int64_t longest, const Tuning& tuning);
 Status select(const SelectParams& p, int64_t longest, void* scratch, Stream stream, const Tuning& tuning);
 Status gather(const GatherParams& p, bool behind_select, Stream stream, const Tuning& tuning);

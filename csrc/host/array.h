@@ -72,7 +72,7 @@ struct RowLayout {
 
 RowLayout row_layout(const Named& a, bool ragged);
 
-// An array of integers read once per row set, broadcast (right-aligned) to [layers, batch, heads].
+// An array of integers read once per segment, broadcast (right-aligned) to [layers, batch, heads].
 RowInts row_ints(const Named& a, int64_t layers, int64_t batch, int64_t heads);
 
 }  // namespace lkv::host

@@ -12,20 +12,20 @@ Source Params::source() const {
           problem_.starts.at(tables_)};
 }
 
-RoomsParams Params::rooms(const Sizes& sizes, const IndexPointers& out, uint32_t* ready) const {
-  RoomsParams rooms{};
-  rooms.source = source();
-  rooms.budgets = problem_.budgets.at(tables_);
-  rooms.max_budget = sizes.max_budget < 0 ? INT64_MAX : sizes.max_budget;
-  rooms.reserve = sizes.reserve;
-  rooms.align = sizes.align;
-  rooms.padded = std::max<int64_t>(sizes.padded, 0);
-  rooms.total = sizes.total;
-  rooms.lengths = out.lengths;
-  rooms.cu_seqlens = out.cu_seqlens;
-  rooms.overflow = out.overflow;
-  rooms.ready = ready;
-  return rooms;
+SpansParams Params::spans(const Sizes& sizes, const IndexPointers& out, uint32_t* ready) const {
+  SpansParams spans{};
+  spans.source = source();
+  spans.budgets = problem_.budgets.at(tables_);
+  spans.max_budget = sizes.max_budget < 0 ? INT64_MAX : sizes.max_budget;
+  spans.reserve = sizes.reserve;
+  spans.align = sizes.align;
+  spans.padded = std::max<int64_t>(sizes.padded, 0);
+  spans.total = sizes.total;
+  spans.lengths = out.lengths;
+  spans.cu_seqlens = out.cu_seqlens;
+  spans.overflow = out.overflow;
+  spans.ready = ready;
+  return spans;
 }
 
 SelectParams Params::select(const Sizes& sizes, const IndexPointers& out, uint32_t* ready) const {

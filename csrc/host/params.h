@@ -16,7 +16,7 @@ class Params {
  public:
   Params(const Problem& problem, const char* tables) : problem_(problem), tables_(tables) {}
 
-  RoomsParams rooms(const Sizes& sizes, const IndexPointers& out, uint32_t* ready) const;
+  SpansParams spans(const Sizes& sizes, const IndexPointers& out, uint32_t* ready) const;
   SelectParams select(const Sizes& sizes, const IndexPointers& out, uint32_t* ready) const;
   // `outputs`: offset in the tables of the pointers to where the payload goes.
   GatherParams gather(size_t outputs, const int32_t* positions, const int32_t* cu_seqlens, int64_t total,

@@ -59,7 +59,7 @@ void Problem::read_shape(const Named& first) {
   heads = first.array.sizes[1];
 }
 
-// Row sets are counted in 32 bits, as rows are. Each factor first, so that the product does not overflow.
+// Segments are counted in 32 bits, as rows are. Each factor first, so that the product does not overflow.
 void Problem::check_rows() const {
   const bool fits = batch >= 0 && heads >= 0 && batch <= kMost && heads <= kMost && layers <= kMost;
   check_value(fits && batch * heads <= kMost / layers,
@@ -101,7 +101,7 @@ void Problem::read_sizes(const Sizes& sizes) {
   check_value(sizes.total >= 0 && sizes.total <= kMost, "expected at most 2**31 - 1 rows in the output, got ",
               sizes.total);
   check_value(sizes.padded < 0 || (sizes.padded <= kMost && sizes.total == rows() * sizes.padded),
-              "expected a padded output of ", rows(), " rooms of ", sizes.padded, " rows, got ", sizes.total, " rows");
+              "expected a padded output of ", rows(), " spans of ", sizes.padded, " rows, got ", sizes.total, " rows");
   check_value(sizes.sink >= 0 && sizes.window >= 0, "expected sink and window of at least 0, got ", sizes.sink, " and ",
               sizes.window);
   check_value(sizes.reserve >= 0 && sizes.align >= 1, "expected reserve >= 0 and align >= 1, got ", sizes.reserve,

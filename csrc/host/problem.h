@@ -9,7 +9,7 @@
 
 namespace lkv::host {
 
-// Rows, positions and row sets are counted in int32.
+// Rows, positions and segments are counted in int32.
 inline constexpr int64_t kMost = INT32_MAX;
 
 // Integers of the caller: on the host, in an array, or both (then the host copy has sized the output already).
@@ -18,13 +18,13 @@ struct Ints {
   std::optional<Array> array;
 };
 
-// Which row sets there are. batch and heads are read from the arrays when these are dense.
+// Which segments there are. batch and heads are read from the arrays when these are dense.
 struct Layout {
   int64_t layers, batch, heads;
   std::optional<Array> cu_seqlens;  // of ragged input
 };
 
-// What every row set keeps and how the output is cut into rooms; see RoomsParams and SelectParams.
+// What every segment keeps and how the output is cut into spans; see SpansParams and SelectParams.
 struct Sizes {
   Ints budgets, lengths, starts;
   int64_t sink, window;
@@ -81,7 +81,7 @@ class Problem {
   void read_sizes(const Sizes& sizes);
   // `per_head`: the short form is one value per head, else one per sequence. `fallback`: what no value means.
   IntTable read_ints(const Ints& values, const char* name, const char* shapes, bool per_head, int64_t fallback);
-  // Checks an index that select made for these row sets; returns the C of its rooms, negative when packed.
+  // Checks an index that select made for these segments; returns the C of its spans, negative when packed.
   int64_t check_index(const Array& positions, const Array& cu_seqlens) const;
 
   int64_t rows() const { return layers * batch * heads; }
@@ -90,7 +90,7 @@ class Problem {
 
   Device device;
   int64_t layers, batch, heads;
-  int64_t longest = 0;                  // bounds the length of every row set
+  int64_t longest = 0;                  // bounds the length of every segment
   std::optional<Array> offsets;         // cu_seqlens of ragged input
   const int32_t* cu_seqlens = nullptr;  // their data
   ScoreType score_type = ScoreType::f32;

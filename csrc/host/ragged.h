@@ -2,7 +2,7 @@
 
 #include "problem.h"
 
-// A ragged cache as append and attend see it: rows [T, ...] in rooms, some of each room in use.
+// A ragged cache as append and attend see it: rows [T, ...] in spans, some of each span in use.
 
 namespace lkv::host {
 
@@ -16,7 +16,7 @@ struct Ragged {
 // Returns T.
 int64_t check_append(const Problem& problem, const Ragged& cache, const Arrays& rows, int64_t position);
 
-// Raises unless q [B, Hq, n, D] can attend to k, v, `longest` rows of each row set at most, with sinks [Hq]. Pointers
+// Raises unless q [B, Hq, n, D] can attend to k, v, `longest` rows of each segment at most, with sinks [Hq]. Pointers
 // of the result are those of the arrays; `out` is not set.
 AttendParams check_attend(const Array& q, const Ragged& cache, const std::optional<Array>& sinks, int64_t longest);
 

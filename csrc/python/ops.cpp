@@ -36,14 +36,14 @@ class Run {
 
   void select(const host::IndexPointers& index) const {
     const host::Params params(problem_, problem_.tables.data());
-    cpu::rooms(params.rooms(sizes_, index, nullptr));
+    cpu::spans(params.spans(sizes_, index, nullptr));
     cpu::select(params.select(sizes_, index, nullptr), CallThreads(threads_, read()));
   }
 
   void evict(const std::vector<char*>& outputs, const host::IndexPointers& index, bool warm) const {
     const size_t table = problem_.tables.add(outputs);
     const host::Params params(problem_, problem_.tables.data());
-    cpu::rooms(params.rooms(sizes_, index, nullptr));
+    cpu::spans(params.spans(sizes_, index, nullptr));
     cpu::evict(params.select(sizes_, index, nullptr), gather_params(params, table, index, warm),
                CallThreads(threads_, read() + moved()));
   }

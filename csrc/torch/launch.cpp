@@ -31,7 +31,7 @@ Launch::Launch(host::Problem& problem, const Tensor* outputs, const Tensor& like
   tables_ = memory;
   ready_ = selects ? reinterpret_cast<uint32_t*>(memory + tables) : nullptr;
   scratch_ = memory + tables + flags;
-  if (!selects) cuda_->check(cuda::upload(upload(), cuda_->stream()), "upload");  // else with the rooms
+  if (!selects) cuda_->check(cuda::upload(upload(), cuda_->stream()), "upload");  // else with the spans
 #else
   (void)like, (void)selects;
 #endif
@@ -46,7 +46,7 @@ cuda::Upload Launch::upload() const {
 void Launch::select(const host::Sizes& sizes, const host::IndexPointers& out) {
   const host::Params params(problem_, tables_);
   const SelectParams select = params.select(sizes, out, nullptr);
-  make_rooms(params.rooms(sizes, out, nullptr));
+  make_spans(params.spans(sizes, out, nullptr));
 #ifdef LKV_WITH_CUDA
   if (cuda_) {
     cuda_->check(cuda::select(select, problem_.longest, scratch_, cuda_->stream()), "select");
@@ -60,7 +60,7 @@ void Launch::evict(const host::Sizes& sizes, const host::IndexPointers& out, boo
   const host::Params params(problem_, tables_);
   const SelectParams select = params.select(sizes, out, ready_);
   const GatherParams gather = params.gather(outputs_, out.positions, out.cu_seqlens, sizes.total, ready_, warm);
-  make_rooms(params.rooms(sizes, out, ready_));
+  make_spans(params.spans(sizes, out, ready_));
 #ifdef LKV_WITH_CUDA
   if (cuda_) {
     int64_t bytes = 0;
@@ -109,14 +109,14 @@ void Launch::append(const AppendParams& append) {
   cpu::append(append, torch_threads());
 }
 
-void Launch::make_rooms(const RoomsParams& rooms) {
+void Launch::make_spans(const SpansParams& spans) {
 #ifdef LKV_WITH_CUDA
   if (cuda_) {
-    cuda_->check(cuda::rooms(rooms, upload(), cuda_->stream()), "rooms");
+    cuda_->check(cuda::spans(spans, upload(), cuda_->stream()), "spans");
     return;
   }
 #endif
-  cpu::rooms(rooms);
+  cpu::spans(spans);
 }
 
 }  // namespace lkv::torch_ops

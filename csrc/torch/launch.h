@@ -17,7 +17,7 @@ class Launch {
   // `like`: any tensor on the device of the call.
   Launch(host::Problem& problem, const Tensor* outputs, const Tensor& like, bool selects);
 
-  // Rooms, then the positions of the kept rows.
+  // Spans, then the positions of the kept rows.
   void select(const host::Sizes& sizes, const host::IndexPointers& out);
   // The same, and the rows move as soon as their positions are known. `warm`: see GatherParams.
   void evict(const host::Sizes& sizes, const host::IndexPointers& out, bool warm);
@@ -30,7 +30,7 @@ class Launch {
 #ifdef LKV_WITH_CUDA
   cuda::Upload upload() const;  // of the tables
 #endif
-  void make_rooms(const RoomsParams& rooms);
+  void make_spans(const SpansParams& spans);
 
   const host::Problem& problem_;
   size_t outputs_;

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evict_(Tensors payload, Tensors score
 Tensors gather(Tensors tensors, Tensor positions, Tensor cu_seqlens, int64_t layers,
                std::optional<Tensor> source_cu_seqlens, int64_t batch, int64_t heads);
 
-// New rows [B, H, n, ...] at the end of every row set of a ragged cache.
+// New rows [B, H, n, ...] at the end of every segment of a ragged cache.
 void append_(Tensors cache, Tensor positions, Tensor lengths, Tensor cu_seqlens, Tensors rows, int64_t position,
              std::optional<std::vector<int64_t>> valid, std::optional<Tensor> valid_tensor);
 // q [B, Hq, n, D] over a ragged cache: [B, n, Hq, Dv].

@@ -41,7 +41,7 @@ int main() {
   const int64_t total = B * (budgets[0] + budgets[1]);
   std::vector<int32_t> lengths(R), cu_seqlens(R + 1), positions(total);
   int32_t overflow = 0;
-  lkv::cpu::rooms({.source = source,
+  lkv::cpu::spans({.source = source,
                    .budgets = {.data = budgets.data(), .head = 1},
                    .max_budget = L,
                    .align = 1,
@@ -73,7 +73,7 @@ int main() {
 
   for (int64_t row = 0; row < R; ++row) {
     const int32_t begin = cu_seqlens[row], last = begin + lengths[row] - 1;
-    std::printf("row set %d: %d of %d rows, positions %d to %d, K of the first begins with %g\n", int(row),
+    std::printf("segment %d: %d of %d rows, positions %d to %d, K of the first begins with %g\n", int(row),
                 lengths[row], int(L), positions[begin], positions[last], kept_k[begin * D]);
   }
   return overflow;

@@ -21,7 +21,7 @@ def _index(like: Tensor, shape: list[int], total: int, padded: int, count_overfl
     known = isinstance(total, int) and isinstance(padded, int) and isinstance(rows, int)
     if known and not (0 <= total <= MOST and padded <= MOST and (padded < 0 or total == rows * padded)):
         raise RuntimeError(
-            f"ValueError: expected an output of at most 2**31 - 1 rows, {rows} rooms of {padded}, got {total}"
+            f"ValueError: expected an output of at most 2**31 - 1 rows, {rows} spans of {padded}, got {total}"
         )
     sizes = [[total] if padded < 0 else [*shape, padded], shape, [rows + 1], *([[]] if count_overflow else [])]
     return [like.new_empty(size, dtype=torch.int32) for size in sizes]

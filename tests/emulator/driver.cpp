@@ -17,7 +17,7 @@ void driver_sizes(int64_t* sizes) {
   const size_t all[] = {sizeof(Strided),
                         sizeof(RowInts),
                         sizeof(Source),
-                        sizeof(RoomsParams),
+                        sizeof(SpansParams),
                         sizeof(SelectParams),
                         sizeof(GatherParams),
                         sizeof(CompactParams),
@@ -33,8 +33,8 @@ int driver_upload(const void* host, void* device, size_t bytes) {
   return cuda::upload({host, device, bytes}, stream);
 }
 
-int driver_rooms(const RoomsParams* p, const void* host, void* device, size_t bytes, const cuda::Tuning* tuning) {
-  return cuda::rooms(*p, {host, device, bytes}, stream, *tuning);
+int driver_spans(const SpansParams* p, const void* host, void* device, size_t bytes, const cuda::Tuning* tuning) {
+  return cuda::spans(*p, {host, device, bytes}, stream, *tuning);
 }
 
 size_t driver_select_scratch(int64_t rows, int64_t longest, const cuda::Tuning* tuning) {

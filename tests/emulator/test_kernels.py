@@ -1,4 +1,4 @@
-"""The launchers of csrc/cuda against an oracle: upload, rooms, select, gather behind it, compact, and the other ops."""
+"""The launchers of csrc/cuda against an oracle: upload, spans, select, gather behind it, compact, and the other ops."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ TRIED = (
     "gather does not wait for the flag",
     "gather ends before the select",
     "bulk: rows stored before they have come",
-    "fused: does not wait for the rooms",
+    "fused: does not wait for the spans",
     "last rows of a tile skipped",
     "ties from the end",
     "store before all loads of a tile",

@@ -28,10 +28,10 @@ struct Threads {
   }
 };
 
-void rooms(const RoomsParams& p);
+void spans(const SpansParams& p);
 void select(const SelectParams& p, const Threads& threads);
 void gather(const GatherParams& p, const Threads& threads);
-// select, then gather, in one parallel region: a row set moves as soon as its positions are known. `ready` is ours.
+// select, then gather, in one parallel region: a segment moves as soon as its positions are known. `ready` is ours.
 void evict(SelectParams select, GatherParams gather, const Threads& threads);
 void compact(const CompactParams& p, const Threads& threads);
 void append(const AppendParams& p, const Threads& threads);

@@ -26,10 +26,10 @@ struct Upload {
 };
 Status upload(Upload bytes, Stream stream);
 
-// `tables`: uploaded by the same launch; the rooms and what follows may read them.
-Status rooms(const RoomsParams& p, const Upload& tables, Stream stream);
+// `tables`: uploaded by the same launch; the spans and what follows may read them.
+Status spans(const SpansParams& p, const Upload& tables, Stream stream);
 
-// `longest` bounds the valid length of every row set. Scratch: device bytes, any content, 16-byte aligned.
+// `longest` bounds the valid length of every segment. Scratch: device bytes, any content, 16-byte aligned.
 size_t select_scratch(int64_t rows, int64_t longest);
 Status select(const SelectParams& p, int64_t longest, void* scratch, Stream stream);
 

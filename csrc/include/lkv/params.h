@@ -7,7 +7,7 @@
 
 // What the kernels are told: plain structs of raw pointers and sizes, no torch and no Python.
 //
-// A *row set* is one (layer, sequence, KV head): row = (layer * batch + b) * heads + h of R = layers * batch * heads.
+// A *segment* is one (layer, sequence, KV head): row = (layer * batch + b) * heads + h of R = layers * batch * heads.
 // All pointers, the tables too, live where the kernel runs (host memory for lkv::cpu, device memory for lkv::cuda).
 // Values read through them are clamped, never trusted to be in range.
 
@@ -20,7 +20,7 @@ struct Strided {
   int64_t batch, head, token;
 };
 
-// One integer per row set, broadcast by zero strides (in elements) over layers, sequences or heads.
+// One integer per segment, broadcast by zero strides (in elements) over layers, sequences or heads.
 struct RowInts {
   const void* data;  // nullptr: `fallback` everywhere
   int64_t layer, batch, head;
@@ -34,22 +34,22 @@ struct RowInts {
   }
 };
 
-// The row sets an op reads. Dense: [layer][b, h, L]. Ragged: one layer of rows one after the other in [T].
+// The segments an op reads. Dense: [layer][b, h, L]. Ragged: one layer of rows one after the other in [T].
 struct Source {
   int64_t layers, batch, heads;
   const int64_t* tokens;      // [layers] L of each layer; ragged: tokens[0] = T
-  const int32_t* cu_seqlens;  // ragged: [R + 1] where each row set begins in T; dense: nullptr
-  RowInts lengths, starts;    // the valid range [starts, starts + lengths) of each row set (ragged: starts = 0)
+  const int32_t* cu_seqlens;  // ragged: [R + 1] where each segment begins in T; dense: nullptr
+  RowInts lengths, starts;    // the valid range [starts, starts + lengths) of each segment (ragged: starts = 0)
 
   LKV_HD int64_t rows() const { return layers * batch * heads; }
   LKV_HD int64_t layer_of(int64_t row) const { return quotient(row, batch * heads); }
 
-  // Of row sets, of which there are less than 2^31: a division of 64 bits is a call on a GPU.
+  // Of segments, of which there are less than 2^31: a division of 64 bits is a call on a GPU.
   LKV_HD static int64_t quotient(int64_t a, int64_t b) { return static_cast<uint32_t>(a) / static_cast<uint32_t>(b); }
 };
 
-// One row set found: its coordinates, where its token 0 lies, and its valid range in its own coordinates.
-struct RowSet {
+// One segment found: its coordinates, where its token 0 lies, and its valid range in its own coordinates.
+struct Segment {
   int64_t layer, b, h;
   int64_t origin;         // token index of position 0: 0 when dense, cu_seqlens[row] when ragged
   int64_t limit;          // positions are in [0, limit)
@@ -73,8 +73,8 @@ struct PlainLoad {
 
 // `load`: how the tables are read.
 template <class Load = PlainLoad>
-LKV_HD RowSet row_set(const Source& s, int64_t row, Load load = {}) {
-  RowSet r;
+LKV_HD Segment segment_of(const Source& s, int64_t row, Load load = {}) {
+  Segment r;
   const int64_t sequence = Source::quotient(row, s.heads);  // over all layers
   r.layer = Source::quotient(sequence, s.batch);
   r.b = sequence - r.layer * s.batch;
@@ -87,22 +87,22 @@ LKV_HD RowSet row_set(const Source& s, int64_t row, Load load = {}) {
   return r;
 }
 
-// How many rows each row set keeps and where its room begins in the output.
-// keep = clamp(budget, 0, length, max_budget); room = keep + reserve rounded up to align, or `padded` for all when > 0.
-// Rooms end at `total`: begin = min(sum of the rooms before, total), and keep and room are cut to total - begin.
-struct RoomsParams {
+// How many rows each segment keeps and where its span begins in the output.
+// keep = clamp(budget, 0, length, max_budget); span = keep + reserve rounded up to align, or `padded` for all when > 0.
+// Spans end at `total`: begin = min(sum of the spans before, total), and keep and span are cut to total - begin.
+struct SpansParams {
   Source source;
   RowInts budgets;
   int64_t max_budget, reserve, align;
   int64_t padded;       // C of a padded output, 0 when packed
   int64_t total;        // rows allocated in the output
   int32_t* lengths;     // out [R]: rows kept
-  int32_t* cu_seqlens;  // out [R + 1]: room offsets
+  int32_t* cu_seqlens;  // out [R + 1]: span offsets
   int32_t* overflow;    // out [1]: rows cut by max_budget, C or total; may be nullptr
   uint32_t* ready;      // out [R]: flags to clear for a select that follows; may be nullptr
 };
 
-// The rows to keep, ascending, at positions[cu_seqlens[row] + i]; -1 in the slack of the rooms and after the last room.
+// The rows to keep, ascending, at positions[cu_seqlens[row] + i]; -1 in the slack of the spans and after the last span.
 // Of keep rows: the first min(sink, keep), the last min(window, rest), and the best of those between by (score, lower
 // position).
 struct SelectParams {
@@ -110,15 +110,15 @@ struct SelectParams {
   const Strided* scores;  // [layers]
   ScoreType type;
   int64_t sink, window;
-  const int32_t* lengths;     // [R] rows kept, at most the valid length of each row set
+  const int32_t* lengths;     // [R] rows kept, at most the valid length of each segment
   const int32_t* cu_seqlens;  // [R + 1]
   int64_t total;
   int32_t* positions;  // out [total]
-  uint32_t* ready;     // out [R]: set once the positions of a row set (its slack too) are written; may be nullptr
+  uint32_t* ready;     // out [R]: set once the positions of a segment (its slack too) are written; may be nullptr
 };
 
-// Output row j of row set r (cu_seqlens[r] <= j < cu_seqlens[r + 1]) is row positions[j] of r in each payload;
-// zeros where the position is outside [0, limit), and after the last room.
+// Output row j of segment r (cu_seqlens[r] <= j < cu_seqlens[r + 1]) is row positions[j] of r in each payload;
+// zeros where the position is outside [0, limit), and after the last span.
 struct GatherParams {
   Source source;  // lengths and starts are not used
   int64_t payloads;
@@ -128,11 +128,11 @@ struct GatherParams {
   const int32_t* positions;   // [total]
   const int32_t* cu_seqlens;  // [R + 1]
   int64_t total;
-  const uint32_t* ready;  // [R]: wait for the flag of a row set before reading its positions; may be nullptr
+  const uint32_t* ready;  // [R]: wait for the flag of a segment before reading its positions; may be nullptr
   bool warm;              // the outputs' memory has been touched before (CPU: non-temporal stores pay off)
 };
 
-// In place: row positions[cu_seqlens[r] + i] of row set r moves to row i of r, for i < lengths[r]. Positions ascend, so
+// In place: row positions[cu_seqlens[r] + i] of segment r moves to row i of r, for i < lengths[r]. Positions ascend, so
 // no row is overwritten before it was read if rows move in order; bytes of different columns never meet.
 struct CompactParams {
   Source source;
@@ -144,25 +144,25 @@ struct CompactParams {
   const int32_t* cu_seqlens;
 };
 
-// New tokens at the end of every row set of a ragged cache [T, ...]: of token i of `count`, the row of (b, h) goes to
+// New tokens at the end of every segment of a ragged cache [T, ...]: of token i of `count`, the row of (b, h) goes to
 // row cu_seqlens[r] + lengths[r] + i, and `positions` there becomes position + i. Sequences padded on the left take
-// only their last `valid` tokens. Rows that do not fit in their room are dropped; lengths count those that did.
+// only their last `valid` tokens. Rows that do not fit in their span are dropped; lengths count those that did.
 struct AppendParams {
   int64_t batch, heads, count;
-  RowInts valid;  // per row set, in [0, count]
+  RowInts valid;  // per segment, in [0, count]
   int64_t payloads;
   const Strided* inputs;      // [payloads] [B, H, count, ...]
   char* const* outputs;       // [payloads] contiguous rows [T, ...]
   const int64_t* row_bytes;   // [payloads]
   int64_t tokens;             // T
-  const int32_t* cu_seqlens;  // [R + 1] rooms
-  int32_t* lengths;           // in and out [R]: rows in use of each room
+  const int32_t* cu_seqlens;  // [R + 1] spans
+  int32_t* lengths;           // in and out [R]: rows in use of each span
   int32_t* positions;         // out [T]
   int64_t position;
 };
 
 // Attention of queries [B, Hq, q_len, D] over a ragged cache: query heads [h * group, (h + 1) * group) read the rows
-// [cu_seqlens[r], cu_seqlens[r] + lengths[r]) of row set r = b * heads + h. Causal: the last q_len rows are those of
+// [cu_seqlens[r], cu_seqlens[r] + lengths[r]) of segment r = b * heads + h. Causal: the last q_len rows are those of
 // the queries themselves, query i sees all but the last q_len - 1 - i. A query that sees no row gets zeros. logit =
 // scale * (q . k), then softcap * tanh(logit / softcap) where softcap > 0. The sink of a query head is the logit of one
 // more row, whose value is zero. Sums are float32.

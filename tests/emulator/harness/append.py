@@ -1,4 +1,4 @@
-"""Append: rows at the end of every row set of a ragged cache, as far as its room goes, against NumPy."""
+"""Append: rows at the end of every segment of a ragged cache, as far as its span goes, against NumPy."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def make_case(seed: int) -> Case:
     batch, heads = int(rng.integers(1, 5)), int(rng.integers(1, 5))
     count = int(rng.choice([0, 1, 1, 1, 2, 7, 70, 300]))
     rows, production = batch * heads, rng.random() < 0.2
-    room = rng.integers(0, 2 * count + 4, rows)
-    cu_seqlens = np.concatenate([[0], np.cumsum(room)]).astype(np.int32)
+    span = rng.integers(0, 2 * count + 4, rows)
+    cu_seqlens = np.concatenate([[0], np.cumsum(span)]).astype(np.int32)
     tokens = int(cu_seqlens[-1] + rng.integers(0, 3))
-    lengths = rng.integers(0, room + 1).astype(np.int32)
-    if rng.random() < 0.2:  # nobody promises what device memory holds; rooms still ascend, or rows would overlap
+    lengths = rng.integers(0, span + 1).astype(np.int32)
+    if rng.random() < 0.2:  # nobody promises what device memory holds; spans still ascend, or rows would overlap
         cu_seqlens[0], cu_seqlens[-1] = rng.choice([0, -5]), rng.choice([tokens, 2**31 - 1])
         lengths[rng.random(rows) < 0.3] = rng.choice([-1, -(2**31), 2**31 - 1])
     valid, wide = None, rng.random() < 0.5

@@ -59,14 +59,14 @@ def make_case(seed: int) -> Case:
     group, queries = one_of(1, 1, 2, 4, 5, 8), one_of(1, 1, 1, 2, 3, 7, 20)
     dim, dim_v, kind = one_of(*DIMS), one_of(*DIMS_V), int(rng.integers(3))
     types = tuple(rng.integers(3, size=3).tolist()) if rng.random() < 0.3 else (kind,) * 3
-    room = rng.integers(0, one_of(3, 70, 70, 200, 500) + 1, batch * heads)
-    cu_seqlens = np.concatenate([[0], np.cumsum(room)])
+    span = rng.integers(0, one_of(3, 70, 70, 200, 500) + 1, batch * heads)
+    cu_seqlens = np.concatenate([[0], np.cumsum(span)])
     tokens = int(cu_seqlens[-1] + rng.integers(0, 3))
-    lengths = np.where(rng.random(room.size) < 0.5, room, rng.integers(0, room + 1))
+    lengths = np.where(rng.random(span.size) < 0.5, span, rng.integers(0, span + 1))
     longest = int(max(lengths.max(), 1) if rng.random() < 0.9 else rng.integers(0, lengths.max() + 1))
     if rng.random() < 0.1:  # nobody promises what device memory holds
-        cu_seqlens = rng.integers(-5, tokens + 5, room.size + 1)
-        lengths = rng.choice([-1, -(2**31), 3, 2**31 - 1], room.size)
+        cu_seqlens = rng.integers(-5, tokens + 5, span.size + 1)
+        lengths = rng.choice([-1, -(2**31), 3, 2**31 - 1], span.size)
 
     def tensor(kind: int, *shape: int) -> Tensor:
         values = rng.standard_normal(shape).astype(np.float32)

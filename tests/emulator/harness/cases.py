@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.oracle import Layout, RowSets, rooms
+from harness.oracle import Layout, Segments, spans
 
 ROW_BYTES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 40, 48, 64, 80, 256)
 ALIGNED_ROW_BYTES = (16, 48, 80, 256, 1024)
@@ -43,7 +43,7 @@ class Placed:
 
 @dataclass
 class Case:
-    sets: RowSets
+    segments: Segments
     layout: Layout
     sink: int
     window: int
@@ -113,7 +113,7 @@ def make_case(seed: int) -> Case:
     def one_of(*choices):
         return choices[rng.integers(len(choices))]
 
-    # Most cases run small blocks; those of production size get few row sets, and some cases more row sets than threads.
+    # Most cases run small blocks; those of production size get few segments, and some cases more segments than threads.
     kind_of_size = one_of("small", "small", "small", "small", "small", "small", "production", "crowd")
     ragged = rng.random() < 0.3
     layers = 1 if ragged else int(rng.integers(1, 4))
@@ -137,7 +137,7 @@ def make_case(seed: int) -> Case:
     if rng.random() < 0.5:
         lengths = per_row(rng, full, 0, longest, wide)
     budgets = per_row(rng, full, 0, max(1, int(longest * one_of(0.1, 0.5, 1.1))), wide)
-    sets = RowSets(layers, batch, heads, tokens, lengths, starts, budgets, cu_seqlens)
+    segments = Segments(layers, batch, heads, tokens, lengths, starts, budgets, cu_seqlens)
 
     layout = Layout(max_budget=one_of(2**31 - 1, 2**31 - 1, longest // 3), reserve=one_of(0, 0, 3, 17),
                     align=one_of(1, 1, 4, 16), padded=0, total=2**31 - 1)  # fmt: skip
@@ -146,7 +146,7 @@ def make_case(seed: int) -> Case:
         layout.reserve, layout.align = 0, 1
         layout.total = rows * layout.padded
     else:
-        used = int(rooms(sets, layout).cu_seqlens[-1])
+        used = int(spans(segments, layout).cu_seqlens[-1])
         layout.total = one_of(used, used, used + int(rng.integers(0, 200)), used * 2 // 3)
 
     shapes = [(1, 1, n) if ragged else (batch, heads, n) for n in tokens]
@@ -164,7 +164,7 @@ def make_case(seed: int) -> Case:
         payloads.append(
             [Placed(rng.integers(1, 256, (*s, size), dtype=np.uint8), transposed, gap, lead) for s in shapes]
         )
-    return Case(sets, layout, one_of(0, 0, 1, 4, 300), one_of(0, 0, 1, 7, 300), score_type, scores,
+    return Case(segments, layout, one_of(0, 0, 1, 4, 300), one_of(0, 0, 1, 7, 300), score_type, scores,
                 [seen for _, seen in coded], payloads, wide,
                 block=0 if kind_of_size == "production" else 64,
                 cluster=1 if kind_of_size == "crowd" else one_of(0, 1, 2, 4, 8, 16),

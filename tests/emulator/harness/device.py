@@ -14,11 +14,11 @@ from harness.params import (
     AttendParams,
     CompactParams,
     GatherParams,
-    RoomsParams,
     SelectParams,
     SoftTopkGradParams,
     SoftTopkParams,
     Source,
+    SpansParams,
     Strided,
     Tuning,
 )
@@ -45,7 +45,7 @@ class Emulator:
         lib.emulator_free.argtypes = [c_void_p]
         lib.emulator_configure.argtypes = [c_char_p, c_ulonglong, c_int, c_int, c_int, c_int]
         lib.driver_upload.argtypes = [c_void_p, c_void_p, c_size_t]
-        lib.driver_rooms.argtypes = [POINTER(RoomsParams), c_void_p, c_void_p, c_size_t, POINTER(Tuning)]
+        lib.driver_spans.argtypes = [POINTER(SpansParams), c_void_p, c_void_p, c_size_t, POINTER(Tuning)]
         lib.driver_select_scratch.argtypes = [c_int64, c_int64, POINTER(Tuning)]
         lib.driver_select_scratch.restype = c_size_t
         lib.driver_select.argtypes = [POINTER(SelectParams), c_int64, c_void_p, POINTER(Tuning)]
@@ -99,9 +99,9 @@ class Emulator:
     def upload(self, host: np.ndarray, device: np.ndarray) -> None:
         self._check(self._lib.driver_upload(pointer(host), pointer(device), host.nbytes))
 
-    def rooms(self, p: RoomsParams, host: np.ndarray, device: np.ndarray) -> None:
+    def spans(self, p: SpansParams, host: np.ndarray, device: np.ndarray) -> None:
         """With an upload in the same launch."""
-        self._check(self._lib.driver_rooms(p, pointer(host), pointer(device), host.nbytes, self._tuning))
+        self._check(self._lib.driver_spans(p, pointer(host), pointer(device), host.nbytes, self._tuning))
 
     def select(self, p: SelectParams, longest: int) -> None:
         scratch = self.empty(self._lib.driver_select_scratch(rows_of(p.source), longest, self._tuning), np.uint8)

@@ -1,4 +1,4 @@
-"""The launchers of an eviction on one case: rooms, select, gather behind it, compact, and positions no select wrote."""
+"""The launchers of an eviction on one case: spans, select, gather behind it, compact, and positions no select wrote."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from harness.device import Emulator, Schedule, pointer
 from harness.params import (
     CompactParams,
     GatherParams,
-    RoomsParams,
     RowInts,
     SelectParams,
     Source,
+    SpansParams,
     Strided,
     Tuning,
 )
 
 
 class Run:
-    """One case on the device: rooms, select and gather on one stream, then compact of a copy."""
+    """One case on the device: spans, select and gather on one stream, then compact of a copy."""
 
     def __init__(self, emulator: Emulator, case: Case, schedule: Schedule) -> None:
         self.emulator, self.case = emulator, case
@@ -56,30 +56,30 @@ class Run:
 
     @property
     def ragged(self) -> bool:
-        return self.case.sets.cu_seqlens is not None
+        return self.case.segments.cu_seqlens is not None
 
     def source(self, ragged_by: np.ndarray | None) -> Source:
-        sets = self.case.sets
-        tokens = self.table(np.array(sets.tokens, np.int64))
+        segments = self.case.segments
+        tokens = self.table(np.array(segments.tokens, np.int64))
         cu = None if ragged_by is None else self.table(ragged_by)
-        return Source(sets.layers, sets.batch, sets.heads, pointer(tokens), pointer(cu),
-                      self.ints(sets.lengths), self.ints(sets.starts))  # fmt: skip
+        return Source(segments.layers, segments.batch, segments.heads, pointer(tokens), pointer(cu),
+                      self.ints(segments.lengths), self.ints(segments.starts))  # fmt: skip
 
     def run(self) -> None:
-        case, emulator, sets, layout = self.case, self.emulator, self.case.sets, self.case.layout
-        want = oracle.rooms(sets, layout)
-        source = self.source(sets.cu_seqlens)
-        lengths, cu_seqlens = emulator.empty(sets.count, np.int32), emulator.empty(sets.count + 1, np.int32)
+        case, emulator, segments, layout = self.case, self.emulator, self.case.segments, self.case.layout
+        want = oracle.spans(segments, layout)
+        source = self.source(segments.cu_seqlens)
+        lengths, cu_seqlens = emulator.empty(segments.count, np.int32), emulator.empty(segments.count + 1, np.int32)
         # What a call with other budgets has left at the same addresses: a stale load finds it.
-        before = oracle.rooms(replace(sets, budgets=sets.budgets[..., ::-1] // 2), layout)
+        before = oracle.spans(replace(segments, budgets=segments.budgets[..., ::-1] // 2), layout)
         lengths[:], cu_seqlens[:] = before.lengths, before.cu_seqlens
-        overflow, ready = emulator.empty(1, np.int32), emulator.empty(sets.count, np.uint32)
-        # The tokens of the layers travel with the rooms, which read them, and other bytes behind them.
-        others = np.random.default_rng(sets.count).integers(0, 256, sets.count * 37, dtype=np.uint8)
-        tables = np.concatenate([np.array(sets.tokens, np.int64).view(np.uint8), others])
+        overflow, ready = emulator.empty(1, np.int32), emulator.empty(segments.count, np.uint32)
+        # The tokens of the layers travel with the spans, which read them, and other bytes behind them.
+        others = np.random.default_rng(segments.count).integers(0, 256, segments.count * 37, dtype=np.uint8)
+        tables = np.concatenate([np.array(segments.tokens, np.int64).view(np.uint8), others])
         uploaded = emulator.empty(tables.size, np.uint8)
         source.tokens = pointer(uploaded)
-        emulator.rooms(RoomsParams(source, self.ints(sets.budgets), layout.max_budget, layout.reserve, layout.align,
+        emulator.spans(SpansParams(source, self.ints(segments.budgets), layout.max_budget, layout.reserve, layout.align,
                                    layout.padded, layout.total, pointer(lengths), pointer(cu_seqlens),
                                    pointer(overflow), pointer(ready)), tables, uploaded)  # fmt: skip
 
@@ -88,7 +88,7 @@ class Run:
         if case.behind_select:
             emulator.evict(select, gather, longest, sum(o.size for o in out))
             # Whoever comes next on the stream may use the select's memory again.
-            emulator.upload(np.full(sets.count, 7, np.uint32), ready)
+            emulator.upload(np.full(segments.count, 7, np.uint32), ready)
         else:
             emulator.select(select, longest)
             emulator.gather(gather, False)
@@ -99,30 +99,30 @@ class Run:
                                        pointer(positions), pointer(lengths), pointer(cu_seqlens)))  # fmt: skip
         emulator.synchronize()
 
-        oracle.same("bytes uploaded with the rooms", uploaded, tables)
+        oracle.same("bytes uploaded with the spans", uploaded, tables)
         oracle.same("lengths", lengths, want.lengths)
         oracle.same("cu_seqlens", cu_seqlens, want.cu_seqlens)
         oracle.same("overflow", overflow[0], want.overflow)
-        chosen = oracle.select(sets, case.score_values, case.sink, case.window, want, layout.total)
+        chosen = oracle.select(segments, case.score_values, case.sink, case.window, want, layout.total)
         oracle.same("positions", positions, chosen)
-        oracle.same("ready", ready, np.full(sets.count, 7 if case.behind_select else 1))
+        oracle.same("ready", ready, np.full(segments.count, 7 if case.behind_select else 1))
         for i, payload in enumerate(case.payloads):
             data = [layer.data for layer in payload]
-            oracle.same(f"gathered {i}", out[i], oracle.gather(sets, data, chosen, want.cu_seqlens))
-            for got, right in zip(moved[i], oracle.compact(sets, data, chosen, want), strict=True):
+            oracle.same(f"gathered {i}", out[i], oracle.gather(segments, data, chosen, want.cu_seqlens))
+            for got, right in zip(moved[i], oracle.compact(segments, data, chosen, want), strict=True):
                 oracle.same(f"compacted {i}", got[1], right)
 
     def run_hostile(self, rng: np.random.Generator) -> None:
         """Positions, lengths and offsets that no select wrote: reads and writes stay inside of the tensors."""
-        case, emulator, sets, total = self.case, self.emulator, self.case.sets, self.case.layout.total
-        source = self.source(sets.cu_seqlens)
-        positions = rng.integers(-4, max(sets.tokens) + 4, total).astype(np.int32)
-        cu_seqlens = np.sort(rng.integers(0, total + 1, sets.count + 1)).astype(np.int32)
+        case, emulator, segments, total = self.case, self.emulator, self.case.segments, self.case.layout.total
+        source = self.source(segments.cu_seqlens)
+        positions = rng.integers(-4, max(segments.tokens) + 4, total).astype(np.int32)
+        cu_seqlens = np.sort(rng.integers(0, total + 1, segments.count + 1)).astype(np.int32)
         gather, out = self.gather(source, emulator.copy(positions), emulator.copy(cu_seqlens), None)
         emulator.gather(gather, False)
-        wild = rng.choice([-(2**31), -1, 0, 3, total, 2**31 - 1], 2 * sets.count + 1).astype(np.int32)
-        anywhere, lengths = emulator.copy(wild[sets.count :]), emulator.copy(wild[: sets.count])
-        source = self.source(wild[sets.count :] if self.ragged else None)
+        wild = rng.choice([-(2**31), -1, 0, 3, total, 2**31 - 1], 2 * segments.count + 1).astype(np.int32)
+        anywhere, lengths = emulator.copy(wild[segments.count :]), emulator.copy(wild[: segments.count])
+        source = self.source(wild[segments.count :] if self.ragged else None)
         select, longest, chosen = self.select(source, lengths, anywhere, None)
         gather, _ = self.gather(source, emulator.copy(positions), anywhere, None)
         emulator.select(select, longest)
@@ -133,16 +133,16 @@ class Run:
         emulator.synchronize()
         for i, payload in enumerate(case.payloads):
             data = [layer.data for layer in payload]
-            oracle.same(f"gathered {i} by any positions", out[i], oracle.gather(sets, data, positions, cu_seqlens))
+            oracle.same(f"gathered {i} by any positions", out[i], oracle.gather(segments, data, positions, cu_seqlens))
 
     def select(
         self, source: Source, lengths: np.ndarray, cu_seqlens: np.ndarray, ready: np.ndarray | None
     ) -> tuple[SelectParams, int, np.ndarray]:
-        case, sets = self.case, self.case.sets
+        case, segments = self.case, self.case.segments
         # Gaps hold high scores: whoever reads them selects other rows.
         scores = self.emulator.structs([self.strided(layer, fill=0x7B)[0] for layer in case.scores])
         positions = self.emulator.empty(case.layout.total, np.int32)
-        longest = max((sets.valid(row)[1] for row in range(sets.count)), default=0)
+        longest = max((segments.valid(row)[1] for row in range(segments.count)), default=0)
         select = SelectParams(source, pointer(scores), case.score_type, case.sink, case.window, pointer(lengths),
                               pointer(cu_seqlens), case.layout.total, pointer(positions), pointer(ready))  # fmt: skip
         return select, longest, positions
@@ -178,7 +178,7 @@ def check_upload(emulator: Emulator) -> None:
             oracle.same(f"{size} bytes uploaded", memory, np.concatenate([before, kept]))
 
 
-def check_no_row_sets(emulator: Emulator) -> None:
+def check_no_segments(emulator: Emulator) -> None:
     """All of the output is slack, and no select is in front of the gather."""
     total, size = 70, 16
     none = RowInts(None, 0, 0, 0, 0, False)
@@ -192,8 +192,8 @@ def check_no_row_sets(emulator: Emulator) -> None:
                           pointer(positions), pointer(cu_seqlens), total, pointer(ready), False)  # fmt: skip
     emulator.evict(select, gather, 0, out.size)
     emulator.synchronize()
-    oracle.same("positions of no row sets", positions, np.full(total, -1))
-    oracle.same("rows of no row sets", out, np.zeros(out.size))
+    oracle.same("positions of no segments", positions, np.full(total, -1))
+    oracle.same("rows of no segments", out, np.zeros(out.size))
 
 
 def check_words_of_an_old_driver(emulator: Emulator) -> None:

@@ -1,4 +1,4 @@
-"""What the launchers must compute, said again in NumPy one row set after the other."""
+"""What the launchers must compute, said again in NumPy one segment after the other."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 
 
 @dataclass
-class RowSets:
-    """The row sets of an op; `lengths`, `starts` and `budgets` broadcast to [layers, batch, heads]."""
+class Segments:
+    """The segments of an op; `lengths`, `starts` and `budgets` broadcast to [layers, batch, heads]."""
 
     layers: int
     batch: int
@@ -50,7 +50,7 @@ class RowSets:
 
 @dataclass
 class Layout:
-    """What rooms() is told besides the row sets."""
+    """What spans() is told besides the segments."""
 
     max_budget: int
     reserve: int
@@ -60,7 +60,7 @@ class Layout:
 
 
 @dataclass
-class Rooms:
+class Spans:
     lengths: np.ndarray
     cu_seqlens: np.ndarray
     overflow: int
@@ -70,35 +70,35 @@ def clamp(x: int, low: int, high: int) -> int:
     return int(min(max(x, low), high))
 
 
-def rooms(sets: RowSets, layout: Layout) -> Rooms:
-    out = Rooms(np.zeros(sets.count, np.int32), np.zeros(sets.count + 1, np.int32), 0)
+def spans(segments: Segments, layout: Layout) -> Spans:
+    out = Spans(np.zeros(segments.count, np.int32), np.zeros(segments.count + 1, np.int32), 0)
     end = 0
-    for row in range(sets.count):
-        wanted = clamp(sets.budget(row), 0, sets.valid(row)[1])
+    for row in range(segments.count):
+        wanted = clamp(segments.budget(row), 0, segments.valid(row)[1])
         keep = min(wanted, layout.max_budget)
         if layout.padded > 0:
-            keep, room = min(keep, layout.padded), layout.padded
+            keep, span = min(keep, layout.padded), layout.padded
         else:
-            room = -(-(keep + layout.reserve) // layout.align) * layout.align
+            span = -(-(keep + layout.reserve) // layout.align) * layout.align
         begin = min(end, layout.total)
         out.cu_seqlens[row] = begin
         out.lengths[row] = min(keep, layout.total - begin)
         out.overflow += wanted - out.lengths[row]
-        end += room
+        end += span
     out.cu_seqlens[-1] = min(end, layout.total)
     return out
 
 
-def select(sets: RowSets, scores: list[np.ndarray], sink: int, window: int, out: Rooms, total: int) -> np.ndarray:
+def select(segments: Segments, scores: list[np.ndarray], sink: int, window: int, out: Spans, total: int) -> np.ndarray:
     """`scores` per layer: [batch, heads, tokens], ragged: [1, 1, T]."""
     positions = np.full(total, -1, np.int32)
-    for row in range(sets.count):
-        layer, b, h = sets.place(row)
-        origin, (begin, length) = sets.bounds(row)[0], sets.valid(row)
+    for row in range(segments.count):
+        layer, b, h = segments.place(row)
+        origin, (begin, length) = segments.bounds(row)[0], segments.valid(row)
         keep = int(out.lengths[row])
         first = min(sink, keep)
         last = min(window, keep - first)
-        if sets.cu_seqlens is not None:
+        if segments.cu_seqlens is not None:
             b = h = 0
         low, high = begin + first, begin + length - last
         between = scores[layer][b, h, origin + low : origin + high].astype(np.float64)
@@ -108,13 +108,13 @@ def select(sets: RowSets, scores: list[np.ndarray], sink: int, window: int, out:
     return positions
 
 
-def gather(sets: RowSets, payload: list[np.ndarray], positions: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
+def gather(segments: Segments, payload: list[np.ndarray], positions: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
     """`payload` per layer: bytes [batch, heads, tokens, row_bytes], ragged: [1, 1, T, row_bytes]."""
     out = np.zeros((positions.size, payload[0].shape[-1]), np.uint8)
-    for row in range(sets.count):
-        layer, b, h = sets.place(row)
-        origin, limit = sets.bounds(row)
-        if sets.cu_seqlens is not None:
+    for row in range(segments.count):
+        layer, b, h = segments.place(row)
+        origin, limit = segments.bounds(row)
+        if segments.cu_seqlens is not None:
             b = h = 0
         for j in range(cu_seqlens[row], cu_seqlens[row + 1]):
             if 0 <= positions[j] < limit:
@@ -122,12 +122,12 @@ def gather(sets: RowSets, payload: list[np.ndarray], positions: np.ndarray, cu_s
     return out
 
 
-def compact(sets: RowSets, payload: list[np.ndarray], positions: np.ndarray, out: Rooms) -> list[np.ndarray]:
+def compact(segments: Segments, payload: list[np.ndarray], positions: np.ndarray, out: Spans) -> list[np.ndarray]:
     moved = [layer.copy() for layer in payload]
-    for row in range(sets.count):
-        layer, b, h = sets.place(row)
-        origin = sets.bounds(row)[0]
-        if sets.cu_seqlens is not None:
+    for row in range(segments.count):
+        layer, b, h = segments.place(row)
+        origin = segments.bounds(row)[0]
+        if segments.cu_seqlens is not None:
             b = h = 0
         kept = positions[out.cu_seqlens[row] :][: out.lengths[row]]
         moved[layer][b, h, origin : origin + kept.size] = payload[layer][b, h, origin + kept]

@@ -33,7 +33,7 @@ class Source(ctypes.Structure):
     ]
 
 
-class RoomsParams(ctypes.Structure):
+class SpansParams(ctypes.Structure):
     _fields_ = [
         ("source", Source),
         ("budgets", RowInts),
@@ -196,7 +196,7 @@ MIRRORS = (
     Strided,
     RowInts,
     Source,
-    RoomsParams,
+    SpansParams,
     SelectParams,
     GatherParams,
     CompactParams,

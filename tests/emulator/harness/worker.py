@@ -29,7 +29,7 @@ def main(library: str, suite: str, first: int, count: int, names: list[str], var
         emulator.configure(Schedule(names[0]), Tuning())
         try:
             evict.check_upload(emulator)
-            evict.check_no_row_sets(emulator)
+            evict.check_no_segments(emulator)
             evict.check_words_of_an_old_driver(emulator)
             evict.check_questions(emulator, first, Schedule(names[0]))
         except (AssertionError, RuntimeError) as error:

@@ -12,29 +12,29 @@ __device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) {
 struct Wish {
   int64_t wanted;  // rows that the budget alone would keep
   int64_t keep;    // rows kept if the output does not end
-  int64_t room;    // at most `total`, so that sums of rooms stay in range
+  int64_t span;    // at most `total`, so that sums of spans stay in range
 };
 
-__device__ __forceinline__ Wish wish_of(const RoomsParams& p, int64_t row) {
-  const RowSet set = row_set(p.source, row);
+__device__ __forceinline__ Wish wish_of(const SpansParams& p, int64_t row) {
+  const Segment segment = segment_of(p.source, row);
   Wish wish;
-  wish.wanted = clamp(p.budgets.at(set.layer, set.b, set.h), 0, set.length);
+  wish.wanted = clamp(p.budgets.at(segment.layer, segment.b, segment.h), 0, segment.length);
   wish.keep = clamp(p.max_budget, 0, wish.wanted);
   if (p.padded > 0) {
     wish.keep = smaller(wish.keep, p.padded);
-    wish.room = smaller(p.padded, p.total);
+    wish.span = smaller(p.padded, p.total);
   } else {
     const int64_t used = wish.keep + smaller(p.reserve, p.total);
-    wish.room = smaller((used + p.align - 1) / p.align * p.align, p.total);
+    wish.span = smaller((used + p.align - 1) / p.align * p.align, p.total);
   }
   return wish;
 }
 
-// One block walks all row sets, carrying the sum of the rooms so far. It first writes the tables that it and the
+// One block walks all segments, carrying the sum of the spans so far. It first writes the tables that it and the
 // kernels behind it read: a launch of their own would take longer.
 template <int kBlock>
 __global__ void __launch_bounds__(kBlock)
-    rooms_kernel(const LKV_GRID_CONSTANT RoomsParams p, const LKV_GRID_CONSTANT Chunk tables) {
+    spans_kernel(const LKV_GRID_CONSTANT SpansParams p, const LKV_GRID_CONSTANT Chunk tables) {
   trigger_dependents();
   write_chunk(tables);
   block_sync();
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kBlock)
     Wish wish = {};
     if (row < rows) wish = wish_of(p, row);
     int64_t sum;
-    const int64_t before = carry + scan->exclusive(wish.room, sum);
+    const int64_t before = carry + scan->exclusive(wish.span, sum);
     if (row < rows) {
       const int64_t begin = smaller(before, p.total);
       const int64_t keep = smaller(wish.keep, p.total - begin);
@@ -66,15 +66,15 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <int kBlock>
-Status run(const RoomsParams& p, const Chunk& tables, Stream stream) {
+Status run(const SpansParams& p, const Chunk& tables, Stream stream) {
   const Grid grid = {.blocks = 1, .block = kBlock, .shared = sizeof(BlockScan<int64_t, kBlock>)};
-  return launch(rooms_kernel<kBlock>, grid, stream, p, tables);
+  return launch(spans_kernel<kBlock>, grid, stream, p, tables);
 }
 
 }  // namespace
 
-Status rooms(const RoomsParams& p, Upload tables, Stream stream, const Tuning& tuning) {
-  static_assert(sizeof(RoomsParams) + sizeof(Chunk) <= 4096);
+Status spans(const SpansParams& p, Upload tables, Stream stream, const Tuning& tuning) {
+  static_assert(sizeof(SpansParams) + sizeof(Chunk) <= 4096);
   Chunk last = take_chunk(tables);
   while (tables.bytes > 0) {
     const Status status = upload_chunk(last, stream);
@@ -84,8 +84,8 @@ Status rooms(const RoomsParams& p, Upload tables, Stream stream, const Tuning& t
   return with_block<512>(tuning, [&]<int kBlock> { return run<kBlock>(p, last, stream); });
 }
 
-Status rooms(const RoomsParams& p, const Upload& tables, Stream stream) {
-  return rooms(p, tables, stream, {});
+Status spans(const SpansParams& p, const Upload& tables, Stream stream) {
+  return spans(p, tables, stream, {});
 }
 
 }  // namespace lkv::cuda
