@@ -148,7 +148,7 @@ def test_budgets_are_asked_for_or_known_ahead() -> None:
 
 
 @pytest.mark.parametrize(
-    "make, says",
+    "make, message",
     [
         (lambda: SnapKV(window=0), "window >= 1"),
         (lambda: SnapKV(kernel_size=0), "odd kernel_size"),
@@ -160,8 +160,8 @@ def test_budgets_are_asked_for_or_known_ahead() -> None:
         (lambda: StreamingLLM(sink=-1), "sink >= 0"),
     ],
 )
-def test_settings_out_of_range(make, says) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_settings_out_of_range(make, message) -> None:
+    with pytest.raises(ValueError, match=message):
         make()
 
 

@@ -17,7 +17,7 @@ from lkv.hf import routing, state
 from lkv.hf.layer import RaggedLayer
 from lkv.hf.queries import LastQueries
 from lkv.hf.session import Session
-from lkv.hf.tape import Tape
+from lkv.hf.token_log import TokenLog
 from lkv.hf.versions import HFCache
 
 READ_ONLY = ("get_", "is_", "update")  # methods that change nothing, and those of a call, which is checked at its end
@@ -28,7 +28,7 @@ def check(session: Session) -> None:
     if session.call is not None or session.broken is not None:
         return
     lengths = {layer.get_seq_length() for layer in session.ragged}
-    batches = {len(layer.real) for layer in session.ragged}
+    batches = {len(layer.token_counts) for layer in session.ragged}
     assert len(lengths) == 1 == len(batches), f"layers of lengths {lengths} and batches {batches}"
     (length,), (batch,) = lengths, batches
     hidden = torch.zeros(batch, length, dtype=torch.bool)
@@ -41,36 +41,40 @@ def check(session: Session) -> None:
         hidden = torch.zeros_like(hidden).scatter_(1, session.places, hidden)
     for layer in session.ragged:
         _check_layer(layer, ~hidden)
-        _check_witness(layer, ~hidden, session)
-    used = [layer.witness.rotary for layer in session.ragged]
+        _check_observations(layer, ~hidden, session)
+    used = [layer.observations.rotary for layer in session.ragged]
     assert all(any(rotary is each for each in used) for rotary in session.rotaries), "rotations of no layer"
 
 
-def _check_layer(layer: RaggedLayer, real: Tensor) -> None:
+def _check_layer(layer: RaggedLayer, present: Tensor) -> None:
     """`real`: bool `[B, L]`, the places of tokens that are no padding."""
-    batch, length = real.shape
-    assert layer.real == real.sum(1).tolist(), f"real {layer.real}, of the masks {real.sum(1).tolist()}"
+    batch, length = present.shape
+    assert layer.token_counts == present.sum(1).tolist(), (
+        f"real {layer.token_counts}, of the masks {present.sum(1).tolist()}"
+    )
     assert 0 <= layer.evicted <= length and layer.is_initialized >= (length > 0)
     if layer.rows is not None:
         assert layer.keys is None and layer.values is None
         assert (layer.rows.batch, layer.rows.seen) == (batch, length)
-        assert layer.held == layer.rows.lengths.sum(1).tolist(), f"held {layer.held}, there {layer.rows.lengths}"
+        assert layer.row_counts == layer.rows.lengths.sum(1).tolist(), (
+            f"held {layer.row_counts}, there {layer.rows.lengths}"
+        )
         check_cache(layer.rows)
-        _check_positions(layer, real)
+        _check_positions(layer, present)
     elif layer.keys is not None:
         assert layer.keys.shape[:3] == layer.values.shape[:3] == (batch, layer.heads, length)
-        assert layer.held == [layer.heads * n for n in layer.real]
+        assert layer.row_counts == [layer.heads * n for n in layer.token_counts]
         assert (layer.evicted, layer.evictions, layer.due) == (0, 0, True)
-        padding = length - real.sum(1, keepdim=True)
-        assert torch.equal(real, torch.arange(length) >= padding), "whole rows with padding between tokens"
+        padding = length - present.sum(1, keepdim=True)
+        assert torch.equal(present, torch.arange(length) >= padding), "whole rows with padding between tokens"
     else:
-        assert layer.held == [] and length == layer.evicted == layer.evictions == 0 and not layer.due
+        assert layer.row_counts == [] and length == layer.evicted == layer.evictions == 0 and not layer.due
 
 
-def _check_positions(layer: RaggedLayer, real: Tensor) -> None:
+def _check_positions(layer: RaggedLayer, present: Tensor) -> None:
     """Rows are of tokens that are there; of those that came since the last eviction, all are."""
-    length = real.shape[1]
-    for tokens, heads in zip(real, _heads(layer.rows), strict=True):
+    length = present.shape[1]
+    for tokens, heads in zip(present, _heads(layer.rows), strict=True):
         for positions in heads:
             assert positions.numel() == 0 or 0 <= int(positions[0]) <= int(positions[-1]) < length
             assert tokens[positions].all(), "rows of tokens that are hidden"
@@ -88,40 +92,40 @@ def _heads(rows: lkv_ext.RaggedCache) -> list[list[Tensor]]:
     ]
 
 
-def _check_witness(layer: RaggedLayer, real: Tensor, session: Session) -> None:
+def _check_observations(layer: RaggedLayer, present: Tensor, session: Session) -> None:
     """What is held beside the rows is of all tokens, and of the last ones."""
-    witness, (batch, length) = layer.witness, real.shape
-    assert witness.captured is None, "what a call was on its way with"
-    if witness.queries is not None:
-        _check_queries(witness.queries, real)
-    if witness.hidden_states is not None:
-        _check_tape(witness.hidden_states, batch, length)
-    if witness.rotary is not None:
-        assert any(witness.rotary is each for each in session.rotaries)
-        _check_tape(witness.rotary.cos, batch, length)
-        _check_tape(witness.rotary.sin, batch, length)
-    elif witness.rotates:
+    observations, (batch, length) = layer.observations, present.shape
+    assert observations.captured is None, "what a call was on its way with"
+    if observations.queries is not None:
+        _check_queries(observations.queries, present)
+    if observations.hidden_states is not None:
+        _check_log(observations.hidden_states, batch, length)
+    if observations.rotary is not None:
+        assert any(observations.rotary is each for each in session.rotaries)
+        _check_log(observations.rotary.cos, batch, length)
+        _check_log(observations.rotary.sin, batch, length)
+    elif observations.rotates:
         assert length == 0
 
 
-def _check_tape(tape: Tape, batch: int, length: int) -> None:
+def _check_log(log: TokenLog, batch: int, length: int) -> None:
     """A batch of 1 may stand for any."""
-    assert tape.length == length
-    tape = copy.deepcopy(tape)  # reading puts a tape together
-    assert length == 0 or tape.read().shape[:2] in ((batch, length), (1, length))
+    assert log.length == length
+    log = copy.deepcopy(log)  # reading puts a tape together
+    assert length == 0 or log.read().shape[:2] in ((batch, length), (1, length))
 
 
-def _check_queries(queries: LastQueries, real: Tensor) -> None:
+def _check_queries(queries: LastQueries, present: Tensor) -> None:
     """Places are those of the last tokens, of fewer than the window where some were cropped or hidden."""
-    assert queries.seen == real.shape[1]
+    assert queries.seen == present.shape[1]
     if queries._queries is None:
         assert queries.seen == 0
         return
     _, places, there = copy.copy(queries).read()
-    assert places.shape == there.shape == (len(real), queries.window)
-    for one, valid, tokens in zip(places, there, real, strict=True):
-        held = one[valid]
-        assert torch.equal(held, tokens.nonzero().flatten()[int(tokens.sum()) - len(held) :])
+    assert places.shape == there.shape == (len(present), queries.window)
+    for one, valid, tokens in zip(places, there, present, strict=True):
+        counts = one[valid]
+        assert torch.equal(counts, tokens.nonzero().flatten()[int(tokens.sum()) - len(counts) :])
 
 
 def checked(method: Callable[..., object], session_of: Callable[[object], Session]) -> Callable[..., object]:

@@ -42,9 +42,9 @@ def talk(model: PreTrainedModel, cache: object, turns: list[Turn], chunk: int | 
     ids, mask, logits = torch.zeros(batch, 0, dtype=torch.long), torch.zeros(batch, 0, dtype=torch.long), []
     padded = any((t.mask == 0).any() for t in turns)
 
-    def feed(new: Tensor, real: Tensor) -> None:
+    def feed(new: Tensor, present: Tensor) -> None:
         nonlocal ids, mask
-        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, real], 1)
+        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, present], 1)
         logits.append(call(model, new, mask if padded else None, cache))
 
     with torch.no_grad():

@@ -35,10 +35,10 @@ class Recorder:
         positions = rows.padded(rows.positions).long()
         used = torch.arange(positions.shape[2]) < rows.lengths[..., None]
         visible = self.visible[layer.index]
-        held = torch.zeros(*visible.shape[:2], visible.shape[3] + 1, dtype=torch.bool)
-        held.scatter_(2, torch.where(used, positions, visible.shape[3]), True)
+        counts = torch.zeros(*visible.shape[:2], visible.shape[3] + 1, dtype=torch.bool)
+        counts.scatter_(2, torch.where(used, positions, visible.shape[3]), True)
         for place in range(rows.seen - count, rows.seen):
-            visible[:, :, place, : place + 1] = held[:, :, : place + 1]
+            visible[:, :, place, : place + 1] = counts[:, :, : place + 1]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import lkv
 import lkv_ext
 from lkv.hf.queries import LastQueries
 from lkv.hf.settings import Settings
-from lkv.hf.tape import Rotary, Tape
+from lkv.hf.token_log import Rotary, TokenLog
 
 # What leads back or to the model, where tensors lie, and how large a buffer is behind the rows.
 SKIPPED = {"session", "_config", "_layers", "model", "_home", "device", "dtype", "last", "layer_class_to_replicate"}
@@ -42,7 +42,7 @@ def _differ(one: dict[str, object], other: dict[str, object], path: str) -> bool
 def _leaves(value: object, path: str) -> Iterator[tuple[str, object]]:
     if isinstance(value, Tensor):
         yield path, value.detach().clone()
-    elif isinstance(value, (LastQueries, Tape, lkv_ext.RaggedCache)):
+    elif isinstance(value, (LastQueries, TokenLog, lkv_ext.RaggedCache)):
         yield from _leaves(_contents(value), path)
     elif isinstance(value, Rotary):  # layers share it
         yield from _leaves({"cos": value.cos, "sin": value.sin}, path)
@@ -63,17 +63,20 @@ def _leaves(value: object, path: str) -> Iterator[tuple[str, object]]:
 
 def _contents(value: object) -> dict[str, object]:
     """Of what may hold the same in several forms; reading must not change it."""
-    if isinstance(value, Tape):
-        tape = copy.deepcopy(value)
-        return {"length": tape.length, "all": tape.read() if tape.length else None}
+    if isinstance(value, TokenLog):
+        log = copy.deepcopy(value)
+        return {"length": log.length, "all": log.read() if log.length else None}
     if isinstance(value, LastQueries):
-        told = {"window": value.window, "seen": value.seen}
+        results = {"window": value.window, "seen": value.seen}
         if value._queries is None or value.seen == 0:
-            return told
+            return results
         queries, places, there = copy.copy(value).read()
         kept = [[t[b][:, i] if t.dim() == 4 else t[b][i] for t in (queries, places)] for b, i in enumerate(there)]
-        return told | {"kept": kept}
-    told = {name: getattr(value, name) for name in ROWS}
+        return results | {"kept": kept}
+    results = {name: getattr(value, name) for name in ROWS}
     in_use = torch.arange(max(value.max_length, 1)) < value.lengths[..., None]
     parts = (value.k, value.v, value.positions, *value.companions)
-    return told | {"lengths": value.lengths, "rows": [value.padded(p)[in_use[..., : value.max_length]] for p in parts]}
+    return results | {
+        "lengths": value.lengths,
+        "rows": [value.padded(p)[in_use[..., : value.max_length]] for p in parts],
+    }

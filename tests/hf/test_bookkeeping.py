@@ -36,7 +36,7 @@ class Past:
         self.model, self.cache = model, lkv.Cache(model, **{**OPTIONS, **options})
         self.mask = torch.zeros(3, 0, dtype=torch.long)
 
-    def say(self, count: int, seed: int = 0, new: Tensor | None = None, cache: lkv.Cache | None = None) -> Tensor:
+    def feed(self, count: int, seed: int = 0, new: Tensor | None = None, cache: lkv.Cache | None = None) -> Tensor:
         new = torch.ones(3, count, dtype=torch.long) if new is None else new
         self.mask = torch.cat([self.mask, new], 1)
         with torch.no_grad():
@@ -80,15 +80,15 @@ def empty(model: PreTrainedModel) -> Past:
 @once
 def whole(model: PreTrainedModel) -> Past:
     past = Past(model, chunks="last")
-    past.say(20, new=PROMPT.mask)
+    past.feed(20, new=PROMPT.mask)
     return past
 
 
 @once
 def packed(model: PreTrainedModel) -> Past:
     past = Past(model)
-    past.say(20, new=PROMPT.mask)
-    past.say(1, 1)
+    past.feed(20, new=PROMPT.mask)
+    past.feed(1, 1)
     return past
 
 
@@ -97,8 +97,8 @@ def prefilled(model: PreTrainedModel) -> Past:
     """`prefill` was used, and what came behind it is no prompt."""
     past = Past(model)
     with past.cache.prefill():
-        past.say(20, new=PROMPT.mask)
-    past.say(2, 1)
+        past.feed(20, new=PROMPT.mask)
+    past.feed(2, 1)
     return past
 
 
@@ -107,17 +107,17 @@ def hidden(model: PreTrainedModel) -> Past:
     """Some tokens were hidden later, and padding came between others."""
     past = packed(model)
     past.mask[1, 9:12] = 0
-    past.say(5, 2)
-    past.say(4, 3, new=torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1], [0, 1, 1, 0]]))
+    past.feed(5, 2)
+    past.feed(4, 3, new=torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1], [0, 1, 1, 0]]))
     return past
 
 
 @once
 def capped(model: PreTrainedModel) -> Past:
     past = Past(model, retention=None, cap=12, interval=3)
-    past.say(20, new=PROMPT.mask)
+    past.feed(20, new=PROMPT.mask)
     for i in range(4):
-        past.say(1, i)
+        past.feed(1, i)
     return past
 
 
@@ -125,7 +125,7 @@ def capped(model: PreTrainedModel) -> Past:
 def token_by_token(model: PreTrainedModel) -> Past:
     past = Past(model)
     for i in range(8):
-        past.say(1, i)
+        past.feed(1, i)
     return past
 
 
@@ -134,7 +134,7 @@ def failed(model: PreTrainedModel) -> Past:
     """Nothing has come to its end."""
     past = Past(model)
     with pytest.raises(Stop), stopping(model.get_decoder().layers[-1]):
-        past.say(20)
+        past.feed(20)
     past.mask = past.mask[:, :0]
     return past
 
@@ -142,7 +142,7 @@ def failed(model: PreTrainedModel) -> Past:
 @once
 def cropped(model: PreTrainedModel) -> Past:
     past = Past(model, chunks="last")
-    past.say(12)
+    past.feed(12)
     past.cache.crop(-2)
     past.mask = past.mask[:, :10]
     return past
@@ -158,8 +158,8 @@ def two_rotations(model: PreTrainedModel) -> Past:
         return args, kwargs | {"position_embeddings": tuple(t.clone() for t in kwargs["position_embeddings"])}
 
     hook = last.register_forward_pre_hook(copied, with_kwargs=True, prepend=True)
-    past.say(20, new=PROMPT.mask)
-    past.say(1, 1)
+    past.feed(20, new=PROMPT.mask)
+    past.feed(1, 1)
     hook.remove()
     return past
 
@@ -207,19 +207,19 @@ def _parts(cache: lkv.Cache) -> Iterator[object]:
     """Everything that is written to in place."""
     yield from (cache.lkv_session, cache.lkv_session.rotaries, cache.layers, *cache.layers)
     for layer in cache.ragged:
-        witness = layer.witness
-        yield from (layer.real, layer.held, witness)
-        yield from filter(None, (layer.rows, witness.queries, witness.hidden_states, witness.rotary))
+        observations = layer.observations
+        yield from (layer.token_counts, layer.row_counts, observations)
+        yield from filter(None, (layer.rows, observations.queries, observations.hidden_states, observations.rotary))
 
 
 def hide(past: Past, cache: lkv.Cache) -> None:
     past.mask[:, -1] = 0
-    past.say(2, 5, cache=cache)
+    past.feed(2, 5, cache=cache)
 
 
 DEEDS: dict[str, Callable[[Past, lkv.Cache], object]] = {
-    "token": lambda past, cache: past.say(1, 7, cache=cache),
-    "tokens": lambda past, cache: past.say(6, 7, cache=cache),
+    "token": lambda past, cache: past.feed(1, 7, cache=cache),
+    "tokens": lambda past, cache: past.feed(6, 7, cache=cache),
     "hide": hide,
     "evict": lambda past, cache: cache.evict(budget=5),
     "select": lambda past, cache: cache.batch_select_indices(torch.tensor([2, 0])),
@@ -262,11 +262,11 @@ def test_a_model_that_fails(past, new, place):
         made.cache.lkv_session.settings = Past(model, chunks="last").cache.settings  # or rows would be gone
     before, mask = snapshot(made.cache), made.mask
     find, behind = PLACES[place]
-    real = torch.ones(3, 1 if new == "token" or past is capped else 5, dtype=torch.long)
+    present = torch.ones(3, 1 if new == "token" or past is capped else 5, dtype=torch.long)
     if new == "padded" and past not in (whole, cropped):  # whole rows would be packed
-        real[0, :2] = real[2, :4] = 0
+        present[0, :2] = present[2, :4] = 0
     with pytest.raises(Stop), stopping(find(model.get_decoder().layers), behind):
-        made.say(real.shape[1], new=real)
+        made.feed(present.shape[1], new=present)
     made.mask = mask
     assert differences(snapshot(made.cache), before) == []
 
@@ -276,52 +276,52 @@ def test_a_copy_made_within_prefill_is_outside_of_it(way):
     """What follows there is no prompt, and evicts what was left; the prompt goes on here."""
     past = Past(build("llama"), chunks="last")
     with past.cache.prefill():
-        past.say(12)
+        past.feed(12)
         twin, mask = COPIES[way](past.cache), past.mask
-        past.say(1, 1, cache=twin)
+        past.feed(1, 1, cache=twin)
         assert all(layer.evictions == 1 and not layer.due for layer in twin.ragged)
         past.mask = mask
-        past.say(8, 2)
+        past.feed(8, 2)
         assert all(layer.rows is None for layer in past.cache.ragged)
-    assert all(layer.held == [2 * 8] * 3 and not layer.due for layer in past.cache.ragged)
+    assert all(layer.row_counts == [2 * 8] * 3 and not layer.due for layer in past.cache.ragged)
 
 
 def test_a_turn_that_fits_is_over():
     """Nothing of it was evicted, and nothing is later: what comes behind it is an answer."""
     past = Past(build("llama"), retention=None, budget=40)
-    past.say(20, new=PROMPT.mask)
+    past.feed(20, new=PROMPT.mask)
     past.cache.evict(budget=12)  # rows are packed
-    past.say(9, 1)
+    past.feed(9, 1)
     assert all(layer.evictions == 1 and not layer.due for layer in past.cache.ragged)
     for i in range(30):
-        past.say(1, i)
-    assert all(layer.held == [2 * (12 + 39)] * 3 for layer in past.cache.ragged)
+        past.feed(1, i)
+    assert all(layer.row_counts == [2 * (12 + 39)] * 3 for layer in past.cache.ragged)
 
 
 def test_a_prompt_is_attended_to_in_full_before_the_cap_is_kept():
     past = Past(build("llama"), retention=None, cap=16, interval=3)
     for turns in (1, 2, 3):
-        past.say(20)
-        assert all((layer.evictions, layer.held) == (turns, [2 * 16] * 3) for layer in past.cache.ragged)
+        past.feed(20)
+        assert all((layer.evictions, layer.row_counts) == (turns, [2 * 16] * 3) for layer in past.cache.ragged)
 
 
 def test_several_tokens_that_are_no_prompt_make_room_below_the_cap():
     past = Past(build("llama"), retention=None, cap=16, interval=3)
     with past.cache.prefill():
-        past.say(15)
+        past.feed(15)
     for i in range(6):
-        past.say(5, i)
-        assert all(max(layer.held) <= 2 * 16 for layer in past.cache.ragged)
+        past.feed(5, i)
+        assert all(max(layer.row_counts) <= 2 * 16 for layer in past.cache.ragged)
 
 
 def test_a_hidden_token_makes_place_for_an_earlier_query():
     """And is the first to be overwritten."""
     past = Past(build("llama"), retention=1.0)
-    past.say(20)
+    past.feed(20)
     past.mask[:, -2] = 0
-    past.say(1, 1)
+    past.feed(1, 1)
     for expected in ([16, 17, 19, 20], [17, 19, 20, 21], [19, 20, 21, 22]):
         for layer in past.cache.ragged:
-            _, places, there = layer.witness.queries.read()
+            _, places, there = layer.observations.queries.read()
             assert places.tolist() == [expected] * 3 and there.all()
-        past.say(1, 2)
+        past.feed(1, 2)

@@ -13,7 +13,7 @@ from masked import masked_logits, recorded
 
 import lkv
 import lkv_ext
-from lkv.hf.observe import observe
+from lkv.hf.observation import observe
 from lkv.policies import AdaKV, SnapKV, StreamingLLM
 
 ADAKV = AdaKV(SnapKV(window=4))
@@ -84,7 +84,7 @@ def test_budgets_that_are_known_ahead(model, packed):
     few = [[[*row[: n - 2], *row[-2:]] for n in (3, 5)] for row in there]
     all_of = [[row, []] for row in there]
     assert rows(cache) == [few[0] + few[1], all_of[0] + all_of[1]]
-    assert [layer.held for layer in cache.ragged] == [[8, 8], [len(row) for row in there]]
+    assert [layer.row_counts for layer in cache.ragged] == [[8, 8], [len(row) for row in there]]
 
 
 def rows(cache: lkv.Cache) -> list[list[list[int]]]:
@@ -118,15 +118,15 @@ def test_forks_of_one_prompt(family, shape, policy):
             assert sum(layer.rows.lengths.sum(1) for layer in fork.ragged).tolist() == totals
             with recorded(fork, len(context), length) as recorder:
                 seen = Turn(torch.cat([first.ids, then.ids], 1), torch.cat([first.mask, then.mask], 1), then.steps)
-                said = answer(model, fork, first, then)
+                outputs = answer(model, fork, first, then)
             assert sum(layer.rows.lengths.sum(1) for layer in fork.ragged).tolist() == [
                 total + 2 * layers * (int(n) + then.steps) for total, n in zip(totals, then.mask.sum(1), strict=True)
             ]
-            ids = torch.cat([seen.ids, said.argmax(-1)[:, then.ids.shape[1] - 1 : -1]], 1)
+            ids = torch.cat([seen.ids, outputs.argmax(-1)[:, then.ids.shape[1] - 1 : -1]], 1)
             mask = torch.cat([seen.mask, torch.ones(len(context), then.steps).long()], 1)
             expected = masked_logits(model, ids, mask, recorder.visible)[:, first.ids.shape[1] :]
-            real = mask[:, first.ids.shape[1] :].bool()
-            torch.testing.assert_close(said[real], expected[real], rtol=1e-4, atol=1e-4)
+            present = mask[:, first.ids.shape[1] :].bool()
+            torch.testing.assert_close(outputs[present], expected[present], rtol=1e-4, atol=1e-4)
             fork.close()
         whole = [layer.rows for layer in cache.ragged]
         assert whole == [None] * len(whole) and cache.get_seq_length() == first.ids.shape[1]
@@ -141,11 +141,11 @@ def answer(model, cache, first: Turn, then: Turn) -> torch.Tensor:
     mask, logits = first.mask, []
     padded = bool((torch.cat([first.mask, then.mask], 1) == 0).any())
     with torch.no_grad():
-        new, real = then.ids, then.mask
+        new, present = then.ids, then.mask
         for _ in range(then.steps + 1):
-            mask = torch.cat([mask, real], 1)
+            mask = torch.cat([mask, present], 1)
             logits.append(call(model, new, mask if padded else None, cache))
-            new, real = logits[-1][:, -1].argmax(-1, keepdim=True), torch.ones(len(mask), 1).long()
+            new, present = logits[-1][:, -1].argmax(-1, keepdim=True), torch.ones(len(mask), 1).long()
     return torch.cat(logits, 1)
 
 
@@ -222,16 +222,18 @@ def test_scope_model_in_turns(model, shape, chunks):
         lkv.Cache(model, Together(), retention=0.15, chunks=chunks) as cache,
         recorded(cache, len(turns[0].ids), length) as recorder,
     ):
-        said = talk(model, cache, turns)
-    expected = masked_logits(model, said.ids, said.mask, recorder.visible)
-    real = said.mask.bool()
-    torch.testing.assert_close(said.logits[real], expected[real], rtol=1e-4, atol=1e-4)
+        outputs = talk(model, cache, turns)
+    expected = masked_logits(model, outputs.ids, outputs.mask, recorder.visible)
+    present = outputs.mask.bool()
+    torch.testing.assert_close(outputs.logits[present], expected[present], rtol=1e-4, atol=1e-4)
     behind = chunks == "last"  # the first token of the answer
     logical = turns[0].mask.sum(1) + turns[0].steps + turns[1].mask.sum(1) + behind
     per_layer = [layer.rows.lengths.sum(1) - 2 * (turns[1].steps - behind) for layer in cache.ragged]
     assert sum(per_layer).tolist() == [4 * max(1, round(0.15 * int(n))) for n in logical]
     assert not torch.equal(*per_layer)
-    assert [layer.held for layer in cache.ragged] == [layer.rows.lengths.sum(1).tolist() for layer in cache.ragged]
+    assert [layer.row_counts for layer in cache.ragged] == [
+        layer.rows.lengths.sum(1).tolist() for layer in cache.ragged
+    ]
 
 
 def test_scope_model_chooses_as_the_competition_of_all_layers(model):
@@ -276,24 +278,26 @@ def test_scope_model_capped(model):
         for i in range(60):
             mask = torch.cat([mask, torch.ones(2, 1).long()], 1)
             call(model, tokens(2, 1, seed=i), mask, cache)
-            held = sum(layer.rows.lengths.sum(1) for layer in cache.ragged)
-            assert held.tolist() == [sum(each) for each in zip(*(layer.held for layer in cache.ragged), strict=True)]
-            most = max(most, int(held.max()))
+            counts = sum(layer.rows.lengths.sum(1) for layer in cache.ragged)
+            assert counts.tolist() == [
+                sum(each) for each in zip(*(layer.row_counts for layer in cache.ragged), strict=True)
+            ]
+            most = max(most, int(counts.max()))
     assert most == 2 * 2 * cap
 
 
 @pytest.mark.parametrize(
-    "options, policy, says",
+    "options, policy, message",
     [
         (dict(), "snapkv", "expected a policy that needs what is observed, nothing, got one that needs queries"),
         (dict(observe={"queries"}), "snapkv", "a window of at most the observed 1 queries, got 32: observe_window="),
         (dict(), 7, "expected a name or a policy, got 7"),
     ],
 )
-def test_what_was_not_observed(model, options, policy, says):
+def test_what_was_not_observed(model, options, policy, message):
     with torch.no_grad(), lkv.Cache(model, Hold(), retention=1.0, chunks="last", **options) as cache:
         call(model, tokens(1, 30), None, cache)
-        with pytest.raises((ValueError, TypeError), match=says):
+        with pytest.raises((ValueError, TypeError), match=message):
             cache.evict(policy, retention=0.2)
         assert cache.ragged[0].rows is None
         cache.evict("streaming_llm", retention=0.2)

@@ -49,16 +49,16 @@ def numbers(line: str) -> list[int]:
 
 def test_generate(run, tmp_path):
     (tmp_path / "text").write_text(" ".join(f"word{i % 60 + 1}" for i in range(400)))
-    said, *_, last = run("generate.py", tmp_path / "text")[0]
-    assert 1 <= len(said.split()) <= 64  # "<unk>" is a special token, and not printed
+    outputs, *_, last = run("generate.py", tmp_path / "text")[0]
+    assert 1 <= len(outputs.split()) <= 64  # "<unk>" is a special token, and not printed
     tokens, size = numbers(last)
     answer = tokens + 1 - 400  # its last token is not read
     assert 1 <= answer <= 64 and size == (60 + answer - 1) * ROW_BYTES  # 15 % of the text, and the answer
 
 
 def test_chat(run):
-    said, counts = run("chat.py", stdin="word1 word2 word3\nword4\nword5 word6\n")
-    assert len(said) == 3 and all(1 <= len(answer.split()) <= 64 for answer in said)
+    outputs, counts = run("chat.py", stdin="word1 word2 word3\nword4\nword5 word6\n")
+    assert len(outputs) == 3 and all(1 <= len(answer.split()) <= 64 for answer in outputs)
     lengths = [numbers(line) for line in counts if line.startswith("[")]
     assert len(lengths) == 3 and lengths[0][0] < lengths[1][0] < lengths[2][0]
     assert all(size < length * ROW_BYTES for length, size in lengths)
@@ -71,7 +71,7 @@ def test_endless(run):
 
 
 def test_a_policy_of_its_own(run):
-    said, counts = run("policy.py", stdin=" ".join(f"word{i % 60 + 1}" for i in range(400)))
+    outputs, counts = run("policy.py", stdin=" ".join(f"word{i % 60 + 1}" for i in range(400)))
     tokens, size = numbers(counts[-1])
-    assert said and 400 < tokens < 464
+    assert outputs and 400 < tokens < 464
     assert size == (100 + tokens - 400) * ROW_BYTES  # 25 % of the text, and what followed

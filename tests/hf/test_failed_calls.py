@@ -65,8 +65,8 @@ def test_a_policy_that_fails_in_the_last_layer(model, chunks, scope):
                 assert lengths(cache) == {30} and [layer.rows for layer in cache.ragged] == [None, None]
             cache.reset()
         policy.fails = None
-        said = [call(model, prompt.ids, prompt.mask, c) for c in (cache, lkv.Cache(model, policy, budget=9))]
-        assert torch.equal(*said)
+        outputs = [call(model, prompt.ids, prompt.mask, c) for c in (cache, lkv.Cache(model, policy, budget=9))]
+        assert torch.equal(*outputs)
 
 
 def test_a_later_turn_of_which_rows_are_gone(model):
@@ -124,10 +124,15 @@ def test_a_model_that_fails_between_its_layers(family, padded, policy):
             hook.remove()
             assert cache.get_seq_length() == a
             ours, theirs = (call(model, ids[:, a:b], shown, c) for c in (cache, twin))
-            real = mask[:, a:b].bool()
-            torch.testing.assert_close(ours[real], theirs[real])
+            present = mask[:, a:b].bool()
+            torch.testing.assert_close(ours[present], theirs[present])
             for one, other in zip(cache.ragged, twin.ragged, strict=True):
-                assert (one.real, one.held, one.evicted, one.due) == (other.real, other.held, other.evicted, other.due)
+                assert (one.token_counts, one.row_counts, one.evicted, one.due) == (
+                    other.token_counts,
+                    other.row_counts,
+                    other.evicted,
+                    other.due,
+                )
                 if one.rows is not None:
                     assert torch.equal(one.rows.lengths, other.rows.lengths) and one.rows.seen == other.rows.seen
     for each in (cache, twin):

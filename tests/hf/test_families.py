@@ -40,9 +40,9 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 def test_all_kept(model, shape):
     dense = talk(model, DynamicCache(config=model.config), TURNS[shape])
     ours = talk(model, lkv.Cache(model, "adakv", retention=1.0), TURNS[shape])
-    real = dense.mask.bool()
+    present = dense.mask.bool()
     assert torch.equal(ours.ids, dense.ids)
-    torch.testing.assert_close(ours.logits[real], dense.logits[real], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.logits[present], dense.logits[present], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("chunks", ["each", "last"])
@@ -58,12 +58,12 @@ def test_a_third_kept(model, shape, chunks):
     length = sum(t.ids.shape[1] + t.steps for t in turns)
     cache = lkv.Cache(model, policy, retention=0.3, chunks=chunks)
     with recorded(cache, len(turns[0].ids), length) as recorder, torch.no_grad():
-        said = talk(model, cache, turns)
-        expected = masked_logits(model, said.ids, said.mask, recorder.visible)
-    real = said.mask.bool()
+        outputs = talk(model, cache, turns)
+        expected = masked_logits(model, outputs.ids, outputs.mask, recorder.visible)
+    present = outputs.mask.bool()
     tolerance = 1e-2 if recurrent else 1e-3  # of scans in pieces and at once, as with transformers' own cache
-    torch.testing.assert_close(said.logits[real], expected[real], rtol=tolerance, atol=tolerance)
-    assert all(layer.rows.lengths.sum() < 0.6 * 2 * said.mask.sum() for layer in cache.ragged)
+    torch.testing.assert_close(outputs.logits[present], expected[present], rtol=tolerance, atol=tolerance)
+    assert all(layer.rows.lengths.sum() < 0.6 * 2 * outputs.mask.sum() for layer in cache.ragged)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 7])
@@ -73,11 +73,11 @@ def test_layers_that_share_keys_with_the_last_logits_alone(family, keep):
     if not hasattr(transformers, UNLIKE[family][1]):
         pytest.skip("not in this transformers")
     model, prompt, more = build(family), tokens(2, 40), tokens(2, 9, seed=1)
-    said = []
+    outputs = []
     with torch.no_grad():
         for cache in (DynamicCache(config=model.config), lkv.Cache(model, "adakv", retention=1.0)):
-            said.append([model(ids, past_key_values=cache, logits_to_keep=keep).logits for ids in (prompt, more)])
-    for dense, ours in zip(*said, strict=True):
+            outputs.append([model(ids, past_key_values=cache, logits_to_keep=keep).logits for ids in (prompt, more)])
+    for dense, ours in zip(*outputs, strict=True):
         torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-4)
 
 
@@ -89,14 +89,14 @@ def test_the_last_logits_alone_where_padding_is_between_tokens(family, keep):
     model, prompt, more = build(family), tokens(2, 40), tokens(2, 9, seed=1)
     mask = torch.ones(2, 49).long()
     mask[0, 45] = mask[1, 41] = mask[1, 44] = 0
-    said = []
+    outputs = []
     with torch.no_grad():
         for last in (0, keep):  # 0: all
             cache = lkv.Cache(model, "adakv", retention=0.5)
             call(model, prompt, mask[:, :40], cache)
             options = dict(attention_mask=mask, position_ids=places(mask)[:, 40:], past_key_values=cache)
-            said.append(model(more, logits_to_keep=last, **options).logits[:, -keep:])
-    torch.testing.assert_close(said[1], said[0], rtol=1e-4, atol=1e-4)
+            outputs.append(model(more, logits_to_keep=last, **options).logits[:, -keep:])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_is_evicted_when_the_last_that_reads_it_has_attended():
@@ -202,9 +202,9 @@ def test_a_recurrent_state_cannot_go_back():
         with pytest.raises(ValueError, match="lkv.Cache.crop: expected layers that can go back"):
             cache.crop(-1)
         assert cache.get_seq_length() == 21
-        said = call(model, tokens(2, 2, seed=1), None, twin.fork())
+        outputs = call(model, tokens(2, 2, seed=1), None, twin.fork())
         twin.batch_select_indices(torch.tensor([1]))
-        torch.testing.assert_close(call(model, tokens(2, 2, seed=1)[1:], None, twin), said[1:])
+        torch.testing.assert_close(call(model, tokens(2, 2, seed=1)[1:], None, twin), outputs[1:])
 
 
 def test_generate_is_seen_through():

@@ -39,9 +39,11 @@ def test_second_generate_keeping_all(model, chunks):
     with lkv.Cache(model, retention=1.0, chunks=chunks) as cache:
         ours, _ = two_answers(model, cache, FIRST, SECOND)
         assert torch.equal(ours, own)
-        real = mask.sum(1) - 1  # the last token was never fed
+        present = mask.sum(1) - 1  # the last token was never fed
         for layer in cache.ragged:
-            assert layer.real == real.tolist() and layer.rows.lengths.tolist() == [[n, n] for n in real.tolist()]
+            assert layer.token_counts == present.tolist() and layer.rows.lengths.tolist() == [
+                [n, n] for n in present.tolist()
+            ]
 
 
 @pytest.mark.parametrize("options", [dict(budget=12), dict(retention=0.3), dict(cap=20, interval=5)], ids=str)
@@ -77,7 +79,7 @@ def test_padding_anywhere(model, packed, last):
         mask[2:, -1] = last  # padding behind tokens, too
     both = torch.cat([first.mask, mask], 1)
     more = torch.cat([both, torch.ones(4, 1).long()], 1)
-    said = []
+    outputs = []
     with torch.no_grad(), lkv.Cache(model, SnapKV(window=4), retention=1.0, chunks="last") as cache:
         for each in (cache, DynamicCache(config=model.config)):
             call(model, first.ids, first.mask, each)
@@ -85,8 +87,8 @@ def test_padding_anywhere(model, packed, last):
                 cache.evict()
                 assert all(layer.rows is not None for layer in cache.ragged)
             logits = call(model, then, both, each)
-            said.append((logits[mask.bool()], call(model, then[:, :1], more, each)))
-        (ours, next_ours), (own, next_own) = said
+            outputs.append((logits[mask.bool()], call(model, then[:, :1], more, each)))
+        (ours, next_ours), (own, next_own) = outputs
         torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(next_ours, next_own, rtol=1e-4, atol=1e-4)
         assert [layer.rows.lengths[:, 0].tolist() for layer in cache.ragged] == [more.sum(1).tolist()] * 2
@@ -133,4 +135,4 @@ def test_what_is_observed_of_calls_with_gaps(family):
         h[1] = h[1].gather(1, order[..., None].expand_as(h[1]))
         for observed in observations:
             compare(observed, k, h, rtol=1e-4, atol=1e-5)
-    assert len({id(layer.witness.rotary) for layer in cache.ragged}) == 1
+    assert len({id(layer.observations.rotary) for layer in cache.ragged}) == 1

@@ -33,19 +33,19 @@ def own_cache(model: PreTrainedModel) -> DynamicCache:
     return DynamicCache(config=model.config)
 
 
-def real(said: Talk) -> torch.Tensor:
-    return said.logits[said.mask.bool()]
+def present(outputs: Talk) -> torch.Tensor:
+    return outputs.logits[outputs.mask.bool()]
 
 
 def evicting(model: PreTrainedModel, turns: list[Turn], chunk: int | None, **options: object) -> tuple[Talk, lkv.Cache]:
     """Talks through a cache of ours and checks every logit against the masked reference."""
     length = sum(t.ids.shape[1] + t.steps for t in turns)
     with lkv.Cache(model, **options) as cache, recorded(cache, len(turns[0].ids), length) as recorder:
-        said = talk(model, cache, turns, chunk)
-    expected = masked_logits(model, said.ids, said.mask, recorder.visible)
+        outputs = talk(model, cache, turns, chunk)
+    expected = masked_logits(model, outputs.ids, outputs.mask, recorder.visible)
     assert cache.get_seq_length() == length
-    torch.testing.assert_close(real(said), expected[said.mask.bool()], rtol=1e-4, atol=1e-4)
-    return said, cache
+    torch.testing.assert_close(present(outputs), expected[outputs.mask.bool()], rtol=1e-4, atol=1e-4)
+    return outputs, cache
 
 
 @pytest.mark.parametrize("chunk", [None, CHUNK])
@@ -56,14 +56,14 @@ def test_all_kept(model, turns, chunk):
         with lkv.Cache(model, retention=1.0, chunks=chunks) as cache:
             ours = talk(model, cache, TURNS[turns], chunk)
         assert torch.equal(ours.ids, dense.ids)
-        torch.testing.assert_close(real(ours), real(dense), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(present(ours), present(dense), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("chunk, chunks", [(None, "each"), (CHUNK, "each"), (CHUNK, "last")])
 @pytest.mark.parametrize("turns", TURNS)
 def test_a_sixth_kept(model, turns, chunk, chunks):
     policy = AdaKV(SnapKV(window=4))
-    said, cache = evicting(model, TURNS[turns], chunk, policy=policy, retention=0.15, chunks=chunks)
+    outputs, cache = evicting(model, TURNS[turns], chunk, policy=policy, retention=0.15, chunks=chunks)
     *before, last = TURNS[turns]
     earlier = sum(t.mask.sum(1) + t.steps for t in before)
     behind = chunks == "last"  # the first token of the answer
@@ -72,7 +72,7 @@ def test_a_sixth_kept(model, turns, chunk, chunks):
         kept = layer.rows.lengths.sum(1) - HEADS * (last.steps - behind)
         assert kept.tolist() == [2 * max(1, round(0.15 * int(n))) for n in logical]
     dense = talk(model, own_cache(model), TURNS[turns], chunk)
-    assert (said.logits - dense.logits).abs().max() > 0.05  # evicting shows
+    assert (outputs.logits - dense.logits).abs().max() > 0.05  # evicting shows
 
 
 def test_capped(model):
@@ -92,15 +92,15 @@ def capped(model: PreTrainedModel, turns: list[Turn], policy: lkv.policies.Polic
         hook = model.register_forward_hook(
             lambda *_: counts.append([int(layer.rows.lengths.sum(1).max()) for layer in cache.ragged])
         )
-        said = talk(model, cache, turns)
+        outputs = talk(model, cache, turns)
         hook.remove()
     assert all(2 * (cap - 16) <= n <= 2 * cap for rows in counts[cap:] for n in rows)
     assert max(map(max, counts)) == 2 * cap
     assert sum(a > b for a, b in pairwise(rows[0] for rows in counts)) >= turns[0].steps // 17
-    expected = masked_logits(model, said.ids, said.mask, recorder.visible)
-    wanted = expected[said.mask.bool()]
-    torch.testing.assert_close(real(said), wanted, rtol=1e-3, atol=1e-3)  # a few of many, after many steps
-    assert (real(said) - wanted).abs().mean() < 1e-5
+    expected = masked_logits(model, outputs.ids, outputs.mask, recorder.visible)
+    wanted = expected[outputs.mask.bool()]
+    torch.testing.assert_close(present(outputs), wanted, rtol=1e-3, atol=1e-3)  # a few of many, after many steps
+    assert (present(outputs) - wanted).abs().mean() < 1e-5
 
 
 def test_a_padded_sequence_goes_on_as_if_alone(model):
@@ -128,14 +128,14 @@ def test_generate(model, sampling, retention):
         return model.generate(one.ids, **options, **more)
 
     with lkv.Cache(model, SnapKV(window=4), retention=retention) as cache:
-        said = answer(past_key_values=cache)
-        assert cache.get_seq_length() == said.shape[1] - 1
+        outputs = answer(past_key_values=cache)
+        assert cache.get_seq_length() == outputs.shape[1] - 1
         if retention == 1.0:
-            assert torch.equal(said, answer())
+            assert torch.equal(outputs, answer())
         else:
             torch.manual_seed(5)
-            talked = said[:, one.ids.shape[1] :]
-            assert talked.shape == (4, 12) and not torch.equal(said, answer())
+            talked = outputs[:, one.ids.shape[1] :]
+            assert talked.shape == (4, 12) and not torch.equal(outputs, answer())
 
 
 def test_generate_in_turns(model):

@@ -30,7 +30,7 @@ def reachable(*roots: object) -> tuple[int, int]:
     return len(storages), sum(storages.values())
 
 
-def held(cache: lkv.Cache) -> tuple[int, int]:
+def counts(cache: lkv.Cache) -> tuple[int, int]:
     return reachable([vars(layer) for layer in cache.layers], vars(cache.lkv_session))
 
 
@@ -43,7 +43,7 @@ def test_capped_decoding_with_queries():
         for i in range(80):
             call(model, tokens(2, 1, i), None, cache)
             if i >= 16:
-                sizes.setdefault(cache.ragged[0].held[0], set()).add(held(cache)[1])
+                sizes.setdefault(cache.ragged[0].row_counts[0], set()).add(counts(cache)[1])
     assert len(sizes) == 4 and all(len(each) == 1 for each in sizes.values()), sizes
 
 
@@ -54,15 +54,15 @@ def test_resets(family):
     for _ in range(4):
         past.cache.reset()
         past.mask = past.mask[:, :0]
-        empty = held(past.cache)
+        empty = counts(past.cache)
         with past.cache.prefill():
-            past.say(20)
-        past.say(3)
+            past.feed(20)
+        past.feed(3)
         with pytest.raises(Stop), stopping(past.model.get_decoder().layers[-1]):
-            past.say(2)
+            past.feed(2)
         past.mask = past.mask[:, :-2]
-        past.say(4)
-        sizes.append((empty, held(past.cache)))
+        past.feed(4)
+        sizes.append((empty, counts(past.cache)))
     assert sizes == sizes[:1] * 4 and sizes[0][0] < sizes[0][1]
 
 
@@ -73,19 +73,19 @@ def test_hidden_states_and_rotations_are_those_of_the_tokens():
     with torch.no_grad():
         for count in (20, 1, 1, 7):
             call(model, tokens(2, count), None, cache)
-    witness = cache.ragged[0].witness
-    assert witness.hidden_states.read().shape == (2, 29, 32)
-    assert witness.rotary.cos.read().shape[1] == 29 and len(cache.lkv_session.rotaries) == 1
+    observations = cache.ragged[0].observations
+    assert observations.hidden_states.read().shape == (2, 29, 32)
+    assert observations.rotary.cos.read().shape[1] == 29 and len(cache.lkv_session.rotaries) == 1
 
 
 def test_forks_and_failed_calls_leave_nothing():
     """Neither tensors nor caches stay behind, not even until the next collection."""
     past = Past(build("llama"), retention=0.5)
-    past.say(20)
+    past.feed(20)
     mask, sizes = past.mask, []
     fork = past.cache.fork()
-    past.say(1, cache=fork)
-    kept = [weakref.ref(part) for part in (fork, fork.lkv_session, *fork.layers, fork.ragged[0].witness)]
+    past.feed(1, cache=fork)
+    kept = [weakref.ref(part) for part in (fork, fork.lkv_session, *fork.layers, fork.ragged[0].observations)]
     tensors = [weakref.ref(t) for layer in fork.ragged for t in (layer.rows.k, layer.rows.v)]
     del fork
     assert all(ref() is None for ref in kept + tensors)
@@ -93,6 +93,6 @@ def test_forks_and_failed_calls_leave_nothing():
         past.mask = mask
         past.cache.lkv_session.settings = Past(past.model, chunks="last").cache.settings
         with pytest.raises(Stop), stopping(past.model.model.norm):
-            past.say(5)
-        sizes.append(held(past.cache))
+            past.feed(5)
+        sizes.append(counts(past.cache))
     assert sizes[1:] == sizes[1:2] * 3  # the first used the slack up

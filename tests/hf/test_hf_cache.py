@@ -154,10 +154,10 @@ def test_copies_go_on_by_themselves(model):
 
 def test_reset(model):
     with torch.no_grad(), lkv.Cache(model, POLICY, budget=9, cap=16) as cache:
-        said = answer(model, cache, tokens(2, 40), 30)
+        outputs = answer(model, cache, tokens(2, 40), 30)
         cache.reset()
         assert cache.get_seq_length() == 0 and cache.nbytes == 0
-        assert torch.equal(answer(model, cache, tokens(2, 40), 30), said)
+        assert torch.equal(answer(model, cache, tokens(2, 40), 30), outputs)
 
 
 def test_inference_mode_and_no_grad_may_change(model):
@@ -174,24 +174,24 @@ def test_inference_mode_and_no_grad_may_change(model):
 def test_half_precision():
     model = copy.deepcopy(build("llama")).to(torch.bfloat16)
     with lkv.Cache(model, POLICY, retention=1.0) as cache:
-        said = answer(model, cache, tokens(2, 40))
+        outputs = answer(model, cache, tokens(2, 40))
     dense = answer(model, DynamicCache(config=model.config), tokens(2, 40))
     assert cache.ragged[0].rows.k.dtype == torch.bfloat16
-    torch.testing.assert_close(said[:, :40], dense[:, :40], rtol=0.05, atol=0.2)
+    torch.testing.assert_close(outputs[:, :40], dense[:, :40], rtol=0.05, atol=0.2)
 
 
 def test_a_compiled_model_gives_the_same(model):
     compiled = torch.compile(copy.deepcopy(model), backend="eager")
     original = compiled._orig_mod
-    said = []
+    outputs = []
     for each in (original, compiled):
         with torch.no_grad(), lkv.Cache(original, POLICY, budget=9, cap=11, interval=2) as cache:
             ids = tokens(2, 30)
             logits = [each(ids, use_cache=True, past_key_values=cache).logits]
             for i in range(6):
                 logits.append(each(tokens(2, 1, seed=i), use_cache=True, past_key_values=cache).logits)
-            said.append(torch.cat(logits, 1))
-    torch.testing.assert_close(said[1], said[0])
+            outputs.append(torch.cat(logits, 1))
+    torch.testing.assert_close(outputs[1], outputs[0])
 
 
 def test_lkv_is_imported_without_transformers():

@@ -41,16 +41,16 @@ def untouched(cache: lkv.Cache, length: int = 0) -> bool:
 
 
 @pytest.mark.parametrize(
-    "what, says",
+    "what, message",
     [
         ("scores", r"expected scores of .* of shape \[B, H, L\] = \[2, 2, 30\], got \[2, 2, 29\]"),
         ("budgets", r"expected whole budgets of .* of shape \[B, H\] = \[2, 2\], got torch.int64 \[2, 1\]"),
         ("fractions", r"expected whole budgets of .*, got torch.float"),
     ],
 )
-def test_policies_of_another_shape(model, what, says):
+def test_policies_of_another_shape(model, what, message):
     with torch.no_grad(), lkv.Cache(model, Wrong(what=what), budget=9) as cache:
-        with pytest.raises(ValueError, match=f"lkv.Cache: {says}"):
+        with pytest.raises(ValueError, match=f"lkv.Cache: {message}"):
             call(model, tokens(2, 30), None, cache)
         assert untouched(cache)
 
@@ -106,7 +106,7 @@ def test_attention_weights(model):
 
 
 @pytest.mark.parametrize(
-    "kwargs, says",
+    "kwargs, message",
     [
         (dict(position_bias=1, head_mask=1), "expected attention without head_mask, position_bias"),
         (dict(sliding_window=512), "expected full attention in layer 3, got a sliding window of 512"),
@@ -114,11 +114,11 @@ def test_attention_weights(model):
         (dict(dropout=0.1), "expected a model in eval mode, got one with dropout"),
     ],
 )
-def test_attention_of_another_kind(kwargs, says):
+def test_attention_of_another_kind(kwargs, message):
     module = nn.Module()
     module.layer_idx = 3
     query = torch.zeros(1, 4, 2, 8)
-    with pytest.raises(ValueError, match=f"lkv.Cache: {says}"):
+    with pytest.raises(ValueError, match=f"lkv.Cache: {message}"):
         check_arguments(module, query, None, kwargs)
     check_arguments(module, query[:, :, :1], None, dict(is_causal=False))
     check_arguments(
@@ -127,7 +127,7 @@ def test_attention_of_another_kind(kwargs, says):
 
 
 @pytest.mark.parametrize(
-    "options, says",
+    "options, message",
     [
         (dict(), "expected retention, budget or cap, got none"),
         (dict(retention=0.5, budget=3), "expected one of retention and budget, got both"),
@@ -141,9 +141,9 @@ def test_attention_of_another_kind(kwargs, says):
         (dict(budget=3, policy="h2o"), "expected one of adakv, kvzip, random, snapkv, streaming_llm, got 'h2o'"),
     ],
 )
-def test_settings(model, options, says):
+def test_settings(model, options, message):
     own = model.config._attn_implementation
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         lkv.Cache(model, **options)
     assert model.config._attn_implementation == own
 

@@ -32,7 +32,15 @@ def model() -> PreTrainedModel:
 
 def snapshot(cache: lkv.Cache) -> list[object]:
     return [
-        (layer.real, layer.held, layer.evicted, layer.evictions, layer.due, layer.get_seq_length(), layer.rows is None)
+        (
+            layer.token_counts,
+            layer.row_counts,
+            layer.evicted,
+            layer.evictions,
+            layer.due,
+            layer.get_seq_length(),
+            layer.rows is None,
+        )
         for layer in cache.ragged
     ]
 
@@ -44,7 +52,7 @@ def both(model: PreTrainedModel, chunks: str = "each") -> tuple[DynamicCache, lk
 @CHUNKS
 def test_tokens_that_a_later_call_hides(any_model, chunks):
     """What ended early in a batch, and some in the middle; twice; then a token more."""
-    ids, said = tokens(3, 40), []
+    ids, outputs = tokens(3, 40), []
     mask = torch.ones(3, 40).long()
     mask[0, :5] = 0
     with torch.no_grad():
@@ -59,12 +67,12 @@ def test_tokens_that_a_later_call_hides(any_model, chunks):
                 if hides is not None:
                     shown[hides] = 0
                 logits.append(call(any_model, ids[:, begin:end], shown[:, :end], cache))
-            said.append(torch.cat(logits, 1)[:, 20:])
-    torch.testing.assert_close(said[1], said[0], rtol=1e-4, atol=1e-4)
+            outputs.append(torch.cat(logits, 1)[:, 20:])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
     hidden = (shown[:, :40] == 0).sum(1)
     for layer in cache.ragged:
-        assert layer.real == (40 - hidden).tolist() and layer.held == (2 * (40 - hidden)).tolist()
-        assert layer.rows.lengths.sum(1).tolist() == layer.held and layer.evictions == 2
+        assert layer.token_counts == (40 - hidden).tolist() and layer.row_counts == (2 * (40 - hidden)).tolist()
+        assert layer.rows.lengths.sum(1).tolist() == layer.row_counts and layer.evictions == 2
 
 
 def test_a_batched_chat_after_an_early_end(any_model):
@@ -74,17 +82,17 @@ def test_a_batched_chat_after_an_early_end(any_model):
     eos = next((t for t in free[1, 20:26].tolist() if t not in free[0, 20:].tolist()), None)
     if eos is None:
         pytest.skip("both sequences say the same")
-    said = []
+    outputs = []
     options = dict(max_new_tokens=12, do_sample=False, eos_token_id=eos, pad_token_id=0)
     for cache in both(any_model):
         one = any_model.generate(first, past_key_values=cache, **options)
         pads = (one == 0) & (torch.arange(one.shape[1]) >= 20)
         mask = torch.cat([(~pads).long(), torch.ones(2, 6).long()], 1)
         ids = torch.cat([one, second], 1)
-        said.append(
+        outputs.append(
             any_model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, past_key_values=cache)
         )
-    assert torch.equal(*said)
+    assert torch.equal(*outputs)
 
 
 @CHUNKS
@@ -114,7 +122,7 @@ def test_policies_see_no_hidden_token(model, policy, chunks):
 
 
 @pytest.mark.parametrize(
-    "mask, says",
+    "mask, message",
     [
         (lambda m: torch.ones_like(m), "expected tokens that attention_mask has once hidden to stay so"),
         (lambda m: None, "expected attention_mask of all tokens, as earlier ones hid some, got none"),
@@ -129,14 +137,14 @@ def test_policies_see_no_hidden_token(model, policy, chunks):
     ],
 )
 @CHUNKS
-def test_masks_that_are_refused(model, chunks, mask, says):
+def test_masks_that_are_refused(model, chunks, mask, message):
     prompt = turn([30, 22], 0)
     with torch.no_grad():
         cache = lkv.Cache(model, POLICY, retention=0.5, chunks=chunks)
         call(model, prompt.ids, prompt.mask, cache)
         before, twin = snapshot(cache), cache.fork()
         right = torch.cat([prompt.mask, torch.ones(2, 5).long()], 1)
-        with pytest.raises((ValueError, TypeError), match=says):
+        with pytest.raises((ValueError, TypeError), match=message):
             model(tokens(2, 5), attention_mask=mask(right), past_key_values=cache)
         assert snapshot(cache) == before
         assert torch.equal(*(call(model, tokens(2, 5), right, each) for each in (cache, twin)))
@@ -159,7 +167,7 @@ def documents(count: int, seen: int) -> Tensor:
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("make", [tree, documents])
 def test_other_masks_on_whole_rows(any_model, make, additive):
-    mask, said = make(6, 24), []
+    mask, outputs = make(6, 24), []
     mask = torch.zeros(mask.shape).masked_fill(~mask, LOWEST) if additive else mask
     if any_model.config._attn_implementation == "eager" and not additive:
         pytest.skip("eager attention adds its mask")
@@ -172,8 +180,8 @@ def test_other_masks_on_whole_rows(any_model, make, additive):
                 window = (place <= place[-6:, None]) & (place > place[-6:, None] - 16)
                 window = torch.zeros(6, 21).masked_fill(~window, LOWEST) if additive else window
                 given = {"full_attention": given, "sliding_attention": window[None, None]}
-            said.append(any_model(tokens(2, 6, seed=1), attention_mask=given, past_key_values=cache).logits)
-    torch.testing.assert_close(said[1], said[0], rtol=1e-4, atol=1e-4)
+            outputs.append(any_model(tokens(2, 6, seed=1), attention_mask=given, past_key_values=cache).logits)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("make", [tree, documents])
@@ -205,8 +213,8 @@ def test_a_square_mask_that_says_what_a_flat_one_does(model, chunks, additive):
         call(model, prompt.ids, prompt.mask, cache)
         twin = cache.fork()
         options = dict(position_ids=places(flat)[:, -5:], use_cache=True)
-        said = model(more, attention_mask=square, past_key_values=cache, **options).logits
-        torch.testing.assert_close(said, call(model, more, flat, twin), rtol=1e-4, atol=1e-4)
+        outputs = model(more, attention_mask=square, past_key_values=cache, **options).logits
+        torch.testing.assert_close(outputs, call(model, more, flat, twin), rtol=1e-4, atol=1e-4)
     assert snapshot(cache) == snapshot(twin)
 
 
@@ -222,19 +230,22 @@ def test_padding_on_the_right_of_a_first_call(any_model, chunks, retention):
     with torch.no_grad():
         cache = lkv.Cache(any_model, POLICY, retention=retention, chunks=chunks)
         first, shown = call(any_model, ids, mask, cache), mask
-        said = []
+        outputs = []
         for i in range(6):
             shown = torch.cat([shown, torch.ones(3, 1).long()], 1)
-            said.append(call(any_model, then[:, i : i + 1], shown, cache))
+            outputs.append(call(any_model, then[:, i : i + 1], shown, cache))
         for b, length in enumerate(lengths):
             alone = lkv.Cache(any_model, POLICY, retention=retention, chunks=chunks)
             own = call(any_model, ids[b : b + 1, :length], None, alone)
             torch.testing.assert_close(first[b : b + 1, :length], own, rtol=1e-4, atol=1e-4)
             for i in range(6):
                 own = call(any_model, then[b : b + 1, i : i + 1], None, alone)
-                torch.testing.assert_close(said[i][b : b + 1], own, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(outputs[i][b : b + 1], own, rtol=1e-4, atol=1e-4)
             for one, other in zip(cache.ragged, alone.ragged, strict=True):
-                assert one.held[b] == other.held[0] and one.rows.lengths[b].tolist() == other.rows.lengths[0].tolist()
+                assert (
+                    one.row_counts[b] == other.row_counts[0]
+                    and one.rows.lengths[b].tolist() == other.rows.lengths[0].tolist()
+                )
 
 
 def test_what_a_mask_hides_where_padding_moved_tokens(model):
@@ -246,15 +257,15 @@ def test_what_a_mask_hides_where_padding_moved_tokens(model):
         cache, dense = lkv.Cache(model, POLICY, retention=1.0), DynamicCache(config=model.config)
         for each in (cache, dense):
             call(model, ids, mask, each)
-        said = [call(model, tokens(2, 3, seed=1), later, each) for each in (cache, dense)]
-        torch.testing.assert_close(*said, rtol=1e-4, atol=1e-4)
+        outputs = [call(model, tokens(2, 3, seed=1), later, each) for each in (cache, dense)]
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
         some = copy.deepcopy(cache)
         some.batch_select_indices(torch.tensor([1, 1]))
         last = torch.cat([later, torch.ones(2, 2).long()], 1)[[1, 1]]
         last[1, 10] = 0
         dense.batch_select_indices(torch.tensor([1, 1]))
-        said = [call(model, tokens(2, 2, seed=2), last, each) for each in (some, dense)]
-        torch.testing.assert_close(*said, rtol=1e-4, atol=1e-4)
+        outputs = [call(model, tokens(2, 2, seed=2), last, each) for each in (some, dense)]
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
 def test_sequences_of_which_nothing_is_hidden_need_no_mask(model):

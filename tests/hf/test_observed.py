@@ -107,7 +107,7 @@ def check(model: PreTrainedModel, shape: str, chunks: str = "each", chunk: int |
 def test_prompt_and_second_turn(family, shape):
     policy, cache = check(build(family), shape)
     assert all(len(observations) == 2 for observations in policy.seen.values())
-    assert len({id(layer.witness.rotary) for layer in cache.ragged}) == 1
+    assert len({id(layer.observations.rotary) for layer in cache.ragged}) == 1
 
 
 @pytest.mark.parametrize("options", [dict(chunks="last", chunk=13), dict(chunk=13), dict(cap=16)], ids=str)
@@ -147,7 +147,10 @@ def test_hooks_are_added_once():
         for cache in (plain, *observing):
             call(model, tokens(1, 20), None, cache)
         model(tokens(1, 20))
-    assert observing[0].ragged[0].witness.hidden_states.length == 20 and plain.ragged[0].witness.hidden_states is None
+    assert (
+        observing[0].ragged[0].observations.hidden_states.length == 20
+        and plain.ragged[0].observations.hidden_states is None
+    )
 
 
 def test_what_is_held_follows_the_cache():

@@ -40,8 +40,8 @@ def test_chunks_of_generate(model, policy, length):
         pytest.skip("4.56 feeds the last chunk as if it were generated, 5.2 gives other tokens in chunks, to any cache")
     ids = tokens(1, length)
     whole, parts = (lkv.Cache(model, policy, retention=0.3, chunks="last") for _ in range(2))
-    said = model.generate(ids, past_key_values=whole, **GREEDY)
-    assert torch.equal(model.generate(ids, past_key_values=parts, prefill_chunk_size=8, **GREEDY), said)
+    outputs = model.generate(ids, past_key_values=whole, **GREEDY)
+    assert torch.equal(model.generate(ids, past_key_values=parts, prefill_chunk_size=8, **GREEDY), outputs)
     assert positions(parts) == positions(whole)
 
 
@@ -82,7 +82,7 @@ def test_a_prompt_token_by_token(policy):
         with within.prefill():
             for i in range(60):
                 call(model, ids[:, i : i + 1], None, within)
-    assert positions(within) == positions(without) and within.ragged[0].held == [2 * 9]
+    assert positions(within) == positions(without) and within.ragged[0].row_counts == [2 * 9]
 
 
 def test_last_token_by_token_warns():
@@ -94,22 +94,22 @@ def test_last_token_by_token_warns():
     ):
         for i in range(30):
             call(model, ids[:, i : i + 1], None, cache)
-            assert cache.ragged[0].held == [2 * max(1, round(0.15 * (i + 1)))]
+            assert cache.ragged[0].row_counts == [2 * max(1, round(0.15 * (i + 1)))]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         cache.reset()
         with cache.prefill():
             for i in range(30):
                 call(model, ids[:, i : i + 1], None, cache)
-    assert cache.ragged[0].held == [2 * 4]
+    assert cache.ragged[0].row_counts == [2 * 4]
 
 
 def test_generated_tokens_are_no_prompt(model):
     """Also from a first token alone."""
     for count in (1, 2):
         cache = lkv.Cache(model, "streaming_llm", retention=0.15)
-        said = model.generate(tokens(1, count), past_key_values=cache, max_new_tokens=30, do_sample=False)
-        assert said.shape[1] == count + 30 and cache.ragged[0].held[0] >= 2 * 29
+        outputs = model.generate(tokens(1, count), past_key_values=cache, max_new_tokens=30, do_sample=False)
+        assert outputs.shape[1] == count + 30 and cache.ragged[0].row_counts[0] >= 2 * 29
 
 
 def test_prefill_within_prefill():
@@ -120,7 +120,7 @@ def test_prefill_within_prefill():
             call(model, ids[:, :20], None, cache)
         assert cache.ragged[0].rows is None
         call(model, ids[:, 20:], None, cache)
-    assert cache.ragged[0].held == [2 * 12]
+    assert cache.ragged[0].row_counts == [2 * 12]
 
 
 def test_prefill_ends_where_it_fails():
@@ -132,7 +132,7 @@ def test_prefill_ends_where_it_fails():
             raise KeyError
         assert cache.ragged[0].rows is None
         call(model, tokens(1, 1), None, cache)
-    assert cache.ragged[0].held == [2 * 12]
+    assert cache.ragged[0].row_counts == [2 * 12]
 
 
 @pytest.mark.parametrize("chunks", ["each", "last"])
@@ -148,9 +148,9 @@ def test_the_next_question_on_the_same_document(model, chunks):
     end, kept = cache.get_seq_length(), positions(cache)
     for question in questions:
         fork, ids = cache.fork(), torch.cat([document, question], 1)
-        said = model.generate(ids, past_key_values=cache, **GREEDY)
-        assert cache.ragged[0].held == [sum(map(len, kept[:2])) + 2 * (question.shape[1] + 9)]
-        assert torch.equal(model.generate(ids, past_key_values=fork, **GREEDY), said)
+        outputs = model.generate(ids, past_key_values=cache, **GREEDY)
+        assert cache.ragged[0].row_counts == [sum(map(len, kept[:2])) + 2 * (question.shape[1] + 9)]
+        assert torch.equal(model.generate(ids, past_key_values=fork, **GREEDY), outputs)
         cache.crop(end)
         assert positions(cache) == kept and cache.get_seq_length() == end
 
@@ -189,12 +189,12 @@ def test_drafts(drafts, chunks):
     cache = evicted(model, ids[:, :-1], chunks)
     options = dict(prompt_lookup_num_tokens=3) if drafts == "lookup" else dict(assistant_model=build("qwen2"))
     plain, drafted = cache.fork(), cache.fork()
-    said = model.generate(ids, past_key_values=plain, **GREEDY)
-    assert torch.equal(model.generate(ids, past_key_values=drafted, **options, **GREEDY), said)
+    outputs = model.generate(ids, past_key_values=plain, **GREEDY)
+    assert torch.equal(model.generate(ids, past_key_values=drafted, **options, **GREEDY), outputs)
     drafted.crop(min(drafted.get_seq_length(), plain.get_seq_length()))
     plain.crop(drafted.get_seq_length())
     assert positions(drafted) == positions(plain)
     if RecurrentLayer is not None:  # crops once the first drafts are verified, which tells that the prompt is over
         fresh = lkv.Cache(model, "snapkv", retention=0.3, chunks=chunks)
         model.generate(ids, past_key_values=fresh, **options, **GREEDY)
-        assert fresh.ragged[0].evictions == 1 and fresh.ragged[0].held[0] < 2 * 26
+        assert fresh.ragged[0].evictions == 1 and fresh.ragged[0].row_counts[0] < 2 * 26

@@ -111,7 +111,7 @@ def test_what_is_refused_changes_nothing(past, deed):
     with pytest.raises((ValueError, TypeError, RuntimeError, SafetensorError)) as caught:
         (MASKS | CALLS | METHODS)[deed](made)
     assert differences(snapshot(made.cache), before) == [], caught.value
-    assert torch.equal(made.say(3, 9), twin.say(3, 9))
+    assert torch.equal(made.feed(3, 9), twin.feed(3, 9))
 
 
 @pytest.mark.parametrize("deed", METHODS)
@@ -144,7 +144,7 @@ def test_crop_goes_back_as_far_as_rows_are_there(family, past, least):
     made = past(build(family))
     made.cache.lkv_session.settings = Past(made.model, chunks="last").cache.settings
     for i in range(3):
-        made.say(1, i) if past is not whole else None
+        made.feed(1, i) if past is not whole else None
     before = snapshot(made.cache)
     for argument in (least - 1, least - made.cache.get_seq_length() - 1):
         with pytest.raises(ValueError, match=f"lkv.Cache.crop: expected a length of at least {least}"):

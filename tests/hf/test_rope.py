@@ -48,16 +48,16 @@ def test_what_is_kept_and_what_is_not(rope):
     """All kept equals the model's own cache, a third kept the same tokens at once with the others masked."""
     model, twin = made(rope), made(rope)  # its rotations are a state of the model where they follow the length
     dense = talk(twin, DynamicCache(config=twin.config), TURNS)
-    real = dense.mask.bool()
+    present = dense.mask.bool()
     ours = talk(model, lkv.Cache(model, retention=1.0), TURNS)
-    torch.testing.assert_close(ours.logits[real], dense.logits[real], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.logits[present], dense.logits[present], rtol=1e-4, atol=1e-4)
     if rope in WITH_THE_LENGTH:
         return
     cache = lkv.Cache(model, AdaKV(SnapKV(window=4)), retention=0.3)
     with torch.no_grad(), recorded(cache, 3, LENGTH) as recorder:
-        said = talk(model, cache, TURNS)
-        expected = masked_logits(model, said.ids, said.mask, recorder.visible)
-    torch.testing.assert_close(said.logits[real], expected[real], rtol=1e-4, atol=1e-4)
+        outputs = talk(model, cache, TURNS)
+        expected = masked_logits(model, outputs.ids, outputs.mask, recorder.visible)
+    torch.testing.assert_close(outputs.logits[present], expected[present], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", ["one", "padded"])

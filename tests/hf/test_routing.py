@@ -96,14 +96,14 @@ def test_copies(model):
     model.model.layers[1].register_forward_pre_hook(lambda *_: copies.append(copy.deepcopy(model.config)))
     twin = copy.deepcopy(model)
     with torch.no_grad():
-        said = [call(each, tokens(1, 20), None, lkv.Cache(model, retention=0.5)) for each in (model, twin)]
-        assert torch.equal(*said)
+        outputs = [call(each, tokens(1, 20), None, lkv.Cache(model, retention=0.5)) for each in (model, twin)]
+        assert torch.equal(*outputs)
         call(model, tokens(1, 20), None, cache)
     assert twin.config._attn_implementation == "sdpa" == copy.deepcopy(model.config)._attn_implementation
     within = transformers.LlamaForCausalLM(copies[0]).eval()  # has our name, which is its own attention for others
     within.load_state_dict(model.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(within(tokens(1, 20)).logits, said[0])
+        torch.testing.assert_close(within(tokens(1, 20)).logits, outputs[0])
 
 
 def test_another_attention_is_chosen_between_two_calls(model):
@@ -127,7 +127,7 @@ def test_an_attention_that_cannot_be_stood_for(model):
 
 def test_threads(model):
     """Two caches of ours and one of transformers' own, on one model at once."""
-    ids, said, errors = tokens(1, 40), {}, []
+    ids, outputs, errors = tokens(1, 40), {}, []
     own = model.config._attn_implementation
 
     def dense() -> torch.Tensor:
@@ -142,7 +142,7 @@ def test_threads(model):
 
     def run(name: str) -> None:
         try:
-            said[name] = [(dense if name == "dense" else ours)() for _ in range(3)]
+            outputs[name] = [(dense if name == "dense" else ours)() for _ in range(3)]
         except Exception as error:
             errors.append(error)
 
@@ -152,7 +152,7 @@ def test_threads(model):
     for thread in threads:
         thread.join()
     assert not errors and model.config._attn_implementation == own
-    assert all(torch.equal(one, expected[name]) for name, all_of in said.items() for one in all_of)
+    assert all(torch.equal(one, expected[name]) for name, all_of in outputs.items() for one in all_of)
 
 
 def test_one_cache_in_two_threads(model):

@@ -28,11 +28,11 @@ class Noting(SnapKV):
 
     window: int = WINDOW
     kernel_size: int = POOLED
-    said: list[tuple[int, Observation, Tensor]] = field(default_factory=list, compare=False)
+    noted: list[tuple[int, Observation, Tensor]] = field(default_factory=list, compare=False)
 
     def score(self, layer, observation):
-        self.said.append((layer, observation, super().score(layer, observation)))
-        return self.said[-1][2]
+        self.noted.append((layer, observation, super().score(layer, observation)))
+        return self.noted[-1][2]
 
 
 @pytest.fixture(params=["nondefault", "gemma2", "llama"])
@@ -47,9 +47,9 @@ def talked(model: PreTrainedModel, policy: lkv.policies.Policy, **options: objec
     weights = {}
     cache = lkv.Cache(model, policy, retention=0.4, **options)
     with torch.no_grad(), recorded(cache, 3, LENGTH) as recorder:
-        said = talk(model, cache, TURNS)
-        masked_logits(model, said.ids, said.mask, recorder.visible, weights)
-    return said, weights
+        outputs = talk(model, cache, TURNS)
+        masked_logits(model, outputs.ids, outputs.mask, recorder.visible, weights)
+    return outputs, weights
 
 
 def of_window(weights: Tensor, mask: Tensor, observed: Observation, b: int, head: int) -> tuple[Tensor, Tensor]:
@@ -79,13 +79,13 @@ def pooled(weights: Tensor) -> Tensor:
 def test_what_the_last_queries_pay(model, wrapped):
     """Of whole rows behind the first turn, of packed ones behind the second; with padding."""
     noting = Noting()
-    said, weights = talked(model, AdaKV(noting) if wrapped else noting)
-    assert [int(observed.query_positions.max()) + 1 for _, observed, _ in noting.said] == sorted(SEEN * 2)
-    for layer, observed, scores in noting.said:
+    outputs, weights = talked(model, AdaKV(noting) if wrapped else noting)
+    assert [int(observed.query_positions.max()) + 1 for _, observed, _ in noting.noted] == sorted(SEEN * 2)
+    for layer, observed, scores in noting.noted:
         strongest = KVzip().score(layer, observed)
         for b in range(3):
             for head in range(2):
-                paid, rows = of_window(weights[layer], said.mask, observed, b, head)
+                paid, rows = of_window(weights[layer], outputs.mask, observed, b, head)
                 torch.testing.assert_close(scores[b, head, rows], pooled(paid), rtol=1e-4, atol=1e-6)
                 torch.testing.assert_close(strongest[b, head, rows], paid.amax((0, 1)), rtol=1e-4, atol=1e-6)
             outside = torch.ones_like(scores[b, 0], dtype=torch.bool)
@@ -98,14 +98,14 @@ def test_queries_of_several_calls(model):
     noting = Noting()
     cache = lkv.Cache(model, noting, retention=0.4, chunks="last")
     with torch.no_grad(), recorded(cache, 3, 47) as recorder, cache.prefill():
-        said = talk(model, cache, [turn([45, 31, 9], 2)], chunk=11)
+        outputs = talk(model, cache, [turn([45, 31, 9], 2)], chunk=11)
     weights = {}
     with torch.no_grad():
-        masked_logits(model, said.ids, said.mask, recorder.visible, weights)
-    for layer, observed, scores in noting.said:
+        masked_logits(model, outputs.ids, outputs.mask, recorder.visible, weights)
+    for layer, observed, scores in noting.noted:
         assert int(observed.query_positions.max()) == 46 and observed.query_mask.all()
         for b in range(3):
             for head in range(2):
-                paid, rows = of_window(weights[layer], said.mask, observed, b, head)
+                paid, rows = of_window(weights[layer], outputs.mask, observed, b, head)
                 torch.testing.assert_close(scores[b, head, rows], pooled(paid), rtol=1e-4, atol=1e-6)
-    assert len(noting.said) == 2
+    assert len(noting.noted) == 2

@@ -80,12 +80,17 @@ def test_there_and_back(family, whole, way, tmp_path):
         mask = PROMPT.mask
     again = way(cache, model, tmp_path)
     assert again.settings == cache.settings and again.nbytes == cache.nbytes
-    said = go_on(model, again, mask)
-    assert torch.equal(said, go_on(model, cache, mask))
+    outputs = go_on(model, again, mask)
+    assert torch.equal(outputs, go_on(model, cache, mask))
     for each in (cache, again):
         each.evict(budget=5)
     for one, other in zip(cache.ragged, again.ragged, strict=True):
-        assert (one.real, one.held, one.evicted, one.due) == (other.real, other.held, other.evicted, other.due)
+        assert (one.token_counts, one.row_counts, one.evicted, one.due) == (
+            other.token_counts,
+            other.row_counts,
+            other.evicted,
+            other.due,
+        )
         assert torch.equal(one.rows.padded(one.rows.positions), other.rows.padded(other.rows.positions))
 
 

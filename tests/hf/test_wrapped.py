@@ -51,13 +51,13 @@ def test_wrappers(wrap):
     wrapper = wrap(model)
     torch._dynamo.reset()
     cache = lkv.Cache(wrapper, "streaming_llm", retention=0.3)
-    said = unwrapped(wrapper).generate(ids, past_key_values=cache, **GREEDY)
-    assert torch.equal(said, expected)
+    outputs = unwrapped(wrapper).generate(ids, past_key_values=cache, **GREEDY)
+    assert torch.equal(outputs, expected)
     cache.reset()
     with torch.no_grad():
         wrapper(input_ids=ids, past_key_values=cache)
         assert wrapper(input_ids=ids[:, :1], past_key_values=cache).logits.shape == (2, 1, 64)
-    assert cache.ragged[0].held == [2 * 9 + 2] * 2 and model.config._attn_implementation == "sdpa"
+    assert cache.ragged[0].row_counts == [2 * 9 + 2] * 2 and model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.skipif(RecurrentLayer is None, reason="this transformers has breaks of its own in a graph")
@@ -80,11 +80,11 @@ def test_autocast(family):
     model, ids, more = build(family), tokens(2, 30), tokens(2, 3, seed=1)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         caches = DynamicCache(config=model.config), lkv.Cache(model, "streaming_llm", retention=1.0)
-        said = [[call(model, part, None, cache) for part in (ids, more, more[:, :1])] for cache in caches]
+        outputs = [[call(model, part, None, cache) for part in (ids, more, more[:, :1])] for cache in caches]
         evicting = lkv.Cache(model, "snapkv", retention=0.3)
         for part in (ids, more, more[:, :1]):
             assert call(model, part, None, evicting).isfinite().all()
-    for dense, ours in zip(*said, strict=True):
+    for dense, ours in zip(*outputs, strict=True):
         assert dense.dtype == ours.dtype
         torch.testing.assert_close(ours.float(), dense.float(), rtol=0.05, atol=0.2)
 
@@ -116,7 +116,7 @@ def test_pictures(llava, padded):
         mask[1, :7], mask[2, :11] = 0, 0
     pixels = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     more = tokens(batch, 5, seed=1).clamp(max=62)
-    said = {}
+    outputs = {}
     for name, cache in {
         "dense": DynamicCache(config=llava.config.get_text_config()),
         "whole": lkv.Cache(llava, "snapkv", retention=1.0),
@@ -124,6 +124,6 @@ def test_pictures(llava, padded):
     }.items():
         one = llava.generate(ids, pixel_values=pixels, attention_mask=mask, past_key_values=cache, **GREEDY)
         shown = torch.cat([mask, mask.new_ones(batch, 13)], 1)
-        said[name] = llava.generate(torch.cat([one, more], 1), attention_mask=shown, past_key_values=cache, **GREEDY)
-    assert torch.equal(said["whole"], said["dense"]) and not torch.equal(said["part"], said["dense"])
+        outputs[name] = llava.generate(torch.cat([one, more], 1), attention_mask=shown, past_key_values=cache, **GREEDY)
+    assert torch.equal(outputs["whole"], outputs["dense"]) and not torch.equal(outputs["part"], outputs["dense"])
     assert cache.get_seq_length() == 40 + 13 + 7

@@ -70,7 +70,7 @@ def test_without_a_checkpoint_only_heuristics(capsys: pytest.CaptureFixture) -> 
 
 
 @pytest.mark.parametrize(
-    ("command", "says"),
+    ("command", "message"),
     [
         (f"{EVAL} --retentions 0", "lkv eval: expected retentions in (0, 1], got 0.0"),
         (f"{EVAL} --methods h2o", "expected methods of full, floor"),
@@ -81,9 +81,9 @@ def test_without_a_checkpoint_only_heuristics(capsys: pytest.CaptureFixture) -> 
         (f"{TRAIN} --length 10 --out x", "a length above the 12 protected tokens"),
     ],
 )
-def test_wrong_options_are_named(command: str, says: str, capsys: pytest.CaptureFixture) -> None:
+def test_wrong_options_are_named(command: str, message: str, capsys: pytest.CaptureFixture) -> None:
     assert run(command) == 2
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_command_line_of_the_process_is_the_default(

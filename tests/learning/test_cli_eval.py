@@ -25,7 +25,7 @@ GRID = ["uniform+kvzip", "uniform+lkv-t", "lkv-h+snapkv", "lkv-h+kvzip"]
 
 
 @dataclass
-class Asked:
+class Requests:
     """Of what `evaluate` was asked, call by call."""
 
     samples: list[list[tasks.Sample]] = field(default_factory=list)
@@ -38,18 +38,18 @@ class Asked:
 
 
 @pytest.fixture
-def asked(
+def requests(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Asked:
+) -> Requests:
     """Nothing is evaluated: every method is right in every second sample."""
-    asked = Asked()
+    requests = Requests()
 
     def evaluate(
         model: object, tokenizer: object, samples: list[tasks.Sample], methods: Sequence[Method], setting: Setting
     ) -> list[Result]:
-        asked.samples.append(list(samples))
-        asked.settings.append(setting)
-        asked.methods.append(methods)
+        requests.samples.append(list(samples))
+        requests.settings.append(setting)
+        requests.methods.append(methods)
         return [
             Result(s.task, s.index, m.name, r, s.index % 2, r, "", 0.0)
             for m in methods
@@ -60,7 +60,7 @@ def asked(
     monkeypatch.setattr(command, "evaluate", evaluate)
     monkeypatch.setattr(retriever, "load", lambda: (model, tokenizer))
     monkeypatch.setattr(retriever, "LKV", tmp_path / "none")
-    return asked
+    return requests
 
 
 def run(*options: object) -> int:
@@ -78,64 +78,64 @@ def checkpoint(model: PreTrainedModel, tmp_path: Path) -> Path:
 SHORT = ("--samples", 2, "--length", 96)
 
 
-def test_by_default(asked: Asked, capsys: pytest.CaptureFixture) -> None:
+def test_by_default(requests: Requests, capsys: pytest.CaptureFixture) -> None:
     assert (command.parse([]).samples, command.parse([]).length) == (300, 1024)
     assert run("--samples", 2) == 0
-    assert [[s.task for s in group] for group in asked.samples] == [[task] * 2 for task in tasks.RETRIEVAL]
-    assert asked.names == [FULL, "floor", *HEURISTICS]
-    setting = asked.settings[0]
+    assert [[s.task for s in group] for group in requests.samples] == [[task] * 2 for task in tasks.RETRIEVAL]
+    assert requests.names == [FULL, "floor", *HEURISTICS]
+    setting = requests.settings[0]
     assert setting.retentions == (0.05, 0.1, 0.15, 0.3)
     assert (setting.see_question, setting.batch, setting.limit) == (False, 16, 24)
-    assert all(other is setting for other in asked.settings)
-    sample = asked.samples[1][1]
+    assert all(other is setting for other in requests.settings)
+    sample = requests.samples[1][1]
     assert sample == tasks.make("multi_key", 1, 1024, split="test")
     assert setting.metric(sample.answer, sample) == 1
-    evidence = max(s.evidence_tokens for group in asked.samples for s in group)
+    evidence = max(s.evidence_tokens for group in requests.samples for s in group)
     printed = capsys.readouterr().out
     assert f"question not seen by the compression; 10 texts of 1024 tokens, evidence of at most {evidence}" in printed
 
 
-def test_options_reach_what_they_are_for(asked: Asked, capsys: pytest.CaptureFixture) -> None:
+def test_options_reach_what_they_are_for(requests: Requests, capsys: pytest.CaptureFixture) -> None:
     options = ["--tasks", "key_value", "variable_tracking", "--split", "validation", "--batch", 3, "--see-question"]
     assert run(*SHORT, *options, "--answer-tokens", 7, "--retentions", 0.2, 1, "--methods", "snapkv", FULL) == 0
-    assert asked.samples == [
+    assert requests.samples == [
         [tasks.make(task, i, 96, split="validation") for i in range(2)] for task in ("key_value", "variable_tracking")
     ]
-    setting = asked.settings[0]
+    setting = requests.settings[0]
     assert (setting.retentions, setting.see_question, setting.batch, setting.limit) == ((0.2, 1.0), True, 3, 7)
-    assert asked.names == ["snapkv", FULL]
+    assert requests.names == ["snapkv", FULL]
     assert "question seen by the compression; 4 texts of 96 tokens" in capsys.readouterr().out
 
 
-def test_methods_with_a_checkpoint(asked: Asked, checkpoint: Path) -> None:
+def test_methods_with_a_checkpoint(requests: Requests, checkpoint: Path) -> None:
     run(*SHORT, "--checkpoint", checkpoint)
-    assert asked.names == [FULL, "floor", *HEURISTICS, "lkv"]
-    assert isinstance(asked.methods[0][-1].policy, Learned)
-    asked.methods.clear()
+    assert requests.names == [FULL, "floor", *HEURISTICS, "lkv"]
+    assert isinstance(requests.methods[0][-1].policy, Learned)
+    requests.methods.clear()
     odd = checkpoint.rename(checkpoint.with_name("of=mine"))
     run(*SHORT, "--checkpoint", odd, "--grid", "--variants", f"b={odd}", f"mine={odd}")
-    assert asked.names == [FULL, "floor", *HEURISTICS, "lkv", *GRID, "b", "mine"]
+    assert requests.names == [FULL, "floor", *HEURISTICS, "lkv", *GRID, "b", "mine"]
 
 
 def test_the_retriever_comes_with_its_checkpoint_and_other_models_without(
-    asked: Asked, checkpoint: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path,
+    requests: Requests, checkpoint: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(retriever, "LKV", checkpoint)
     run(*SHORT)
-    assert asked.names[-1] == "lkv"
+    assert requests.names[-1] == "lkv"
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    asked.methods.clear()
+    requests.methods.clear()
     run("--samples", 1, "--length", 200, "--model", tmp_path / "model", "--device", "cpu")
-    assert "lkv" not in asked.names
+    assert "lkv" not in requests.names
     # They are asked in English, by their own tokenizer.
-    context = asked.samples[-1][0].context
+    context = requests.samples[-1][0].context
     assert "The special number of" in context and 150 < len(tokenizer(context).input_ids) <= 200
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--retentions", "0"], "expected retentions in (0, 1], got 0.0"),
         (["--retentions", "0.5", "1.5"], "expected retentions in (0, 1], got 1.5"),
@@ -156,14 +156,14 @@ def test_the_retriever_comes_with_its_checkpoint_and_other_models_without(
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_runs(
-    asked: Asked, options: list[str], says: str, capsys: pytest.CaptureFixture
+    requests: Requests, options: list[str], message: str, capsys: pytest.CaptureFixture
 ) -> None:
     assert run(*SHORT, *options) == 2
-    assert says in capsys.readouterr().err
-    assert not asked.settings
+    assert message in capsys.readouterr().err
+    assert not requests.settings
 
 
-def test_progress_is_counted_in_samples(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_counted_in_samples(requests: Requests, monkeypatch: pytest.MonkeyPatch) -> None:
     bars = []
 
     class Bar(command.tqdm):
@@ -187,22 +187,25 @@ class TestFiles:
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return paths
 
-    def test_are_scored_and_limited_as_their_benchmark_does(self, asked: Asked, paths: list[Path]) -> None:
+    def test_are_scored_and_limited_as_their_benchmark_does(self, requests: Requests, paths: list[Path]) -> None:
         assert run("--file", *paths, "--format", "ruler", "--samples", 2) == 0
-        assert [[(s.task, s.index) for s in group] for group in asked.samples] == [
+        assert [[(s.task, s.index) for s in group] for group in requests.samples] == [
             [("niah_single", 0), ("niah_single", 1)], [("qa_1", 0), ("qa_1", 1)],
         ]  # fmt: skip
-        assert [setting.limit for setting in asked.settings] == [128, 32]
-        assert [s.metric("paris", group[0]) for s, group in zip(asked.settings, asked.samples, strict=True)] == [0.5, 1]
-        asked.settings.clear()
+        assert [setting.limit for setting in requests.settings] == [128, 32]
+        assert [s.metric("paris", group[0]) for s, group in zip(requests.settings, requests.samples, strict=True)] == [
+            0.5,
+            1,
+        ]
+        requests.settings.clear()
         run("--file", *paths, "--format", "ruler", "--answer-tokens", 5)
-        assert [setting.limit for setting in asked.settings] == [5, 5]
+        assert [setting.limit for setting in requests.settings] == [5, 5]
 
     def test_marker_and_split_are_handed_on(
-        self, asked: Asked, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+        self, requests: Requests, paths: list[Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert run("--file", paths[0], "--format", "ruler", "--question-marker", "SAY") == 0
-        assert asked.samples[0][0].question == "SAY it"
+        assert requests.samples[0][0].question == "SAY it"
         own, seen = command.files.load, []
         monkeypatch.setattr(
             command.files, "load", lambda *args, **more: seen.append((args, more)) or own(*args, **more)
@@ -213,7 +216,7 @@ class TestFiles:
         ]
 
     def test_packages_are_looked_for_before_anything_runs(
-        self, asked: Asked, paths: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+        self, requests: Requests, paths: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     ) -> None:
         def missing(samples: Sequence[tasks.Sample]) -> None:
             assert len(samples) == 6
@@ -221,10 +224,10 @@ class TestFiles:
 
         monkeypatch.setattr(metrics, "check_packages", missing)
         assert run("--file", *paths, "--format", "ruler") == 2
-        assert "pip install 'lkv-ext[longbench]'" in capsys.readouterr().err and not asked.samples
+        assert "pip install 'lkv-ext[longbench]'" in capsys.readouterr().err and not requests.samples
 
 
-def test_report_says_what_was_run(asked: Asked, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_report_says_what_was_run(requests: Requests, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
     assert run(*SHORT, "--tasks", "single", "--see-question", "--out", out, "--split", "train", "--device", "cpu") == 0
     report = json.loads((out / "report.json").read_text())
@@ -239,7 +242,7 @@ def test_report_says_what_was_run(asked: Asked, tmp_path: Path, capsys: pytest.C
 
 
 def test_pictures_of_a_checkpoint_are_of_the_sample_in_the_middle(
-    asked: Asked, checkpoint: Path, tmp_path: Path, model: PreTrainedModel
+    requests: Requests, checkpoint: Path, tmp_path: Path, model: PreTrainedModel
 ) -> None:
     options = ["--tasks", "single", "multi_key", "--retentions", 0.2, 0.5, "--methods", FULL, "lkv"]
     assert run(*SHORT, "--checkpoint", checkpoint, *options, "--out", tmp_path / "out") == 0
@@ -254,7 +257,7 @@ def test_pictures_of_a_checkpoint_are_of_the_sample_in_the_middle(
 
 
 def test_relaxed_mask_beside_eviction(
-    asked: Asked, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    requests: Requests, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     seen = []
 
@@ -273,7 +276,7 @@ def test_relaxed_mask_beside_eviction(
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_models(
-    dtype: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Asked, tmp_path: Path
+    dtype: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Requests, tmp_path: Path
 ) -> None:
     options = command.parse(["--device", "cpu", *(["--dtype", dtype] if dtype else [])])
     read, _, language = models.load(options)
@@ -290,7 +293,7 @@ def test_models(
 
 @pytest.mark.parametrize("methods, others", [([FULL], 0), ([FULL, "random", "snapkv"], 4 + 2), (["snapkv", FULL], 4)])
 def test_a_text_is_done_when_its_last_method_is(
-    asked: Asked, monkeypatch: pytest.MonkeyPatch, methods: list[str], others: int
+    requests: Requests, monkeypatch: pytest.MonkeyPatch, methods: list[str], others: int
 ) -> None:
     """The bar: of 2 texts, under 2 retentions save with the full cache, results come method by method."""
     steps: list[int] = []

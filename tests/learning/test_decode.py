@@ -22,17 +22,17 @@ NEVER = [-1]  # no token ends an answer
 
 def read(model: PreTrainedModel, contexts: Sequence[Sequence[int]]) -> tuple[Cache, Tensor]:
     """A cache of all rows, and which tokens of the padded texts are real."""
-    tokens, real = pad_left(contexts, PAD)
+    tokens, present = pad_left(contexts, PAD)
     cache = Cache(model, StreamingLLM(), retention=1.0, chunks="last")
-    places = (real.cumsum(1) - 1).clamp(min=0)
+    places = (present.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        model.get_decoder()(tokens, attention_mask=real, position_ids=places, past_key_values=cache, use_cache=True)
-    return cache, real
+        model.get_decoder()(tokens, attention_mask=present, position_ids=places, past_key_values=cache, use_cache=True)
+    return cache, present
 
 
-def told(model: PreTrainedModel, limit: int, ends: Sequence[int] = NEVER, rows: Sequence[int] = (0, 1, 2)) -> list:
-    cache, real = read(model, [CONTEXTS[b] for b in rows])
-    return answer(model, cache, real, [QUESTIONS[b] for b in rows], limit, PAD, ends)
+def results(model: PreTrainedModel, limit: int, ends: Sequence[int] = NEVER, rows: Sequence[int] = (0, 1, 2)) -> list:
+    cache, present = read(model, [CONTEXTS[b] for b in rows])
+    return answer(model, cache, present, [QUESTIONS[b] for b in rows], limit, PAD, ends)
 
 
 def generated(model: PreTrainedModel, row: int, limit: int) -> list[int]:
@@ -58,32 +58,32 @@ def calls(model: PreTrainedModel) -> Iterator[list[dict[str, Tensor]]]:
 
 
 def test_padding_is_on_the_left() -> None:
-    tokens, real = pad_left([[7], [8, 9, 10], []], 5)
+    tokens, present = pad_left([[7], [8, 9, 10], []], 5)
     assert tokens.tolist() == [[5, 5, 7], [8, 9, 10], [5, 5, 5]]
-    assert real.tolist() == [[0, 0, 1], [1, 1, 1], [0, 0, 0]]
+    assert present.tolist() == [[0, 0, 1], [1, 1, 1], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7])
 def test_each_row_is_answered_as_generate_answers_it_alone(model: PreTrainedModel, limit: int) -> None:
     expected = [generated(model, b, limit) for b in range(3)]
-    assert told(model, limit) == expected
-    assert [told(model, limit, rows=[b])[0] for b in range(3)] == expected
+    assert results(model, limit) == expected
+    assert [results(model, limit, rows=[b])[0] for b in range(3)] == expected
     assert all(len(row) == limit for row in expected)
 
 
 def test_positions_and_mask_go_on_behind_each_row(model: PreTrainedModel) -> None:
-    cache, real = read(model, CONTEXTS)
+    cache, present = read(model, CONTEXTS)
     with calls(model) as seen:
-        answer(model, cache, real, QUESTIONS, 3, PAD, NEVER)
+        answer(model, cache, present, QUESTIONS, 3, PAD, NEVER)
     sizes = [len(c) for c in CONTEXTS]
     first = seen[0]
     assert first["tokens"].tolist() == pad_left(QUESTIONS, PAD)[0].tolist()
     for b, (size, question) in enumerate(zip(sizes, QUESTIONS, strict=True)):
-        asked = len(question)
-        assert first["position_ids"][b, -asked:].tolist() == list(range(size, size + asked))
-        assert first["attention_mask"][b].tolist() == real[b].tolist() + [0] * (5 - asked) + [1] * asked
+        requests = len(question)
+        assert first["position_ids"][b, -requests:].tolist() == list(range(size, size + requests))
+        assert first["attention_mask"][b].tolist() == present[b].tolist() + [0] * (5 - requests) + [1] * requests
         for step in (1, 2):
-            assert seen[step]["position_ids"][b].tolist() == [size + asked + step - 1]
+            assert seen[step]["position_ids"][b].tolist() == [size + requests + step - 1]
             assert seen[step]["attention_mask"][b].tolist() == first["attention_mask"][b].tolist() + [1] * step
     assert len(seen) == 3
 
@@ -93,7 +93,7 @@ def test_an_end_token_ends_its_row_alone_and_is_left_off(model: PreTrainedModel)
     for b, row in enumerate(whole):
         for end in set(row):
             expected = [r[: r.index(end)] if end in r else r for r in whole]
-            assert told(model, 6, [end]) == expected, (b, end)
+            assert results(model, 6, [end]) == expected, (b, end)
 
 
 def test_each_of_several_end_tokens_ends(model: PreTrainedModel) -> None:
@@ -101,23 +101,23 @@ def test_each_of_several_end_tokens_ends(model: PreTrainedModel) -> None:
     ends = [whole[0][3], whole[1][1], whole[2][2]]
     expected = [r[: min(r.index(end) for end in ends if end in r)] for r in whole]
     for order in (ends, ends[::-1]):
-        assert told(model, 6, order) == expected
+        assert results(model, 6, order) == expected
 
 
 def test_token_0_is_a_word_where_it_is_written(model: PreTrainedModel) -> None:
     """An answer may hold any token, that of the padding included."""
     with torch.no_grad():
         model.lm_head.weight.zero_()  # all logits equal: the first of them wins
-    assert told(model, 3) == [[0, 0, 0]] * 3
+    assert results(model, 3) == [[0, 0, 0]] * 3
 
 
 def test_nothing_is_read_after_the_last_row_has_ended(model: PreTrainedModel) -> None:
     whole = [generated(model, b, 6) for b in range(2)]
     ends = [whole[0][1], whole[1][3]]
     lengths = [min(r.index(end) for end in ends if end in r) for r in whole]
-    cache, real = read(model, CONTEXTS[:2])
+    cache, present = read(model, CONTEXTS[:2])
     with calls(model) as seen:
-        rows = answer(model, cache, real, QUESTIONS[:2], 6, PAD, ends)
+        rows = answer(model, cache, present, QUESTIONS[:2], 6, PAD, ends)
     assert list(map(len, rows)) == lengths
     assert len(seen) == max(lengths) + 1
     short = lengths.index(min(lengths))
@@ -127,5 +127,5 @@ def test_nothing_is_read_after_the_last_row_has_ended(model: PreTrainedModel) ->
 
 
 def test_without_a_limit_nothing_is_written(model: PreTrainedModel) -> None:
-    assert told(model, 0) == [[], [], []]
-    assert told(model, 4, []) == told(model, 4, NEVER)  # a model without end tokens
+    assert results(model, 0) == [[], [], []]
+    assert results(model, 4, []) == results(model, 4, NEVER)  # a model without end tokens

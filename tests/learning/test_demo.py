@@ -31,7 +31,7 @@ def test_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "says"),
+    ("option", "message"),
     [
         ("--tokens=127", "expected at least 128 tokens, got 127"),
         ("--samples=0", "expected at least 1 sample, got 0"),
@@ -39,42 +39,44 @@ def test_options() -> None:
         ("--retention=1.01", "expected a retention in (0, 1], got 1.01"),
     ],
 )
-def test_options_out_of_range_are_refused(option: str, says: str, capsys: pytest.CaptureFixture) -> None:
+def test_options_out_of_range_are_refused(option: str, message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         demo.main([option])
-    assert stopped.value.code == 2 and says in capsys.readouterr().err
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_example_is_a_question_of_two_values_and_says_bytes(
     samples: list[tasks.Sample], model: PreTrainedModel
 ) -> None:
     """3 layers of 2 KV heads of 16 numbers, 4 bytes each, for keys and values of 129 tokens: 96.75 KiB."""
-    asked = next(s for s in samples if s.task == "multi_query")
+    requests = next(s for s in samples if s.task == "multi_query")
     other = next(s for s in samples if s.task == "multi_query" and s.index == 1)
-    told = demo.example(
+    results = demo.example(
         [
-            result(asked, "full", 1.0, 1.0, "both"),
+            result(requests, "full", 1.0, 1.0, "both"),
             result(other, "full", 1.0, 1.0, "not asked"),
-            result(asked, "lkv", 0.5, 0.25, "one of them"),
+            result(requests, "lkv", 0.5, 0.25, "one of them"),
             result(samples[0], "lkv", 1.0, 0.25, "not asked"),
         ],
         samples,
         model,
     )
-    assert [" ".join(line.split()) for line in told.splitlines() if line] == [
-        " ".join(["...", *asked.context.split()[-24:]]),
-        f"{asked.question} {asked.answer}",
+    assert [" ".join(line.split()) for line in results.splitlines() if line] == [
+        " ".join(["...", *requests.context.split()[-24:]]),
+        f"{requests.question} {requests.answer}",
         "full 97 KiB of keys and values: both right",
         "lkv 24 KiB of keys and values: one of them 50% right",
     ]
-    half = demo.example([result(asked, "full", 1.0, 1.0, "")], samples, model.to(torch.bfloat16))
+    half = demo.example([result(requests, "full", 1.0, 1.0, "")], samples, model.to(torch.bfloat16))
     assert "    48 KiB" in half
 
 
 def test_model_is_described(model: PreTrainedModel) -> None:
-    told = demo.describe(model, Namespace(tokens=300))
-    assert "3 layers, 2 KV heads of 16" in told and "texts of 300 tokens" in told
-    assert f"{model.num_parameters() / 1e6:.1f} million parameters" in told and f"torch {torch.__version__}" in told
+    results = demo.describe(model, Namespace(tokens=300))
+    assert "3 layers, 2 KV heads of 16" in results and "texts of 300 tokens" in results
+    assert (
+        f"{model.num_parameters() / 1e6:.1f} million parameters" in results and f"torch {torch.__version__}" in results
+    )
 
 
 def test_it_evaluates_the_validation_split_and_draws(
@@ -88,10 +90,10 @@ def test_it_evaluates_the_validation_split_and_draws(
     """Text by text over all tasks; the test split stays untouched."""
     torch.manual_seed(5)
     lkv = Design(hidden=8).build(Shape.of(model))
-    asked = []
+    requests = []
 
     def evaluate(model: object, tokenizer: object, group: list, methods: list, setting: object) -> list[Result]:
-        asked.append((group, [m.name for m in methods], setting))
+        requests.append((group, [m.name for m in methods], setting))
         return [result(s, m.name, 1.0, 0.2, "") for m in methods for s in group]
 
     monkeypatch.setattr(demo.retriever, "load", lambda: (model, tokenizer))
@@ -99,11 +101,11 @@ def test_it_evaluates_the_validation_split_and_draws(
     monkeypatch.setattr(demo, "evaluate", evaluate)
     options = ["--samples=2", "--tokens=128", "--retention=0.2", "--device=cpu", f"--out={tmp_path / 'out'}"]
     assert demo.main(options) == 0
-    assert [group for group, _, _ in asked] == [[s for s in samples if s.task == task] for task in tasks.RETRIEVAL]
-    assert all(names == ["full", "lkv", "snapkv", "streaming"] for _, names, _ in asked)
-    assert all((tuple(s.retentions), s.batch, s.see_question) == ((0.2,), 8, False) for _, _, s in asked)
+    assert [group for group, _, _ in requests] == [[s for s in samples if s.task == task] for task in tasks.RETRIEVAL]
+    assert all(names == ["full", "lkv", "snapkv", "streaming"] for _, names, _ in requests)
+    assert all((tuple(s.retentions), s.batch, s.see_question) == ((0.2,), 8, False) for _, _, s in requests)
     printed = capsys.readouterr().out
     assert "| streaming | 0.15 " in printed
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["accuracy.png", "budgets.png", "kept.png"]
     demo.main([*options, "--samples=1"])
-    assert asked[-1][2].batch == 1
+    assert requests[-1][2].batch == 1

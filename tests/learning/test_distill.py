@@ -88,10 +88,10 @@ def test_gradients_reach_budgets_and_scores_and_nothing_else(model: PreTrainedMo
     lkv = policy(model, budget=budget)
     reading = distill.read(model, lkv, texts())
     questions = [[5, 6, 7], [8, 9]]
-    told = distill.answers(model, reading.context, questions, 4, [3])
+    results = distill.answers(model, reading.context, questions, 4, [3])
     masks = distill.log_masks(lkv, reading, torch.tensor([0.4, 0.4]), 0.5, hard)
-    loss, count, same = distill.divergence(model, reading.context, masks, questions, told)
-    assert loss > 0 and count == sum(map(len, told)) and 0 <= same <= count
+    loss, count, same = distill.divergence(model, reading.context, masks, questions, results)
+    assert loss > 0 and count == sum(map(len, results)) and 0 <= same <= count
     loss.backward()
     for module in (lkv.scorer, lkv.budget):
         assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
@@ -111,14 +111,14 @@ def test_seeing_everything_is_being_the_teacher(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def test_teachers_answers_are_greedy(model: PreTrainedModel) -> None:
     text, question = texts([60]), [[5, 6, 7]]
-    told = distill.answers(model, distill.read(model, policy(model), text).context, question, 6, [3])
+    results = distill.answers(model, distill.read(model, policy(model), text).context, question, 6, [3])
     tokens = text[0] + question[0]
-    for _ in range(len(told[0])):
+    for _ in range(len(results[0])):
         tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    assert told[0] == tokens[63:]
+    assert results[0] == tokens[63:]
     context = distill.read(model, policy(model), text).context.repeat(3)
-    drafts = [told[0], [told[0][0], 499 - told[0][1], *told[0][2:]], [9, 9, 9, 9, 9, 9, 9, 9]]
-    assert distill.answers(model, context, question * 3, 6, [3], drafts) == told * 3
+    drafts = [results[0], [results[0][0], 499 - results[0][1], *results[0][2:]], [9, 9, 9, 9, 9, 9, 9, 9]]
+    assert distill.answers(model, context, question * 3, 6, [3], drafts) == results * 3
 
 
 @torch.no_grad()
@@ -145,11 +145,11 @@ def test_answers_end_with_their_first_end_token(model: PreTrainedModel, masked: 
 def test_answers_after_eviction_of_padded_questions_are_those_of_each_alone(model: PreTrainedModel) -> None:
     text, questions = texts([50, 50]), [[5, 6, 7, 8], [9, 10]]
 
-    def told(rows: list[int]) -> list[list[int]]:
+    def results(rows: list[int]) -> list[list[int]]:
         with Cache(model, policy(model), retention=0.5) as cache:
             tokens = torch.tensor([text[b] for b in rows])
             model.model(tokens, past_key_values=cache, use_cache=True)
             seen = torch.ones_like(tokens)
             return answer(model, cache, seen, [questions[b] for b in rows], 5, 0, [3])
 
-    assert told([0, 1]) == told([0]) + told([1])
+    assert results([0, 1]) == results([0]) + results([1])

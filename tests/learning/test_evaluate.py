@@ -54,8 +54,8 @@ def calls(model: PreTrainedModel) -> Iterator[list[list[list[int]]]]:
     def record(module: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         (tokens,) = args
         mask = kwargs.get("attention_mask")
-        real = torch.ones_like(tokens) if mask is None else mask[:, -tokens.shape[1] :]
-        seen.append([row[there.bool()].tolist() for row, there in zip(tokens, real, strict=True)])
+        present = torch.ones_like(tokens) if mask is None else mask[:, -tokens.shape[1] :]
+        seen.append([row[there.bool()].tolist() for row, there in zip(tokens, present, strict=True)])
 
     hook = model.get_decoder().register_forward_pre_hook(record, with_kwargs=True)
     yield seen
@@ -68,15 +68,15 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, list[list[list
     seen = []
     own = run.answer
 
-    def watched(model: object, cache: Cache, real: Tensor, *args: object) -> list[list[int]]:
-        rows: list[list[list[int]]] = [[] for _ in real]
+    def watched(model: object, cache: Cache, present: Tensor, *args: object) -> list[list[int]]:
+        rows: list[list[list[int]]] = [[] for _ in present]
         for layer in cache.ragged:
             kept = layer.rows
             spans = zip(kept.cu_seqlens.tolist(), kept.lengths.flatten().tolist(), strict=False)
             for i, (begin, length) in enumerate(spans):
                 rows[i // layer.heads].append(kept.positions[begin : begin + length].tolist())
-        seen.append((real, rows))
-        return own(model, cache, real, *args)
+        seen.append((present, rows))
+        return own(model, cache, present, *args)
 
     monkeypatch.setattr(run, "answer", watched)
     return seen
@@ -169,8 +169,8 @@ def test_rows_that_are_answered_from(results: Evaluate, samples: list[tasks.Samp
     """The floor is the first 4 and the last 32 tokens of a text; streaming keeps as many as it may."""
     got = results(samples[:2], choose([FLOOR, "streaming"], heuristics()))
     assert len(caches) == 2 + 2
-    for k, (real, rows) in enumerate(caches):
-        for b, there in enumerate(real.tolist()):
+    for k, (present, rows) in enumerate(caches):
+        for b, there in enumerate(present.tolist()):
             places = [i for i, x in enumerate(there) if x]
             n = len(places)
             assert n == LENGTHS[b] + 1
@@ -194,11 +194,11 @@ def test_kept_is_counted_in_the_cache(
 
 def test_heads_of_different_budgets_are_counted_together(results: Evaluate, samples: list, caches: list) -> None:
     got = results(samples[:2], choose(["adakv"], heuristics()), retentions=(0.5,))
-    ((real, rows),) = caches
+    ((present, rows),) = caches
     for b, result in enumerate(got):
         sizes = list(map(len, rows[b]))
         assert len(set(sizes)) > 1
-        assert result.kept == pytest.approx(sum(sizes) / (6 * int(real[b].sum())))
+        assert result.kept == pytest.approx(sum(sizes) / (6 * int(present[b].sum())))
 
 
 class TestTimes:
@@ -229,15 +229,15 @@ class TestTimes:
 
 
 def test_metric_is_that_of_the_setting(results: Evaluate, samples: list[tasks.Sample]) -> None:
-    asked = []
+    requests = []
 
     def metric(text: str, sample: tasks.Sample) -> float:
-        asked.append((text, sample))
+        requests.append((text, sample))
         return sample.index / 100
 
     got = results(samples, METHODS[:2], metric=metric)
     assert [r.score for r in got] == [r.index / 100 for r in got]
-    assert [(text, sample.index) for text, sample in asked] == [(r.text, r.index) for r in got]
+    assert [(text, sample.index) for text, sample in requests] == [(r.text, r.index) for r in got]
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,10 @@ def test_evidence_is_where_its_sentences_are(
     try:
         for index in range(3):
             sample = tasks.make(task, index, 150)
-            told = kept_positions(model, tokenizer, StreamingLLM(), sample, 0.3)
+            results = kept_positions(model, tokenizer, StreamingLLM(), sample, 0.3)
             text = encode(tokenizer, sample.context, begins=True)
-            assert told["length"] == len(text) == 150 + begins
-            assert [tokenizer.decode(text[begin:end]) for begin, end in told["evidence"]] == list(sample.evidence)
+            assert results["length"] == len(text) == 150 + begins
+            assert [tokenizer.decode(text[begin:end]) for begin, end in results["evidence"]] == list(sample.evidence)
     finally:
         tokenizer.bos_token = bos
 
@@ -49,11 +49,11 @@ def test_positions_are_those_of_each_head(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, retention: float
 ) -> None:
     sample = tasks.make("multi_key", 1, 120)
-    told = kept_positions(model, tokenizer, StreamingLLM(), sample, retention)
+    results = kept_positions(model, tokenizer, StreamingLLM(), sample, retention)
     keep = round(retention * 121)
-    assert [head["name"] for head in told["heads"]] == [f"layer {n}, head {h}" for n in range(3) for h in range(2)]
-    assert all(head["positions"] == [0, 1, 2, 3, *range(121 - keep + 4, 121)] for head in told["heads"])
-    assert told["title"] == f"multi_key: positions kept at {100 * retention:.0f}%; evidence shaded"
+    assert [head["name"] for head in results["heads"]] == [f"layer {n}, head {h}" for n in range(3) for h in range(2)]
+    assert all(head["positions"] == [0, 1, 2, 3, *range(121 - keep + 4, 121)] for head in results["heads"])
+    assert results["title"] == f"multi_key: positions kept at {100 * retention:.0f}%; evidence shaded"
 
 
 def test_heads_of_different_budgets(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -104,8 +104,8 @@ def test_filler_holds_names_and_numbers_but_no_sentence() -> None:
 def test_english_filler_has_two_different_nouns() -> None:
     rng = random.Random(0)
     for _ in range(300):
-        told = re.fullmatch(r"[A-Z][a-z ]+ [a-z]+ the (\w+) (\w+) by the (\w+)\.", ENGLISH.filler(rng))
-        adjective, first, second = told.groups()
+        results = re.fullmatch(r"[A-Z][a-z ]+ [a-z]+ the (\w+) (\w+) by the (\w+)\.", ENGLISH.filler(rng))
+        adjective, first, second = results.groups()
         assert adjective in ADJECTIVES and {first, second} <= set(NOUNS) and first != second
 
 
@@ -118,8 +118,8 @@ def test_english_texts_answer_their_questions(task: str) -> None:
             facts = re.findall(r"The special number of ((?:the \w+ of )?[\w-]+) is (\d+)\.", scene.context)
             assert [ENGLISH.fact(*fact) for fact in facts] == list(scene.evidence)
             for question in scene.questions:
-                asked = re.search(r"special numbers? of (.+) in this text", question.text)[1].split(", ")
-                assert [value for key in asked for name, value in facts if name == key] == list(question.expected)
+                requests = re.search(r"special numbers? of (.+) in this text", question.text)[1].split(", ")
+                assert [value for key in requests for name, value in facts if name == key] == list(question.expected)
                 assert question.answer == " " + ", ".join(question.expected) + "."
         elif task == "variable_tracking":
             given = dict(re.findall(r"VAR ([\w-]+) = ([\w-]+)\.", scene.context))

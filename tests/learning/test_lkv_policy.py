@@ -41,7 +41,7 @@ def test_a_prompt_is_evicted_layer_by_layer_to_the_table(model: PreTrainedModel,
         table = lkv.budget.table(6 * 30, 100, 12)
         assert torch.equal(rows(cache), table)
         assert table.min() < 0.6 * table.max()
-        assert [sum(held) for held in zip(*(layer.held for layer in cache.ragged), strict=True)] == [180, 180]
+        assert [sum(counts) for counts in zip(*(layer.row_counts for layer in cache.ragged), strict=True)] == [180, 180]
 
 
 @torch.no_grad()
@@ -68,9 +68,9 @@ def test_a_cap_is_of_all_layers_together(model: PreTrainedModel) -> None:
         model.model(torch.randint(4, 400, (1, 60)), past_key_values=cache, use_cache=True)
         evictions = 0
         for _ in range(60):
-            before = sum(layer.held[0] for layer in cache.ragged)
+            before = sum(layer.row_counts[0] for layer in cache.ragged)
             model.model(torch.randint(4, 400, (1, 1)), past_key_values=cache, use_cache=True)
-            after = sum(layer.held[0] for layer in cache.ragged)
+            after = sum(layer.row_counts[0] for layer in cache.ragged)
             evictions += after < before
             assert after <= 6 * 40
         assert 3 <= evictions <= 8

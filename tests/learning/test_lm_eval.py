@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lkv.evaluate.decode import answer
-from lkv.evaluate.harness import Compression, HarnessModel, Tally
+from lkv.evaluate.harness import Compression, HarnessModel, Totals
 from lkv.hf import Cache
 from lkv.policies.adakv import AdaKV
 from lkv.policies.kvzip import KVzip
@@ -71,8 +71,8 @@ def test_nothing_evicted_gives_what_the_harness_itself_does(loaded, judged, poli
         ours.loglikelihood(requests, disable_tqdm=True), plain.loglikelihood(requests, disable_tqdm=True), strict=True
     ):
         assert value == pytest.approx(wanted, rel=1e-4) and likeliest == greedy
-    assert (ours.tally.prompts, ours.tally.short) == (1, 0)  # its continuations share what was read
-    assert ours.tally.kept == ours.tally.rows
+    assert (ours.totals.prompts, ours.totals.short) == (1, 0)  # its continuations share what was read
+    assert ours.totals.kept == ours.totals.rows
     wanted = plain.generate_until(generation(), disable_tqdm=True)
     assert ours.generate_until(generation(), disable_tqdm=True) == wanted
 
@@ -125,9 +125,9 @@ def test_answers_are_those_of_a_cache_that_was_evicted(loaded, judged, policy, o
         return cache
 
     seen = torch.ones(1, cut, dtype=torch.int64)
-    (told,) = answer(model, evicted(), seen, [tokens[cut:]], 8, 0, [2])
+    (results,) = answer(model, evicted(), seen, [tokens[cut:]], 8, 0, [2])
     (text, _) = ours.generate_until(generation(until=[]), disable_tqdm=True)
-    assert text == tokenizer.decode(told, skip_special_tokens=True)
+    assert text == tokenizer.decode(results, skip_special_tokens=True)
 
     continuation = tokenizer(" sky").input_ids
     with torch.no_grad():
@@ -153,20 +153,20 @@ def test_likeliest_is_what_all_tokens_are(judged, loaded):
 
 
 def test_answers_go_to_the_cache_of_the_harness(judged):
-    told = []
+    results = []
 
     class Hook:
         def add_partial(self, kind, key, value):
-            told.append((kind, key, value))
+            results.append((kind, key, value))
 
     ours = judged(None, question_tokens=12)
     ours.set_cache_hook(Hook())
     requests = likelihoods(" sky", " sun")
     values = ours.loglikelihood(requests, disable_tqdm=True)
-    assert told == [("loglikelihood", r.args, value) for r, value in zip(requests, values, strict=True)]
-    told.clear()
+    assert results == [("loglikelihood", r.args, value) for r, value in zip(requests, values, strict=True)]
+    results.clear()
     ours._loglikelihood_tokens([(None, [5, 6, 7], [8])], disable_tqdm=True)  # what has no key is not kept
-    assert told == []
+    assert results == []
 
 
 def test_cache_of_a_prompt_is_of_that_prompt_and_stays_as_it_was(judged, loaded):
@@ -177,13 +177,13 @@ def test_cache_of_a_prompt_is_of_that_prompt_and_stays_as_it_was(judged, loaded)
     assert apart[0] != apart[1]
     for i in (0, 1, 1, 0, 0):
         assert ours.loglikelihood([prompts[i]], disable_tqdm=True) == apart[i]
-    assert ours.tally.prompts == 3
+    assert ours.totals.prompts == 3
     tokens = list(range(10, 60))
     with ours.evicted(tokens) as cache, torch.no_grad():
-        assert all(layer.held == [25 * 2] for layer in cache.ragged)
+        assert all(layer.row_counts == [25 * 2] for layer in cache.ragged)
         loaded[0](torch.tensor([[7, 8, 9]]), past_key_values=cache)
     with ours.evicted(tokens) as cache:
-        assert all(layer.held == [25 * 2] for layer in cache.ragged)
+        assert all(layer.row_counts == [25 * 2] for layer in cache.ragged)
 
 
 @pytest.mark.parametrize("policy", [SnapKV(), StreamingLLM(), KVzip()], ids=lambda policy: type(policy).__name__)
@@ -192,10 +192,10 @@ def test_rows_are_gone(judged, policy):
     requests = likelihoods(" sky", " sun")
     values = ours.loglikelihood(requests, disable_tqdm=True)
     assert values != full.loglikelihood(requests, disable_tqdm=True)
-    assert ours.tally.kept / ours.tally.rows == pytest.approx(0.25, abs=0.02)
+    assert ours.totals.kept / ours.totals.rows == pytest.approx(0.25, abs=0.02)
     assert values == ours.loglikelihood(requests, disable_tqdm=True)
     assert len(ours.generate_until(generation(), disable_tqdm=True)) == 2
-    assert ours.tally.prompts == 2  # the first text of the two was read before
+    assert ours.totals.prompts == 2  # the first text of the two was read before
 
 
 def test_continuation_is_scored_from_the_rows_that_are_left(judged, loaded):
@@ -247,21 +247,21 @@ def test_what_was_done_is_said():
     hidden = "question not seen by the compression: all of a prompt is compressed but "
     assert str(Compression(None, question_tokens=7)) == hidden + "its last 7 tokens"
     assert str(Compression(None, marker="Q:")) == hidden + "what begins with the last 'Q:'"
-    assert str(Tally(5, 2, 30, 120)) == "5 prompts, 2 too short to be compressed; of the others 25.0% of the rows kept"
+    assert str(Totals(5, 2, 30, 120)) == "5 prompts, 2 too short to be compressed; of the others 25.0% of the rows kept"
 
 
 def test_rows_are_those_of_all_heads_and_layers(judged, loaded):
     ours = judged(StreamingLLM(), 0.25, question_tokens=20)
     ours.loglikelihood(likelihoods(" sky", " sun"), disable_tqdm=True)
     read = len(loaded[1](TEXT + QUESTION).input_ids) - 20
-    assert (ours.tally.rows, ours.tally.kept) == (2 * 2 * read, 2 * 2 * round(0.25 * read))
+    assert (ours.totals.rows, ours.totals.kept) == (2 * 2 * read, 2 * 2 * round(0.25 * read))
     assert get_model("lkv") is HarnessModel
 
 
 def test_short_prompts_are_counted_and_rolling_ones_refused(judged):
     ours = judged(SnapKV(), 0.25, question_tokens=500)
     ours.generate_until(generation(), disable_tqdm=True)
-    assert (ours.tally.short, ours.tally.rows) == (1, 0)
-    assert "too short to be compressed; of the others no rows kept" in str(ours.tally)
+    assert (ours.totals.short, ours.totals.rows) == (1, 0)
+    assert "too short to be compressed; of the others no rows kept" in str(ours.totals)
     with pytest.raises(ValueError, match="expected tasks with a prompt, got one of rolling loglikelihood"):
         ours.loglikelihood_rolling([])

@@ -43,7 +43,7 @@ def judged(folder, monkeypatch):
     def evaluate(model, **options):
         seen.append(SimpleNamespace(model=model, options=options, closed=False))
         monkeypatch.setattr(model, "close", lambda: setattr(seen[-1], "closed", True))
-        model.tally.prompts = len(seen)
+        model.totals.prompts = len(seen)
         return {"results": {"any": {"acc": 0.5}}}
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
@@ -72,13 +72,13 @@ def test_by_default(judged):
 
 
 def test_options_reach_the_harness(judged):
-    (asked,) = judged(
+    (requests,) = judged(
         "--policies", "streaming", "--num-fewshot", 3, "--limit", 7, "--gen-kwargs", "temperature=0",
         "--apply-chat-template", "--max-length", 99, "--retentions", 1,
     )  # fmt: skip
     wanted = {"num_fewshot": 3, "limit": 7, "gen_kwargs": "temperature=0", "apply_chat_template": True}
-    assert wanted.items() <= asked.options.items()
-    assert asked.model.max_length == 99 and asked.model.compression.policy == StreamingLLM()
+    assert wanted.items() <= requests.options.items()
+    assert requests.model.max_length == 99 and requests.model.compression.policy == StreamingLLM()
 
 
 @pytest.mark.parametrize(
@@ -90,16 +90,16 @@ def test_options_reach_the_harness(judged):
     ],
 )
 def test_what_is_compressed_is_as_asked(judged, options, wanted):
-    for asked in judged(*options):
-        how = asked.model.compression
+    for requests in judged(*options):
+        how = requests.model.compression
         assert how == harness.Compression(how.policy, how.retention, **wanted)
 
 
 def test_every_policy_at_every_retention_and_the_full_cache_once(judged, tmp_path, capsys):
     out = tmp_path / "new" / "report.json"
     runs = judged("--policies", "kvzip", "full", "streaming", "--retentions", 0.5, 0.25, "--see-question", "--out", out)
-    told = [(asked.model.compression.policy, asked.model.compression.retention) for asked in runs]
-    assert told == [(KVzip(), 0.5), (KVzip(), 0.25), (None, 1.0), (StreamingLLM(), 0.5), (StreamingLLM(), 0.25)]
+    answers_now = [(requests.model.compression.policy, requests.model.compression.retention) for requests in runs]
+    assert answers_now == [(KVzip(), 0.5), (KVzip(), 0.25), (None, 1.0), (StreamingLLM(), 0.5), (StreamingLLM(), 0.25)]
     report = json.loads(out.read_text())
     assert report["facts"]["tasks"] == ["any"] and report["facts"]["lm_eval"] == lm_eval.__version__
     assert [(x["policy"], x["retention"]) for x in report["reports"]] == [
@@ -139,8 +139,8 @@ def test_checkpoint_is_a_policy(judged, folder, tmp_path):
     torch.manual_seed(0)
     design, shape = Design(hidden=8), Shape.of(AutoModelForCausalLM.from_pretrained(folder))
     save(tmp_path / "lkv", design.build(shape), design, shape, {})
-    (asked,) = judged("--policies", "lkv", "--checkpoint", tmp_path / "lkv")
-    assert isinstance(asked.model.compression.policy, Learned) and asked.model.compression.retention == 0.15
+    (requests,) = judged("--policies", "lkv", "--checkpoint", tmp_path / "lkv")
+    assert isinstance(requests.model.compression.policy, Learned) and requests.model.compression.retention == 0.15
 
 
 def test_without_the_harness_its_extra_is_named(monkeypatch, capsys):
@@ -188,8 +188,8 @@ def test_command_runs_tasks_and_says_what_was_compressed(tmp_path, folder, local
     command += ["--tasks", "local_generate", "local_choice", "--policies", "full", "snapkv", "--retentions", "0.25"]
     assert cli.main([*command, "--question-marker", "\nQuestion:", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    said = "not seen by the compression: all of a prompt is compressed but what begins with the last '\\nQuestion:'"
-    assert printed.count(f"question {said}") == 2
+    outputs = "not seen by the compression: all of a prompt is compressed but what begins with the last '\\nQuestion:'"
+    assert printed.count(f"question {outputs}") == 2
     assert "snapkv at retention 0.25; question" in printed
     assert "local_generate" in printed and "exact_match" in printed
     report = json.loads(out.read_text())

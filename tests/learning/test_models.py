@@ -174,8 +174,8 @@ def test_smollm2():
     except MissingPackage as error:
         pytest.skip(str(error))
     assert (model.config.num_hidden_layers, model.config.num_key_value_heads) == (30, 3)
-    said = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
-    ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    outputs = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    ids = tokenizer.apply_chat_template(outputs, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out = model.generate(**ids, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
     assert isinstance(model, type(AutoModelForCausalLM.from_config(model.config)))

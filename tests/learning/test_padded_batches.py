@@ -116,15 +116,15 @@ def test_answers_and_divergence(model: PreTrainedModel) -> None:
     lkv, contexts, questions = policy(model), some(LENGTHS), some([3, 5, 1, 2], 2)
     reading = distill.read(model, lkv, contexts)
     masks = distill.log_masks(lkv, reading, torch.full((4,), 0.4), 0.5, False).detach()
-    told = distill.answers(model, reading.context, questions, 6, [3])
+    results = distill.answers(model, reading.context, questions, 6, [3])
     student = distill.answers(model, reading.context, questions, 6, [3], log_masks=masks)
-    short = [told[0][:1], told[1], told[2][:4], told[3][:2]]
+    short = [results[0][:1], results[1], results[2][:4], results[3][:2]]
     whole, count, same = distill.divergence(model, reading.context, masks, questions, short)
     losses, right = [], 0
     for b, question in enumerate(questions):
         one = distill.read(model, lkv, contexts[b : b + 1]).context
         mask = masks[:, b : b + 1, :, : LENGTHS[b]]
-        assert distill.answers(model, one, [question], 6, [3]) == [told[b]]
+        assert distill.answers(model, one, [question], 6, [3]) == [results[b]]
         assert distill.answers(model, one, [question], 6, [3], log_masks=mask) == [student[b]]
         loss, tokens, agreed = distill.divergence(model, one, mask, [question], [short[b]])
         assert tokens == len(short[b])
@@ -148,11 +148,11 @@ def test_moments_of_the_input(model: PreTrainedModel) -> None:
 def test_second_pass_over_texts_that_are_padded_in_front(model: PreTrainedModel) -> None:
     contexts = some(LENGTHS)
     tokens = torch.tensor([[0] * (41 - len(text)) + text for text in contexts])
-    real = (torch.arange(41) >= 41 - torch.tensor(LENGTHS)[:, None]).long()
-    places = (real.cumsum(1) - 1).clamp(min=0)
+    present = (torch.arange(41) >= 41 - torch.tensor(LENGTHS)[:, None]).long()
+    places = (present.cumsum(1) - 1).clamp(min=0)
     with Cache(model, StreamingLLM(), retention=1.0, chunks="last") as whole:
-        model.model(tokens, attention_mask=real, position_ids=places, past_key_values=whole, use_cache=True)
-        scores = _second_pass(model, whole, tokens, real, KVzip())
+        model.model(tokens, attention_mask=present, position_ids=places, past_key_values=whole, use_cache=True)
+        scores = _second_pass(model, whole, tokens, present, KVzip())
     for b, text in enumerate(contexts):
         alone = repeat_scores(model, together(model, [text]), torch.tensor([text]), KVzip())
         for layer in range(3):

@@ -191,12 +191,12 @@ def foretelling(monkeypatch: pytest.MonkeyPatch, teacher: Tensor, student: Tenso
     """A model whose logits `[B, m, V]` are given."""
     calls = []
 
-    def say(model: object, context: object, tokens: Tensor, log_masks: object = None) -> Tensor:
+    def feed(model: object, context: object, tokens: Tensor, log_masks: object = None) -> Tensor:
         assert tokens.shape == teacher.shape[:2]
         calls.append(log_masks is not None)
         return student if log_masks is not None else teacher
 
-    monkeypatch.setattr(distill, "follow", say)
+    monkeypatch.setattr(distill, "follow", feed)
     return SimpleNamespace(get_output_embeddings=nn.Identity, calls=calls)
 
 
@@ -211,8 +211,8 @@ def test_the_loss_is_the_forward_divergence_of_the_answers_alone(monkeypatch: py
     student[1, 1] = p - 5.0  # logits are no probabilities yet
     student.requires_grad_()
     model = foretelling(monkeypatch, teacher, student)
-    told = [[8, 9, 4], [8, 9]]
-    loss, count, same = distill.divergence(model, None, torch.zeros(1), [[5, 6], [7]], told)
+    results = [[8, 9, 4], [8, 9]]
+    loss, count, same = distill.divergence(model, None, torch.zeros(1), [[5, 6], [7]], results)
     assert loss.item() == pytest.approx(4 * 0.5 * math.log(4 / 3), rel=1e-5)
     assert count == 5
     assert int(same) == 1  # of equals the first, where they agree; q foretells the second

@@ -150,9 +150,13 @@ def test_report_file_is_read_back_as_it_was(tmp_path: Path) -> None:
     rows = report.rows(results())
     path = tmp_path / "new" / "folder" / "report.json"
     report.write(path, {"model": "x", "question_seen": False}, rows, {"shares": {"0.15": [[0.5, 0.25]]}})
-    told = json.loads(path.read_text())
-    assert told == {"facts": {"model": "x", "question_seen": False}, "rows": rows, "shares": {"0.15": [[0.5, 0.25]]}}
-    assert report.table(told["rows"]) == report.table(rows)
+    answers_now = json.loads(path.read_text())
+    assert answers_now == {
+        "facts": {"model": "x", "question_seen": False},
+        "rows": rows,
+        "shares": {"0.15": [[0.5, 0.25]]},
+    }
+    assert report.table(answers_now["rows"]) == report.table(rows)
     assert [file.name for file in path.parent.iterdir()] == ["report.json"]
 
 

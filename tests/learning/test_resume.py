@@ -52,8 +52,8 @@ def equal(a: object, b: object) -> bool:
 
 
 def facts(run: Trainer, name: str) -> tuple[int, float]:
-    told = json.loads((run.folder / name / checkpoint.CONFIG).read_text())["facts"]
-    return told["step"], told["validation"]
+    results = json.loads((run.folder / name / checkpoint.CONFIG).read_text())["facts"]
+    return results["step"], results["validation"]
 
 
 @pytest.mark.parametrize("stops", [[2], [4], [3], [1, 2, 5], [6]], ids=str)

@@ -69,13 +69,13 @@ def test_repeated_sequences() -> None:
 @pytest.mark.parametrize("task", MIX)
 def test_texts_ask_for_what_they_hold(task: str, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a text of the split "train" come questions about it; labels are the tokens of the answers alone."""
-    asked = []
+    requests = []
     monkeypatch.setattr(data, "MIX", {task: 1.0})
     make = tasks.scene
-    monkeypatch.setattr(tasks, "scene", lambda *args, **more: asked.append((args, more)) or make(*args, **more))
+    monkeypatch.setattr(tasks, "scene", lambda *args, **more: requests.append((args, more)) or make(*args, **more))
     tokens, labels = texts(random.Random(1), words, Stage(length=160, facts=4, batch=3, steps=1), questions=2)
-    assert tokens.shape == labels.shape and len(tokens) == len(asked) == 3
-    for row, marks, (args, more) in zip(tokens.tolist(), labels.tolist(), asked, strict=True):
+    assert tokens.shape == labels.shape and len(tokens) == len(requests) == 3
+    for row, marks, (args, more) in zip(tokens.tolist(), labels.tolist(), requests, strict=True):
         assert args[0] == task and args[2] == 160 and more["split"] == "train" and more["language"] is words
         scene = make(*args, **more)
         text = words.encode("<s> " + scene.context)

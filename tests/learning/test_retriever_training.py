@@ -79,8 +79,8 @@ def test_steps_learn_by_clipped_gradients_and_a_rate_that_rises(
     batch = repeated(torch.Generator().manual_seed(0), 4, 400)
     monkeypatch.setattr(train, "repeated", lambda *a: batch)
     stage, losses, rates = Stage(0, 0, 4, 1), [], []
-    real = train.loss_of
-    monkeypatch.setattr(train, "loss_of", lambda *a: (losses.append(real(*a)), losses[-1])[1])
+    present = train.loss_of
+    monkeypatch.setattr(train, "loss_of", lambda *a: (losses.append(present(*a)), losses[-1])[1])
     for _ in range(60):
         run.step(stage, rate=0.5)
         rates.append(run.optimizer.param_groups[0]["lr"])
@@ -110,13 +110,13 @@ def test_gradients_are_of_one_step_alone(run: train.Run, monkeypatch: pytest.Mon
 
 def test_accuracy_is_of_the_stage_and_not_of_repeats_between(run: train.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some steps go on with repeated sequences, which say nothing of the stage."""
-    asked = []
-    monkeypatch.setattr(train, "repeated", lambda *a: (asked.append(a[3]), repeated(*a))[1])
+    requests = []
+    monkeypatch.setattr(train, "repeated", lambda *a: (requests.append(a[3]), repeated(*a))[1])
     monkeypatch.setattr(train, "REPEATS", 0.5)
     for _ in range(20):
         run.step(Stage(120, 2, 1, 1))
-    assert 4 <= len(asked) <= 16 and set(asked) == {40}
-    assert len(run.recent) == 20 - len(asked) < train.SMOOTH
+    assert 4 <= len(requests) <= 16 and set(requests) == {40}
+    assert len(run.recent) == 20 - len(requests) < train.SMOOTH
 
 
 def test_the_way_through_the_stages(run: train.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,8 +151,8 @@ def test_the_way_through_the_stages(run: train.Run, tmp_path: Path, monkeypatch:
 
 
 def test_probes_are_of_the_validation_split(words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, real = [], tasks.make
-    monkeypatch.setattr(tasks, "make", lambda *a, **o: (made.append((*a[:3], o["split"])), real(*a, **o))[1])
+    made, present = [], tasks.make
+    monkeypatch.setattr(tasks, "make", lambda *a, **o: (made.append((*a[:3], o["split"])), present(*a, **o))[1])
     found = train.probe(tiny(words, 0).eval(), words, Stage(128, 4, 1, 1))
     assert made == [(task, i, 128, "validation") for task in tasks.TASKS for i in range(12)]
     assert found.keys() == tasks.TASKS.keys() and all(0 <= share <= 1 for share in found.values())

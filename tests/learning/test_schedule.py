@@ -80,7 +80,7 @@ def test_retentions_are_even_in_their_logarithm_and_depend_on_seed_and_step() ->
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         (dict(retention=(0.0, 0.5)), r"retention 0 < low <= high <= 1, got \(0.0, 0.5\)"),
         (dict(retention=(0.5, 0.4)), r"retention 0 < low <= high <= 1"),
@@ -102,8 +102,8 @@ def test_retentions_are_even_in_their_logarithm_and_depend_on_seed_and_step() ->
     ],
     ids=str,
 )
-def test_wrong_configurations(changes: dict[str, object], says: str) -> None:
-    with pytest.raises(ValueError, match=f"^lkv train: expected {says}"):
+def test_wrong_configurations(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^lkv train: expected {message}"):
         replace(CONFIG, **changes)
 
 

@@ -71,7 +71,7 @@ def test_a_text_of_one_chunk_is_repeated_in_one_go() -> None:
         torch.testing.assert_close(got[0], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("prompt", [[], [9, 4, 4]], ids=["bare", "asked"])
+@pytest.mark.parametrize("prompt", [[], [9, 4, 4]], ids=["bare", "requests"])
 @pytest.mark.parametrize("name", ["scale and soft cap", "sinks", "scaled rotations"])
 def test_a_text_beside_longer_ones_is_scored_as_it_is_alone(name: str, prompt: list[int], chunks: None) -> None:
     """Whatever pads it: texts that end in the first chunk, on its edge, where the second one begins, and behind."""
@@ -89,16 +89,16 @@ def test_a_text_beside_longer_ones_is_scored_as_it_is_alone(name: str, prompt: l
 
 def test_the_best_of_all_chunks_counts(chunks: None) -> None:
     """Any policy that scores by queries is asked once for a chunk, and gets the queries of the text alone."""
-    asked = []
+    requests = []
 
     class Noted(SnapKV):
         def score(self, layer, observation):
-            asked.append((layer, observation.query_mask.sum(1).tolist()))
-            return torch.full(observation.keys.shape[:3], float(-len(asked) if len(asked) > 2 else len(asked)))
+            requests.append((layer, observation.query_mask.sum(1).tolist()))
+            return torch.full(observation.keys.shape[:3], float(-len(requests) if len(requests) > 2 else len(requests)))
 
     model, texts = build("scale"), [tokens(1, n)[0] for n in (40, 19)]
     scores = repeat_scores(model, context_of(model, texts), padded(texts), Noted(), prompt=[5])
-    assert asked == [(0, [17, 17]), (1, [17, 17]), (0, [22, 9]), (1, [22, 9]), (0, [14, 0]), (1, [14, 0])]
+    assert requests == [(0, [17, 17]), (1, [17, 17]), (0, [22, 9]), (1, [22, 9]), (0, [14, 0]), (1, [14, 0])]
     assert [s.unique().tolist() for s in scores] == [[1.0], [2.0]]
 
 

@@ -29,8 +29,8 @@ def samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     """What is expected is what the full cache says, three tokens of it, and half of that in the last sample."""
     made = [tasks.make("multi_key", i, length) for i, length in enumerate((100, 120, 110))]
     results = evaluate(model, tokenizer, made, [Method(FULL, None)], Setting(batch=1, limit=3))
-    told = [replace(s, expected=(r.text,)) for s, r in zip(made, results, strict=True)]
-    return [*told[:-1], replace(told[-1], expected=(told[-1].expected[0], "nobody says this"))]
+    answers_now = [replace(s, expected=(r.text,)) for s, r in zip(made, results, strict=True)]
+    return [*answers_now[:-1], replace(answers_now[-1], expected=(answers_now[-1].expected[0], "nobody says this"))]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 16])
@@ -61,15 +61,15 @@ def test_mask_is_the_relaxed_one_at_the_last_temperature(
     samples: list[tasks.Sample],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = []
+    requests = []
     own = distill.log_masks
 
     def watched(of: Learned, reading: object, rates: torch.Tensor, temperature: float, hard: bool) -> torch.Tensor:
-        asked.append((of, rates.tolist(), temperature, hard))
+        requests.append((of, rates.tolist(), temperature, hard))
         return own(of, reading, rates, temperature, hard)
 
     monkeypatch.setattr(soft.distill, "log_masks", watched)
     soft_accuracy(model, tokenizer, samples, policy, 0.25, batch=2, limit=1)
-    assert asked == [(policy, [0.25, 0.25], 0.05, False), (policy, [0.25], 0.05, False)]
+    assert requests == [(policy, [0.25, 0.25], 0.05, False), (policy, [0.25], 0.05, False)]
     soft_accuracy(model, tokenizer, samples, policy, 0.25, limit=1, temperature=1.0)
-    assert asked[-1] == (policy, [0.25] * 3, 1.0, False)
+    assert requests[-1] == (policy, [0.25] * 3, 1.0, False)

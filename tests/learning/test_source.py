@@ -91,11 +91,11 @@ def test_tokens_are_those_of_the_scene(tokenizer: PreTrainedTokenizerBase, seen:
 def test_questions_are_different_as_long_as_there_are_enough(tokenizer: PreTrainedTokenizerBase, seen: list) -> None:
     few, many = (read(tokenizer, tasks=("multi_key",), questions=n) for n in (3, 20))
     there = len(tasks.scene(*seen[0][:2], **seen[0][2]).questions)
-    for examples, asked in ((few, 3), (many, 20)):
-        assert len(examples.questions) == 4 * asked
+    for examples, requests in ((few, 3), (many, 20)):
+        assert len(examples.questions) == 4 * requests
         for row in range(4):
-            mine = {tuple(q) for q in examples.questions[row * asked :][:asked]}
-            assert len(mine) == min(asked, there)
+            mine = {tuple(q) for q in examples.questions[row * requests :][:requests]}
+            assert len(mine) == min(requests, there)
 
 
 def test_lengths_are_counted_in_tokens_of_the_model(tokenizer: PreTrainedTokenizerBase) -> None:

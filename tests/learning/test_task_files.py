@@ -248,15 +248,15 @@ def test_no_file_no_format_no_context_in_a_prompt(tmp_path):
 @pytest.fixture
 def library(monkeypatch):
     """In the place of `datasets`: what is asked of it, and what becomes of its errors."""
-    asked = []
+    requests = []
 
     def load_dataset(name, configuration, split):
-        asked.append((name, configuration, split))
+        requests.append((name, configuration, split))
         if name == "no/such":
             raise OSError("not on the hub")
         return there.rows
 
-    there = SimpleNamespace(load_dataset=load_dataset, rows=[LONGBENCH], asked=asked)
+    there = SimpleNamespace(load_dataset=load_dataset, rows=[LONGBENCH], requests=requests)
     monkeypatch.setitem(sys.modules, "datasets", there)
     return there
 
@@ -265,7 +265,7 @@ def test_data_set_by_name(library, monkeypatch):
     (sample,) = load("longbench", "some/LongBench:hotpotqa", split="validation")
     assert sample.task == "hotpotqa" and sample.expected == ("Ann", "Ann B.")
     load("longbench", "some/LongBench")
-    assert library.asked == [("some/LongBench", "hotpotqa", "validation"), ("some/LongBench", None, "test")]
+    assert library.requests == [("some/LongBench", "hotpotqa", "validation"), ("some/LongBench", None, "test")]
     with pytest.raises(ValueError, match="expected a data set that loads, got 'no/such', split 'test': not on the hub"):
         load("longbench", "no/such")
     monkeypatch.setitem(sys.modules, "datasets", None)

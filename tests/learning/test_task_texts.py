@@ -35,17 +35,17 @@ def decoys(scene: Scene) -> list[tuple[str, str]]:
 
 def check(scene: Scene, length: int) -> None:
     """What holds of every retrieval task."""
-    told = facts(scene)
-    assert [f"set {key} to {value} ." for key, value in told] == list(scene.evidence)  # once each, in this order
-    assert len({value for _, value in told}) == len(told)
+    results = facts(scene)
+    assert [f"set {key} to {value} ." for key, value in results] == list(scene.evidence)  # once each, in this order
+    assert len({value for _, value in results}) == len(results)
     assert tasks.words(scene.context) == length == len(Words().encode(scene.context))
-    assert not set(decoys(scene)) & set(told)
+    assert not set(decoys(scene)) & set(results)
     for question in scene.questions:
-        asked, keys = re.fullmatch(r"(find|list) (.+) :", question.text).groups()
+        requests, keys = re.fullmatch(r"(find|list) (.+) :", question.text).groups()
         keys = keys.split(" and ")
-        values = [[value for name, value in told if name == key] for key in keys]
+        values = [[value for name, value in results if name == key] for key in keys]
         assert question.expected == tuple(itertools.chain(*values))
-        if asked == "find":
+        if requests == "find":
             assert all(len(found) == 1 for found in values)
         assert not any(word.isdigit() for word in question.text.split())  # the answer is in the text alone
         if len(keys) > 1:
@@ -55,18 +55,18 @@ def check(scene: Scene, length: int) -> None:
         assert question.answer == spoken + " . </s>"
 
 
-@pytest.mark.parametrize(("task", "count", "asked"), [("single", 1, 1), ("multi_key", 8, 1), ("multi_query", 8, 2)])
+@pytest.mark.parametrize(("task", "count", "requests"), [("single", 1, 1), ("multi_key", 8, 1), ("multi_query", 8, 2)])
 @SMALL
 @given(index=indices, split=splits, length=lengths)
-def test_keys_of_one_value(task: str, count: int, asked: int, index: int, split: str, length: int) -> None:
+def test_keys_of_one_value(task: str, count: int, requests: int, index: int, split: str, length: int) -> None:
     scene = tasks.scene(task, index, length, split=split)
     check(scene, length)
     keys = [key for key, _ in facts(scene)]
     assert len(keys) == len(set(keys)) == count == len(scene.questions)
     for question in scene.questions:
         assert question.text.startswith("find ")
-        assert len(set(question.text.removesuffix(" :")[5:].split(" and "))) == len(question.expected) == asked
-    if asked == 1:
+        assert len(set(question.text.removesuffix(" :")[5:].split(" and "))) == len(question.expected) == requests
+    if requests == 1:
         assert {question.text for question in scene.questions} == {f"find {key} :" for key in keys}
 
 

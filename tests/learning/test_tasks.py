@@ -38,11 +38,11 @@ def test_the_same_numbers_give_the_same_sample(task: str) -> None:
 @pytest.mark.parametrize("task", ALL)
 def test_samples_of_long_ago(task: str) -> None:
     """Numbers in the docs are made from these samples: a change of the generator is to be noticed, on any machine."""
-    told = []
+    results = []
     for language, length in ((Words(), 200), (English(), 900)):
         sample = tasks.make(task, 3, length, language=language, count=letters if length == 900 else tasks.words)
-        told.append(hashlib.sha256(f"{sample.context}{sample.question}{sample.answer}".encode()).hexdigest()[:12])
-    assert tuple(told) == DIGESTS[task]
+        results.append(hashlib.sha256(f"{sample.context}{sample.question}{sample.answer}".encode()).hexdigest()[:12])
+    assert tuple(results) == DIGESTS[task]
 
 
 def test_a_sample_of_long_ago() -> None:
@@ -66,8 +66,8 @@ def test_splits_and_numbers_share_nothing(task: str) -> None:
 
 
 def test_tasks_of_a_number_share_no_facts() -> None:
-    told = {task: tasks.make(task, 2, 200).evidence for task in tasks.RETRIEVAL}
-    assert len(set().union(*told.values())) == sum(map(len, told.values()))
+    results = {task: tasks.make(task, 2, 200).evidence for task in tasks.RETRIEVAL}
+    assert len(set().union(*results.values())) == sum(map(len, results.values()))
 
 
 @pytest.mark.parametrize("task", [*tasks.RETRIEVAL[1:], "variable_tracking"])

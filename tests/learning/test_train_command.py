@@ -82,12 +82,12 @@ def test_validation_is_on_the_validation_split(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: tasks.Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many texts per task as the configuration says; per retention, the mean score over all of them."""
-    asked = []
+    requests = []
 
     def evaluate(
         model: object, tokenizer: object, samples: list[tasks.Sample], methods: Sequence[Method], setting: Setting
     ) -> list[Result]:
-        asked.append((samples, methods, setting))
+        requests.append((samples, methods, setting))
         return [
             Result(s.task, s.index, methods[0].name, r, r * (s.index + 1), r, "", 0.0)
             for r in setting.retentions
@@ -103,7 +103,7 @@ def test_validation_is_on_the_validation_split(
     policy = LKV(object(), object(), 1, 2)
     assert validate(policy) == {"0.05": pytest.approx(0.05 * 2), "0.3": pytest.approx(0.3 * 2)}
 
-    ((samples, methods, setting),) = asked
+    ((samples, methods, setting),) = requests
     assert samples == [tasks.make(task, i, 100, split="validation") for task in config.tasks for i in range(3)]
     for task in config.tasks:
         others = [tasks.make(task, i, 100, split=split).context for split in ("train", "test") for i in range(3)]

@@ -107,11 +107,11 @@ def test_an_update_is_adamw_of_the_clipped_mean(make: Make) -> None:
 def test_the_warm_start_regresses_on_the_logarithm_of_kvzip(make: Make, accumulate: int) -> None:
     """The mean over real tokens of all heads and layers of the squared difference, both standardised."""
     run = make(accumulate=accumulate)
-    whole, asked = uneven(), []
-    run.source.examples = lambda step, rows: (asked.append((step, rows)), of_rows(whole, rows))[1]
+    whole, requests = uneven(), []
+    run.source.examples = lambda step, rows: (requests.append((step, rows)), of_rows(whole, rows))[1]
     run.step = -4
     numbers, gradients = mean_gradients(run, run._warm)
-    assert asked == ([(-1, [0, 1])] if accumulate == 1 else [(-1, [0]), (-1, [1])])
+    assert requests == ([(-1, [0, 1])] if accumulate == 1 else [(-1, [0]), (-1, [1])])
     squares, count = torch.zeros((), dtype=torch.float64), 0
     for text in whole.contexts:
         reading = distill.read(run.model, run.lkv, [text])
@@ -135,11 +135,11 @@ def test_the_warm_start_regresses_on_the_logarithm_of_kvzip(make: Make, accumula
 def test_a_step_is_the_mean_divergence_of_all_answer_tokens(make: Make, step: int, accumulate: int) -> None:
     """Each question on its own text alone, with the masks of that text, against all of them in one step."""
     run = make(accumulate=accumulate)
-    whole, asked = uneven(step), []
-    run.source.examples = lambda step, rows: (asked.append((step, rows)), of_rows(whole, rows))[1]
+    whole, requests = uneven(step), []
+    run.source.examples = lambda step, rows: (requests.append((step, rows)), of_rows(whole, rows))[1]
     run.step = step
     numbers, gradients = mean_gradients(run, run._distil)
-    assert asked == ([(step, [0, 1])] if accumulate == 1 else [(step, [0]), (step, [1])])
+    assert requests == ([(step, [0, 1])] if accumulate == 1 else [(step, [0]), (step, [1])])
     assert run.ends == [3]
     rate = torch.tensor([run.source.retention(step)])
     losses, tokens, agreed = [], 0, 0
@@ -147,8 +147,8 @@ def test_a_step_is_the_mean_divergence_of_all_answer_tokens(make: Make, step: in
         reading = distill.read(run.model, run.lkv, [text])
         masks = distill.log_masks(run.lkv, reading, rate, run.config.temperature_at(step), hard=step == 8)
         for question in whole.questions[2 * row : 2 * row + 2]:
-            told = distill.answers(run.model, reading.context, [question], CONFIG.answer_tokens, run.ends)
-            loss, count, same = distill.divergence(run.model, reading.context, masks, [question], told)
+            results = distill.answers(run.model, reading.context, [question], CONFIG.answer_tokens, run.ends)
+            loss, count, same = distill.divergence(run.model, reading.context, masks, [question], results)
             losses, tokens, agreed = [*losses, loss], tokens + count, agreed + int(same)
     loss = torch.stack(losses).sum() / tokens
     assert numbers["loss"] == pytest.approx(loss.item(), rel=1e-3) and loss.item() > 1e-3

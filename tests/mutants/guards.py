@@ -43,11 +43,11 @@ GUARDS: dict[str, list[str]] = {
             "capture": "observed",
             "compat": "families",
             "masks": "masks",
-            "observe": "observed",
+            "observation": "observed",
             "queries": "evict_now",
             "routing": "routing",
             "state": "storage",
-            "tape": "observed",
+            "token_log": "observed",
         }.items()
     },
     "python/lkv/hf/*": [*_CACHE, *_MODELS],

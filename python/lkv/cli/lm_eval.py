@@ -46,9 +46,9 @@ def run(argv: Sequence[str]) -> int:
             finally:
                 judged.close()
             title = f"{options.model}, {name}" + ("" if name == FULL else f" at retention {retention:g}")
-            print(f"\n{title}; {how}\n{judged.tally}\n{harness.utils.make_table(results)}", flush=True)
+            print(f"\n{title}; {how}\n{judged.totals}\n{harness.utils.make_table(results)}", flush=True)
             facts = {"policy": name, "retention": retention, "question_seen": options.see_question}
-            reports.append({**facts, "compressed": str(how), **vars(judged.tally), "results": results["results"]})
+            reports.append({**facts, "compressed": str(how), **vars(judged.totals), "results": results["results"]})
             if options.out:
                 write(options, reports, harness.__version__)
     return 0

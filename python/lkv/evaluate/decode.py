@@ -12,11 +12,11 @@ from lkv.hf import Cache
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """`[B, m]` tokens, and which of them are real, int64."""
+    """`[B, m]` tokens, and int64 1 for those that are no padding."""
     longest = max(map(len, rows))
     tokens = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
-    real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return tokens, real
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return tokens, mask
 
 
 @torch.no_grad()
@@ -33,12 +33,12 @@ def answer(
 
     Args:
         cache: of the texts that came before.
-        seen: `[B, n]`, 1 for real tokens of these texts, of which each has some.
+        seen: `[B, n]`, 1 for the tokens of these texts, 0 for padding, of which each has some.
         limit: most tokens of an answer.
         pad: a token for padding. ends: tokens that end an answer; they are left off.
     """
-    tokens, real = pad_left(questions, pad)
-    tokens, mask = tokens.to(model.device), torch.cat([seen, real.to(seen.device)], 1).to(model.device)
+    tokens, present = pad_left(questions, pad)
+    tokens, mask = tokens.to(model.device), torch.cat([seen, present.to(seen.device)], 1).to(model.device)
     places = (mask.cumsum(1) - 1)[:, seen.shape[1] :]
     stops = torch.tensor(list(ends), device=model.device)
     done = torch.zeros(len(questions), dtype=torch.bool, device=model.device)

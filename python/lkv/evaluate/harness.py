@@ -52,7 +52,7 @@ class Compression:
 
 
 @dataclass
-class Tally:
+class Totals:
     """What came of it.
 
     Attributes:
@@ -75,7 +75,7 @@ class HarnessModel(HFLM):
     """A model of transformers for `lm_eval.simple_evaluate`.
 
     Attributes:
-        tally: of all prompts so far.
+        totals: of all prompts so far.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class HarnessModel(HFLM):
         max_length: int | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=max_length)
-        self.compression, self.tally = compression, Tally()
+        self.compression, self.totals = compression, Totals()
         self._cache: Cache | None = None  # of the prompt before, evicted
         self._read: list[int] = []  # its tokens
 
@@ -132,13 +132,13 @@ class HarnessModel(HFLM):
         needs = frozenset() if policy is None else policy.needs - {"second_pass"}
         # Its own settings keep all: neither the question nor the answer is evicted later.
         cache = Cache(self.model, StreamingLLM(), retention=1.0, chunks="last", observe=needs, observe_window=window)
-        self.tally.prompts += 1
+        self.totals.prompts += 1
         if not tokens:
-            self.tally.short += 1
+            self.totals.short += 1
             return cache
         ids = self._tensor(tokens)
         self.model.get_decoder()(ids, past_key_values=cache, use_cache=True)
-        rows = sum(layer.held[0] for layer in cache.ragged)
+        rows = sum(layer.row_counts[0] for layer in cache.ragged)
         if policy is not None:
             scores = None
             if "second_pass" in policy.needs:
@@ -146,8 +146,8 @@ class HarnessModel(HFLM):
                 lengths = torch.tensor([len(tokens)], device=self.device)
                 scores = repeat_scores(self.model, Context(keys, values, lengths), ids, policy)
             cache.evict(policy, retention=retention, scores=scores)
-        self.tally.rows += rows
-        self.tally.kept += sum(layer.held[0] for layer in cache.ragged)
+        self.totals.rows += rows
+        self.totals.kept += sum(layer.row_counts[0] for layer in cache.ragged)
         return cache
 
     def _tensor(self, tokens: Sequence[int]) -> Tensor:

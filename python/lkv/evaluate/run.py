@@ -105,7 +105,7 @@ def _batch(
         # The last token stays behind, so that there is something to decode from.
         contexts = [c + q[:-1] for c, q in zip(contexts, questions, strict=True)]
         questions = [q[-1:] for q in questions]
-    tokens, real = (t.to(model.device) for t in pad_left(contexts, pad))
+    tokens, mask = (t.to(model.device) for t in pad_left(contexts, pad))
     needs = frozenset().union(*(m.policy.needs for m in methods if m.policy is not None)) - {"second_pass"}
     with (
         Cache(
@@ -113,24 +113,24 @@ def _batch(
         ) as whole,
         torch.no_grad(),
     ):
-        places = (real.cumsum(1) - 1).clamp(min=0)
-        model.get_decoder()(tokens, attention_mask=real, position_ids=places, past_key_values=whole, use_cache=True)
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        model.get_decoder()(tokens, attention_mask=mask, position_ids=places, past_key_values=whole, use_cache=True)
         passes: dict[type, tuple[list[Tensor], float]] = {}  # methods that differ in their budgets share one
         for method in methods:
             scores, second = None, 0.0
             if method.second_pass:
                 if type(method.scorer) not in passes:
                     clock = time.perf_counter()
-                    told = _second_pass(model, whole, tokens, real, method.scorer)
-                    passes[type(method.scorer)] = told, time.perf_counter() - clock
+                    repeated = _second_pass(model, whole, tokens, mask, method.scorer)
+                    passes[type(method.scorer)] = repeated, time.perf_counter() - clock
                 scores, second = passes[type(method.scorer)]
             for retention in [1.0] if method.policy is None and method.name == FULL else setting.retentions:
                 with whole.fork() as cache:
                     clock = time.perf_counter()
                     _evict(cache, method, retention, scores)
                     seconds = (time.perf_counter() - clock) / len(samples)
-                    kept = _kept(cache, real)
-                    rows = answer(model, cache, real, questions, setting.limit, pad, ends)
+                    kept = _kept(cache, mask)
+                    rows = answer(model, cache, mask, questions, setting.limit, pad, ends)
                 for b, (sample, row) in enumerate(zip(samples, rows, strict=True)):
                     text = tokenizer.decode(row, skip_special_tokens=True)
                     yield Result(
@@ -148,10 +148,10 @@ def _evict(cache: Cache, method: Method, retention: float, scores: Sequence[Tens
         cache.evict(method.policy, retention=retention, scores=scores)
 
 
-def _second_pass(model: PreTrainedModel, whole: Cache, tokens: Tensor, real: Tensor, policy: Policy) -> list[Tensor]:
+def _second_pass(model: PreTrainedModel, whole: Cache, tokens: Tensor, mask: Tensor, policy: Policy) -> list[Tensor]:
     """Per layer `[B, H, n]`; one sequence at a time where they are padded, as the rows of a context come first."""
     keys, values = ([getattr(layer, name) for layer in whole.ragged] for name in ("keys", "values"))
-    lengths, size = real.sum(1), tokens.shape[1]
+    lengths, size = mask.sum(1), tokens.shape[1]
     if bool((lengths == size).all()):
         return repeat_scores(model, Context(tuple(keys), tuple(values), lengths), tokens, policy)
     out = [k.new_zeros(k.shape[:3], dtype=torch.float32) for k in keys]
@@ -165,11 +165,11 @@ def _second_pass(model: PreTrainedModel, whole: Cache, tokens: Tensor, real: Ten
     return out
 
 
-def _kept(cache: Cache, real: Tensor) -> list[float]:
+def _kept(cache: Cache, mask: Tensor) -> list[float]:
     """Rows that are there over rows that were there, counted in the caches themselves."""
-    held = [sum(layer.held[b] for layer in cache.ragged) for b in range(len(real))]
-    whole = [sum(layer.heads for layer in cache.ragged) * length for length in real.sum(1).tolist()]
-    return [a / b for a, b in zip(held, whole, strict=True)]
+    rows = [sum(layer.row_counts[b] for layer in cache.ragged) for b in range(len(mask))]
+    whole = [sum(layer.heads for layer in cache.ragged) * length for length in mask.sum(1).tolist()]
+    return [a / b for a, b in zip(rows, whole, strict=True)]
 
 
 def by_method(results: Iterable[Result]) -> dict[tuple[str, float], list[Result]]:

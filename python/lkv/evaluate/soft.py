@@ -36,7 +36,7 @@ def soft_accuracy(
         rates = torch.full((len(part),), retention, device=model.device)
         masks = distill.log_masks(policy, reading, rates, temperature, hard=False)
         questions = [encode(tokenizer, s.question) for s in part]
-        told = distill.answers(model, reading.context, questions, limit, ends, log_masks=masks)
-        texts = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in told)
+        replies = distill.answers(model, reading.context, questions, limit, ends, log_masks=masks)
+        texts = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in replies)
         scores += [found(text, s.expected) for text, s in zip(texts, part, strict=True)]
     return sum(scores) / len(scores)

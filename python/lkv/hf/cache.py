@@ -16,8 +16,8 @@ from lkv import policies
 from lkv.hf import state
 from lkv.hf.capture import HOOKED, ROTATED, install_capture
 from lkv.hf.compat import Decoder, find_decoder
-from lkv.hf.eviction import evict
 from lkv.hf.layer import RaggedLayer
+from lkv.hf.planning import evict
 from lkv.hf.routing import check_attention, install
 from lkv.hf.session import Session
 from lkv.hf.settings import Settings
@@ -190,10 +190,10 @@ class Cache(HFCache):
             ValueError: for a file that is truncated, of another kind or not consistent, and a model of another shape.
         """
         decoder = find_decoder(model)
-        settings, held = state.load(path, decoder.config, policy)
+        settings, stored = state.load(path, decoder.config, policy)
         cls._prepare(decoder, settings)
         session = Session(settings, type(model).__name__, decoder.readers)
-        return _revived(cls, decoder.config, session, held, device or decoder.module.device)
+        return _revived(cls, decoder.config, session, stored, device or decoder.module.device)
 
     def __reduce__(self) -> tuple[object, ...]:
         """What is pickled, in the form of `save`. A process that has made no cache for the model yet needs `attach`."""
@@ -270,7 +270,7 @@ class Cache(HFCache):
                 f"lkv.Cache.evict: expected scores of {len(self.ragged)} layers, got those of {len(scores)}"
             )
         self.lkv_session.settle()
-        if any(not layer.real for layer in self.ragged):
+        if any(not layer.token_counts for layer in self.ragged):
             raise ValueError("lkv.Cache.evict: expected a cache with tokens, got an empty one")
         evict(self.ragged, settings, scores=scores)
 
@@ -306,7 +306,7 @@ class Cache(HFCache):
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        batch = max((len(layer.real) for layer in self.ragged), default=0)
+        batch = max((len(layer.token_counts) for layer in self.ragged), default=0)
         self.batch_select_indices(torch.arange(batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -399,15 +399,15 @@ def _cannot_crop(layer: object) -> bool:
     return window is not None and not getattr(layer, "record_past", False) and layer.get_seq_length() >= window
 
 
-def _unpickled(cls: type[Cache], config: PretrainedConfig, facts: tuple[object, ...], held: state.State) -> Cache:
-    return _revived(cls, config, Session(*facts), held, None)
+def _unpickled(cls: type[Cache], config: PretrainedConfig, facts: tuple[object, ...], stored: state.State) -> Cache:
+    return _revived(cls, config, Session(*facts), stored, None)
 
 
 @keeps_tensors
 def _revived(
-    cls: type[Cache], config: PretrainedConfig, session: Session, held: state.State, device: torch.device | str | None
+    cls: type[Cache], config: PretrainedConfig, session: Session, stored: state.State, device: torch.device | str | None
 ) -> Cache:
     cache = object.__new__(cls)
     cache._make(config, session)
-    state.restore(cache, held, device)
+    state.restore(cache, stored, device)
     return cache

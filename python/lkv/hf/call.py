@@ -23,7 +23,7 @@ class Call:
         due: some layer has something to evict.
         done: it has come to its end, and is not taken back any more.
         visible, padding: what the mask says of all tokens, and of the new ones.
-        before: marks of the layers that it has reached.
+        before: snapshots of the layers that it has reached.
         waiting: of every layer whose keys are on their way, the layers that have to attend to them yet.
     """
 
@@ -31,7 +31,7 @@ class Call:
         self.route, self.batch, self.count, self.visible = route, batch, count, visible
         self.thread = threading.get_ident()
         self.prompt = self.token_by_token = self.draft = self.due = self.done = False
-        self.padding: masks.Padding | None = None
+        self.padding: masks.PaddingInfo | None = None
         self.before: dict[int, object] = {}
         self.waiting: dict[int, list[int]] = {}
         self._checked: weakref.ref[Tensor] | None = None
@@ -59,14 +59,14 @@ class Whole:
         self.state = dict(vars(layer)) if is_appended_by_copy(layer) else None
 
 
-def mark(layer: CacheLayerMixin) -> object:
-    return layer.mark() if isinstance(layer, RaggedLayer) else Whole(layer)
+def snapshot(layer: CacheLayerMixin) -> object:
+    return layer.snapshot() if isinstance(layer, RaggedLayer) else Whole(layer)
 
 
-def restore(layer: CacheLayerMixin, mark: object) -> bool:
+def restore(layer: CacheLayerMixin, before: object) -> bool:
     if isinstance(layer, RaggedLayer):
-        return layer.restore(mark)
-    if mark.state is not None:
+        return layer.restore(before)
+    if before.state is not None:
         vars(layer).clear()
-        vars(layer).update(mark.state)
-    return mark.state is not None
+        vars(layer).update(before.state)
+    return before.state is not None

@@ -45,6 +45,6 @@ def _capture(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, obje
 @outside_graphs
 def _note(module: nn.Module, layers: Sequence[object], hidden: Tensor, kwargs: dict[str, object]) -> None:
     layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
-    witness = getattr(layer, "witness", None)
-    if witness is not None and witness.hooked:  # one of our layers that asks for it
-        witness.captured = Captured(module, hidden, kwargs.get("position_embeddings"))
+    observations = getattr(layer, "observations", None)
+    if observations is not None and observations.hooked:  # one of our layers that asks for it
+        observations.captured = Captured(module, hidden, kwargs.get("position_embeddings"))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import lkv_ext
 from lkv.hf.attention import LAYER, check_arguments, logits_of, own_attention
 from lkv.hf.checks import check_tokens
-from lkv.hf.choice import Choice
-from lkv.hf.masks import Padding
-from lkv.hf.observe import Witness
+from lkv.hf.masks import PaddingInfo
+from lkv.hf.observation import ObservationBuffer
+from lkv.hf.planning import EvictionPlan
 from lkv.hf.versions import CacheLayerMixin, new_tokens, outside_graphs, tokens_to_drop
 from lkv_ext.ops.modes import keeps_tensors
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from lkv.hf.session import Session
 
 
-COUNTS = ("real", "held", "evicted", "evictions", "due", "scaling", "softcap", "sinks", "is_initialized")
+COUNTS = ("token_counts", "row_counts", "evicted", "evictions", "due", "scaling", "softcap", "sinks", "is_initialized")
 _COUNTS = attrgetter(*COUNTS)
 
 
 @dataclass(frozen=True)
-class Mark:
+class Snapshot:
     """A layer before a call, as far as it is not the rows themselves: what a call appends lies behind them."""
 
     length: int
     counts: tuple[object, ...]
     rows: tuple[int, int, int] | None
-    witness: object
+    observations: object
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -42,8 +42,8 @@ class RaggedLayer(CacheLayerMixin):
     Attributes:
         rows: `lkv_ext.RaggedCache`, or None while the rows are whole, in `keys` and `values` `[B, H, L, D]`. Whole rows
             are never written to: copies of a cache may share them.
-        real: per sequence, tokens appended so far without padding: its logical length.
-        held: per sequence, rows of all heads together.
+        token_counts: per sequence, tokens appended so far without padding: its logical length.
+        row_counts: per sequence, rows of all heads together.
         evicted: logical length, padding included, at the last eviction: what came before cannot be cropped.
         due: tokens of a prompt have come since the last eviction.
     """
@@ -61,13 +61,13 @@ class RaggedLayer(CacheLayerMixin):
         self.keys = self.values = None
         self.is_initialized = False
         self.rows: lkv_ext.RaggedCache | None = None
-        self.real: list[int] = []
-        self.held: list[int] = []
+        self.token_counts: list[int] = []
+        self.row_counts: list[int] = []
         self.evicted = self.evictions = 0
         self.due = False
         self.scaling, self.softcap, self.sinks = 1.0, None, None
         self._home: torch.device | None = None
-        self.witness = Witness(self.session)
+        self.observations = ObservationBuffer(self.session)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         self.is_initialized = True
@@ -125,7 +125,7 @@ class RaggedLayer(CacheLayerMixin):
         """
         seen = self.get_seq_length()
         tokens = tokens_to_drop(argument, seen)
-        least = max(self.evicted, seen - min(self.real, default=0))
+        least = max(self.evicted, seen - min(self.token_counts, default=0))
         if seen - tokens < least:
             raise ValueError(
                 f"lkv.Cache.crop: expected a length of at least {least}, where rows were last evicted or came with "
@@ -142,9 +142,9 @@ class RaggedLayer(CacheLayerMixin):
             self.rows.crop(tokens)
         else:
             self.keys, self.values = self.keys[:, :, :-tokens], self.values[:, :, :-tokens]
-        self.real = [count - tokens for count in self.real]
-        self.held = [count - tokens * self.heads for count in self.held]
-        self.witness.crop(tokens, self.get_seq_length())
+        self.token_counts = [count - tokens for count in self.token_counts]
+        self.row_counts = [count - tokens * self.heads for count in self.row_counts]
+        self.observations.crop(tokens, self.get_seq_length())
 
     @keeps_tensors
     def offload(self) -> None:
@@ -178,8 +178,8 @@ class RaggedLayer(CacheLayerMixin):
         else:
             return
         order = indices.tolist()  # one synchronisation on CUDA
-        self.real, self.held = [self.real[b] for b in order], [self.held[b] for b in order]
-        self.witness.select(indices)
+        self.token_counts, self.row_counts = [self.token_counts[b] for b in order], [self.row_counts[b] for b in order]
+        self.observations.select(indices)
 
     # What the attention function calls.
 
@@ -228,7 +228,7 @@ class RaggedLayer(CacheLayerMixin):
         call = self.session.call
         padding, count = call.padding, call.count
         if self.rows is None and padding is not None and self._leaves_gaps(padding, count):
-            self.keep(Choice(None, None, self.held), self.session.settings.reserve)
+            self.keep(EvictionPlan(None, None, self.row_counts), self.session.settings.reserve)
             key, value = key[:, :, -count:], value[:, :, -count:]
         if self.rows is not None:
             if count > 1:
@@ -239,17 +239,19 @@ class RaggedLayer(CacheLayerMixin):
         return out
 
     @keeps_tensors
-    def _take(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, padding: Padding | None) -> None:
+    def _take(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, padding: PaddingInfo | None) -> None:
         """New whole rows, and all earlier ones."""
         self.keys, self.values = key.view_as(key), value
         self._count(module, query, padding)
         if padding is not None and padding.order is not None:  # rows know padding in front of tokens alone
             self.keys, self.values = _in_order(key, padding.order), _in_order(value, padding.order)
-            self.keep(Choice(None, None, self.held), self.session.settings.reserve)
+            self.keep(EvictionPlan(None, None, self.row_counts), self.session.settings.reserve)
         self.due = self.session.call.due = True
 
     @keeps_tensors
-    def _append(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, padding: Padding | None) -> Tensor:
+    def _append(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, padding: PaddingInfo | None
+    ) -> Tensor:
         """New packed rows, and attention to all."""
         call = self.session.call
         if padding is not None and padding.order is not None:
@@ -275,57 +277,57 @@ class RaggedLayer(CacheLayerMixin):
         out = torch.empty_like(out).scatter_(1, order.to(out.device)[:, :, None, None].expand_as(out), out)
         return out[:, left_out:].contiguous()
 
-    def _leaves_gaps(self, padding: Padding, count: int) -> bool:
+    def _leaves_gaps(self, padding: PaddingInfo, count: int) -> bool:
         """Whether whole rows would have padding between tokens, which the policies' view of them has no words for."""
-        earlier = self.real or [0] * len(padding.counts)
+        earlier = self.token_counts or [0] * len(padding.counts)
         return any(before and new < count for before, new in zip(earlier, padding.counts, strict=True))
 
-    def _count(self, module: nn.Module, query: Tensor, padding: Padding | None) -> None:
+    def _count(self, module: nn.Module, query: Tensor, padding: PaddingInfo | None) -> None:
         batch, _, count, _ = query.shape
         new = [count] * batch if padding is None else padding.counts
         heads = self.heads
-        self.real = [*map(add, self.real or [0] * batch, new)]
-        self.held = [*map(add, self.held or [0] * batch, map(heads.__mul__, new))]
-        self.witness.push(module, self.get_seq_length() - count, query, padding)
+        self.token_counts = [*map(add, self.token_counts or [0] * batch, new)]
+        self.row_counts = [*map(add, self.row_counts or [0] * batch, map(heads.__mul__, new))]
+        self.observations.push(module, self.get_seq_length() - count, query, padding)
 
     # What the session and an eviction call.
 
-    def mark(self) -> Mark:
+    def snapshot(self) -> Snapshot:
         """For `restore`."""
         rows = None if self.rows is None else self.rows.mark()
-        return Mark(self.get_seq_length(), _COUNTS(self), rows, self.witness.mark())
+        return Snapshot(self.get_seq_length(), _COUNTS(self), rows, self.observations.snapshot())
 
     @keeps_tensors
-    def restore(self, mark: Mark) -> bool:
+    def restore(self, snapshot: Snapshot) -> bool:
         """Takes the tokens back that came since; False where rows were evicted, which do not come back."""
-        before = dict(zip(COUNTS, mark.counts, strict=True))
-        if self.evictions != before["evictions"] and mark.length > 0:
+        before = dict(zip(COUNTS, snapshot.counts, strict=True))
+        if self.evictions != before["evictions"] and snapshot.length > 0:
             return False
-        packed = mark.rows is None and self.rows is not None  # since: all rows are there, but no longer whole
-        if mark.length == 0:
+        packed = snapshot.rows is None and self.rows is not None  # since: all rows are there, but no longer whole
+        if snapshot.length == 0:
             self.keys = self.values = self.rows = None
         elif self.rows is not None:
-            new = [*map(sub, self.real, before["real"])]
-            self.rows.restore(mark.rows or (mark.length, 0, mark.length), new)
+            new = [*map(sub, self.token_counts, before["token_counts"])]
+            self.rows.restore(snapshot.rows or (snapshot.length, 0, snapshot.length), new)
         else:
-            self.keys, self.values = self.keys[:, :, : mark.length], self.values[:, :, : mark.length]
+            self.keys, self.values = self.keys[:, :, : snapshot.length], self.values[:, :, : snapshot.length]
         vars(self).update(before)
         if packed:
-            self.evicted = mark.length
-        self.witness.restore(mark.witness, mark.length)
+            self.evicted = snapshot.length
+        self.observations.restore(snapshot.observations, snapshot.length)
         return True
 
     @keeps_tensors
-    def keep(self, choice: Choice, reserve: int) -> None:
+    def keep(self, plan: EvictionPlan, reserve: int) -> None:
         """Evicts what was not chosen; whole rows are packed, and the whole ones let go."""
-        everything = choice.scores is None
+        everything = plan.scores is None
         if self.rows is None:
             batch, heads, length = self.keys.shape[:3]
-            lengths = torch.tensor(self.real)[:, None].expand(batch, heads)
-            scores = self.keys.new_zeros(self.keys.shape[:3], dtype=torch.float32) if everything else choice.scores
-            budgets = lengths if everything else choice.budgets
+            lengths = torch.tensor(self.token_counts)[:, None].expand(batch, heads)
+            scores = self.keys.new_zeros(self.keys.shape[:3], dtype=torch.float32) if everything else plan.scores
+            budgets = lengths if everything else plan.budgets
             # Budgets made on a GPU stay there: what they add up to is known here.
-            capacity = None if budgets.is_cpu else sum(choice.held) + budgets.numel() * reserve
+            capacity = None if budgets.is_cpu else sum(plan.row_counts) + budgets.numel() * reserve
             kept = lkv_ext.evict(
                 self.keys,
                 self.values,
@@ -333,26 +335,26 @@ class RaggedLayer(CacheLayerMixin):
                 budgets,
                 lengths=lengths,
                 starts=length - lengths,
-                sink=choice.sink,
-                window=choice.window,
+                sink=plan.sink,
+                window=plan.window,
                 capacity=capacity,
                 reserve=reserve,
             )
-            tail = min(self.real, default=0) if everything else 0
+            tail = min(self.token_counts, default=0) if everything else 0
             self.rows = lkv_ext.RaggedCache(kept, length, free=reserve, tail=tail)
             self.keys = self.values = None
         elif not everything:
             self.rows.evict(
-                self.rows.packed(choice.scores),
-                choice.budgets,
-                sink=choice.sink,
-                window=choice.window,
+                self.rows.packed(plan.scores),
+                plan.budgets,
+                sink=plan.sink,
+                window=plan.window,
                 reserve=reserve,
             )
         else:
             self.due = False
             return
-        self.held, self.due = choice.held, False
+        self.row_counts, self.due = plan.row_counts, False
         if not everything:
             self.evicted, self.evictions = self.get_seq_length(), self.evictions + 1
 

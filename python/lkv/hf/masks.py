@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Padding:
+class PaddingInfo:
     """Which of the new tokens of a call are no padding, where some are.
 
     Attributes:
@@ -22,7 +22,7 @@ class Padding:
     order: Tensor | None
 
     @classmethod
-    def of(cls, hidden: Tensor) -> Padding | None:
+    def of(cls, hidden: Tensor) -> PaddingInfo | None:
         """Of bool `[B, n]`; None: nothing is hidden."""
         count = hidden.shape[1]
         counts = (~hidden).sum(1)

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lkv.hf.masks import Padding
+from lkv.hf.masks import PaddingInfo
 from lkv_ext.ops.modes import keeps_tensors
+
+# Attributes by their names in a file of `lkv.Cache.save`.
+_STATE = {name.lstrip("_"): name for name in ("window", "seen", "_oldest", "_queries", "_places")} | {"real": "_filled"}
 
 
 class LastQueries:
@@ -26,16 +29,16 @@ class LastQueries:
         self._oldest = 0  # slot
         self._queries: Tensor | None = None  # [B, Hq, w, D]
         self._places: Tensor | None = None  # int64 [B, w]
-        self._real: Tensor | None = None  # bool [B, w]: slots that hold a token
+        self._filled: Tensor | None = None  # bool [B, w]: slots that hold a token
         self._run = 0  # the last tokens, which came one by one: their places are written down when somebody asks
 
-    def push(self, queries: Tensor, padding: Padding | None = None) -> None:
+    def push(self, queries: Tensor, padding: PaddingInfo | None = None) -> None:
         """Adds the queries of the next n tokens, `[B, Hq, n, D]`."""
         batch, heads, count, dim = queries.shape
         if self._queries is None:
             self._queries = queries.new_zeros(batch, heads, self._slots, dim)
             self._places = torch.zeros(batch, self._slots, dtype=torch.int64, device=queries.device)
-            self._real = torch.zeros_like(self._places, dtype=torch.bool)
+            self._filled = torch.zeros_like(self._places, dtype=torch.bool)
         if count == 1 and padding is None:
             slot = self._oldest
             self._queries[:, :, slot] = queries[:, :, 0]
@@ -55,8 +58,7 @@ class LastQueries:
     def state(self) -> dict[str, object]:
         """All of it, for `load`."""
         self._write_down()
-        names = ("window", "seen", "_oldest", "_queries", "_places", "_real")
-        return {name.lstrip("_"): getattr(self, name) for name in names}
+        return {key: getattr(self, name) for key, name in _STATE.items()}
 
     def load(self, state: dict[str, object], batch: int, length: int) -> None:
         """What `state` gave.
@@ -64,40 +66,40 @@ class LastQueries:
         Raises:
             ValueError: for another window, and what is not of `batch` sequences of `length` tokens.
         """
-        queries, places, real = state["queries"], state["places"], state["real"]
+        queries, places, filled = state["queries"], state["places"], state["real"]
         shape = (batch, self._slots)
         right = (state["window"], state["seen"]) == (self.window, length) and 0 <= state["oldest"] < self._slots
         if queries is not None:
-            right &= tuple(places.shape) == tuple(real.shape) == shape == (queries.shape[0], queries.shape[2])
-            right = right and places.dtype == torch.int64 and real.dtype == torch.bool
+            right &= tuple(places.shape) == tuple(filled.shape) == shape == (queries.shape[0], queries.shape[2])
+            right = right and places.dtype == torch.int64 and filled.dtype == torch.bool
         if not right:
             raise ValueError(
                 f"lkv.Cache.load: expected the last {self.window} queries of {batch} sequences, got others"
             )
         self.seen, self._oldest = state["seen"], state["oldest"]
-        self._queries, self._places, self._real = queries, places, real
+        self._queries, self._places, self._filled = queries, places, filled
 
-    def mark(self) -> LastQueries:
+    def snapshot(self) -> LastQueries:
         """What to go on with instead of this if what is pushed from now on shall not have been."""
         return copy.copy(self)
 
     @keeps_tensors
     def crop(self, tokens: int) -> None:
         """Forgets the last tokens; those that they had pushed out do not come back."""
-        if self._real is None or tokens == 0:
+        if self._filled is None or tokens == 0:
             return
         self._write_down()
         self.seen -= tokens
-        self._real = self._real & (self._places < self.seen)
+        self._filled = self._filled & (self._places < self.seen)
         self._oldest = (self._oldest - tokens) % self._slots
 
     @keeps_tensors
     def hide(self, leaving: Tensor) -> None:
         """The queries of some tokens do not count any more: bool `[B, L]`, by place."""
-        if self._real is not None:
+        if self._filled is not None:
             self._write_down()
             at = self._places.clamp(max=leaving.shape[1] - 1)
-            self._real = self._real & ~leaving.to(self._real.device).gather(1, at)
+            self._filled = self._filled & ~leaving.to(self._filled.device).gather(1, at)
             self._rebuild(self._queries[:, :, :0], None)
 
     @keeps_tensors
@@ -106,15 +108,15 @@ class LastQueries:
         if self._queries is not None:
             self._write_down()
             chosen = indices.to(self._queries.device).clone()
-            self._queries, self._places, self._real = (t[chosen] for t in (self._queries, self._places, self._real))
+            self._queries, self._places, self._filled = (t[chosen] for t in (self._queries, self._places, self._filled))
 
     def _write_down(self) -> None:
-        """Makes new tensors: a mark may have the old ones."""
+        """Makes new tensors: a snapshot may have the old ones."""
         if self._run:
             back = torch.arange(self._run, 0, -1, device=self._places.device)
             slots, new = (self._oldest - back) % self._slots, self.seen - back
             self._places = self._places.index_copy(1, slots, new.expand(len(self._places), -1))
-            self._real = self._real.index_fill(1, slots, True)
+            self._filled = self._filled.index_fill(1, slots, True)
             self._run = 0
 
     def _in_order(self, last: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,18 +125,18 @@ class LastQueries:
         slots = (slots + self._oldest) % self._slots
         places = self._places[:, slots]
         # A step that was taken back may have left its query in a slot, but no place of now.
-        return self._queries[:, :, slots], places, self._real[:, slots] & (places < self.seen)
+        return self._queries[:, :, slots], places, self._filled[:, slots] & (places < self.seen)
 
     def _rebuild(self, queries: Tensor, valid: Sequence[int] | None) -> None:
         batch, heads, count, dim = queries.shape
         taken, device = min(count, self._slots), queries.device
-        old, places, real = self._in_order(self._slots)
+        old, places, filled = self._in_order(self._slots)
         new = torch.arange(self.seen + count - taken, self.seen + count, device=device)
         behind = torch.arange(taken, 0, -1, device=device)
         limit = torch.tensor([[count]] * batch if valid is None else [[n] for n in valid], device=device)
         queries = torch.cat([old, queries[:, :, count - taken :]], 2)
-        places, real = torch.cat([places, new.expand(batch, -1)], 1), torch.cat([real, behind <= limit], 1)
-        order = real.byte().argsort(dim=1, stable=True)[:, -self._slots :]  # what holds no token comes first
+        places, filled = torch.cat([places, new.expand(batch, -1)], 1), torch.cat([filled, behind <= limit], 1)
+        order = filled.byte().argsort(dim=1, stable=True)[:, -self._slots :]  # what holds no token comes first
         self._queries = queries.gather(2, order[:, None, :, None].expand(-1, heads, -1, dim))
-        self._places, self._real = places.gather(1, order), real.gather(1, order)
+        self._places, self._filled = places.gather(1, order), filled.gather(1, order)
         self._oldest = 0

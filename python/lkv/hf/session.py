@@ -11,12 +11,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lkv.hf import eviction, masks
-from lkv.hf.call import NOT_CAUSAL, Call, mark, restore
+from lkv.hf import masks, planning
+from lkv.hf.call import NOT_CAUSAL, Call, restore, snapshot
 from lkv.hf.layer import RaggedLayer
 from lkv.hf.routing import Route
 from lkv.hf.settings import Settings
-from lkv.hf.tape import Rotary
+from lkv.hf.token_log import Rotary
 from lkv.hf.versions import CacheLayerMixin, stage_of_generate
 from lkv_ext.ops.modes import keeps_tensors
 
@@ -92,7 +92,7 @@ class Session:
         leaving = self._newly_hidden(visible, mask, batch, seen)
         call = Call(route, batch, count, visible)
         if visible.hidden is not None:
-            call.padding = masks.Padding.of(visible.hidden[:, seen:])
+            call.padding = masks.PaddingInfo.of(visible.hidden[:, seen:])
         self._classify(call, seen)
         if leaving is not None:
             self._hide(leaving)
@@ -139,7 +139,7 @@ class Session:
         if index in call.waiting:
             raise ValueError(f"lkv.Cache: expected keys of layer {index} once in a call, got them twice")
         if index not in call.before:
-            call.before[index] = mark(self._layers[index]())
+            call.before[index] = snapshot(self._layers[index]())
         if index in self.readers:
             call.waiting[index] = list(self.readers[index])
 
@@ -179,7 +179,7 @@ class Session:
             if not restore(self._layers[index](), before):
                 self.broken = index
         for layer in self.ragged:
-            layer.witness.captured = None
+            layer.observations.captured = None
         self.rotaries = [rotary for rotary in self.rotaries if rotary.cos.length]
 
     def length_before(self, index: int) -> int | None:
@@ -202,7 +202,7 @@ class Session:
 
     def evict_due(self) -> None:
         """What a prompt has left, with no token to follow yet."""
-        eviction.evict([layer for layer in self.ragged if layer.due], self.settings)
+        planning.evict([layer for layer in self.ragged if layer.due], self.settings)
 
     def rotary(self, cos: Tensor) -> Rotary:
         """The one of the layers that have come with these very rotations, or a new one."""
@@ -227,7 +227,7 @@ class Session:
             ValueError: for indices of sequences that are not there; nothing has changed then.
         """
         self.settle()
-        order, batch = indices.tolist(), len(self.ragged[0].real)
+        order, batch = indices.tolist(), len(self.ragged[0].token_counts)
         if batch and not all(type(b) is int and 0 <= b < batch for b in order):
             raise ValueError(f"lkv.Cache: expected indices of sequences in [0, {batch}), got {order}")
         for rotary in self.rotaries:
@@ -302,7 +302,7 @@ class Session:
         at = leaving
         if self.places is not None:
             at = torch.zeros_like(leaving).scatter_(1, self.places.to(leaving.device), leaving)
-        eviction.hide([layer for layer in self.ragged if layer.real], at, self.settings.reserve)
+        planning.hide([layer for layer in self.ragged if layer.token_counts], at, self.settings.reserve)
         self.hidden = leaving.clone() if self.hidden is None else self.hidden | leaving
 
     @keeps_tensors
@@ -326,7 +326,7 @@ class Session:
             return
         layers = [layer for layer in layers if layer.due]
         if layers:
-            eviction.evict(layers, self.settings)
+            planning.evict(layers, self.settings)
 
     def _make_room(self, count: int) -> None:
         """Before tokens that were generated: what the cap asks for."""
@@ -334,11 +334,11 @@ class Session:
         if settings.cap is None:
             return
         layers = [layer for layer in self.ragged if layer.rows is not None]
-        groups = [layers] if eviction.one_total(settings.policy) else [[layer] for layer in layers]
+        groups = [layers] if planning.one_total(settings.policy) else [[layer] for layer in layers]
         full = [g for g in groups if g and _rows_after(g, count) > settings.cap * _heads(g)]
         if full:
             rows = max(settings.cap - max(settings.interval, count), 1)
-            eviction.evict([layer for group in full for layer in group], settings, rows)
+            planning.evict([layer for group in full for layer in group], settings, rows)
 
 
 def _heads(layers: Sequence[RaggedLayer]) -> int:
@@ -347,4 +347,4 @@ def _heads(layers: Sequence[RaggedLayer]) -> int:
 
 def _rows_after(layers: Sequence[RaggedLayer], count: int) -> int:
     """Rows of the fullest sequence with `count` tokens more."""
-    return max(map(sum, zip(*(layer.held for layer in layers), strict=True))) + count * _heads(layers)
+    return max(map(sum, zip(*(layer.row_counts for layer in layers), strict=True))) + count * _heads(layers)

@@ -25,9 +25,9 @@ class Settings:
     observe_window: int
 
     def __post_init__(self) -> None:
-        def expect(condition: bool, says: str, got: object) -> None:
+        def expect(condition: bool, expected: str, got: object) -> None:
             if not condition:
-                raise ValueError(f"lkv.Cache: expected {says}, got {got}")
+                raise ValueError(f"lkv.Cache: expected {expected}, got {got}")
 
         given = [name for name in ("retention", "budget") if getattr(self, name) is not None]
         expect(len(given) < 2, "one of retention and budget", "both")

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 COUNTS = ("evicted", "evictions", "due", "scaling", "softcap", "sinks")
 State = dict[str, object]
+# Attributes of a layer that are stored as they are, by their names in the file.
+_PLAIN = {name: name for name in (*COUNTS, "keys", "values")} | {"token_counts": "real", "row_counts": "held"}
 
 
 def state_of(cache: Cache) -> State:
@@ -102,10 +104,10 @@ def load(
         differing = [f"{name} {its.get(name)}, got {mine[name]}" for name in mine if its.get(name) != mine[name]]
         _expect(not differing, f"a model of {'; '.join(differing)}", "another")
         settings = record["settings"]
-        held = settings.pop("policy")
-        if policy is None and held is None:
+        stored = settings.pop("policy")
+        if policy is None and stored is None:
             raise ValueError("lkv.Cache.load: expected policy=, as files cannot hold the one that was used, got none")
-        settings["policy"] = policies.get(policy) if policy is not None else _policy(held)
+        settings["policy"] = policies.get(policy) if policy is not None else _policy(stored)
         settings["observe"] = frozenset(settings["observe"])
         made = Settings(**settings)
         made.check_needs()
@@ -128,47 +130,48 @@ def fingerprint(config: PretrainedConfig) -> State:
 
 
 def _of_ragged(layer: RaggedLayer, rotaries: list[object]) -> State:
-    witness, hidden = layer.witness, layer.witness.hidden_states
-    return {name: getattr(layer, name) for name in (*COUNTS, "real", "held", "keys", "values")} | {
+    observations, hidden = layer.observations, layer.observations.hidden_states
+    return {key: getattr(layer, name) for name, key in _PLAIN.items()} | {
         "rows": None if layer.rows is None else layer.rows.__getstate__() | {"companions": list(layer.rows.companions)},
-        "queries": None if witness.queries is None else witness.queries.state(),
+        "queries": None if observations.queries is None else observations.queries.state(),
         "hidden_states": hidden.read() if hidden is not None and hidden.length else None,
-        "rotary": rotaries.index(witness.rotary) if witness.rotary in rotaries else None,
+        "rotary": rotaries.index(observations.rotary) if observations.rotary in rotaries else None,
     }
 
 
 def _into_ragged(layer: RaggedLayer, state: State, session: Session) -> None:
-    for name in (*COUNTS, "real", "held", "keys", "values"):
-        setattr(layer, name, state[name])
-    real, held = layer.real, layer.held
-    _expect(
-        len(real) == len(held) and all(type(n) is int for n in real + held), "real and held as counts", [real, held]
-    )
+    for name, key in _PLAIN.items():
+        setattr(layer, name, state[key])
+    tokens, rows_now = layer.token_counts, layer.row_counts
+    whole = len(tokens) == len(rows_now) and all(type(n) is int for n in tokens + rows_now)
+    _expect(whole, "as many counts of tokens as of rows", [tokens, rows_now])
     if state["rows"] is not None:
         rows = object.__new__(lkv_ext.RaggedCache)
         rows.__setstate__(state["rows"] | {"companions": tuple(state["rows"]["companions"])})
         layer.rows = rows
-        _expect(rows.batch == len(real) and layer.keys is None, f"rows of {len(real)} sequences", rows.batch)
-        _expect(rows.lengths.sum(1).tolist() == held, f"{held} rows", rows.lengths.sum(1).tolist())
+        _expect(rows.batch == len(tokens) and layer.keys is None, f"rows of {len(tokens)} sequences", rows.batch)
+        _expect(rows.lengths.sum(1).tolist() == rows_now, f"{rows_now} rows", rows.lengths.sum(1).tolist())
     elif layer.keys is not None:
         keys, values = layer.keys, layer.values
         _expect(keys.dim() == 4 == values.dim() and keys.shape[:3] == values.shape[:3], "keys as values", keys.shape)
-        _expect(keys.shape[0] == len(real), f"keys of {len(real)} sequences", keys.shape[0])
-        _expect(held == [n * keys.shape[1] for n in real], f"{held} rows", [n * keys.shape[1] for n in real])
+        _expect(keys.shape[0] == len(tokens), f"keys of {len(tokens)} sequences", keys.shape[0])
+        _expect(
+            rows_now == [n * keys.shape[1] for n in tokens], f"{rows_now} rows", [n * keys.shape[1] for n in tokens]
+        )
     length = layer.get_seq_length()
-    _expect(all(0 <= n <= length for n in real), f"sequences of at most {length} tokens", real)
+    _expect(all(0 <= n <= length for n in tokens), f"sequences of at most {length} tokens", tokens)
     _expect(0 <= layer.evicted <= length, f"an eviction within {length} tokens", layer.evicted)
     layer.is_initialized = length > 0
-    witness = layer.witness
-    if witness.queries is not None and state["queries"] is not None:
-        witness.queries.load(state["queries"], len(real), length)
-    if witness.hidden_states is not None and state["hidden_states"] is not None:
+    observations = layer.observations
+    if observations.queries is not None and state["queries"] is not None:
+        observations.queries.load(state["queries"], len(tokens), length)
+    if observations.hidden_states is not None and state["hidden_states"] is not None:
         _expect(
             state["hidden_states"].shape[1] == length, f"hidden states of {length} tokens", state["hidden_states"].shape
         )
-        witness.hidden_states.push(state["hidden_states"])
+        observations.hidden_states.push(state["hidden_states"])
     if state["rotary"] is not None:
-        witness.rotary = session.rotaries[state["rotary"]]
+        observations.rotary = session.rotaries[state["rotary"]]
 
 
 def _of_other(layer: object) -> State:
@@ -191,7 +194,8 @@ def _into_other(layer: object, state: State) -> None:
 
 def _check_together(cache: Cache) -> None:
     session = cache.lkv_session
-    lengths, batches = {layer.get_seq_length() for layer in cache.ragged}, {len(layer.real) for layer in cache.ragged}
+    lengths = {layer.get_seq_length() for layer in cache.ragged}
+    batches = {len(layer.token_counts) for layer in cache.ragged}
     _expect(len(lengths) == 1 and len(batches) == 1, "layers of one length and batch", [lengths, batches])
     (length,), (batch,) = lengths, batches
     for name, t, dtype in (("hidden", session.hidden, torch.bool), ("places", session.places, torch.int64)):
@@ -265,6 +269,6 @@ def _moved(value: State, device: torch.device | None) -> State:
     return _mapped(value, lambda _, leaf: leaf.to(device) if isinstance(leaf, Tensor) and device is not None else leaf)
 
 
-def _expect(condition: bool, says: str, got: object) -> None:
+def _expect(condition: bool, expected: str, got: object) -> None:
     if not condition:
-        raise ValueError(f"lkv.Cache.load: expected {says}, got {got}")
+        raise ValueError(f"lkv.Cache.load: expected {expected}, got {got}")

@@ -45,9 +45,9 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def expect(condition: bool, says: str, got: object) -> None:
+        def expect(condition: bool, expected: str, got: object) -> None:
             if not condition:
-                raise ValueError(f"lkv train: expected {says}, got {got}")
+                raise ValueError(f"lkv train: expected {expected}, got {got}")
 
         for name in ("steps", "batch", "accumulate", "questions", "length", "answer_tokens", "validate_every"):
             expect(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lkv.hf import Cache
-from lkv.hf.observe import observe
+from lkv.hf.observation import observe
 from lkv.learn.passes import Context, follow
 from lkv.policies import Observation
 from lkv.policies.lkv import Learned
@@ -151,11 +151,13 @@ def answers(
         hidden = follow(model, context.pick(left), tokens, log_masks=masks)
         for i, b in enumerate(left):
             begin = len(questions[b]) + len(out[b]) - 1
-            told = model.get_output_embeddings()(hidden[i, begin : begin + len(guesses[b]) + 1]).argmax(-1).tolist()
-            agreed = next(
-                (j for j, (t, g) in enumerate(zip(told, guesses[b], strict=False)) if t != g), len(guesses[b])
+            predicted = (
+                model.get_output_embeddings()(hidden[i, begin : begin + len(guesses[b]) + 1]).argmax(-1).tolist()
             )
-            new = told[: agreed + 1]
+            agreed = next(
+                (j for j, (t, g) in enumerate(zip(predicted, guesses[b], strict=False)) if t != g), len(guesses[b])
+            )
+            new = predicted[: agreed + 1]
             end = next((j + 1 for j, token in enumerate(new) if token in stops), len(new))
             out[b] = [*out[b], *new[:end]][:limit]
             guesses[b] = []
@@ -168,18 +170,21 @@ def divergence(
     context: Context,
     masks: Tensor,
     questions: Sequence[Sequence[int]],
-    told: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
 ) -> tuple[Tensor, int, Tensor]:
     """KL(teacher || student), summed over all answer tokens.
 
     Returns:
         the sum, the number of answer tokens, and of how many both foretell the same, as a tensor.
     """
-    tokens, _ = pad_right([[*q, *a] for q, a in zip(questions, told, strict=True)], masks.device)
+    tokens, _ = pad_right([[*q, *a] for q, a in zip(questions, replies, strict=True)], masks.device)
     places = torch.arange(tokens.shape[1] - 1, device=masks.device)
     begins, ends = (
         torch.tensor(x, device=masks.device)[:, None]
-        for x in ([len(q) - 1 for q in questions], [len(q) + len(a) - 1 for q, a in zip(questions, told, strict=True)])
+        for x in (
+            [len(q) - 1 for q in questions],
+            [len(q) + len(a) - 1 for q, a in zip(questions, replies, strict=True)],
+        )
     )
     at = (places >= begins) & (places < ends)
     head = model.get_output_embeddings()
@@ -192,7 +197,7 @@ def divergence(
 
 
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """`[B, m]` tokens with zeros behind, and how many are real."""
+    """`[B, m]` tokens with zeros behind, and how many each row has."""
     lengths = [len(row) for row in rows]
     tokens = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
     for b, row in enumerate(rows):

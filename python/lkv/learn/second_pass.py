@@ -33,10 +33,10 @@ def repeat_scores(
     if tokens.shape != (batch, size):
         raise ValueError(f"lkv.learn: expected tokens of shape [B, n] = {[batch, size]}, got {list(tokens.shape)}")
     best = [keys.new_zeros(batch, heads, size, dtype=torch.float32) for keys in context.keys]
-    asked = torch.tensor(prompt, dtype=tokens.dtype, device=tokens.device).expand(batch, -1)
+    instruction = torch.tensor(prompt, dtype=tokens.dtype, device=tokens.device).expand(batch, -1)
     for begin in range(0, size, CHUNK):
         first = max(begin - LEAD, 0)
-        chunk = torch.cat([asked, tokens[:, first : begin + CHUNK]], 1)
+        chunk = torch.cat([instruction, tokens[:, first : begin + CHUNK]], 1)
         # A text that has ended before asks nothing, not even with the tokens that lead there.
         asking = torch.where(context.lengths > begin, len(prompt) + context.lengths - first, 0)
 

@@ -47,10 +47,10 @@ class Source:
                 count=self.count,
             )
             contexts.append(encode(self.tokenizer, scene.context, begins=True))
-            asked = rng.sample(scene.questions, min(self.config.questions, len(scene.questions)))
-            asked += rng.choices(scene.questions, k=self.config.questions - len(asked))
-            questions += [encode(self.tokenizer, question.text) for question in asked]
-            answers += [encode(self.tokenizer, question.answer) for question in asked]
+            chosen = rng.sample(scene.questions, min(self.config.questions, len(scene.questions)))
+            chosen += rng.choices(scene.questions, k=self.config.questions - len(chosen))
+            questions += [encode(self.tokenizer, question.text) for question in chosen]
+            answers += [encode(self.tokenizer, question.answer) for question in chosen]
         return Examples(contexts, questions, answers)
 
     def count(self, text: str) -> int:

@@ -139,14 +139,14 @@ class Trainer:
             examples = self.source.examples(step, rows)
             reading = distill.read(self.model, self.lkv, examples.contexts)
             context = reading.context.repeat(config.questions)
-            told = distill.answers(
+            replies = distill.answers(
                 self.model, context, examples.questions, config.answer_tokens, self.ends, examples.answers
             )
             rates = torch.full((len(rows),), retention, device=self.accelerator.device)
             masks = distill.log_masks(self.lkv, reading, rates, temperature, hard)
             masks = masks.repeat_interleave(config.questions, 1)
             with self.accelerator.autocast():
-                part, tokens, agreed = distill.divergence(self.model, context, masks, examples.questions, told)
+                part, tokens, agreed = distill.divergence(self.model, context, masks, examples.questions, replies)
             part.backward()
             loss, count, same = loss + part.detach(), count + tokens, same + agreed
         fidelity = self.accelerator.reduce(torch.stack([same.float(), same.new_tensor(count).float()]), "sum")

@@ -1,4 +1,4 @@
-"""What the retriever is trained on: repeated sequences first, then texts with all questions that may be asked."""
+"""What the retriever is trained on: repeated sequences first, then texts with all questions that may be chosen."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def _text(rng: random.Random, words: Words, stage: Stage, questions: int) -> tup
     scene = tasks.scene(task, rng.randrange(10**9), stage.length, split="train", language=words, **size(task, stage))
     tokens = words.encode("<s> " + scene.context)
     labels = [IGNORE] * len(tokens)
-    asked = rng.sample(scene.questions, min(questions, len(scene.questions)))
-    for question in asked:
+    chosen = rng.sample(scene.questions, min(questions, len(scene.questions)))
+    for question in chosen:
         text, answer = words.encode(question.text), words.encode(question.answer)
         tokens += text + answer
         labels += [IGNORE] * len(text) + answer

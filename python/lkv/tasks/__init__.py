@@ -99,5 +99,5 @@ def make(
     made = scene(task, index, length, split=split, language=language, count=count, **options)
     question = random.Random(f"{task}/{split}/{index}/question").choice(made.questions)
     evidence = sum(map(count, made.evidence))
-    told = (question.text, question.answer, question.expected)
-    return Sample(task, index, made.context, *told, made.evidence, evidence)
+    texts = (question.text, question.answer, question.expected)
+    return Sample(task, index, made.context, *texts, made.evidence, evidence)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lkv.hf.capture import HOOKED, Captured
-from lkv.hf.masks import Padding
+from lkv.hf.masks import PaddingInfo
 from lkv.hf.queries import LastQueries
-from lkv.hf.tape import Rotary, Tape
+from lkv.hf.token_log import Rotary, TokenLog
 from lkv.policies import Observation
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lkv.hf.session import Session
 
 
-class Witness:
+class ObservationBuffer:
     """What policies need beside the rows, as far as the settings say that it is held.
 
     Attributes:
@@ -31,11 +31,11 @@ class Witness:
         self.hooked = bool(settings.observe & HOOKED)
         self.captured: Captured | None = None
         self.queries = LastQueries(settings.observe_window) if "queries" in settings.observe else None
-        self.hidden_states = Tape() if "hidden_states" in settings.observe else None
+        self.hidden_states = TokenLog() if "hidden_states" in settings.observe else None
         self.rotary: Rotary | None = None  # shared with other layers
         self.rotates = "pre_rope_keys" in settings.observe
 
-    def push(self, module: nn.Module, before: int, queries: Tensor, padding: Padding | None) -> None:
+    def push(self, module: nn.Module, before: int, queries: Tensor, padding: PaddingInfo | None) -> None:
         """Of the tokens behind the first `before`: queries `[B, Hq, n, D]`, padding first, and what was captured.
 
         Raises:
@@ -77,12 +77,12 @@ class Witness:
             if part is not None:
                 part.select(indices)
 
-    def mark(self) -> LastQueries | None:
+    def snapshot(self) -> LastQueries | None:
         """For `restore`."""
-        return None if self.queries is None else self.queries.mark()
+        return None if self.queries is None else self.queries.snapshot()
 
-    def restore(self, mark: LastQueries | None, length: int) -> None:
-        self.queries = mark
+    def restore(self, snapshot: LastQueries | None, length: int) -> None:
+        self.queries = snapshot
         self._truncate(length)
 
     def _truncate(self, length: int) -> None:
@@ -98,7 +98,7 @@ def observe(layer: RaggedLayer, needs: frozenset[str], window: int) -> Observati
     if layer.rows is None:
         keys, values = layer.keys, layer.values
         batch, heads, length = keys.shape[:3]
-        lengths = torch.tensor(layer.real, device=keys.device)[:, None].expand(batch, heads)
+        lengths = torch.tensor(layer.token_counts, device=keys.device)[:, None].expand(batch, heads)
         starts = length - lengths
         positions = torch.arange(length, device=keys.device).expand(batch, heads, length)
     else:
@@ -106,14 +106,14 @@ def observe(layer: RaggedLayer, needs: frozenset[str], window: int) -> Observati
         keys, values, positions = map(rows.padded, (rows.k, rows.v, rows.positions))
         lengths = rows.lengths.long()
         starts = torch.zeros_like(lengths)
-    witness, queries = layer.witness, (None, None, None)
+    observations, queries = layer.observations, (None, None, None)
     if "queries" in needs:
-        queries = witness.queries.read(max(window, 1))
+        queries = observations.queries.read(max(window, 1))
     pre_rope = hidden = None
     if "pre_rope_keys" in needs:
-        pre_rope = witness.rotary.undo(keys, None if layer.rows is None else positions)
+        pre_rope = observations.rotary.undo(keys, None if layer.rows is None else positions)
     if "hidden_states" in needs:
-        hidden = witness.hidden_states.read().expand(len(keys), -1, -1)
+        hidden = observations.hidden_states.read().expand(len(keys), -1, -1)
     return Observation(
         keys, values, positions, lengths, starts, *queries, layer.scaling, layer.softcap, hidden, pre_rope, layer.sinks
     )

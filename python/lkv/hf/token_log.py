@@ -10,7 +10,7 @@ from torch import Tensor
 from lkv_ext.ops.modes import keeps_tensors
 
 
-class Tape:
+class TokenLog:
     """Grows by the tokens of every call; put together when it is read, not at every step.
 
     Tensors are never written to, so that copies of a tape share them. A batch of 1 may stand for any batch.
@@ -44,7 +44,7 @@ class Tape:
         """Sequences `indices`, in that order."""
         self._parts = [p if p.shape[0] == 1 else p[indices.to(p.device).clone()] for p in self._parts]
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Tape:
+    def __deepcopy__(self, memo: dict[int, object]) -> TokenLog:
         other = type(self)()
         other._parts, other.length = list(self._parts), self.length
         return other
@@ -54,7 +54,7 @@ class Rotary:
     """The rotations of all tokens, one for all layers that were given the same."""
 
     def __init__(self) -> None:
-        self.cos, self.sin = Tape(), Tape()
+        self.cos, self.sin = TokenLog(), TokenLog()
         self.last: weakref.ref[Tensor] | None = None
 
     def push(self, before: int, cos: Tensor, sin: Tensor, order: Tensor | None) -> None:
