@@ -70,13 +70,14 @@ def _run(
     copies = [tree.copy_tree(root, root / f"build/mutants/tree-{i}") for i in range(workers)]
     texts = {mutant.file: (root / mutant.file).read_text() for group in open_ones.values() for mutant, _ in group}
     runner.preload(PRELOADED)
-    clean = [runner.Job(tests, guards.LEFT_OUT) for tests in open_ones]
+    groups = [runner.Job(tests, guards.LEFT_OUT) for tests in open_ones]
     if not skip_clean:
-        clean = list(_within_limits(clean, copies, is_over))
+        limits = _limits(sorted({x for group in groups for x in group.tests}), copies, is_over)
+        groups = [replace(x, limit=max(limits[y] for y in x.tests)) for x in groups if limits.keys() >= set(x.tests)]
     jobs = (
-        replace(job, file=mutant.file, text=mutant.apply(texts[mutant.file]), subject=new)
-        for job in clean
-        for mutant, new in open_ones[job.tests]
+        replace(group, file=mutant.file, text=mutant.apply(texts[mutant.file]), subject=new)
+        for group in groups
+        for mutant, new in open_ones[group.tests]
     )
     for outcome in runner.run_all(jobs, copies, is_over):
         runner.preload(outcome.modules)
@@ -84,11 +85,13 @@ def _run(
         yield replace(new, state=STATES[outcome.result], by=outcome.by, seconds=round(outcome.seconds, 1))
 
 
-def _within_limits(jobs: list[runner.Job], copies: list[Path], is_over: Callable[[], bool]) -> Iterator[runner.Job]:
-    """The jobs with a limit that is several times what their slowest test takes without a mutant."""
-    for outcome in runner.run_all(jobs, copies, is_over):
+def _limits(tests: Sequence[str], copies: list[Path], is_over: Callable[[], bool]) -> dict[str, float]:
+    """Seconds for one test of a file: several times what its slowest takes without a mutant."""
+    limits = {}
+    for outcome in runner.run_all((runner.Job((x,), guards.LEFT_OUT) for x in tests), copies, is_over):
         if outcome.result != runner.PASSED:
             sys.exit(f"mutants: {outcome.by} fails without any mutant:\n{outcome.output}")
-        print(f"clean     {outcome.seconds:5.1f} s  {' '.join(outcome.job.tests)}", flush=True)
+        print(f"clean     {outcome.seconds:5.1f} s  {outcome.job.tests[0]}", flush=True)
         runner.preload(outcome.modules)
-        yield replace(outcome.job, limit=20 + 5 * outcome.slowest)
+        limits[outcome.job.tests[0]] = 20 + 5 * outcome.slowest
+    return limits
