@@ -196,6 +196,11 @@ def test_pickle(tmp_path: Path) -> None:
         with pytest.raises((ValueError, TypeError), match=re.escape(says) if says[0] == "(" else says):
             other.__setstate__(state | {name: value})
         assert not hasattr(other, "k")
+    for name in state:
+        with pytest.raises(
+            ValueError, match=re.escape(f"expected the state of a cache, got one that differs in ['{name}']")
+        ):
+            RaggedCache.__new__(RaggedCache).__setstate__({key: x for key, x in state.items() if key != name})
 
 
 def test_what_is_written_is_what_the_format_says(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ _POLICIES = ["test_policies", "test_attention_scores", "test_policy_budgets", "t
 _PARITY = ["test_parity", "test_errors", "test_properties", "test_arguments"]
 _TORCH = ["test_torch", "test_derivatives", "test_cache"]
 _RAGGED = ["test_cache", "test_cache_steps", "test_cache_files", "test_shared_buffers", "test_errors", "test_arguments"]
+_RAGGED += ["test_tracing"]
 
 GUARDS: dict[str, list[str]] = {
     **{
@@ -105,7 +106,7 @@ GUARDS: dict[str, list[str]] = {
     "lkv_ext/ops/derivatives.py": ["test_derivatives", "test_torch"],
     "lkv_ext/ops/modes.py": ["test_derivatives", "test_calls", "test_torch", "test_cache"],
     "lkv_ext/ops/errors.py": ["test_reraise", "test_errors", "test_arguments"],
-    "lkv_ext/ops/facts.py": ["test_calls", *_PARITY],
+    "lkv_ext/ops/facts.py": _RAGGED,
     "lkv_ext/ops/fake.py": ["test_fake", "test_torch", "test_tracing", "test_layouts"],
     "lkv_ext/ops/ints.py": ["test_calls", *_PARITY, "test_tracing", "test_torch"],
     "lkv_ext/ops/rooms.py": ["test_rooms", "test_cache", *_PARITY],
