@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import lkv
 from lkv import retriever
 from lkv.cli import main
 
@@ -84,6 +85,20 @@ def test_without_a_checkpoint_only_heuristics(capsys: pytest.CaptureFixture) -> 
 def test_wrong_options_are_named(command: str, message: str, capsys: pytest.CaptureFixture) -> None:
     assert run(command) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_task_that_there_is_not(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("eval --tasks single summing")
+    assert stopped.value.code == 2 and "invalid choice: 'summing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["models", "policies"])
+def test_modules_are_attributes_of_the_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not they were imported by somebody else."""
+    module = getattr(lkv, name)
+    monkeypatch.delattr(lkv, name)
+    assert getattr(lkv, name) is module is sys.modules[f"lkv.{name}"]
 
 
 def test_command_line_of_the_process_is_the_default(

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkv import demo, tasks
+from lkv.evaluate import plots
 from lkv.evaluate.run import Result
 from lkv.learn.checkpoint import Design, Shape
 
@@ -99,6 +100,8 @@ def test_it_evaluates_the_validation_split_and_draws(
     monkeypatch.setattr(demo.retriever, "load", lambda: (model, tokenizer))
     monkeypatch.setattr(demo, "load", lambda path, of: lkv)
     monkeypatch.setattr(demo, "evaluate", evaluate)
+    drawn, draw = [], plots.draw
+    monkeypatch.setattr(plots, "draw", lambda report, folder: drawn.append(report) or draw(report, folder))
     options = ["--samples=2", "--tokens=128", "--retention=0.2", "--device=cpu", f"--out={tmp_path / 'out'}"]
     assert demo.main(options) == 0
     assert [group for group, _, _ in requests] == [[s for s in samples if s.task == task] for task in tasks.RETRIEVAL]
@@ -107,5 +110,7 @@ def test_it_evaluates_the_validation_split_and_draws(
     printed = capsys.readouterr().out
     assert "| streaming | 0.15 " in printed
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["accuracy.png", "budgets.png", "kept.png"]
+    shares = torch.tensor(drawn[0]["shares"]["0.2"])
+    assert shares.shape == (3, 2) and shares.mean().item() == pytest.approx(round(0.2 * 128) / 128)
     demo.main([*options, "--samples=1"])
     assert requests[-1][2].batch == 1
