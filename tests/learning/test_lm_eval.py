@@ -152,6 +152,18 @@ def test_likeliest_is_what_all_tokens_are(judged, loaded):
     assert answers[0][0] < answers[1][0] and answers[3][0] < answers[1][0]
 
 
+def test_logits_of_less_precision_are_normalized_in_float32(loaded, folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    ours = HarnessModel(model, loaded[1], Compression(None, see_question=True))
+    ids, continuation = (loaded[1](x, return_tensors="pt").input_ids for x in (TEXT + QUESTION, " sky"))
+    with torch.no_grad():
+        logits = model(torch.cat([ids, continuation], 1)).logits[0, ids.shape[1] - 1 : -1]
+    wanted = logits.double().log_softmax(-1).gather(1, continuation.T).sum().item()
+    ((value, _),) = ours.loglikelihood(likelihoods(" sky"), disable_tqdm=True)
+    ours.close()
+    assert value == pytest.approx(wanted, rel=1e-4)
+
+
 def test_answers_go_to_the_cache_of_the_harness(judged):
     results = []
 

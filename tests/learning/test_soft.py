@@ -48,6 +48,21 @@ def test_limit_is_the_length_of_the_answer(
     assert soft_accuracy(model, tokenizer, samples, policy, 1.0, limit=4) == pytest.approx(2.5 / 3)
 
 
+def test_nothing_is_kept_for_gradients(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: Learned,
+    samples: list[tasks.Sample],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    masks, made = [], distill.log_masks
+    monkeypatch.setattr(
+        distill, "log_masks", lambda *args, **options: masks.append(made(*args, **options)) or masks[-1]
+    )
+    soft_accuracy(model, tokenizer, samples[:1], policy, 0.5, limit=1)
+    assert masks and not any(mask.requires_grad for mask in masks[0])
+
+
 def test_less_is_seen_below(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy: Learned, samples: list[tasks.Sample]
 ) -> None:

@@ -81,6 +81,11 @@ def test_interval_does_not_depend_on_the_scale() -> None:
     assert [other.mean, other.low, other.high] == pytest.approx([3 + 10 * x for x in (one.mean, one.low, one.high)])
 
 
+def test_scores_of_less_precision_are_averaged_in_float64() -> None:
+    """2**24 + 1 is no number of float32."""
+    assert interval(np.array([2**24, 2, 0], np.float32)).mean == (2**24 + 2) / 3
+
+
 def test_seed_decides() -> None:
     values = np.random.default_rng(5).random(50)
     assert interval(values) == interval(values) == interval(values, seed=0)
