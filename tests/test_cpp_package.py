@@ -58,7 +58,7 @@ def build_engine(source: Path, folder: Path, installed: Path) -> str:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build without Python, and where it was installed."""
     folder = tmp_path_factory.mktemp("cpp")
-    # Neither an interpreter nor pybind11 may be asked for.
+    # Neither an interpreter nor pybind11 may be needed.
     hidden = [f"-DCMAKE_DISABLE_FIND_PACKAGE_{name}=ON" for name in ("Python", "Python3", "pybind11")]
     configure(ROOT, folder / "build", "-DLKV_PYTHON=OFF", "-DLKV_CUDA=OFF", *hidden)
     cmake("--build", folder / "build")
@@ -105,5 +105,5 @@ def test_cuda_kernels_link_into_an_engine_without_nvcc(tmp_path: Path) -> None:
     (tmp_path / "CMakeLists.txt").write_text(CUDA_ENGINE)
     (tmp_path / "engine.cpp").write_text(CUDA_SOURCE)
     printed = build_engine(tmp_path, tmp_path / "build", tmp_path / "prefix")
-    if not torch.cuda.is_available():  # a launch says what is missing
+    if not torch.cuda.is_available():  # the error of a launch names what is missing
         assert re.fullmatch(r"(avx512|avx2|portable), .*(driver|device).*", printed)

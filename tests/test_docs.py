@@ -59,9 +59,9 @@ def test_the_quickstart_runs():
     before, after = blocks[3].split("cache.evict")
     exec(before, cached := names | new)
     cache = cached["cache"]
-    held = int(cache.lengths.sum())
+    kept = int(cache.lengths.sum())
     exec("cache.evict" + after, cached | {"scores": torch.rand(cache.positions.shape), "budgets": [5, 5]})
-    assert held == 9 + 30 + 2 and int(cache.lengths.sum()) == 10
+    assert kept == 9 + 30 + 2 and int(cache.lengths.sum()) == 10
     exec(blocks[4], names | {"k": k.numpy(), "v": v.numpy(), "scores": scores.numpy()})
 
 

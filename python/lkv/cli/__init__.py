@@ -1,4 +1,4 @@
-"""The `lkv` command: `lkv train`, `lkv eval`, `lkv lm-eval`; `lkv <command> --help` says the rest."""
+"""The `lkv` command: `lkv train`, `lkv eval`, `lkv lm-eval`; `lkv <command> --help` lists the options."""
 
 from __future__ import annotations
 
