@@ -1,31 +1,32 @@
-#include <algorithm>
 #include <cstring>
 
 #include "lkv/cpu.h"
+#include "lkv/segments.h"
 #include "units.h"
+
+// New rows behind the rows in use. A unit of work is one segment: appended_of says how many rows fit and where they go;
+// they are copied payload by payload, then their positions and the new length are written.
 
 namespace lkv::cpu {
 namespace {
 
-// Bytes that are worth a thread of their own.
+// Bytes below which another thread is not worth waking.
 constexpr int64_t kGrain = 256 << 10;
 
 void append_segment(const AppendParams& p, int64_t row) {
-  const int64_t b = row / p.heads, h = row % p.heads;
-  const int64_t begin = clamp(p.cu_seqlens[row], 0, p.tokens);
-  const int64_t end = clamp(p.cu_seqlens[row + 1], begin, p.tokens);
-  const int64_t first = begin + clamp(p.lengths[row], 0, end - begin);
-  const int64_t skipped = p.count - clamp(p.valid.at(0, b, h), 0, p.count);
-  const int64_t added = std::min(p.count - skipped, end - first);
+  const Appended added = appended_of(p, row);
   for (int64_t payload = 0; payload < p.payloads; ++payload) {
     const Strided& input = p.inputs[payload];
     const int64_t bytes = p.row_bytes[payload];
-    const char* from = input.data + b * input.batch + h * input.head + skipped * input.token;
-    char* to = p.outputs[payload] + first * bytes;
-    for (int64_t i = 0; i < added; ++i) std::memcpy(to + i * bytes, from + i * input.token, static_cast<size_t>(bytes));
+    const char* from =
+        input.data + row / p.heads * input.batch + row % p.heads * input.head + added.token * input.token;
+    char* to = p.outputs[payload] + added.first * bytes;
+    for (int64_t i = 0; i < added.rows; ++i)
+      std::memcpy(to + i * bytes, from + i * input.token, static_cast<size_t>(bytes));
   }
-  for (int64_t i = 0; i < added; ++i) p.positions[first + i] = static_cast<int32_t>(p.position + skipped + i);
-  p.lengths[row] = static_cast<int32_t>(first + added - begin);
+  for (int64_t i = 0; i < added.rows; ++i)
+    p.positions[added.first + i] = static_cast<int32_t>(p.position + added.token + i);
+  p.lengths[row] = static_cast<int32_t>(added.length);
 }
 
 }  // namespace

@@ -7,11 +7,17 @@
 #include <vector>
 
 #include "lkv/floats.h"
-#include "row_kernels.h"
+#include "lkv/segments.h"
 #include "units.h"
 
-// Units of work are pieces of rows times tiles of queries, so that one long head does not set the time. Whoever is
-// done with the last piece of a tile merges them all, in order: the result depends on the shape alone, not on threads.
+// Attention over a ragged cache on the CPU. A unit of work is a tile of queries of one segment times a piece of its
+// rows, so that one long head does not set the time:
+//   1. Convert the queries of the tile to float32 and scale them.
+//   2. A query of the first piece begins its running softmax at its sink, if it sees any row.
+//   3. The row kernels run over the piece, 64 rows at a time: logits, their exponentials relative to the highest so
+//      far, and the weighted sum of V.
+//   4. The thread that finishes the last piece of a tile merges all of them in order and writes the result. It depends
+//      on the shape alone, not on threads.
 
 namespace lkv::cpu {
 namespace {
@@ -20,7 +26,7 @@ constexpr int64_t kQueryTile = 64;
 constexpr int64_t kPieceRows = 1024;  // at least
 constexpr int64_t kPieces = 256;      // of all tiles together, about
 
-// Multiply-adds that are worth a thread of their own.
+// Multiply-adds below which another thread is not worth waking.
 constexpr int64_t kGrain = 256 << 10;
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
@@ -33,14 +39,9 @@ int64_t stride_of(int64_t dim) {
   return divide_up(dim, kAttendStep) * kAttendStep;
 }
 
-// Of one unit: highest, sum and acc of every query of its tile.
+// The result of one unit: highest, sum and acc of every query of its tile.
 struct Partial {
   float *highest, *sum, *acc;
-};
-
-// Rows of K and V in use.
-struct InUse {
-  int64_t begin, length;
 };
 
 class Attention {
@@ -54,9 +55,9 @@ class Attention {
     piece_ = std::max(kPieceRows, divide_up(p.longest, most));
     pieces_ = std::max<int64_t>(1, divide_up(p.longest, piece_));
     partials_.reset(new float[static_cast<size_t>(units() * partial_size())]);
-    // Read once: who else has these tensors may write to them.
+    // Read once, as these tensors may be written to meanwhile.
     spans_.reserve(static_cast<size_t>(segments_));
-    for (int64_t row = 0; row < segments_; ++row) spans_.push_back(span_of(row));
+    for (int64_t row = 0; row < segments_; ++row) spans_.push_back(attended_span(p, row));
     left_ = std::vector<std::atomic<int64_t>>(static_cast<size_t>(segments_ * tiles_));
     for (int64_t i = 0; i < segments_ * tiles_; ++i) left_[i] = pieces_of(length_of(i / tiles_));
     if (p.sinks != nullptr) with_type(p.sinks_type, [&]<ScoreType type>() { load_sinks<type>(); });
@@ -66,7 +67,7 @@ class Attention {
 
   int64_t work() const {
     int64_t rows = 0;
-    for (const InUse& span : spans_) rows += span.length;
+    for (const Span& span : spans_) rows += span.length;
     return rows * queries_ * (p_.dim + p_.dim_v);
   }
 
@@ -79,11 +80,6 @@ class Attention {
   }
 
  private:
-  InUse span_of(int64_t row) const {
-    const int64_t begin = clamp(p_.cu_seqlens[row], 0, p_.tokens);
-    const int64_t space = clamp(p_.cu_seqlens[row + 1], begin, p_.tokens) - begin;
-    return {begin, clamp(p_.lengths[row], 0, std::min(space, p_.longest))};
-  }
   int64_t begin_of(int64_t row) const { return spans_[row].begin; }
   int64_t length_of(int64_t row) const { return spans_[row].length; }
   int64_t pieces_of(int64_t length) const { return std::max<int64_t>(1, divide_up(length, piece_)); }
@@ -184,7 +180,7 @@ class Attention {
   const AttendParams& p_;
   int64_t segments_, queries_, acc_stride_;
   int64_t tile_ = 1, tiles_ = 0, piece_ = 1, pieces_ = 0;
-  std::vector<InUse> spans_;  // of each segment
+  std::vector<Span> spans_;  // of each segment
   std::unique_ptr<float[]> partials_;
   std::vector<float> sinks_;                // of every query head; empty: none
   std::vector<std::atomic<int64_t>> left_;  // pieces of each tile that are not done

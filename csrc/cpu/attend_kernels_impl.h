@@ -8,7 +8,7 @@
 // Attention of a few queries over a stretch of rows, over a vector type S; one file per instruction set includes it,
 // internal linkage as in key_kernels_impl.h.
 //
-// S: what float_kernels_impl.h asks of it; `chunks`: accumulators per query that fit in registers beside those of three
+// S: what float_kernels_impl.h needs; `chunks`: accumulators per query that fit in registers beside those of three
 // other queries.
 
 namespace lkv::cpu {
@@ -26,7 +26,7 @@ auto soft_cap(typename S::Floats x, float cap) {
   return S::copy_sign(S::fmul(t, S::fset(cap)), x);
 }
 
-// Of K and V of one type each.
+// K and V, of one type each.
 template <class S, class E>
 struct AttendRowsOf {
   using Item = typename E::Item;

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "table_impl.h"
+#include "row_kernels_impl.h"
 
 namespace lkv::cpu {
 namespace {

@@ -2,7 +2,7 @@
 
 #include <immintrin.h>
 
-#include "table_impl.h"
+#include "row_kernels_impl.h"
 
 namespace lkv::cpu {
 namespace {

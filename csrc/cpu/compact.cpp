@@ -1,8 +1,14 @@
 #include <algorithm>
 
 #include "lkv/cpu.h"
-#include "row_kernels.h"
+#include "lkv/segments.h"
 #include "units.h"
+
+// Eviction in place on the CPU: kept rows move to the front of their segment. Positions ascend, so rows that move in
+// order never overwrite one that is still to be read. A unit of work is some columns of one payload of one segment:
+//   1. Skip the rows that are in place already.
+//   2. Copy the others, in order, each to the next free row.
+// Threads share a segment by its columns, in whole cache lines.
 
 namespace lkv::cpu {
 namespace {

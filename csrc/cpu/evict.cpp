@@ -1,12 +1,12 @@
 #include <vector>
 
-#include "gather_units.h"
-#include "select_units.h"
+#include "units.h"
 
 namespace lkv::cpu {
 
-// Whoever waits for a segment in the gather waits for a thread that is at work on it and waits for nobody, as all of
-// the select is taken before any of the gather.
+// Select and gather in one parallel region. Every thread first takes units of the select, then tiles of the gather; a
+// tile waits for the flags of its segments. No thread starts a tile while a unit of the select is free, so a tile waits
+// for a thread that is busy with a select, and a select never waits: there is no deadlock.
 void evict(SelectParams select, GatherParams gather, const Threads& threads) {
   std::vector<uint32_t> ready(static_cast<size_t>(select.source.rows()));
   select.ready = ready.data();

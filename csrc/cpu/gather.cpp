@@ -3,12 +3,22 @@
 #include <cstring>
 #include <thread>
 
-#include "gather_units.h"
+#include "lkv/segments.h"
+#include "units.h"
+
+// Gather on the CPU. A unit of work is a tile: consecutive rows of the output, up to 512 KiB of them, whatever segments
+// they belong to, so that skewed budgets balance over threads. For each tile:
+//   1. Find the segment of the next row by bisection of cu_seqlens.
+//   2. Rows behind the last span become zeros.
+//   3. If a select runs beside, wait for the flag of the segment.
+//   4. For each payload, copy the rows at `positions` one after the other and prefetch those ahead; a position outside
+//      of the segment gives zeros. Large outputs whose memory was touched before are written past the cache.
+//   5. Go on with the next segment until the tile ends.
 
 namespace lkv::cpu {
 namespace {
 
-// Bytes of output that one thread takes at a time, and that are worth a thread of their own.
+// Bytes of output that a thread takes at a time, and below which another thread is not worth waking.
 constexpr int64_t kTile = 512 << 10;
 constexpr int64_t kGrain = 32 << 10;
 
@@ -20,7 +30,7 @@ struct Run {
   int64_t row, begin, end;
 };
 
-// The spans around destination row j. Whatever cu_seqlens holds, the bisection ends on an i with
+// The rows from j on that belong to one segment. For any contents of cu_seqlens the bisection ends on an i with
 // cu_seqlens[i - 1] <= j < cu_seqlens[i], so its segment exists, and the run is never empty.
 Run run_at(const GatherParams& p, int64_t rows, int64_t j, int64_t end) {
   const int64_t i = std::upper_bound(p.cu_seqlens, p.cu_seqlens + rows + 1, j) - p.cu_seqlens;

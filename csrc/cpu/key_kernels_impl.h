@@ -152,7 +152,7 @@ class Loops {
       } else if (count > 0) {
         uint32_t last[S::width];
         S::number(last, base, kept);
-        count = count < space - done.count ? count : space - done.count;  // more only of scores that somebody changes
+        count = count < space - done.count ? count : space - done.count;  // more only if the scores change meanwhile
         memcpy(out + done.count, last, static_cast<size_t>(count) * sizeof(last[0]));
       }
       done.count += count;
@@ -164,7 +164,7 @@ class Loops {
  private:
   using Item = typename Source::Item;
 
-  // Of whole vectors a sum per lane, which saves a step to general registers for each.
+  // Whole vectors are summed per lane, which saves a step to general registers for each.
   class Count {
    public:
     void add(typename S::Lanes yes, int lanes) {

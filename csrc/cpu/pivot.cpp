@@ -4,6 +4,16 @@
 #include <bit>
 #include <cmath>
 
+// The search for the pivot, the rank-th largest key of a row.
+//   Up to 2048 scores: make all keys, and count how many are above one trial key after another.
+//   Longer rows:
+//   1. Sample 512 to 4096 scores. Two of their keys bracket the pivot, some standard deviations of its rank apart.
+//   2. One pass over the row collects the keys inside of the bracket and counts those above it.
+//   3. If the pivot is not in the bracket, a histogram of the row finds its first digit, and a second pass collects the
+//      keys with that digit. A sample only decides how long the search takes, never what it finds.
+//   4. Narrow the collected keys digit by digit until 2048 are left, or all of them stay, or all are equal.
+//   5. Search the rest by trial keys: interpolated where the interval is narrow, halved where that gains too little.
+
 namespace lkv::cpu {
 namespace {
 
@@ -62,8 +72,8 @@ class PivotSearch {
       row_.kernels().histogram(items, count, all.low, shift, bins_);
     });
     Range digit = digit_of_pivot(all, shift);
-    // As many as were counted, unless somebody writes to the scores meanwhile: then any pivot will do, but no key of
-    // the scratch that is not of this digit may be counted.
+    // As many as were counted, unless the scores are written to meanwhile: then any pivot will do, but keys in the
+    // scratch that do not have this digit must not be counted.
     digit.size = collect(digit.low, digit.high).inside;
     if (digit.size == 0) return {digit.high, 0};
     digit.rank = std::min(digit.rank, digit.size);

@@ -2,7 +2,7 @@
 #include <cmath>
 
 #include "lkv/floats.h"
-#include "table_impl.h"
+#include "row_kernels_impl.h"
 
 namespace lkv::cpu {
 namespace {

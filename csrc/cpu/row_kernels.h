@@ -5,8 +5,9 @@
 #include "lkv/keys.h"
 #include "lkv/soft_threshold.h"
 
-// The inner loops, once per instruction set: plain functions over one contiguous piece of one row. What they are told
-// is trusted; everything that decides, clamps or splits work is ordinary code compiled once (select.cpp, gather.cpp).
+// The inner loops, once per instruction set: plain functions over one contiguous piece of one row. They trust
+// their arguments; everything that decides, clamps or splits work is ordinary code compiled once (select.cpp,
+// gather.cpp).
 
 namespace lkv::cpu {
 
@@ -108,7 +109,7 @@ struct SoftGrad {
   void* out;
 };
 
-// Of a, a u and w u, with u = (score - tau) / temperature.
+// The sums of a, a u and w u, with u = (score - tau) / temperature.
 struct SoftGradSums {
   double a, au, wu;
 };

@@ -2,27 +2,24 @@
 #include <atomic>
 #include <numeric>
 
+#include "lkv/segments.h"
 #include "pivot.h"
-#include "select_units.h"
+#include "units.h"
+
+// Select on the CPU. A unit of work is one segment:
+//   1. Plan: sink and window are known positions; the valid tokens between them compete by score (selection_of).
+//   2. Pivot: find the key of the last row kept, and how many of the rows with the same key stay (pivot.h).
+//   3. Emit: one pass over the scores writes, in order, the positions of all keys above the pivot and of the first
+//      ties. It stores whole vectors, which may write past the last position.
+//   4. Fill in the sink, the window and, in the slack, -1, over what step 3 wrote there.
+//   5. Set the flag of the segment: a gather that runs beside may now move its rows.
+// Steps 2 and 3 read the scores through the row kernels of the instruction set (row_kernels.h).
 
 namespace lkv::cpu {
 namespace {
 
-// Scores that are worth a thread of their own.
+// Scores below which another thread is not worth waking.
 constexpr int64_t kGrain = 16384;
-
-// Where a segment's positions go: `kept` of them, then slack up to `end`.
-struct Span {
-  int32_t *begin, *end;
-  int64_t kept;
-};
-
-Span span_of(const SelectParams& p, const Segment& segment, int64_t row, int64_t rows) {
-  const int64_t begin = clamp(p.cu_seqlens[row], 0, p.total);
-  const int64_t end = row + 1 == rows ? p.total : clamp(p.cu_seqlens[row + 1], begin, p.total);
-  const int64_t kept = clamp(p.lengths[row], 0, std::min(segment.length, end - begin));
-  return {p.positions + begin, p.positions + end, kept};
-}
 
 int32_t* count_up(int32_t* out, int64_t count, int64_t first) {
   std::iota(out, out + count, static_cast<int32_t>(first));
@@ -30,34 +27,31 @@ int32_t* count_up(int32_t* out, int64_t count, int64_t first) {
 }
 
 void select_row(const SelectParams& p, const RowKernels& kernels, int64_t row, int64_t longest, uint32_t* scratch) {
-  Segment segment = segment_of(p.source, row);
-  segment.length = std::min(segment.length, longest);  // whoever else writes to cu_seqlens: the scratch is for no more
-  const Span span = span_of(p, segment, row, p.source.rows());
-  const int64_t sink = clamp(p.sink, 0, span.kept);
-  const int64_t window = clamp(p.window, 0, span.kept - sink);
-  const int64_t best = span.kept - sink - window;
-  const int64_t first = segment.begin + sink, count = segment.length - sink - window;
-  int32_t* out = span.begin + sink;
-  if (best == count) {
-    count_up(out, best, first);
-  } else if (best > 0) {
-    const Strided& scores = p.scores[segment.layer];
-    const ScoreRow rivals(kernels, p.type, segment.at(scores, first), scores.token, count);
-    const Pivot pivot = find_pivot(kernels, rivals, best, scratch);
-    // What a whole vector writes too much falls into the window's place and the slack, which are filled below.
+  const Selection s = selection_of(p, row, longest);
+  int32_t* const begin = p.positions + s.out;
+  // The last segment also clears what lies behind its span.
+  int32_t* const end = row + 1 == p.source.rows() ? p.positions + p.total : begin + s.span;
+  int32_t* const out = begin + s.sink;
+  const int64_t first = s.begin + s.sink;
+  if (s.decided()) {
+    count_up(out, s.wanted, first);
+  } else {
+    const ScoreRow rivals(kernels, p.type, s.scores, s.stride, s.count);
+    const Pivot pivot = find_pivot(kernels, rivals, s.wanted, scratch);
+    // A vector may write past the last position, into the window's place and the slack, which are filled below.
     Emitted done = {0, 0};
     rivals.for_each_piece([&](const void* items, int64_t n, int64_t i) {
       const Emitted more = rivals.kernels().emit(items, n, pivot.key, pivot.ties - done.ties, first + i,
-                                                 out + done.count, span.end - out - done.count);
+                                                 out + done.count, end - out - done.count);
       done.count += more.count;
       done.ties += more.ties;
     });
-    // Fewer only if somebody wrote to the scores meanwhile.
-    if (done.count < best) std::fill(out + done.count, out + best, -1);
+    // Fewer only if the scores were written to meanwhile.
+    if (done.count < s.wanted) std::fill(out + done.count, out + s.wanted, -1);
   }
-  count_up(span.begin, sink, segment.begin);
-  int32_t* end = count_up(out + best, window, segment.begin + segment.length - window);
-  std::fill(end, span.end, -1);
+  count_up(begin, s.sink, s.begin);
+  int32_t* const slack = count_up(out + s.wanted, s.window, s.begin + s.length - s.window);
+  std::fill(slack, end, -1);
   if (p.ready != nullptr) std::atomic_ref<uint32_t>(p.ready[row]).store(1, std::memory_order_release);
 }
 

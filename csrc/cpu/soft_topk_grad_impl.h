@@ -56,7 +56,7 @@ struct SoftSlope {
       const Exponential<S> e(l);
       const auto m = S::zero_below(e.value(), value, S::fset(-kFarthest));
       const auto rest = S::fmul(S::fma(e.scale, e.part, S::fadd(e.scale, minus)), minus);
-      // Scores that are missing have no gradient, whatever came in for them.
+      // Missing scores have no gradient, whatever the gradient of their mask is.
       x.a = S::zero_below(S::fmul(upstream, rest), value, S::fset(-kLargest));
       x.w = S::fmul(m, rest);
       if constexpr (kWithU) {

@@ -3,13 +3,17 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "lkv/cpu.h"
+#include "row_kernels.h"
+
+// How the work of an op is cut into units for threads, and the units of select and gather, which evict runs together.
 
 namespace lkv::cpu {
 
-// How many threads are worth waking for `work` when less than `grain` each is not.
+// How many threads are worth waking for `work`, where each should have at least `grain` of it.
 inline int64_t useful_workers(const Threads& threads, int64_t units, int64_t work, int64_t grain) {
   return std::max<int64_t>(1, std::min({threads.count, units, work / grain}));
 }
@@ -53,5 +57,45 @@ void for_each_unit(const Threads& threads, int64_t workers, int64_t units, F&& f
   for_each_worker(threads, workers,
                   [&](int64_t worker) { queue.drain(worker, [&](int64_t unit) { f(unit, worker); }); });
 }
+
+// How many threads a select is worth.
+int64_t select_workers(const SelectParams& p, const Threads& threads);
+
+// A select cut into units of work: a segment each, or one unit that writes the slack where there is none.
+class SelectUnits {
+ public:
+  SelectUnits(const SelectParams& p, int64_t workers);
+
+  int64_t count() const { return std::max<int64_t>(p_.source.rows(), 1); }
+  void run(int64_t unit, int64_t worker) const;
+
+ private:
+  const SelectParams& p_;
+  const RowKernels& kernels_;
+  int64_t longest_, words_;
+  std::unique_ptr<uint32_t[]> scratch_;  // words_ for each worker
+};
+
+// How many threads a gather is worth.
+int64_t gather_workers(const GatherParams& p, const Threads& threads);
+
+// A gather cut into units of work: tiles of destination rows over all segments, so that skewed budgets balance.
+class GatherUnits {
+ public:
+  GatherUnits(const GatherParams& p, int64_t workers);
+
+  int64_t count() const { return count_; }
+  void run(int64_t unit) const;  // waits for the flags in p.ready
+
+ private:
+  void move(int64_t row, int64_t begin, int64_t end) const;
+  bool streamed(int64_t payload) const;
+
+  const GatherParams& p_;
+  const RowKernels& kernels_;
+  int64_t bytes_;     // of one row, all payloads
+  int64_t tile_ = 1;  // rows
+  int64_t count_ = 0;
+};
 
 }  // namespace lkv::cpu

@@ -1,20 +1,18 @@
 #include "launch.h"
+#include "lkv/segments.h"
 #include "rows_copy.cuh"
-#include "span.cuh"
 #include "tuning.h"
+
+// New rows behind the rows in use, one block per segment: all threads work out how many rows fit and where they go
+// (appended_of), copy them payload by payload, write their positions, and after a barrier one thread writes the length.
 
 namespace lkv::cuda {
 namespace {
 
 constexpr int kProductionBlock = 256;
 
-// The rows of one segment that fit: where they go, and which token is the first of them.
-struct Added {
-  int64_t first, rows, token;
-};
-
 template <int kBlock>
-__device__ __forceinline__ void append_rows(const AppendParams& p, int64_t row, const Added& added) {
+__device__ __forceinline__ void append_rows(const AppendParams& p, int64_t row, const Appended& added) {
   for (int64_t payload = 0; payload < p.payloads; ++payload) {
     const Strided& input = p.inputs[payload];
     const int64_t row_bytes = p.row_bytes[payload];
@@ -32,17 +30,15 @@ __device__ __forceinline__ void append_rows(const AppendParams& p, int64_t row, 
   }
 }
 
-// A block per segment: nobody else reads the length that it changes.
+// A block per segment: no other block reads the length that it changes.
 template <int kBlock>
 __global__ void __launch_bounds__(kBlock) append_kernel(const LKV_GRID_CONSTANT AppendParams p) {
   const int64_t rows = p.batch * p.heads;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const Span span = span_of(p.cu_seqlens, p.lengths, p.tokens, row);
-    const int64_t valid = clamp(p.valid.at(0, row / p.heads, row % p.heads), 0, p.count);
-    const int64_t fit = clamp(valid, 0, span.size - span.length);
-    append_rows<kBlock>(p, row, {span.begin + span.length, fit, p.count - valid});
+    const Appended added = appended_of(p, row);
+    append_rows<kBlock>(p, row, added);
     block_sync();  // all threads have read the length
-    if (threadIdx.x == 0) p.lengths[row] = static_cast<int32_t>(span.length + fit);
+    if (threadIdx.x == 0) p.lengths[row] = static_cast<int32_t>(added.length);
   }
 }
 

@@ -2,7 +2,15 @@
 
 #include "attend_tile.cuh"
 
-// One unit from its queries to its result, and how results of pieces become one.
+// Attention over a ragged cache. A block takes one unit: a tile of queries, a piece of the rows, a slice of the columns
+// of V (attend_shared.cuh).
+//   1. Find the queries and how many rows of the piece each sees; stage them in float32, scaled.
+//   2. The first piece begins the running softmax at the sink of each query that sees a row.
+//   3. For every tile of rows: stage K chunk by chunk, and let each thread multiply one row with all queries.
+//   4. Each warp turns the logits of some queries into weights relative to the highest logit so far.
+//   5. Stage V, and let teams of threads add up weighted rows in registers, rescaled to the highest logit.
+//   6. Add up the teams. One piece: write the result. Several: write partial sums; a second kernel merges the pieces of
+//      each query in order.
 
 namespace lkv::cuda {
 
@@ -47,7 +55,7 @@ __device__ __forceinline__ void find_sinks(AttendShared<type, kBlock>* shared, c
   shared->sink[q] = load_float(p.sinks_type, p.sinks, query_head(p, u.row, int64_t{u.tile} * kQueries + q));
 }
 
-// Adds up what the teams have, and writes it to where the plan says.
+// Adds up the sums of the teams and writes the result, or the partial result of a piece.
 template <ScoreType type, int kBlock>
 __device__ __forceinline__ void finish(AttendShared<type, kBlock>* shared, Softmax<kBlock>& softmax,
                                        const Accumulators& mine, ScoreType of_out, const AttendParams& p,
@@ -101,7 +109,7 @@ __global__ void __launch_bounds__(kBlock, kMixed ? 3 : 4)
   const ScoreType of_q = kMixed ? p.type : type;
   auto* shared = dyn_smem<AttendShared<type, kBlock>>();
   const Unit u = unit_of_block(plan);
-  const Span span = attended_rows(p, u.row);
+  const Span span = attended_span(p, u.row);
   if (u.piece >= plan.pieces_of(span.length)) return;
   const auto begin = static_cast<int>(u.piece * plan.piece_rows);  // lengths are int32
   find_queries(shared, p, u, span.length, clamp(begin + plan.piece_rows, 0, span.length));
@@ -152,7 +160,7 @@ __global__ void __launch_bounds__(kBlock)
     attend_merge_kernel(const LKV_GRID_CONSTANT AttendParams p, const LKV_GRID_CONSTANT AttendPlan plan) {
   const int64_t queries = p.group * p.queries, slice = blockIdx.x % plan.slices;
   const int64_t i = blockIdx.x / plan.slices % queries, row = blockIdx.x / plan.slices / queries;
-  const int64_t pieces = plan.pieces_of(attended_rows(p, row).length);
+  const int64_t pieces = plan.pieces_of(attended_span(p, row).length);
   const AttendPartial* first = &plan.partials[plan.unit(row, 0, i / kQueries, slice)];
   const int64_t step = plan.unit(0, 1, 0, 0);
   const int q = static_cast<int>(i % kQueries);

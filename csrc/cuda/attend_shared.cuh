@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "block_scan.cuh"
-#include "span.cuh"
+#include "lkv/segments.h"
 
 // How attention is cut: a unit is one tile of queries of a segment over one piece of its rows, for one slice of the
 // columns of V. Query i of a segment is head i % group of the group at token i / group: neighbours see about the same
@@ -12,7 +12,7 @@
 
 namespace lkv::cuda {
 
-inline constexpr int kQueries = 8;   // of a tile: what is read of K and V serves them all
+inline constexpr int kQueries = 8;   // of a tile, which share every read of K and V
 inline constexpr int kChunk = 64;    // columns that are staged at once
 inline constexpr int kResident = 2;  // chunks of the queries that are kept, if that is all of them
 inline constexpr int kChunksPerSlice = 2;
@@ -56,19 +56,12 @@ struct AttendShared {
   int end[kQueries];  // rows of the segment that the query sees
 };
 
-// The rows that a segment has in use, as far as `longest` allows.
-__device__ __forceinline__ Span attended_rows(const AttendParams& p, int64_t row) {
-  Span span = span_of(p.cu_seqlens, p.lengths, p.tokens, row);
-  span.length = clamp(span.length, 0, p.longest);
-  return span;
-}
-
 // The head of a query of a segment.
 __device__ __forceinline__ int64_t query_head(const AttendParams& p, int64_t row, int64_t i) {
   return row % p.heads * p.group + i % p.group;
 }
 
-// Where a query of a segment, or what becomes of it, lies.
+// Where a query of a segment, or its result, lies.
 __device__ __forceinline__ char* query_at(const AttendParams& p, const Strided& t, int64_t row, int64_t i) {
   return t.data + row / p.heads * t.batch + query_head(p, row, i) * t.head + i / p.group * t.token;
 }

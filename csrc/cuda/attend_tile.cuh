@@ -39,7 +39,7 @@ __device__ __forceinline__ void stage_rows(AttendShared<type, kBlock>* shared, c
                                            int rows, int columns) {
   constexpr int kItems = sizeof(uint4) / sizeof(typename ScoreTraits<type>::Bits);
   constexpr int kSize = sizeof(typename ScoreTraits<source>::Bits);
-  block_sync();  // nobody reads the last tile any more
+  block_sync();  // all threads have read the last tile
   if ((low_bits(from) | static_cast<uint32_t>(stride | columns * kSize)) % (kItems * kSize) == 0) {
     stage_items<source, kItems>(shared, from, stride, rows, columns);
   } else {
@@ -105,7 +105,7 @@ __device__ __forceinline__ float warp_reduce(float x, F&& f) {
   return x;
 }
 
-// The running softmax of the queries that a warp looks after, the same in all of its lanes.
+// The running softmax of the queries of one warp, the same in all of its lanes.
 template <int kBlock>
 struct Softmax {
   static constexpr int kWarps = kBlock / kWarp, kMine = kQueries / kWarps;
@@ -130,7 +130,7 @@ struct Softmax {
   }
 
   // Logits of the tile that begins at row `first` become weights relative to the highest logit so far, and `factor`
-  // what sums relative to the highest before must be multiplied with. NaN is nobody's highest, but stays in the sum.
+  // what sums relative to the highest before must be multiplied with. NaN is never the highest, but stays in the sum.
   template <ScoreType type>
   __device__ __forceinline__ void add(AttendShared<type, kBlock>* shared, int first) {
 #pragma unroll
@@ -182,7 +182,7 @@ struct Accumulators {
     }
   }
 
-  // The tile holds `rows` rows of a chunk of V. A row of weight 0 adds nothing whatever it holds: rows that a query
+  // The tile has `rows` rows of a chunk of V. A row of weight 0 adds nothing, even if it holds NaN: rows that a query
   // does not see, and what lies behind the last row in the tile.
   template <ScoreType type, int kBlock>
   __device__ __forceinline__ void add(const AttendShared<type, kBlock>* shared, int chunk, int rows) {

@@ -1,21 +1,27 @@
 #include "launch.h"
-#include "lkv/params.h"
+#include "lkv/segments.h"
 #include "rows_copy.cuh"
 #include "tuning.h"
+
+// Eviction in place: kept rows move to the front of their segment. A block takes one payload of one segment, or some
+// slices of its bytes where there are fewer of those than multiprocessors:
+//   1. The block takes as many of the next kept rows as its threads hold in registers.
+//   2. Every thread loads its vectors of these rows, except where a row is in place already.
+//   3. After a barrier it stores them to their new rows.
+// Rows only move towards the front, so a store never reaches a row that a later tile loads.
 
 namespace lkv::cuda {
 namespace {
 
 constexpr int kProductionBlock = 512;
-constexpr uint32_t kSliceVectors = 4;  // of a row's bytes move in one slice
+constexpr uint32_t kSliceVectors = 4;  // vectors of a row that move in one slice
 
 // Which (segment, payload) a block moves, and the slices of its rows: bytes of different slices never meet.
 struct Slices {
   int64_t first, step;
 };
 
-// Moves the slices of one segment's rows. Kept rows only move towards the front, so a tile's stores never reach what a
-// later tile loads: only within a tile all loads must come before the first store.
+// Moves the slices of one segment's rows.
 template <class Vector, int kBlock>
 __device__ __forceinline__ void move_rows(char* rows, int64_t stride, int64_t limit, int64_t row_bytes,
                                           const int32_t* positions, int64_t keep, const Slices& slices) {

@@ -1,14 +1,15 @@
 #include "gather_tile.cuh"
 #include "select_plan.h"
 
-// Small evictions in one launch: the blocks that have selected a segment's rows move them as well, which is worth it
-// where each has little to move. Otherwise a select with a gather beside it, whose tiles balance whatever the budgets
-// are.
+// Evict. A small eviction is one launch: the blocks of a cluster select the rows of a segment (select_cluster.cuh) and,
+// after a barrier, move them as tiles (gather_tile.cuh). At the end all blocks clear the rows behind the last span.
+// This is faster while each block moves no more than a tile of K and V. A larger one is a select and a gather that
+// starts beside it: tiles of the gather balance skewed budgets.
 
 namespace lkv::cuda {
 namespace {
 
-constexpr int64_t kFusedBytes = 32 << 10;  // of the output per block: a tile of K and V
+constexpr int64_t kFusedBytes = 32 << 10;  // bytes of the output per block: a tile of K and V
 
 template <int kBlock>
 struct EvictShared {
@@ -25,7 +26,7 @@ __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
   Cluster cluster;
   meet(&shared->select, cluster);
   const auto rows = static_cast<uint32_t>(p.source.rows());
-  // Once more behind the last segment: what lies behind its span is cleared, by all blocks.
+  // One turn more than there are segments: in the last, all blocks clear what lies behind the last span.
   bool ends = false;
   for (uint32_t row = blockIdx.x >> cluster.shift; !ends; row += gridDim.x >> cluster.shift) {
     ends = row >= rows;
@@ -47,8 +48,8 @@ __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
 
 bool fuses(const SelectSize& x, const Plan& plan, int64_t bytes) {
   if (x.tuning.fused >= 0) return x.tuning.fused > 0;
-  if (asked("LKV_CUDA_EVICT", "fused")) return true;
-  if (asked("LKV_CUDA_EVICT", "pair")) return false;
+  if (env_is("LKV_CUDA_EVICT", "fused")) return true;
+  if (env_is("LKV_CUDA_EVICT", "pair")) return false;
   const int64_t blocks = std::min<int64_t>(x.rows * plan.cluster, x.device.multiprocessors);
   return plan.keys_in == KeysIn::registers && bytes <= blocks * kFusedBytes;
 }
@@ -69,8 +70,8 @@ Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, int6
   Status status = Device::of(evict_kernel<ScoreType::f32, kSelectBlock>, device);
   if (status != cudaSuccess) return status;
   SelectSize x = {device, p.source.rows(), longest, tuning};
-  x.beside = tuning.block == kTestBlock ? sizeof(EvictShared<kTestBlock>) - sizeof(ClusterShared<kTestBlock>)
-                                        : sizeof(EvictShared<kSelectBlock>) - sizeof(ClusterShared<kSelectBlock>);
+  x.beside = with_block<kSelectBlock>(
+      tuning, []<int kBlock> { return sizeof(EvictShared<kBlock>) - sizeof(ClusterShared<kBlock>); });
   const Plan plan = plan_clusters(x);
   if (x.rows == 0 || !fuses(x, plan, bytes)) {
     status = select(p, longest, scratch, stream, tuning);

@@ -14,13 +14,13 @@ __global__ void __launch_bounds__(kBlock) gather_kernel(const LKV_GRID_CONSTANT 
         p, first, rows, shared, [&](int i) { return find_row(p, first, i); },
         [&](int64_t row) { wait_for_select(p, row); });
   }
-  // What follows on the stream waits for this grid alone: it must not end before the select does.
+  // The next work on the stream waits for this grid alone, so it must not end before the select does.
   grid_dependency_wait();
 }
 
 // Rows move through registers unless the caller or the environment asks for bulk copies.
 bool moves_in_bulk(const Tuning& tuning) {
-  return tuning.bulk >= 0 ? tuning.bulk > 0 : asked("LKV_CUDA_GATHER", "bulk");
+  return tuning.bulk >= 0 ? tuning.bulk > 0 : env_is("LKV_CUDA_GATHER", "bulk");
 }
 
 // Behind a select the grid starts while that runs, where the code of the kernel can wait for it.

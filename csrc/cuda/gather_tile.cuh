@@ -1,24 +1,30 @@
 #pragma once
 
-#include "lkv/params.h"
+#include "lkv/segments.h"
 #include "rows_copy.cuh"
 
-// A tile of output rows: found together, then copied payload by payload.
+// Gather by tiles of 64 rows of the output, whatever segments they belong to, so that skewed budgets balance. A tile:
+//   1. Each thread finds the segment of one row, a warp at a time: two rounds of loads for up to 1024 segments.
+//   2. It reads where the segment lies in each payload, by relaxed loads: the tables may be newer than the L1 cache.
+//   3. It waits for the flag of the segment, which the select sets; one lane polls for all with the same segment.
+//   4. It reads the position and puts the address of the source row into shared memory; nullptr stands for zeros.
+//   5. The halves of the block copy two payloads at a time, rows spread over lanes by vectors of up to 16 bytes,
+//      several loads in flight before the first store.
 
 namespace lkv::cuda {
 
-inline constexpr int kTileRows = 64;     // skewed budgets balance, as tiles know no segments
+inline constexpr int kTileRows = 64;
 inline constexpr int kPayloadGroup = 4;  // payloads whose addresses are found together
 
 struct TileShared {
   const char* source[kPayloadGroup][kTileRows];             // nullptr: zeros
   int64_t step[kPayloadGroup][kTileRows];                   // from one position to the next
-  uint32_t address_bits[kPayloadGroup][kTileRows / kWarp];  // of the sources, or-ed
+  uint32_t address_bits[kPayloadGroup][kTileRows / kWarp];  // of the sources, or-ed together
   char* out[kPayloadGroup];                                 // of the first row
   int64_t row_bytes[kPayloadGroup];
 };
 
-// The spans have written the offsets and the tables, two grids in front of a gather that has not waited for any yet.
+// For offsets and tables, which the grid of the spans has written: a gather reads them before it waits for any grid.
 struct RelaxedLoad {
   template <class T>
   LKV_HD T operator()(const T* p) const {
@@ -68,8 +74,8 @@ __device__ __forceinline__ int64_t find_row(const GatherParams& p, int64_t first
   return inside ? row : row_of(p.cu_seqlens, rows, j);
 }
 
-// Waits for the positions of the lanes' segments. One lane polls for all whose segment is the same: every look empties
-// the L1 cache.
+// Waits for the positions of the lanes' segments. One lane polls for all with the same segment, as every acquire
+// empties the L1 cache.
 __device__ __forceinline__ void wait_for_select(const GatherParams& p, int64_t row) {
   if (p.ready == nullptr) return;
   const int64_t below = __shfl_up_sync(kFullWarp, row, 1);
@@ -86,7 +92,7 @@ __device__ __forceinline__ int group_size(const GatherParams& p, int payload) {
 }
 
 // Where the rows first .. first + kTileRows of some payloads come from and go to. `row_at(i)`: the segment of the i-th
-// of them, -1: zeros. Nothing but its position is read behind `wait(row)`.
+// of them, -1: zeros. Only the position of a row is read behind `wait(row)`.
 template <class RowAt, class Wait>
 __device__ __forceinline__ void stage_tile(const GatherParams& p, int64_t first, int payload, int payloads,
                                            TileShared* shared, RowAt&& row_at, Wait&& wait) {

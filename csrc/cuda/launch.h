@@ -74,7 +74,7 @@ Status with_type(ScoreType type, F&& f) {
   return cudaErrorInvalidValue;
 }
 
-// Answers of the driver that stay the same while the process runs, each asked for once. For any thread.
+// Properties that the driver reports and that stay the same while the process runs; each is queried once. Thread-safe.
 template <class Key, class Value>
 class Memo {
  public:
@@ -128,9 +128,9 @@ struct Device {
   }
 };
 
-// Lets a kernel have the shared memory and the cluster that a grid asks for. `active`: how many of its clusters run at
-// once, which need as many free multiprocessors next to each other; 0 where the device refuses them, and any number for
-// clusters of one block.
+// Allows a kernel the shared memory and the cluster size of a grid. `active`: how many of its clusters run at once,
+// each on as many free multiprocessors of one group; 0 where the device refuses them, and kMaxBlocks for clusters of
+// one block.
 template <class... Params>
 Status allow(void (*kernel)(Params...), const Grid& grid, const Device& device, int64_t& active) {
   static Memo<std::tuple<int, const void*, int, size_t>, int64_t> known;
@@ -145,15 +145,16 @@ Status allow(void (*kernel)(Params...), const Grid& grid, const Device& device, 
     active = kMaxBlocks;
     if (grid.cluster == 1) return cudaSuccess;
     int clusters = 0;
-    // Of the cluster alone, and on no stream: this one may be capturing, and a driver may refuse other attributes.
+    // The cluster is the only attribute, and there is no stream: the stream of the call may be capturing, and a driver
+    // may refuse other attributes.
     const LaunchConfig config(
         {.blocks = grid.cluster, .block = grid.block, .shared = grid.shared, .cluster = grid.cluster}, nullptr);
-    const bool asked =
+    const bool allowed =
         (grid.cluster <= kPortableCluster ||
          cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess) &&
         cudaOccupancyMaxActiveClusters(&clusters, kernel, &config.config) == cudaSuccess;
-    if (!asked) cudaGetLastError();
-    active = asked ? clusters : 0;
+    if (!allowed) cudaGetLastError();
+    active = allowed ? clusters : 0;
     return cudaSuccess;
   });
 }

@@ -124,14 +124,14 @@ __device__ __forceinline__ void grid_dependency_wait() {
 #endif
 }
 
-// This block no longer holds back a grid launched behind this one; promises nothing about what it wrote.
+// This block no longer delays a grid launched behind this one; what it wrote need not be visible to that grid.
 __device__ __forceinline__ void trigger_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// A load of what nobody writes during the grid and nobody reads again: uint4, uint2 or an unsigned integer.
+// A load of what no thread writes during the grid and none reads again: uint4, uint2 or an unsigned integer.
 template <class T>
 __device__ __forceinline__ T load_once(const T* p) {
   return __ldcs(p);

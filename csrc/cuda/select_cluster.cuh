@@ -1,9 +1,18 @@
 #pragma once
 
-#include "select_emit.cuh"
+#include "select_pivot.cuh"
 
-// Select with one cluster of blocks per segment: histograms and counts are exchanged over distributed shared memory.
-// A cluster of one block is what architectures before sm_90 run.
+// Select with one cluster of blocks per segment. Before sm_90 a cluster is one block.
+//   1. One thread of each block plans the segment: sink and window are known, the tokens between compete
+//      (selection_of). Those tokens are cut into one slice per warp of the cluster.
+//   2. Each warp reads its scores once and keeps them as ordered keys in registers or shared memory, as many as fit.
+//   3. Radix search for the last key kept, 11, 11 and 10 bits at a time: the block counts its keys by their next digit,
+//      adds the counts to those of the cluster over distributed shared memory, and finds the digit of the pivot in the
+//      sums.
+//   4. Each warp counts its keys above the pivot and equal to it. The counts of the slices before say where it writes.
+//   5. Each warp writes the positions of its slice in order: no sort, no atomics.
+//   6. The cluster writes sink, window and slack, meets, and sets the flag of the segment: a gather may move its rows.
+// Clusters walk the segments, so that the grid has no more blocks than run at once.
 
 namespace lkv::cuda {
 
@@ -22,7 +31,7 @@ struct ClusterShared {
   __device__ uint32_t* keys() { return reinterpret_cast<uint32_t*>(this + 1); }
 };
 
-// Of a power of two, which sizes of clusters are: by shifts, as a division takes long.
+// The logarithm of a cluster's size, which is a power of two: shifts are faster than divisions.
 __device__ __forceinline__ uint32_t logarithm(uint32_t power) {
   return __popc(power - 1);
 }
@@ -101,11 +110,8 @@ __device__ __forceinline__ Counts counts_before(ClusterShared<kBlock>* shared, c
 // Tiles that a warp keeps in registers.
 inline constexpr int kRegisterTiles = 2;
 
-template <int kBlock>
-inline constexpr uint32_t kRegisterKeys = kRegisterTiles * kWarpTile * (kBlock / kWarp);
-
-// Writes the positions of one segment. All blocks of the cluster call it; nobody's shared memory is read any more and
-// all positions are there once they have met.
+// Writes the positions of one segment. All blocks of the cluster call it. After the next barrier of the cluster all
+// positions are written, and no block reads the shared memory of another any more.
 template <ScoreType type, int kBlock, KeysIn keys_in>
 __device__ __forceinline__ void select_row(const SelectParams& p, int64_t row, uint32_t warp_capacity, Cluster& cluster,
                                            ClusterShared<kBlock>* shared) {

@@ -1,13 +1,61 @@
 #pragma once
 
-#include "select_row.cuh"
+#include "block_scan.cuh"
+#include "lkv/segments.h"
 
-// The keys of a warp's slice, tile by tile: four next to each other for every lane. first() reads the scores, each()
-// goes over the keys again, from the chip as far as they were kept there. All kinds call f(i, keys) by the whole warp
-// for every tile that begins in the slice; what lies at or behind its end is not valid.
+// How a segment is cut into slices, one for each warp, and the keys of a slice.
 
 namespace lkv::cuda {
 
+// What is selected of a segment, for one block.
+struct RowPlan : Selection {
+  uint32_t lead;  // keys between the vector of four that the first score lies in and that score
+};
+
+__device__ inline RowPlan plan_row(const SelectParams& p, int64_t row) {
+  RowPlan plan = {selection_of(p, row), 0};
+  plan.lead = reinterpret_cast<uintptr_t>(plan.scores) >> (p.type == ScoreType::f32 ? 2 : 1) & 3;
+  return plan;
+}
+
+// One thread plans for the block, in shared memory.
+__device__ __forceinline__ const RowPlan& share_plan(RowPlan* shared, const SelectParams& p, int64_t row) {
+  if (threadIdx.x == 0) *shared = plan_row(p, row);
+  block_sync();
+  return *shared;
+}
+
+// The tokens that compete are cut, in order, into one run per block and each run into one part per warp, so that ranks
+// follow from how many keys the slices before keep. Parts are whole warp tiles.
+inline constexpr uint32_t kWarpTile = 4 * kWarp;
+
+// The part of one warp: `size` keys from key `begin` on, of which those in front of key 0 (where `begin` wraps) and
+// from `end` on are none.
+struct Slice {
+  uint32_t begin, size, end;
+};
+
+LKV_HD uint32_t keys_per_warp(uint32_t count, uint32_t warps) {
+  return ((count + warps - 1) / warps + kWarpTile - 1) / kWarpTile * kWarpTile;
+}
+
+// Slices begin at addresses of whole vectors of scores, up to three keys in front of the first, where parts do not grow
+// by that.
+template <int kBlock>
+__device__ __forceinline__ Slice slice_of(const RowPlan& plan, uint32_t block, uint32_t blocks) {
+  constexpr uint32_t warps = kBlock / kWarp;
+  const uint32_t part = keys_per_warp(plan.count, blocks * warps);
+  const bool fits = keys_per_warp(plan.count + plan.lead, blocks * warps) == part;
+  const uint32_t lead = fits ? plan.lead : 0, count = plan.count + lead;
+  const auto upto = [&](uint64_t parts) { return static_cast<uint32_t>(parts * part < count ? parts * part : count); };
+  const uint32_t begin = upto(uint64_t{block} * warps + warp_id());
+  const uint32_t end = upto(uint64_t{block} * warps + warp_id() + 1);
+  return {begin - lead, end - begin, end - lead};
+}
+
+// The keys of a warp's slice, tile by tile: four consecutive keys for every lane. first() reads the scores; each() goes
+// over the keys again, from registers or shared memory as far as they were kept there. Both call f(i, keys) with the
+// whole warp for every tile that begins in the slice; keys at or behind the end of the slice are not valid.
 struct Four {
   uint32_t key[4];
 };

@@ -4,7 +4,7 @@
 #include "select_cluster.cuh"
 #include "tuning.h"
 
-// How a select is launched: sizes from the device's limits, clusters from what the device says it can hold.
+// How a select is launched: sizes from the limits of the device, clusters by how many of them run at once.
 
 namespace lkv::cuda {
 
@@ -30,11 +30,13 @@ struct SelectSize {
   const Tuning& tuning;
   size_t beside = 0;  // shared memory that the kernel has for something else
 
-  int block() const { return tuning.block > 0 ? tuning.block : kSelectBlock; }
+  int block() const {
+    return with_block<kSelectBlock>(tuning, []<int kBlock> { return kBlock; });
+  }
   int warps() const { return block() / kWarp; }
 
   size_t fixed() const {
-    return beside + (block() == kTestBlock ? sizeof(ClusterShared<kTestBlock>) : sizeof(ClusterShared<kSelectBlock>));
+    return beside + with_block<kSelectBlock>(tuning, []<int kBlock> { return sizeof(ClusterShared<kBlock>); });
   }
 
   // Keys of one warp.

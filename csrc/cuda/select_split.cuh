@@ -1,9 +1,13 @@
 #pragma once
 
-#include "select_emit.cuh"
+#include "select_pivot.cuh"
 
-// Select with several independent blocks per segment, for few long segments where clusters do not exist: every round
-// is a grid of its own and meets in global memory, so no block ever waits for another.
+// Select with several independent blocks per segment, for few long segments where clusters do not exist. The steps are
+// those of select_cluster.cuh, but each is a grid of its own, and blocks exchange counts in global memory, so no block
+// ever waits for another:
+//   1. Two or three grids of histograms, one for each digit. Every block finds the pivot so far again from the sums.
+//   2. A grid that counts, for every warp, the keys above the pivot and equal to it.
+//   3. A grid that writes the positions; the last block of a segment sets its flag.
 
 namespace lkv::cuda {
 

@@ -24,7 +24,7 @@ struct SoftSlope {
     const float m = log ? expf(value) : value, rest = log ? -expm1f(value) : 1.0f - value;
     w = m * rest;
     u = 0;
-    // Scores that are missing have no gradient, whatever came in for them.
+    // Missing scores have no gradient, whatever the gradient of their mask is.
     a = log ? value >= -kLargest ? grad * rest : 0.0f : w > 0 ? grad * w : 0.0f;
     if (with_u && rest > 0 && value >= -kLargest && (log || value > 0)) u = (log ? value : logf(m)) - logf(rest);
   }

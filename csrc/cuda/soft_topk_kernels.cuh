@@ -2,7 +2,13 @@
 
 #include "soft_topk_row.cuh"
 
-// From scores to the mask: a pass that reads them, a few over what is on chip until tau is found, one that writes.
+// From scores to the mask, with a cluster of blocks per row:
+//   1. Each block reads its slice of the row once, keeps it in shared memory if it fits, and sums up count, range, mean
+//      and variance of the finite scores.
+//   2. One thread decides rows in which k leaves no choice, or guesses tau from these sums (lkv/soft_threshold.h).
+//   3. Passes over the slice: every thread sums the mask and its derivatives at tau, blocks and cluster add up, and one
+//      thread of each block moves tau, by the same arithmetic in all blocks, until the mask sums up to k.
+//   4. Write the mask, or its logarithm, and the weight of the row.
 
 namespace lkv::cuda {
 

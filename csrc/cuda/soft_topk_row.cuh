@@ -16,7 +16,7 @@ inline constexpr float kLargest = 3.402823466e38f;
 
 struct DeviceMath {
   __device__ __forceinline__ static double inverse(double x) { return reciprocal(x); }
-  // Of these a bracket and a guess are made: float will do.
+  // These only make a bracket and a guess: float is exact enough.
   __device__ __forceinline__ static double log(double x) {
     return static_cast<double>(logf(static_cast<float>(x > 1e-37 ? x < 1e37 ? x : 1e37 : 1e-37)));
   }
@@ -27,7 +27,7 @@ struct DeviceMath {
 
 using Threshold = SoftThreshold<DeviceMath>;
 
-// Read anew wherever it is needed: registers are dearer.
+// Read again wherever it is needed: registers cost more.
 struct SoftCluster {
   __device__ __forceinline__ static uint32_t rank() { return cluster_rank(); }
   __device__ __forceinline__ static uint32_t size() { return cluster_size(); }
@@ -40,7 +40,7 @@ struct SoftCluster {
   }
 };
 
-// Where the block's slice of a row lies, and what the row asks for.
+// Where the block's slice of a row lies, with k, temperature and length of the row.
 struct SoftPlan {
   int n, begin, end;
   double k, temperature, inverse;  // 1 / temperature

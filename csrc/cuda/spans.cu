@@ -1,37 +1,63 @@
+#include <cstring>
+
 #include "block_scan.cuh"
+#include "launch.h"
+#include "lkv/segments.h"
 #include "tuning.h"
-#include "upload.cuh"
+
+// The first launch of an eviction, by one block:
+//   1. Let the kernels behind start; they wait for this grid before they read what it writes.
+//   2. Write the tables of the call, and the budgets if they came from the host, to device memory. They are an argument
+//      of the launch; what does not fit into 4 KB goes ahead in launches of its own.
+//   3. For 512 segments at a time: each thread computes the size of one span, a scan over the block adds up those
+//      before it, and the thread writes length, offset and a cleared flag (the rules are in lkv/segments.h).
+//   4. Write the end of the last span and, summed over the block, the rows that were cut.
 
 namespace lkv::cuda {
 namespace {
 
-__device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
+// Bytes that travel as an argument of a launch. All arguments together have 4 KB.
+constexpr uint32_t kChunkWords = 216;
 
-struct Wish {
-  int64_t wanted;  // rows that the budget alone would keep
-  int64_t keep;    // rows kept if the output does not end
-  int64_t span;    // at most `total`, so that sums of spans stay in range
+struct Chunk {
+  uint4 words[kChunkWords];
+  char* out;
+  uint32_t bytes;
 };
 
-__device__ __forceinline__ Wish wish_of(const SpansParams& p, int64_t row) {
-  const Segment segment = segment_of(p.source, row);
-  Wish wish;
-  wish.wanted = clamp(p.budgets.at(segment.layer, segment.b, segment.h), 0, segment.length);
-  wish.keep = clamp(p.max_budget, 0, wish.wanted);
-  if (p.padded > 0) {
-    wish.keep = smaller(wish.keep, p.padded);
-    wish.span = smaller(p.padded, p.total);
-  } else {
-    const int64_t used = wish.keep + smaller(p.reserve, p.total);
-    wish.span = smaller((used + p.align - 1) / p.align * p.align, p.total);
+// By the threads of one block. After a barrier they may read the bytes.
+__device__ __forceinline__ void write_chunk(const Chunk& chunk) {
+  uint32_t copied = 0;
+  if (reinterpret_cast<uintptr_t>(chunk.out) % sizeof(uint4) == 0) {
+    copied = chunk.bytes / sizeof(uint4) * sizeof(uint4);
+    for (uint32_t i = threadIdx.x; i < copied / sizeof(uint4); i += blockDim.x) {
+      reinterpret_cast<uint4*>(chunk.out)[i] = chunk.words[i];
+    }
   }
-  return wish;
+  const char* in = reinterpret_cast<const char*>(chunk.words);
+  for (uint32_t i = copied + threadIdx.x; i < chunk.bytes; i += blockDim.x) chunk.out[i] = in[i];
 }
 
-// One block walks all segments, carrying the sum of the spans so far. It first writes the tables that it and the
-// kernels behind it read: a launch of their own would take longer.
+// Takes the first chunk off what is left.
+Chunk take_chunk(Upload& left) {
+  Chunk chunk;
+  chunk.out = static_cast<char*>(left.device);
+  chunk.bytes = static_cast<uint32_t>(std::min(left.bytes, sizeof chunk.words));
+  std::memcpy(chunk.words, left.host, chunk.bytes);
+  left = {static_cast<const char*>(left.host) + chunk.bytes, chunk.out + chunk.bytes, left.bytes - chunk.bytes};
+  return chunk;
+}
+
+constexpr int kUploadBlock = 256;
+
+__global__ void __launch_bounds__(kUploadBlock) upload_kernel(const LKV_GRID_CONSTANT Chunk chunk) {
+  write_chunk(chunk);
+}
+
+Status upload_chunk(const Chunk& chunk, Stream stream) {
+  return launch(upload_kernel, {.blocks = 1, .block = kUploadBlock}, stream, chunk);
+}
+
 template <int kBlock>
 __global__ void __launch_bounds__(kBlock)
     spans_kernel(const LKV_GRID_CONSTANT SpansParams p, const LKV_GRID_CONSTANT Chunk tables) {
@@ -43,26 +69,16 @@ __global__ void __launch_bounds__(kBlock)
   int64_t carry = 0, cut = 0;
   for (int64_t base = 0; base < rows; base += kBlock) {
     const int64_t row = base + threadIdx.x;
-    Wish wish = {};
-    if (row < rows) wish = wish_of(p, row);
+    SpanSize size = {};
+    if (row < rows) size = span_size_of(p, row);
     int64_t sum;
-    const int64_t before = carry + scan->exclusive(wish.span, sum);
-    if (row < rows) {
-      const int64_t begin = smaller(before, p.total);
-      const int64_t keep = smaller(wish.keep, p.total - begin);
-      cut += wish.wanted - keep;
-      p.lengths[row] = static_cast<int32_t>(keep);
-      p.cu_seqlens[row] = static_cast<int32_t>(begin);
-      if (p.ready != nullptr) p.ready[row] = 0;
-    }
+    const int64_t before = carry + scan->exclusive(size.span, sum);
+    if (row < rows) cut += write_span(p, row, size, before);
     carry += sum;
   }
   int64_t overflow;
   scan->exclusive(cut, overflow);
-  if (threadIdx.x == 0) {
-    p.cu_seqlens[rows] = static_cast<int32_t>(smaller(carry, p.total));
-    if (p.overflow != nullptr) *p.overflow = static_cast<int32_t>(smaller(overflow, INT32_MAX));
-  }
+  if (threadIdx.x == 0) write_end(p, carry, overflow);
 }
 
 template <int kBlock>
@@ -72,6 +88,12 @@ Status run(const SpansParams& p, const Chunk& tables, Stream stream) {
 }
 
 }  // namespace
+
+Status upload(Upload bytes, Stream stream) {
+  Status status = cudaSuccess;
+  while (bytes.bytes > 0 && status == cudaSuccess) status = upload_chunk(take_chunk(bytes), stream);
+  return status;
+}
 
 Status spans(const SpansParams& p, Upload tables, Stream stream, const Tuning& tuning) {
   static_assert(sizeof(SpansParams) + sizeof(Chunk) <= 4096);
@@ -86,6 +108,14 @@ Status spans(const SpansParams& p, Upload tables, Stream stream, const Tuning& t
 
 Status spans(const SpansParams& p, const Upload& tables, Stream stream) {
   return spans(p, tables, stream, {});
+}
+
+const char* describe(Status status) {
+  if (status == cudaErrorInsufficientDriver) {
+    return "the NVIDIA driver is older than the CUDA runtime in this library: update it to the version that "
+           "lkv_ext.build_info()['cuda_driver'] names, or build lkv_ext with a toolkit of the driver's version";
+  }
+  return cudaGetErrorString(static_cast<cudaError_t>(status));
 }
 
 }  // namespace lkv::cuda

@@ -10,12 +10,9 @@
 
 namespace lkv::cuda {
 
-inline constexpr int kTestBlock = 64;  // in the emulator alone
-
 struct Tuning {
-  int block = 0;  // threads per block: kTestBlock in the emulator, or 0 for what each kernel is made for
-  int cluster =
-      0;  // select, soft_topk: blocks per row or segment in one cluster, a power of two up to 16; 0: chosen by size
+  int block = 0;       // threads per block; 0: what each kernel is made for, and all that a build for a GPU has
+  int cluster = 0;     // select, soft_topk: blocks per segment or row, a power of two up to 16; 0: chosen by size
   int splits = -1;     // select: independent blocks per segment, without clusters; 0: never; -1: chosen by size
   int resident = -1;   // select, soft_topk: the most keys a block keeps on chip; -1: as many as fit
   int registers = -1;  // select: 0: no keys in registers
@@ -24,21 +21,11 @@ struct Tuning {
   int pieces = 0;      // attend: the most pieces that the rows of a segment are split into; 0: chosen by size
 };
 
-// What the environment asks for where a tuning leaves the choice: for benchmarks that compare two ways. Read anew every
-// time.
-inline bool asked(const char* variable, std::string_view value) {
+// Whether the environment chooses a kernel where a tuning leaves the choice: for benchmarks that compare two. Read at
+// every call.
+inline bool env_is(const char* variable, std::string_view value) {
   const char* given = std::getenv(variable);
   return given != nullptr && value == given;
-}
-
-// f of the threads per block, known at compile time.
-template <int kBlock, class F>
-Status with_block(const Tuning& tuning, F&& f) {
-#if defined(LKV_EMULATOR)
-  if (tuning.block == kTestBlock) return f.template operator()<kTestBlock>();
-#endif
-  (void)tuning;
-  return f.template operator()<kBlock>();
 }
 
 Status spans(const SpansParams& p, Upload tables, Stream stream, const Tuning& tuning);
@@ -55,3 +42,19 @@ Status soft_topk(const SoftTopkParams& p, Stream stream, const Tuning& tuning);
 Status soft_topk_grad(const SoftTopkGradParams& p, Stream stream, const Tuning& tuning);
 
 }  // namespace lkv::cuda
+
+#if defined(LKV_EMULATOR)
+#include "emulator/blocks.h"
+#else
+
+namespace lkv::cuda {
+
+// f of the threads per block, known at compile time.
+template <int kBlock, class F>
+auto with_block(const Tuning&, F&& f) {
+  return f.template operator()<kBlock>();
+}
+
+}  // namespace lkv::cuda
+
+#endif

@@ -16,10 +16,10 @@ SpansParams Params::spans(const Sizes& sizes, const IndexPointers& out, uint32_t
   SpansParams spans{};
   spans.source = source();
   spans.budgets = problem_.budgets.at(tables_);
-  spans.max_budget = sizes.max_budget < 0 ? INT64_MAX : sizes.max_budget;
+  spans.max_budget = sizes.max_budget;
   spans.reserve = sizes.reserve;
   spans.align = sizes.align;
-  spans.padded = std::max<int64_t>(sizes.padded, 0);
+  spans.padded = sizes.padded;
   spans.total = sizes.total;
   spans.lengths = out.lengths;
   spans.cu_seqlens = out.cu_seqlens;

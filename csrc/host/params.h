@@ -2,7 +2,7 @@
 
 #include "problem.h"
 
-// From a problem to what the kernels are told.
+// From a problem to the arguments of the kernels.
 
 namespace lkv::host {
 

@@ -5,7 +5,7 @@
 
 #include "array.h"
 
-// The arguments that the ops share, checked once and laid out as tables that CPU and CUDA kernels read alike.
+// The arguments that the ops share, checked once and laid out as tables that both the CPU and the CUDA kernels read.
 
 namespace lkv::host {
 
@@ -79,7 +79,7 @@ class Problem {
  public:
   Problem(const Arrays& payload, const Arrays& scores, const Layout& layout);
   void read_sizes(const Sizes& sizes);
-  // `per_head`: the short form is one value per head, else one per sequence. `fallback`: what no value means.
+  // `per_head`: the short form is one value per head, otherwise one per sequence. `fallback`: where there is no value.
   IntTable read_ints(const Ints& values, const char* name, const char* shapes, bool per_head, int64_t fallback);
   // Checks an index that select made for these segments; returns the C of its spans, negative when packed.
   int64_t check_index(const Array& positions, const Array& cu_seqlens) const;
@@ -104,5 +104,19 @@ class Problem {
   void check_rows() const;
   std::vector<Strided> read_rows(const Arrays& list, const char* name, std::vector<int64_t>& tokens);
 };
+
+// Where an op writes when the memory is the caller's.
+struct Outputs {
+  Arrays moved;  // one per payload
+  Array positions, lengths, cu_seqlens;
+  std::optional<Array> overflow;  // where it is counted
+};
+
+// Raises unless every output has the shape and dtype of what goes there, and memory of its own.
+void check_outputs(const Problem& problem, const Sizes& sizes, const Outputs& out, const Arrays& payload,
+                   const Arrays& scores);
+
+// The same of a payload that is rewritten in place.
+void check_in_place(const Problem& problem, const Sizes& sizes, const Arrays& payload, const Arrays& scores);
 
 }  // namespace lkv::host

@@ -1,7 +1,6 @@
 #include "ops.h"
 
 #include "call_threads.h"
-#include "host/outputs.h"
 #include "host/params.h"
 
 namespace lkv::python {

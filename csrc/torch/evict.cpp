@@ -1,4 +1,3 @@
-#include "host/outputs.h"
 #include "ops.h"
 
 namespace lkv::torch_ops {

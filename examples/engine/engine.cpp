@@ -43,8 +43,6 @@ int main() {
   int32_t overflow = 0;
   lkv::cpu::spans({.source = source,
                    .budgets = {.data = budgets.data(), .head = 1},
-                   .max_budget = L,
-                   .align = 1,
                    .total = total,
                    .lengths = lengths.data(),
                    .cu_seqlens = cu_seqlens.data(),

@@ -32,14 +32,17 @@ FOLDER = ROOT / "build/mutants/built"
 MUTATIONS = (*CPU, *OPS)
 
 _SELECT = ("test_parity.py", "test_planted.py", "test_properties.py", "test_numpy.py", "test_isa.py")
+_APPEND = ("test_cache.py", "test_cache_steps.py", "test_raw_ops.py")
 # Of every suite the tests, the most telling ones first: the first failure ends a mutant's run.
 SUITES = {
     "planted": ("test_planted.py",),
+    "select": _SELECT,
     "isa": ("test_isa.py", "test_planted.py"),
     "threads": ("test_threads.py", "test_numpy.py", "test_torch.py"),
     "scale": ("test_scale.py", "test_overlap.py"),
     "numpy": ("test_numpy.py", "test_overlap.py"),
-    "cpu/append*": ("test_cache.py", "test_cache_steps.py", "test_raw_ops.py"),
+    "append": _APPEND,
+    "cpu/append*": _APPEND,
     "cpu/attend*": ("test_attend.py",),
     "attend": ("test_attend.py", "test_soft_topk.py"),
     "cpu/float_*": ("test_attend.py", "test_soft_topk.py"),

@@ -5,9 +5,10 @@
 #include "lkv/keys.h"
 #include "lkv/macros.h"
 
-// What the kernels are told: plain structs of raw pointers and sizes, no torch and no Python.
+// The arguments of the kernels: plain structs of raw pointers and sizes, no torch and no Python.
 //
-// A *segment* is one (layer, sequence, KV head): row = (layer * batch + b) * heads + h of R = layers * batch * heads.
+// A *segment* is the rows of one (layer, sequence, KV head), and counts as row = (layer * batch + b) * heads + h of R =
+// layers * batch * heads. Its *span* is the rows plus the slack that it owns in a packed buffer.
 // All pointers, the tables too, live where the kernel runs (host memory for lkv::cpu, device memory for lkv::cuda).
 // Values read through them are clamped, never trusted to be in range.
 
@@ -44,47 +45,12 @@ struct Source {
   LKV_HD int64_t rows() const { return layers * batch * heads; }
   LKV_HD int64_t layer_of(int64_t row) const { return quotient(row, batch * heads); }
 
-  // Of segments, of which there are less than 2^31: a division of 64 bits is a call on a GPU.
+  // For counts of segments, which are below 2^31: a division of 64 bits is a call on a GPU.
   LKV_HD static int64_t quotient(int64_t a, int64_t b) { return static_cast<uint32_t>(a) / static_cast<uint32_t>(b); }
-};
-
-// One segment found: its coordinates, where its token 0 lies, and its valid range in its own coordinates.
-struct Segment {
-  int64_t layer, b, h;
-  int64_t origin;         // token index of position 0: 0 when dense, cu_seqlens[row] when ragged
-  int64_t limit;          // positions are in [0, limit)
-  int64_t begin, length;  // valid: [begin, begin + length)
-
-  LKV_HD char* at(const Strided& t, int64_t position) const {
-    return t.data + b * t.batch + h * t.head + (origin + position) * t.token;
-  }
 };
 
 LKV_HD int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
-}
-
-struct PlainLoad {
-  template <class T>
-  LKV_HD T operator()(const T* p) const {
-    return *p;
-  }
-};
-
-// `load`: how the tables are read.
-template <class Load = PlainLoad>
-LKV_HD Segment segment_of(const Source& s, int64_t row, Load load = {}) {
-  Segment r;
-  const int64_t sequence = Source::quotient(row, s.heads);  // over all layers
-  r.layer = Source::quotient(sequence, s.batch);
-  r.b = sequence - r.layer * s.batch;
-  r.h = row - sequence * s.heads;
-  const int64_t tokens = load(s.tokens + r.layer);
-  r.origin = s.cu_seqlens ? clamp(load(s.cu_seqlens + row), 0, tokens) : 0;
-  r.limit = s.cu_seqlens ? clamp(load(s.cu_seqlens + row + 1), r.origin, tokens) - r.origin : tokens;
-  r.begin = clamp(s.starts.at(r.layer, r.b, r.h), 0, r.limit);
-  r.length = clamp(s.lengths.at(r.layer, r.b, r.h), 0, r.limit - r.begin);
-  return r;
 }
 
 // How many rows each segment keeps and where its span begins in the output.
@@ -93,18 +59,19 @@ LKV_HD Segment segment_of(const Source& s, int64_t row, Load load = {}) {
 struct SpansParams {
   Source source;
   RowInts budgets;
-  int64_t max_budget, reserve, align;
-  int64_t padded;       // C of a padded output, 0 when packed
+  int64_t max_budget = -1;  // negative: none
+  int64_t reserve = 0, align = 1;
+  int64_t padded = -1;  // C of a padded output; negative: packed
   int64_t total;        // rows allocated in the output
   int32_t* lengths;     // out [R]: rows kept
-  int32_t* cu_seqlens;  // out [R + 1]: span offsets
+  int32_t* cu_seqlens;  // out [R + 1]: where the spans begin
   int32_t* overflow;    // out [1]: rows cut by max_budget, C or total; may be nullptr
   uint32_t* ready;      // out [R]: flags to clear for a select that follows; may be nullptr
 };
 
 // The rows to keep, ascending, at positions[cu_seqlens[row] + i]; -1 in the slack of the spans and after the last span.
-// Of keep rows: the first min(sink, keep), the last min(window, rest), and the best of those between by (score, lower
-// position).
+// A segment keeps its first min(sink, keep) and last min(window, rest) valid rows, and the best of those between by
+// (score, lower position).
 struct SelectParams {
   Source source;
   const Strided* scores;  // [layers]

@@ -5,12 +5,12 @@
 
 #include "lkv/macros.h"
 
-// The search for tau, on numbers that somebody else sums over the row: Halley's steps in a bracket. The same on both
-// devices, in double.
+// The search for tau, from sums over the row that the kernels make: Halley's steps in a bracket. The same on CPU and
+// GPU, in double.
 
 namespace lkv {
 
-// Of the finite scores of a row: moments are about `origin`. Scores of +inf are counted apart, all others are missing.
+// The finite scores of a row; moments are about `origin`. Scores of +inf are counted apart, all others are missing.
 struct SoftRange {
   double lowest, highest, sum, squares, origin;
   int64_t finite, infinite;
@@ -20,7 +20,7 @@ struct SoftRange {
 struct SoftSums {
   double m, rest;  // of m, and of 1 - m
   double w, tilt;  // of w, and of w (1 - 2 m)
-  bool finite;     // all scores are; said on the CPU alone
+  bool finite;     // all scores are; set on the CPU alone
 };
 
 // Math: inverse, log and root of double. The device has its own, as a division there is a call.
@@ -108,8 +108,8 @@ class SoftThreshold {
   }
 
  private:
-  // Of the bracket; by orders of magnitude where it is wide, as it is with the largest floats among the scores, which
-  // masks put there.
+  // The middle of the bracket; by orders of magnitude where it is wide, as it is when masks have put the largest floats
+  // among the scores.
   LKV_HD double middle() const {
     const double linear = 0.5 * (low_ + high_);
     if (high_ - low_ <= 0x1p20 * temperature_) return linear;

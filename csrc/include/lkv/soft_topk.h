@@ -2,8 +2,7 @@
 
 #include "lkv/params.h"
 
-// What the kernels of soft_topk are told. Rows of n scores lie along up to four leading axes, those in front of which
-// there is nothing with size 1.
+// The arguments of the soft_topk kernels. Rows of n scores lie along up to four leading axes; missing ones have size 1.
 
 namespace lkv {
 
@@ -36,13 +35,13 @@ struct RowNumbers {
   }
 };
 
-// The rows of one call, and what each of them asks for.
+// The rows of one call, with k, temperature and length of each.
 struct SoftRows {
   Place sizes;
   int64_t length;  // n
   RowNumbers k, temperature, lengths;
   ScoreType type;  // of the scores
-  bool wide;       // all is float64 and `type` says nothing; CPU alone. Else the mask is float32
+  bool wide;       // all is float64 and `type` is not used, on the CPU alone; otherwise the mask is float32
   bool log;        // the mask is that of logarithms
 
   LKV_HD int64_t count() const { return sizes[0] * sizes[1] * sizes[2] * sizes[3]; }
@@ -53,7 +52,7 @@ struct SoftRows {
     const double n = lengths.at(place);
     return n < 0 ? 0 : n < static_cast<double>(length) ? static_cast<int64_t>(n) : length;
   }
-  // Of what a device tensor holds nothing is promised: at least the least temperature that scores tell apart.
+  // Contents of device tensors are not trusted: bounded below by the least temperature that scores tell apart.
   LKV_HD double temperature_of(const Place& place) const {
     const double t = temperature.at(place);
     return t > 1e-6 ? t < 1e30 ? t : 1e30 : 1e-6;
@@ -70,7 +69,7 @@ struct SoftTopkParams {
   void* weights;  // out [rows]: the sum of m (1 - m), at least kLeastWeight per score
 };
 
-// From the gradient of the mask to those of what made it. Needs no scores: the mask tells u = (score - tau) / T.
+// From the gradient of the mask to those of its inputs. Needs no scores: u = (score - tau) / T follows from the mask.
 struct SoftTopkGradParams {
   SoftRows rows;  // k is not used; type is that of grad_scores
   const void *grad, *mask;

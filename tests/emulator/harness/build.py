@@ -14,6 +14,7 @@ from pathlib import Path
 EMULATOR = Path(__file__).resolve().parents[1]
 ROOT = EMULATOR.parents[1]
 KERNELS = ROOT / "csrc" / "cuda"
+HEADERS = ROOT / "csrc" / "include"  # what the CPU kernels include, too
 SCHEDULES = ("in_order", "reversed", "warp_priority", "priority_changes")
 
 

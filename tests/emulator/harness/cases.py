@@ -139,8 +139,8 @@ def make_case(seed: int) -> Case:
     budgets = per_row(rng, full, 0, max(1, int(longest * one_of(0.1, 0.5, 1.1))), wide)
     segments = Segments(layers, batch, heads, tokens, lengths, starts, budgets, cu_seqlens)
 
-    layout = Layout(max_budget=one_of(2**31 - 1, 2**31 - 1, longest // 3), reserve=one_of(0, 0, 3, 17),
-                    align=one_of(1, 1, 4, 16), padded=0, total=2**31 - 1)  # fmt: skip
+    layout = Layout(max_budget=one_of(-1, -1, longest // 3), reserve=one_of(0, 0, 3, 17),
+                    align=one_of(1, 1, 4, 16), padded=-1, total=2**31 - 1)  # fmt: skip
     if rng.random() < 0.25:
         layout.padded = one_of(1, longest // 2 + 1, longest + 5)
         layout.reserve, layout.align = 0, 1

@@ -20,7 +20,7 @@ MUTATIONS = (
     Mutation("pivot read before it is found", "select_pivot.cuh", "block_sync();", "", 1),
     Mutation("blocks add before all are there", "select_cluster.cuh", "cluster.sync();", "", 0),
     Mutation("owners of bins as if there were two", "select_cluster.cuh", "run & (size - 1)", "run & 1"),
-    Mutation("first scores of a row skipped", "select_row.cuh", "return {begin - lead, end - begin, end - lead};",
+    Mutation("first scores of a row skipped", "select_keys.cuh", "return {begin - lead, end - begin, end - lead};",
              "return {begin, end - begin, end - lead};"),
     Mutation("clusters and dependent launches by the device, not by the code", "launch.h", "code.ptxVersion",
              "code.binaryVersion"),
@@ -72,16 +72,16 @@ MUTATIONS = (
     Mutation("shared: keys behind the capacity skipped", "select_keys.cuh", "source.from(capacity, slice, f);", ""),
     Mutation("last rows of a tile skipped", "rows_copy.cuh", "row < rows;", "row + 1 < rows;"),
     Mutation("store before all loads of a tile", "compact.cu", "block_sync();", ""),
-    Mutation("ready flags not cleared", "spans.cu", "p.ready[row] = 0;", "p.ready[row] = p.ready[row];"),
-    Mutation("ties from the end", "select_emit.cuh", "is_tie && ties < pivot.need", "is_tie && ties <= pivot.need"),
-    Mutation("keys behind a slice kept", "select_emit.cuh", "const bool is_greater = i + k < slice.end && ",
+    Mutation("ready flags not cleared", "lkv/segments.h", "p.ready[row] = 0;", "p.ready[row] = p.ready[row];"),
+    Mutation("ties from the end", "select_pivot.cuh", "is_tie && ties < pivot.need", "is_tie && ties <= pivot.need"),
+    Mutation("keys behind a slice kept", "select_pivot.cuh", "const bool is_greater = i + k < slice.end && ",
              "const bool is_greater = "),
     Mutation("split: histogram added too early", "select_split.cuh", "block_sync();", "", 0),
     Mutation("split: flag set before the block has written", "select_split.cuh", "block_sync();", "", 1),
-    Mutation("upload without its tail", "upload.cuh", "i < chunk.bytes; i += blockDim.x",
+    Mutation("upload without its tail", "spans.cu", "i < chunk.bytes; i += blockDim.x",
              "i < copied; i += blockDim.x"),
     Mutation("append: length written while others read it", "append.cu", "block_sync();", "", suite="append"),
-    Mutation("append: length counts what was dropped", "append.cu", "span.length + fit)", "span.length + valid)",
+    Mutation("append: length counts what was dropped", "lkv/segments.h", "span.length + fit}", "span.length + valid}",
              suite="append"),
     Mutation("append: last positions not written", "append.cu", "i < added.rows;", "i + 1 < added.rows;",
              suite="append"),
@@ -135,12 +135,16 @@ MUTATIONS = (
 
 
 def apply(mutation: Mutation, kernels: Path) -> None:
-    """Writes the mutated file into a copy of the kernels, and takes back whatever was mutated there before."""
-    for original in build.KERNELS.iterdir():
+    """Writes the mutated file into a copy of the kernels and of the headers that they share with the CPU's, and takes
+    back whatever was mutated there before."""
+    originals = {path.name: path for path in build.KERNELS.iterdir()}
+    originals |= {str(path.relative_to(build.HEADERS)): path for path in build.HEADERS.rglob("*.h")}
+    for name, original in originals.items():
         text = original.read_text()
-        if original.name == mutation.file:
+        if name == mutation.file:
             text = mutation.apply(text)
-        copy = kernels / original.name
+        copy = kernels / name
+        copy.parent.mkdir(exist_ok=True)
         if not copy.exists() or copy.read_text() != text:
             copy.write_text(text)
 

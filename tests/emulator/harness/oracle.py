@@ -1,4 +1,4 @@
-"""What the launchers must compute, said again in NumPy one segment after the other."""
+"""What the launchers must compute, written again in NumPy, one segment after the other."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Segments:
 
 @dataclass
 class Layout:
-    """What spans() is told besides the segments."""
+    """How the output is cut into spans; a negative max_budget or padded is none."""
 
     max_budget: int
     reserve: int
@@ -75,8 +75,8 @@ def spans(segments: Segments, layout: Layout) -> Spans:
     end = 0
     for row in range(segments.count):
         wanted = clamp(segments.budget(row), 0, segments.valid(row)[1])
-        keep = min(wanted, layout.max_budget)
-        if layout.padded > 0:
+        keep = wanted if layout.max_budget < 0 else min(wanted, layout.max_budget)
+        if layout.padded >= 0:
             keep, span = min(keep, layout.padded), layout.padded
         else:
             span = -(-(keep + layout.reserve) // layout.align) * layout.align

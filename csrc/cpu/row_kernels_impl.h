@@ -2,11 +2,15 @@
 
 #include <cstring>
 
-#include "row_kernels.h"
+#include "attend_kernels_impl.h"
+#include "key_kernels_impl.h"
+#include "soft_topk_kernels_impl.h"
 
-// Row copies over a vector type S, included by one file per instruction set; internal linkage as in key_kernels_impl.h.
+// The table of row kernels over a vector type S, and its row copies. Included by one file per instruction set; internal
+// linkage as in key_kernels_impl.h.
 //
-// S: blocks of `block` bytes (a divisor of 64): copy_block, stream_block (non-temporal, both to aligned memory), fence.
+// S: what the other kernels need, and blocks of `block` bytes (a divisor of 64): copy_block, stream_block
+// (non-temporal, both to aligned memory), fence.
 
 namespace lkv::cpu {
 namespace {
@@ -57,8 +61,8 @@ struct Blocks {
   }
 };
 
-// The first line alone: it brings the address translation, and lines beside it come without being asked for, where one
-// request for each would keep those of the copies waiting. The address of a position that may be anything is computed
+// The first line alone: it loads the address translation, and the hardware prefetches the lines beside it, where one
+// request for each line would delay those of the copies. The address of a position that may be anything is computed
 // as an integer and only ever prefetched.
 inline void prefetch_row(const RowCopy& c, int64_t i) {
   const uintptr_t row = reinterpret_cast<uintptr_t>(c.from) +
@@ -128,6 +132,20 @@ CopyRows pick_copy(int64_t bytes) {
 template <class S>
 CopyRows pick_stream(int64_t bytes) {
   return pick_large<S, true>(bytes);
+}
+
+template <class S>
+constexpr RowKernels make_row_kernels(const char* name) {
+  return {
+      name,
+      {score_kernels<S, ScoreType::f32>(), score_kernels<S, ScoreType::f16>(), score_kernels<S, ScoreType::bf16>()},
+      key_kernels<S>(),
+      pick_copy<S>,
+      pick_stream<S>,
+      S::fence,
+      Attend<S>::run,
+      {soft_kernels<S, ScoreType::f32>(), soft_kernels<S, ScoreType::f16>(), soft_kernels<S, ScoreType::bf16>()},
+  };
 }
 
 }  // namespace

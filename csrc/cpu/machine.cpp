@@ -5,6 +5,12 @@
 #include "lkv/cpu.h"
 #include "row_kernels.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+// What this machine offers: instruction sets and huge pages.
+
 namespace lkv::cpu {
 namespace {
 
@@ -28,18 +34,18 @@ void for_each_choice(Visit&& visit) {
   visit(Choice{&portable_kernels, true});
 }
 
-const RowKernels& choose(const char* asked) {
-  const bool any = asked == nullptr || *asked == '\0';
+const RowKernels& choose(const char* wanted) {
+  const bool any = wanted == nullptr || *wanted == '\0';
   const RowKernels* chosen = nullptr;
   std::string names;
   for_each_choice([&](Choice choice) {
     if (!choice.available) return;
     names += names.empty() ? "" : ", ";
     names += choice.kernels->name;
-    if (chosen == nullptr && (any || choice.kernels->name == std::string(asked))) chosen = choice.kernels;
+    if (chosen == nullptr && (any || choice.kernels->name == std::string(wanted))) chosen = choice.kernels;
   });
   if (chosen == nullptr) {
-    throw std::runtime_error("lkv_ext: LKV_CPU_ISA=" + std::string(asked) + " is not available here (" + names + ")");
+    throw std::runtime_error("lkv_ext: LKV_CPU_ISA=" + std::string(wanted) + " is not available here (" + names + ")");
   }
   return *chosen;
 }
@@ -53,6 +59,18 @@ const RowKernels& row_kernels() {
 
 const char* isa() {
   return row_kernels().name;
+}
+
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20;
+  constexpr int64_t kWorthwhile = 4 << 20;
+  if (bytes < kWorthwhile) return;
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace lkv::cpu
