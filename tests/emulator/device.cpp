@@ -48,7 +48,7 @@ void block_barrier(Where where) {
   self.known = barrier.known;
 }
 
-// Code that was compiled for an older architecture has none of what follows, whatever device it runs on.
+// Code that was compiled for an older architecture has none of what follows, on any device.
 
 void cluster_arrive(Where where) {
   if (scheduler().old_code()) return;

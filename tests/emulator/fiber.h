@@ -55,7 +55,7 @@ class Fiber {
 #else
   ucontext_t place_, home_;
 #endif
-  // What AddressSanitizer wants to be told at every switch.
+  // What AddressSanitizer must know at every switch.
   void* shadow_ = nullptr;
   const void* home_stack_ = nullptr;
   size_t home_bytes_ = 0;

@@ -27,7 +27,7 @@ enum class Schedule {
   in_order,          // earlier threads first
   reversed,          // later threads first
   warp_priority,     // random priority per warp, its lanes in order or reversed
-  priority_changes,  // random priority per thread, drawn anew at random points of the run (as in PCT)
+  priority_changes,  // random priority per thread, changed at random points of the run (as in PCT)
 };
 
 class Policy {

@@ -39,7 +39,7 @@ int device() {
   return devices.emplace(std::tuple(options.resident, options.capability, options.code), devices.size()).first->second;
 }
 
-// Of every kernel on every device. Launches may come from several threads.
+// The attributes of every kernel on every device. Launches may come from several threads.
 class Attributes {
  public:
   KernelAttributes of(const void* kernel) {
@@ -111,7 +111,7 @@ cudaError_t get_attributes(cudaFuncAttributes* attributes) {
   return cudaSuccess;
 }
 
-// Of clusters alone: some drivers refuse whatever else a launch has, and then a launcher would do without clusters.
+// Only the cluster attribute: some drivers refuse any other, and then a launcher would do without clusters.
 cudaError_t active_clusters(int* clusters, const cudaLaunchConfig_t& config) {
   ++questions;
   unsigned size = 1;

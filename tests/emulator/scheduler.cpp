@@ -148,7 +148,7 @@ void Scheduler::start_block(Block& block) {
     void* memory = nullptr;
     if (posix_memalign(&memory, 128, grid.shared_bytes) != 0) throw std::bad_alloc();
     block.shared = static_cast<char*>(memory);
-    LKV_POISON(block.shared, grid.shared_bytes);  // until the block runs, nobody may look in from its cluster
+    LKV_POISON(block.shared, grid.shared_bytes);  // until the block runs, no other block of its cluster may access it
   }
   uint64_t warp_draw = 0;
   for (unsigned i = 0; i < threads; ++i) {
@@ -180,7 +180,8 @@ Thread* Scheduler::pick() {
     if (spinning_.empty()) return nullptr;
     idle_rounds_ = progress_ == progress_seen_ ? idle_rounds_ + 1 : 0;
     progress_seen_ = progress_;
-    if (idle_rounds_ > hopeless_rounds) fail("livelock: nobody is left to change what the spinning threads wait for");
+    if (idle_rounds_ > hopeless_rounds)
+      fail("livelock: no thread is left to change what the spinning threads wait for");
     wake_spinning();
   }
   std::pop_heap(ready_.begin(), ready_.end());
@@ -217,7 +218,7 @@ void Scheduler::finish_thread(Thread& thread) {
   if (--block.live == 0) finish_block(block);
 }
 
-// The shared memory of an exited block stays mapped, but what it held is lost.
+// The shared memory of an exited block stays mapped, but its contents are lost.
 void Scheduler::finish_block(Block& block) {
   Cluster& cluster = *block.cluster;
   Grid& grid = *cluster.grid;

@@ -95,7 +95,7 @@ struct Grid {
   dim3 blocks, threads, cluster;
   size_t shared_bytes = 0;
   bool programmatic = false;  // may start once the grid before it has been triggered by all of its blocks
-  bool kernel = false;        // else something that the host asked for
+  bool kernel = false;        // otherwise an operation of the host
   std::shared_ptr<Grid> before;
   unsigned ordinal = 0;
   uint32_t known = 0;  // of its threads when they begin
@@ -162,7 +162,7 @@ class Scheduler {
 
   Options options_;
   Policy policy_;
-  Random garbage_;  // what uninitialised shared memory holds
+  Random garbage_;  // contents of uninitialised shared memory
   StackPool stacks_;
   std::recursive_mutex door_;
   std::deque<std::shared_ptr<Grid>> grids_;  // launched and not finished, in order

@@ -20,7 +20,7 @@ namespace {
 
 constexpr size_t arena_bytes = size_t{256} << 20;
 
-// Of one byte of the arena.
+// One byte of the arena.
 struct Written {
   uint32_t time, grid;   // of the last plain store; time 0: none
   unsigned char before;  // its value before that grid stored to it

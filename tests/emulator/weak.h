@@ -15,7 +15,7 @@ void free();
 
 void seed(uint64_t seed);
 uint32_t tick();
-// Memory holds what was written last.
+// Memory has the value that was written last.
 void settle();
 
 void acquire(const void* flag);

@@ -39,7 +39,7 @@ def make_case(seed: int) -> Case:
     cu_seqlens = np.concatenate([[0], np.cumsum(span)]).astype(np.int32)
     tokens = int(cu_seqlens[-1] + rng.integers(0, 3))
     lengths = rng.integers(0, span + 1).astype(np.int32)
-    if rng.random() < 0.2:  # nobody promises what device memory holds; spans still ascend, or rows would overlap
+    if rng.random() < 0.2:  # contents of device memory are not trusted; spans still ascend, or rows would overlap
         cu_seqlens[0], cu_seqlens[-1] = rng.choice([0, -5]), rng.choice([tokens, 2**31 - 1])
         lengths[rng.random(rows) < 0.3] = rng.choice([-1, -(2**31), 2**31 - 1])
     valid, wide = None, rng.random() < 0.5
@@ -58,7 +58,7 @@ def make_case(seed: int) -> Case:
 
 
 def expected(case: Case) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-    """(cache, lengths, positions) afterwards; what is not written keeps what it held."""
+    """(cache, lengths, positions) afterwards; what is not written stays as it was."""
     cache, lengths, positions = [c.copy() for c in case.cache], case.lengths.copy(), case.positions.copy()
     batch, heads, count = case.sizes
     tokens = positions.size

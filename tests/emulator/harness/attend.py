@@ -64,7 +64,7 @@ def make_case(seed: int) -> Case:
     tokens = int(cu_seqlens[-1] + rng.integers(0, 3))
     lengths = np.where(rng.random(span.size) < 0.5, span, rng.integers(0, span + 1))
     longest = int(max(lengths.max(), 1) if rng.random() < 0.9 else rng.integers(0, lengths.max() + 1))
-    if rng.random() < 0.1:  # nobody promises what device memory holds
+    if rng.random() < 0.1:  # contents of device memory are not trusted
         cu_seqlens = rng.integers(-5, tokens + 5, span.size + 1)
         lengths = rng.choice([-1, -(2**31), 3, 2**31 - 1], span.size)
 
@@ -104,7 +104,7 @@ def expected(case: Case) -> tuple[np.ndarray, np.ndarray]:
         logits = (k @ case.q.values[b, head, i]) * case.scale
         if case.softcap > 0:
             logits = case.softcap * np.tanh(logits / case.softcap)
-        reached = ~(logits == -np.inf)  # other rows have no weight, whatever they hold
+        reached = ~(logits == -np.inf)  # other rows have no weight, even if they are NaN
         sink = -np.inf if case.sinks is None else case.sinks[1][head]
         if seen > 0 and np.isnan(sink):
             out[b, head, i] = np.nan

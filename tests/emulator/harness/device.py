@@ -131,7 +131,7 @@ class Emulator:
         self._check(self._lib.driver_soft_topk_grad(p, self._tuning))
 
     def questions(self) -> int:
-        """How often launchers have asked the device anything."""
+        """How often launchers have queried the device."""
         return self._lib.emulator_questions()
 
     def synchronize(self) -> None:

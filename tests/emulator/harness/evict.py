@@ -87,7 +87,7 @@ class Run:
         gather, out = self.gather(source, positions, cu_seqlens, ready if case.behind_select else None)
         if case.behind_select:
             emulator.evict(select, gather, longest, sum(o.size for o in out))
-            # Whoever comes next on the stream may use the select's memory again.
+            # The next work on the stream may use the select's memory again.
             emulator.upload(np.full(segments.count, 7, np.uint32), ready)
         else:
             emulator.select(select, longest)
@@ -139,7 +139,7 @@ class Run:
         self, source: Source, lengths: np.ndarray, cu_seqlens: np.ndarray, ready: np.ndarray | None
     ) -> tuple[SelectParams, int, np.ndarray]:
         case, segments = self.case, self.case.segments
-        # Gaps hold high scores: whoever reads them selects other rows.
+        # Gaps have high scores: a kernel that reads them selects other rows.
         scores = self.emulator.structs([self.strided(layer, fill=0x7B)[0] for layer in case.scores])
         positions = self.emulator.empty(case.layout.total, np.int32)
         longest = max((segments.valid(row)[1] for row in range(segments.count)), default=0)
@@ -203,7 +203,7 @@ def check_words_of_an_old_driver(emulator: Emulator) -> None:
 
 
 def check_questions(emulator: Emulator, seed: int, schedule: Schedule) -> None:
-    """A call like one before it asks the device nothing."""
+    """A call like an earlier one queries the device no more."""
     for _ in range(2):
         before = emulator.questions()
         Run(emulator, make_case(seed), schedule).run()

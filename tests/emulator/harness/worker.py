@@ -1,7 +1,7 @@
 """Runs cases in a process of its own: `python -m harness.worker LIBRARY SUITE FIRST COUNT SCHEDULES VARIANT`.
 
 Exits with 1 at the first difference. A kernel that touches memory it must not, or that gets stuck, ends the process in
-another way: whoever called counts that too.
+another way: the caller counts that as a failure too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 #include "toy.h"
 
-// Reverses numbers through shared memory; broken: nobody waits for the others to have written.
+// Reverses numbers through shared memory; broken: threads do not wait for the others to have written.
 
 namespace {
 

@@ -2,7 +2,7 @@
 
 // A producer, a consumer launched behind it with programmatic dependent launch, and a third kernel that writes over
 // the consumer's input. Broken: the consumer does not wait for its flag; the consumer never waits for the producer's
-// grid, so that the third kernel may overtake what the producer still writes; a flag that nobody sets.
+// grid, so that the third kernel may overtake what the producer still writes; a flag that is never set.
 
 namespace {
 

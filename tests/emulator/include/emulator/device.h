@@ -18,7 +18,7 @@ void cluster_wait(Where where);
 unsigned cluster_rank();
 unsigned cluster_size();
 
-// All lanes of the mask meet and see each other's values. Lanes outside of the mask hold nothing.
+// All lanes of the mask meet and see each other's values. Lanes outside of the mask have no value.
 std::array<uint64_t, 32> warp_exchange(const char* kind, uint32_t mask, uint64_t value, Where where);
 unsigned lane();
 [[noreturn]] void stale_lane(const char* kind, uint32_t mask, unsigned source, Where where);
@@ -38,7 +38,7 @@ void* shared_memory();
 size_t shared_bytes();
 void* shared_memory_of(const void* own, unsigned rank, Where where);
 
-// Bulk copies are made when somebody waits for them, so that whoever does not wait finds other bytes.
+// Bulk copies are made when a thread waits for them, so that a thread that does not wait finds other bytes.
 void make_barrier(uint64_t* barrier, unsigned threads);
 void arrive_expecting(uint64_t* barrier, unsigned bytes, Where where);
 void wait_arrivals(uint64_t* barrier, unsigned parity, Where where);

@@ -19,7 +19,7 @@ extern "C" {
 int emulator_configure(const char* schedule, unsigned long long seed, int resident, int capability, int code,
                        int eager);
 
-// How often the host has asked the device about kernels, or set an attribute of one.
+// How often the host has queried the device about kernels, or set an attribute of one.
 unsigned emulator_questions();
 
 // Runs everything that was launched. A broken kernel ends the process with a report on standard error.

@@ -12,7 +12,7 @@
 #include "lkv/floats.h"
 
 // The twin of csrc/cuda/primitives.cuh: the same names over the emulator. Call sites travel along in default arguments,
-// so that a report can name the barrier somebody waits at.
+// so that a report can name the barrier that a thread waits at.
 
 #define LKV_GRID_CONSTANT __grid_constant__
 
