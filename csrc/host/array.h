@@ -1,16 +1,48 @@
 #pragma once
 
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
-#include "checks.h"
 #include "lkv/params.h"
 
-// A tensor of torch or an array of NumPy, as the checks see it, and what they ask of one. Nothing here is specific to
-// an op.
+// Tensors of torch and arrays of NumPy in one form, and the checks that every op makes of them.
 
 namespace lkv::host {
 
-// What an op reads as numbers; all else moves as bytes.
+using Shape = std::vector<int64_t>;
+
+inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+  out << '[';
+  for (size_t i = 0; i < shape.size(); ++i) out << (i ? ", " : "") << shape[i];
+  return out << ']';
+}
+
+// Raises. The stable ABI carries every C++ exception to Python as a RuntimeError, so the message begins with the Python
+// type that it stands for; lkv_ext raises that type and inserts the public names (its module `errors`).
+template <class... Parts>
+[[noreturn]] void fail(const char* type, const Parts&... parts) {
+  std::ostringstream text;
+  text << type << ": ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+template <class... Parts>
+void check_value(bool ok, const Parts&... parts) {
+  if (!ok) [[unlikely]]
+    fail("ValueError", parts...);
+}
+
+template <class... Parts>
+void check_type(bool ok, const Parts&... parts) {
+  if (!ok) [[unlikely]]
+    fail("TypeError", parts...);
+}
+
+// The types that ops read as numbers; all others move as bytes.
 enum class Element : int32_t { other, f32, f16, bf16, i32, i64, f64 };
 
 struct Device {
@@ -42,7 +74,7 @@ std::string describe_dtype(const Array& a);
 
 using Arrays = std::vector<Array>;
 
-// How error messages call an array: "cu_seqlens", "scores[3]". Spelled out only where there is an error.
+// The name of an array in error messages: "cu_seqlens", "scores[3]". Made a string only where there is an error.
 struct Name {
   const char* text;
   int64_t index = -1;
@@ -74,5 +106,13 @@ RowLayout row_layout(const Named& a, bool ragged);
 
 // An array of integers read once per segment, broadcast (right-aligned) to [layers, batch, heads].
 RowInts row_ints(const Named& a, int64_t layers, int64_t batch, int64_t heads);
+
+// True byte overlap of strided arrays: interleaved views of one storage (K | V in one row) do not overlap although
+// their extents do. Exact unless the strides are pathological; then the answer is "overlap", the safe one.
+bool overlaps_itself(const Array& a);
+bool overlap(const Array& a, const Array& b);
+
+// Writing ops: each written array has memory of its own, apart from the other written ones and from what is read.
+void check_disjoint(const std::vector<Named>& written, const std::vector<Named>& read);
 
 }  // namespace lkv::host

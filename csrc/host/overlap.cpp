@@ -1,7 +1,7 @@
-#include "overlap.h"
-
 #include <algorithm>
 #include <cstdlib>
+
+#include "array.h"
 
 namespace lkv::host {
 

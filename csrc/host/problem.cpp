@@ -1,7 +1,5 @@
 #include "problem.h"
 
-#include "overlap.h"
-
 namespace lkv::host {
 
 namespace {

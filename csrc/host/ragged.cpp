@@ -1,7 +1,5 @@
 #include "ragged.h"
 
-#include "overlap.h"
-
 namespace lkv::host {
 
 int64_t check_append(const Problem& problem, const Ragged& cache, const Arrays& rows, int64_t position) {

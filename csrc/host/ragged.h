@@ -2,7 +2,7 @@
 
 #include "problem.h"
 
-// A ragged cache as append and attend see it: rows [T, ...] in spans, some of each span in use.
+// The ragged cache of append and attend: rows [T, ...] in spans, of each of which the first rows are in use.
 
 namespace lkv::host {
 

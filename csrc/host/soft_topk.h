@@ -5,7 +5,7 @@
 #include "array.h"
 #include "lkv/soft_topk.h"
 
-// What soft_topk and its gradient ask of their arrays.
+// The checks of the arrays of soft_topk and of its gradient.
 
 namespace lkv::host {
 

@@ -2,7 +2,12 @@
 
 #include <cstdint>
 
-#include "lkv/macros.h"
+// LKV_HD marks what host code, CUDA kernels and the emulator share.
+#if defined(__CUDACC__)
+#define LKV_HD __host__ __device__ __forceinline__
+#else
+#define LKV_HD inline
+#endif
 
 // Order-preserving keys: unsigned integers that compare as the scores do, with NaN below -inf and -0 equal to +0.
 // Every score type becomes 32 bits with its significant bits at the top, so that one radix serves them all.

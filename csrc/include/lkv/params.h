@@ -3,7 +3,6 @@
 #include <cstdint>
 
 #include "lkv/keys.h"
-#include "lkv/macros.h"
 
 // The arguments of the kernels: plain structs of raw pointers and sizes, no torch and no Python.
 //

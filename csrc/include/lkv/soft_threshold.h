@@ -3,7 +3,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "lkv/macros.h"
+#include "lkv/keys.h"
 
 // The search for tau, from sums over the row that the kernels make: Halley's steps in a bracket. The same on CPU and
 // GPU, in double.
