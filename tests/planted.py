@@ -19,7 +19,7 @@ LONG = {70_001: "some high", 140_001: "nan between", 300_001: "other half", 600_
 
 
 def sampled(count: int) -> Tensor:
-    """The places where a select of `count` competing scores looks first (csrc/cpu/score_row.h)."""
+    """The places where a select of `count` competing scores looks first (csrc/cpu/pivot.h)."""
     bits = min(max(count.bit_length() - 8, 9), 12)
     places, stretch = [], count >> bits
     for i in range(1 << bits):
