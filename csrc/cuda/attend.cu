@@ -14,7 +14,7 @@ int64_t divide_up(int64_t a, int64_t b) {
 }
 
 int block_of(const Tuning& tuning) {
-  return with_block<kProductionBlock>(tuning, []<int kBlock> { return kBlock; });
+  return with_block<kProductionBlock>(tuning, [&]<int kBlock> { return kBlock; });
 }
 
 int64_t segments(const AttendParams& p) {

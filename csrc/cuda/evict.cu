@@ -71,7 +71,7 @@ Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, int6
   if (status != cudaSuccess) return status;
   SelectSize x = {device, p.source.rows(), longest, tuning};
   x.beside = with_block<kSelectBlock>(
-      tuning, []<int kBlock> { return sizeof(EvictShared<kBlock>) - sizeof(ClusterShared<kBlock>); });
+      tuning, [&]<int kBlock> { return sizeof(EvictShared<kBlock>) - sizeof(ClusterShared<kBlock>); });
   const Plan plan = plan_clusters(x);
   if (x.rows == 0 || !fuses(x, plan, bytes)) {
     status = select(p, longest, scratch, stream, tuning);

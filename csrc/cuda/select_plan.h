@@ -31,12 +31,12 @@ struct SelectSize {
   size_t beside = 0;  // shared memory that the kernel has for something else
 
   int block() const {
-    return with_block<kSelectBlock>(tuning, []<int kBlock> { return kBlock; });
+    return with_block<kSelectBlock>(tuning, [&]<int kBlock> { return kBlock; });
   }
   int warps() const { return block() / kWarp; }
 
   size_t fixed() const {
-    return beside + with_block<kSelectBlock>(tuning, []<int kBlock> { return sizeof(ClusterShared<kBlock>); });
+    return beside + with_block<kSelectBlock>(tuning, [&]<int kBlock> { return sizeof(ClusterShared<kBlock>); });
   }
 
   // Keys of one warp.
