@@ -35,7 +35,7 @@ struct Keys {
 };
 
 // Scores lie on a *line* of 32-bit numbers that costs less to compute than their keys: NaN lies at both of its ends, -0
-// just before 0, and what a 16-bit score has not is all ones where it is negative. Keys are an arc of it.
+// just before 0, and the low bits that a 16-bit score lacks are ones where it is negative. Keys are an arc of it.
 template <ScoreType type>
 struct Scores {
   using Item = typename ScoreTraits<type>::Bits;

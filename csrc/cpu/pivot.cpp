@@ -175,7 +175,7 @@ class PivotSearch {
     const double center = share * static_cast<double>(sample);
     const double margin = 3.5 * std::sqrt(center * (1 - share)) + 2;
     const auto upper = static_cast<int64_t>(center - margin), lower = static_cast<int64_t>(center + margin);
-    // One search for both, until they part.
+    // One search for both keys, until the middle of the interval lies between them.
     Interval both = {all.low, all.high, sample, 0};
     for (Interval next = both; both.high - both.low >= kNarrow; both = next) {
       const int64_t count = narrow(sample, next, both.middle() & ~(unit() - 1), lower);

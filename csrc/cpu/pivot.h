@@ -18,7 +18,7 @@ class ScoreRow {
   const ScoreKernels& kernels() const { return kernels_; }
   int64_t size() const { return size_; }
 
-  // Keys are multiples of 1 << unit_bits() (below the top half there is nothing in a 16-bit score).
+  // Keys are multiples of 1 << unit_bits(): the lower half of the key of a 16-bit score is 0.
   int unit_bits() const { return type_ == ScoreType::f32 ? 0 : 16; }
 
   // The keys of 1 << bits scores, of which there are at least as many and bits is at least 8.
@@ -48,7 +48,7 @@ class ScoreRow {
     return item;
   }
 
-  // One score in every stretch of the row, at a place that no period of the data follows.
+  // One score in every stretch of the row, at a pseudo-random place, so that no period of the data matters.
   template <class Item>
   void sampled(int bits, uint32_t* keys) const {
     constexpr int64_t kPiece = 256;

@@ -7,16 +7,22 @@
 #include "row_kernels.h"
 #include "units.h"
 
-// A row is a unit of work and stays in the cache of its thread: a few passes find its tau, of which the last ones
-// write.
+// soft_topk on the CPU. A row is a unit of work and stays in the cache of its thread.
+//   1. A long row is sampled in blocks, and the tau of the sample found: a guess for the tau of the row.
+//   2. One rough pass over the row moves the guess; up to four passes with exact sums follow until tau is near. If that
+//      is not enough, or some score is not finite, the row goes through step 3.
+//   3. Other rows start with a pass that finds count, range, mean and variance of the finite scores. Where k leaves no
+//      choice all of them are kept, or none; otherwise these numbers give the first tau, and passes as in 2 follow.
+//   4. A pass near tau already writes the mask; if tau then moves a little more, the mask is corrected to second order.
+// How tau moves is in lkv/soft_threshold.h. The gradient is two passes: sums, then the gradient of each score.
 
 namespace lkv::cpu {
 namespace {
 
-// Scores that are worth a thread of their own.
+// Scores below which another thread is not worth waking.
 constexpr int64_t kGrain = 8 << 10;
 
-// What is looked at first, where a row is long: blocks of scores from all over it.
+// The sample of a long row: blocks of scores from all over it.
 constexpr int64_t kSampleBlock = 16;
 constexpr int64_t kLongRow = 2048;
 
@@ -69,7 +75,7 @@ class SoftTopk {
   }
 
  private:
-  // The mask of a long row whose scores are all finite, from a guess by a part of it and without a look at its range.
+  // The mask of a long row whose scores are all finite, from the tau of a sample and without a pass for its range.
   bool quick(const char* scores, int64_t n, double k, double temperature, void* mask, double& weight) const {
     const int64_t size = sample_size(n);
     SoftThreshold<> threshold;
@@ -85,12 +91,12 @@ class SoftTopk {
     return true;
   }
 
-  // Moves the threshold until it is good, and writes the mask. False where that takes more steps. `close`: it is near
-  // already.
+  // Moves the threshold until it is exact enough, and writes the mask. False if that takes more steps. `close`: it is
+  // near already.
   bool find(SoftThreshold<>& threshold, const char* scores, int64_t n, double temperature, void* mask, bool close,
             int steps) const {
     for (int i = 0; i < steps; ++i) {
-      // Near tau a mask is made good by a small correction, so it is written at once; a logarithm costs more.
+      // Near tau a small correction of the mask is enough, so it is written at once; a logarithm costs more.
       void* out = (close || i > 0) && !p_.rows.log ? mask : nullptr;
       const auto state = threshold.step(kernels_.pass({scores, n, threshold.tau, temperature, out, false}), precision_);
       if (state == SoftThreshold<>::far) continue;
@@ -114,7 +120,7 @@ class SoftTopk {
     return true;
   }
 
-  // The threshold of a part of the row; false where its scores do not tell.
+  // The threshold of a sample of the row; false where its scores are not all finite.
   bool guess(SoftThreshold<>& threshold, const char* scores, int64_t n, int64_t size, double k,
              double temperature) const {
     alignas(64) char sample[kLargestSample * sizeof(float)];

@@ -39,10 +39,10 @@ void attend(const AttendParams& p, const Threads& threads);
 void soft_topk(const SoftTopkParams& p, const Threads& threads);
 void soft_topk_grad(const SoftTopkGradParams& p, const Threads& threads);
 
-// Asks the kernel for huge pages under a large output that nobody has touched yet; a hint, never an error.
+// Requests huge pages for a large output that has not been touched yet; a hint to the system, never an error.
 void advise_huge_pages(void* data, int64_t bytes);
 
-// "avx512", "avx2" or "portable": the best this machine runs, or what LKV_CPU_ISA asks for.
+// "avx512", "avx2" or "portable": the best this machine runs, or the one that LKV_CPU_ISA names.
 const char* isa();
 
 }  // namespace lkv::cpu

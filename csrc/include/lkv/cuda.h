@@ -17,8 +17,8 @@ using Status = int;
 
 const char* describe(Status status);
 
-// Host bytes and where they go on the device: by kernel arguments, so no pinned memory, no blocking copy, safe under
-// capture.
+// Bytes on the host, and where they go on the device. They travel as kernel arguments: no pinned memory, no blocking
+// copy, and safe under capture.
 struct Upload {
   const void* host;
   void* device;
@@ -36,7 +36,8 @@ Status select(const SelectParams& p, int64_t longest, void* scratch, Stream stre
 // `behind_select`: launched with programmatic dependent launch right behind the select that sets p.ready.
 Status gather(const GatherParams& p, bool behind_select, Stream stream);
 
-// select, then gather, in one launch where little moves. `bytes`: of the output. p.ready must be g.ready, not nullptr.
+// select, then gather; in one launch where little moves. `bytes`: size of the output. p.ready must be g.ready, not
+// nullptr.
 Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, int64_t bytes, void* scratch,
              Stream stream);
 Status compact(const CompactParams& p, Stream stream);
@@ -47,7 +48,7 @@ Status append(const AppendParams& p, Stream stream);
 size_t attend_scratch(const AttendParams& p);
 Status attend(const AttendParams& p, void* scratch, Stream stream);
 
-// Not of float64.
+// Scores of float64 are not supported.
 Status soft_topk(const SoftTopkParams& p, Stream stream);
 Status soft_topk_grad(const SoftTopkGradParams& p, Stream stream);
 

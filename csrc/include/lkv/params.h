@@ -53,7 +53,7 @@ LKV_HD int64_t clamp(int64_t x, int64_t low, int64_t high) {
 }
 
 // How many rows each segment keeps and where its span begins in the output.
-// keep = clamp(budget, 0, length, max_budget); span = keep + reserve rounded up to align, or `padded` for all when > 0.
+// keep = min(clamp(budget, 0, length), max_budget); span = keep + reserve rounded up to align, or `padded` for all.
 // Spans end at `total`: begin = min(sum of the spans before, total), and keep and span are cut to total - begin.
 struct SpansParams {
   Source source;

@@ -30,7 +30,7 @@ struct HostMath {
   static double root(double x) { return std::sqrt(x); }
 };
 
-// How exact a threshold is to be. tolerance: of the sum, relative to k or to what is left of the row; resolution: the
+// How exact a threshold must be. tolerance: of the sum, relative to k or to what is left of the row; resolution: the
 // least step, and close: one from which Halley's next lands within rounding, as its error is cubic; both in units of
 // the temperature.
 struct SoftPrecision {
@@ -44,7 +44,7 @@ LKV_HD SoftPrecision soft_precision(bool wide) {
 template <class Math = HostMath>
 class SoftThreshold {
  public:
-  // What to make of tau after a step. near: it has moved, by `move` temperatures, and needs no other look.
+  // The state of tau after a step. near: it has moved by `move` temperatures and needs no further step.
   enum State { far, near, good };
 
   double tau, move, weight;  // weight: the sum of w at tau, as soon as it is near
@@ -74,7 +74,7 @@ class SoftThreshold {
     move_to(range.origin + mean - spread * logit);
   }
 
-  // Begins elsewhere, as far as the bracket allows.
+  // Moves tau elsewhere within the bracket.
   LKV_HD void move_to(double guess) { tau = guess >= low_ && guess <= high_ ? guess : middle(); }
 
   // Takes the sums at tau, and moves it unless it is good.

@@ -60,7 +60,7 @@ struct SoftRows {
 };
 
 // mask = sigmoid((score - tau) / temperature), tau such that the sum over a row is k. Scores that are -inf or NaN, and
-// what lies behind the length of a row, have mask 0. Rows that k leaves nothing to decide in have weight 0.
+// what lies behind the length of a row, have mask 0. Rows in which k leaves no choice have weight 0.
 struct SoftTopkParams {
   SoftRows rows;
   const char* scores;
