@@ -1,4 +1,4 @@
-"""evict beside memcpy, the naive pipeline and the best PyTorch composition."""
+"""evict beside memcpy, the naive pipeline and the best PyTorch composition; evict_; small evictions in one launch."""
 
 from __future__ import annotations
 
@@ -11,30 +11,24 @@ import torch
 from conftest import Bench
 from contenders import same_bytes
 from shapes import LENGTHS, Inputs, Shape, make_inputs
-from timing import Call
+from timing import Call, switched
 
 import lkv_ext
-from lkv_ext import RaggedKV
 
 MODES = ("fresh", "warm", "graph")
 
 
-def evict(inputs: Inputs) -> Call:
-    budgets = inputs.budgets
-    return lambda: lkv_ext.evict(inputs.k, inputs.v, inputs.scores, budgets)
-
-
-def evict_warm(inputs: Inputs, out: RaggedKV) -> Call:
+def evict(inputs: Inputs, out: lkv_ext.RaggedKV | None = None) -> Call:
     budgets = inputs.budgets
     return lambda: lkv_ext.evict(inputs.k, inputs.v, inputs.scores, budgets, out=out)
 
 
-def moved_bytes(shape: Shape) -> int:
-    return 2 * shape.output_bytes + shape.score_bytes
+def evict_warm(inputs: Inputs) -> Call:
+    return evict(inputs, evict(inputs)())
 
 
 def race(bench: Bench, mode: str, shape: Shape, others: Callable[[Inputs], dict[str, Call]] | None = None) -> None:
-    """evict against memcpy, the PyTorch pipelines or `others`, and on CUDA whoever else is there."""
+    """evict against memcpy, the PyTorch pipelines or `others`, and on CUDA all others that are there."""
     inputs = make_inputs(shape, bench.device)
     out = lkv_ext.evict(inputs.k, inputs.v, inputs.scores, shape.budgets)
     pair = [out.k, out.v]
@@ -47,13 +41,12 @@ def race(bench: Bench, mode: str, shape: Shape, others: Callable[[Inputs], dict[
     if others is None and shape.dtype != torch.float8_e4m3fn:
         found["naive"] = rivals.naive(inputs)
     found |= bench.admit(lambda: contenders.for_evict(inputs, pair))
-    if mode != "warm":
-        bench.time("evict", mode, shape, evict(inputs), {"memcpy": rivals.clone(pair), **found}, moved_bytes(shape))
-        return
-    if others is None and bench.device == "cpu":
-        found = {"best out=": rivals.best_out(inputs)}
-    everyone = {"memcpy": rivals.copy_warm(pair), **found}
-    bench.time("evict", mode, shape, evict_warm(inputs, out), everyone, moved_bytes(shape))
+    subject, memcpy = evict(inputs), rivals.clone(pair)
+    if mode == "warm":
+        subject, memcpy = evict(inputs, out), rivals.copy_warm(pair)
+        if others is None and bench.device == "cpu":
+            found = {"best out=": rivals.best_out(inputs)}
+    bench.time("evict", mode, shape, subject, {"memcpy": memcpy, **found}, shape.moved_bytes)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -99,11 +92,10 @@ def test_dtype(bench: Bench, dtype: torch.dtype, score_dtype: torch.dtype, dim: 
 def test_skewed_budgets(bench: Bench, length: int, mode: str) -> None:
     """One head with 40 % of the budget, against uniform budgets of the same total and the per-head loop."""
     uniform = make_inputs(Shape(length), bench.device)
-    warm = lkv_ext.evict(uniform.k, uniform.v, uniform.scores, uniform.shape.budgets)
 
     def others(inputs: Inputs) -> dict[str, Call]:
         if mode == "warm" and bench.device == "cpu":
-            return {"uniform": evict_warm(uniform, warm)}
+            return {"uniform": evict_warm(uniform)}
         return {"loop": rivals.loop(inputs), "best": rivals.best_ragged(inputs), "uniform": evict(uniform)}
 
     race(bench, mode, Shape(length, skewed=True), others)
@@ -112,3 +104,37 @@ def test_skewed_budgets(bench: Bench, length: int, mode: str) -> None:
 def test_tiny(bench: Bench) -> None:
     """Nothing but the overhead of the call, which counts when decoding."""
     race(bench, "fresh", Shape(16, heads=2, dim=8, retention=0.5))
+
+
+@pytest.mark.parametrize("length", [8192, 131072])
+def test_in_place(bench: Bench, length: int) -> None:
+    """evict_ beside evict and a composition that copies the kept rows back.
+
+    Every round evicts what the last one left: the same positions, so the same work.
+    """
+    shape = Shape(length)
+    whole = make_inputs(shape, bench.device)
+    inputs = Inputs(shape, whole.k.clone(), whole.v.clone(), whole.scores)
+    budgets = inputs.budgets
+    out = lkv_ext.evict(whole.k, whole.v, whole.scores, budgets)
+    others = {
+        "memcpy": rivals.copy_warm([out.k, out.v]),
+        "evict": evict(whole),
+        "best, copied back": rivals.best_in_place(inputs),
+        **bench.admit(lambda: contenders.for_evict_in_place(inputs)),
+    }
+
+    def subject() -> lkv_ext.RaggedIndex:
+        return lkv_ext.evict_(inputs.k, inputs.v, inputs.scores, budgets)
+
+    bench.time("evict_", "warm", shape, subject, others, shape.moved_bytes)
+
+
+@pytest.mark.parametrize("skewed", [False, True], ids=["uniform", "skewed"])
+@pytest.mark.parametrize("length", [256, 512, 1024, 2048, 4096, 8192])
+@pytest.mark.parametrize("mode", ["graph"])
+def test_one_launch(bench: Bench, mode: str, length: int, skewed: bool) -> None:
+    """Small evictions in one launch, and as a select with a gather beside it: which is faster from where on."""
+    inputs = make_inputs(Shape(length, skewed=skewed), bench.device)
+    ways = {name: switched(evict(inputs), "LKV_CUDA_EVICT", name) for name in ("fused", "pair")}
+    bench.time("evict, by size", mode, inputs.shape, evict(inputs), ways, inputs.shape.moved_bytes)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import Bench
@@ -16,6 +11,7 @@ from shapes import Shape
 pytest.importorskip("transformers")
 
 import decoder
+import peak
 from transformers import DynamicCache
 
 import lkv
@@ -44,9 +40,11 @@ def test_decoding(bench: Bench) -> None:
             "dense cache": lambda: model(token, past_key_values=dense),
             "without rows": lambda: model(token, past_key_values=brief),
         }
-        bench.time(
-            f"{OP} step", "", SHAPE, lambda: model(token, past_key_values=cache), others, 0, note=attention_share
-        )
+
+        def step() -> object:
+            return model(token, past_key_values=cache)
+
+        bench.time(f"{OP} step", "", SHAPE, step, others, 0, note=attention_share)
 
 
 def attention_share(ratios: dict[str, float]) -> str:
@@ -58,13 +56,10 @@ def test_peak(bench: Bench) -> None:
     """What a prefill takes beyond the same one without a cache, and the layer that this holds as well."""
 
     # Blocks that malloc keeps after they were freed are no peak: with a fixed threshold they go back at once.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-
-    def peak(cache: str) -> int:
-        command = [sys.executable, str(Path(__file__).with_name("decoder.py")), cache, str(LENGTH), bench.device]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    def prefill(cache: str) -> int:
+        return peak.of_a_child("decoder.py", cache, LENGTH, bench.device, MALLOC_MMAP_THRESHOLD_="65536")
 
     layer = SHAPE.cache_bytes
-    peaks = bench.once(lambda: [peak("ours"), peak("none")])
-    share = (peaks[0] - peaks[1] + layer) / (decoder.LAYERS * layer)
+    ours, none = bench.once(lambda: [prefill("ours"), prefill("none")])
+    share = (ours - none + layer) / (decoder.LAYERS * layer)
     bench.report(Result(f"{OP} peak", "", str(SHAPE), share=share, length=LENGTH))

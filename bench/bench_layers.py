@@ -6,14 +6,14 @@ import contenders
 import pytest
 import rivals
 import torch
-from bench_evict import MODES, evict, evict_warm, moved_bytes
+from bench_evict import MODES, evict, evict_warm
 from conftest import Bench
 from shapes import Inputs, Shape, make_inputs
 
 import lkv_ext
 
 WHOLE_MODEL = 32  # layers
-ROOM_FOR = 8  # rivals
+RESULTS = 8  # of rivals, at the same time in memory
 
 
 def race(bench: Bench, mode: str, shape: Shape, count: int) -> None:
@@ -23,28 +23,22 @@ def race(bench: Bench, mode: str, shape: Shape, count: int) -> None:
     ks, vs, scores = ([getattr(layer, name) for layer in layers] for name in ("k", "v", "scores"))
     budgets = one.budgets.repeat(count, 1)  # [N, H]
     joint = lkv_ext.evict_layers(ks, vs, scores, budgets)
-    pair = [joint.k, joint.v]
-    if mode == "warm":
-        out = joint
-        memcpy, compositions, name = rivals.copy_warm(pair), [rivals.best_out(layer) for layer in layers], "best out="
-        singles = [evict_warm(layer, lkv_ext.evict(layer.k, layer.v, layer.scores, layer.budgets)) for layer in layers]
-    else:
-        out = None
-        memcpy, compositions, name = rivals.clone(pair), [rivals.best(layer) for layer in layers], "best"
-        singles = [evict(layer) for layer in layers]
+    warm = mode == "warm"
+    singles = [(evict_warm if warm else evict)(layer) for layer in layers]
+    compositions = [(rivals.best_out if warm else rivals.best)(layer) for layer in layers]
     others = {
-        "memcpy": memcpy,
+        "memcpy": (rivals.copy_warm if warm else rivals.clone)([joint.k, joint.v]),
         "evict per layer": lambda: [call() for call in singles],
-        name: lambda: [call() for call in compositions],
+        "best out=" if warm else "best": lambda: [call() for call in compositions],
     }
-
     one_out = lkv_ext.evict(one.k, one.v, one.scores, one.budgets)
     others |= bench.admit(lambda: contenders.for_layers(layers, [one_out.k, one_out.v]))
+    out = joint if warm else None
 
     def subject() -> lkv_ext.RaggedKV:
         return lkv_ext.evict_layers(ks, vs, scores, budgets, out=out)
 
-    bench.time(f"evict_layers {count}", mode, shape, subject, others, count * moved_bytes(shape))
+    bench.time(f"evict_layers {count}", mode, shape, subject, others, count * shape.moved_bytes)
 
 
 @pytest.mark.parametrize("length", [1024, 4096])
@@ -59,7 +53,7 @@ def test_whole_model(bench: Bench, length: int, mode: str) -> None:
     """What a GPU is given: up to 17 GB of cache."""
     shape = Shape(length)
     # Beside the cache, every rival's graph holds its result and as much again.
-    needed = WHOLE_MODEL * (shape.cache_bytes + 2 * ROOM_FOR * shape.output_bytes)
+    needed = WHOLE_MODEL * (shape.cache_bytes + 2 * RESULTS * shape.output_bytes)
     free = torch.cuda.mem_get_info()[0]
     if needed > free:
         pytest.skip(f"needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} are free")

@@ -1,27 +1,23 @@
-"""Linear in L and in kept rows: one call beside four calls of a quarter of the work, in the same rounds.
+"""Linear in L and in kept rows: one call beside four calls of a quarter of the work, in the same rounds; scratch.
 
 The four share no memory that the one does not touch too, so that caches favour neither side.
 """
 
 from __future__ import annotations
 
+import peak
+import pytest
 import torch
-from bench_evict import evict_warm, moved_bytes
+from bench_evict import evict_warm
 from conftest import Bench
-from shapes import Inputs, Shape, make_inputs
-from timing import Call
-
-import lkv_ext
-
-
-def warm(inputs: Inputs) -> Call:
-    return evict_warm(inputs, lkv_ext.evict(inputs.k, inputs.v, inputs.scores, inputs.shape.budgets))
+from results import Result
+from shapes import LENGTHS, Inputs, Shape, make_inputs
 
 
 def race(bench: Bench, whole: Inputs, quarters: list[Inputs], name: str) -> None:
-    calls = [warm(quarter) for quarter in quarters]
+    calls = [evict_warm(quarter) for quarter in quarters]
     rivals = {name: lambda: [call() for call in calls]}
-    bench.time("evict scaling", "warm", whole.shape, warm(whole), rivals, moved_bytes(whole.shape))
+    bench.time("evict scaling", "warm", whole.shape, evict_warm(whole), rivals, whole.shape.moved_bytes)
 
 
 def test_linear_in_length(bench: Bench) -> None:
@@ -37,3 +33,12 @@ def test_linear_in_kept_rows(bench: Bench) -> None:
     scores = [torch.randn_like(whole.scores) for _ in range(4)]
     shape = Shape(32768, retention=0.15)
     race(bench, whole, [Inputs(shape, whole.k, whole.v, s) for s in scores], "4 x 15%")
+
+
+@pytest.mark.parametrize("length", LENGTHS[1::2])
+@pytest.mark.parametrize("op", ["evict", "evict_"])
+def test_scratch(bench: Bench, op: str, length: int) -> None:
+    """What a call allocates beside its result, over the bytes of the input cache."""
+    shape = Shape(length)
+    bytes_ = bench.once(lambda: peak.of_a_child("peak.py", op, length, bench.device))
+    bench.report(Result(f"{op} scratch", "", str(shape), share=bytes_ / shape.cache_bytes, length=length))

@@ -9,51 +9,42 @@ from typing import Any, TypeVar
 import contenders
 import pytest
 import torch
-from contenders import Field, reason, versions
 from results import Result, Run, machine
 from shapes import Shape
 from timing import Call, Clock, CudaClock, WallClock, captured, take_turns
 
 HERE = Path(__file__).parent
 T = TypeVar("T")
-RUNS = pytest.StashKey[dict[str, "Book"]]()
-SKIPPED = pytest.StashKey[dict[str, None]]()
-UNCAPTURABLE = pytest.StashKey[set[str]]()
+STATE = pytest.StashKey["State"]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("lkv_ext benchmarks")
-    group.addoption("--device", choices=("cpu", "cuda", "all"), default="all", help="default: all that are present")
-    group.addoption("--seconds", type=float, default=2.0, help="time per case")
-    group.addoption("--threads", type=int, default=2, help="CPU threads")
-    group.addoption("--warm-gigabytes", type=float, default=6.0, help="host memory touched before the first case")
-    group.addoption("--rivals", choices=("torch", "all"), default="all", help="on CUDA: others than PyTorch too")
-    group.addoption(
-        "--results",
-        type=Path,
-        default=HERE / "results",
-        help="folder for cpu-<instruction set>.json or <gpu name>.json",
-    )
-    group.addoption("--keep", action="store_true", help="keep what the file has of the same code and machine")
+    add = parser.getgroup("lkv_ext benchmarks").addoption
+    add("--device", choices=("cpu", "cuda", "all"), default="all", help="default: all that are present")
+    add("--seconds", type=float, default=2.0, help="time per case")
+    add("--threads", type=int, default=2, help="CPU threads")
+    add("--warm-gigabytes", type=float, default=6.0, help="host memory touched before the first case")
+    add("--rivals", choices=("torch", "all"), default="all", help="on CUDA: others than PyTorch too")
+    where = "folder for cpu-<instruction set>.json or <gpu name>.json"
+    add("--results", type=Path, default=HERE / "results", help=where)
+    add("--keep", action="store_true", help="keep what the file has of the same code and machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RUNS] = {}
-    config.stash[SKIPPED] = {}
-    config.stash[UNCAPTURABLE] = set()
+    config.stash[STATE] = State(config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
-        asked = metafunc.config.getoption("device")
+        wanted = metafunc.config.getoption("device")
         present = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-        metafunc.parametrize("device", [d for d in present if asked in (d, "all")])
+        metafunc.parametrize("device", [d for d in present if wanted in (d, "all")])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A graph is a thing of CUDA."""
-    drawn = [(item, item.callspec.params if hasattr(item, "callspec") else {}) for item in items]
-    items[:] = [item for item, case in drawn if (case.get("device"), case.get("mode")) != ("cpu", "graph")]
+    params = [(item, item.callspec.params if hasattr(item, "callspec") else {}) for item in items]
+    items[:] = [item for item, case in params if (case.get("device"), case.get("mode")) != ("cpu", "graph")]
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
@@ -61,34 +52,50 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    for book in session.config.stash[RUNS].values():
-        reporter.write_line(f"{len(book.run.results)} results in {book.path}")
+    for run, path in session.config.stash[STATE].runs.values():
+        session.config.stash[STATE].print(f"{len(run.results)} results in {path}")
 
 
-class Book:
-    """The results of one device, in their file from the moment that each is known."""
+class State:
+    """The results of every device, in their file from the moment that each is known, and the rivals left out."""
 
-    def __init__(self, device: str, config: pytest.Config) -> None:
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.runs: dict[str, tuple[Run, Path]] = {}
+        self.skipped: dict[str, None] = {}
+        self.uncapturable: set[str] = set()
+
+    def open(self, device: str) -> None:
+        if device in self.runs:
+            return
         found = machine(device)
-        set_ = found.get("cpu_isa", "unknown")
-        name = f"cpu-{set_}" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
-        self.path = config.getoption("results") / f"{name}.json"
-        self.run = Run(device, found, [])
-        self._skipped = config.stash[SKIPPED]
-        if config.getoption("keep") and self.path.exists():
-            earlier = Run.read(self.path)
-            if self.run.goes_on_with(earlier):
-                self.run.results = earlier.results
-                self._skipped |= dict.fromkeys(earlier.machine.get("rivals skipped", ()))
+        isa = found.get("cpu_isa", "unknown")
+        name = f"cpu-{isa}" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+        path, run = self.config.getoption("results") / f"{name}.json", Run(device, found, [])
+        if self.config.getoption("keep") and path.exists() and run.goes_on_with(earlier := Run.read(path)):
+            run.results = earlier.results
+            self.skipped |= dict.fromkeys(earlier.machine.get("rivals skipped", ()))
         if device == "cuda":
-            self.run.machine["rivals"] = versions()
+            run.machine["rivals"] = contenders.versions()
+        self.runs[device] = run, path
 
-    def add(self, result: Result) -> None:
-        self.run.add(result)
-        if self.run.device == "cuda":
-            self.run.machine["rivals skipped"] = list(self._skipped)
-        self.run.write(self.path)
+    def add(self, device: str, result: Result) -> None:
+        run, path = self.runs[device]
+        run.add(result)
+        if device == "cuda":
+            run.machine["rivals skipped"] = list(self.skipped)
+        run.write(path)
+        self.print(result.line())
+
+    def skip(self, name: str, why: str) -> None:
+        line = f"{name} skipped: {why}"
+        if line not in self.skipped:
+            self.skipped[line] = None
+            self.print(line)
+
+    def print(self, line: str) -> None:
+        with self.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+            self.config.pluginmanager.get_plugin("terminalreporter").write_line(line)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -101,17 +108,13 @@ def _settled(request: pytest.FixtureRequest) -> None:
 class Bench:
     """Measures the cases of one device and reports each at once."""
 
-    def __init__(self, request: pytest.FixtureRequest, benchmark: Any, device: str) -> None:
+    def __init__(self, config: pytest.Config, benchmark: Any, device: str) -> None:
         self.device = device
         self._benchmark = benchmark
-        self._seconds = request.config.getoption("seconds")
-        self._everybody = device == "cuda" and request.config.getoption("rivals") == "all"
-        runs = request.config.stash[RUNS]
-        self._book = runs[device] if device in runs else runs.setdefault(device, Book(device, request.config))
-        self._skipped = request.config.stash[SKIPPED]
-        self._uncapturable = request.config.stash[UNCAPTURABLE]
-        self._reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-        self._capture = request.config.pluginmanager.get_plugin("capturemanager")
+        self._seconds = config.getoption("seconds")
+        self._everybody = device == "cuda" and config.getoption("rivals") == "all"
+        self._state = config.stash[STATE]
+        self._state.open(device)
 
     def time(
         self,
@@ -121,14 +124,13 @@ class Bench:
         subject: Call,
         rivals: dict[str, Call],
         moved: int,
-        *,
-        note: Callable[[dict[str, float]], str] | None = None,
-    ) -> Result:
+        note: Callable[[dict[str, float]], str] = lambda ratios: "",
+    ) -> None:
         """Times `subject` beside its rivals.
 
         Args:
-            moved: bytes that the op must read and write; 0: none said.
-            note: from the ratios to what else is to be said.
+            moved: bytes that the op must read and write; 0: none are counted.
+            note: from the ratios to what else a reader should know.
         """
         clock: Clock = WallClock(cold=mode == "cold")
         if self.device == "cuda":
@@ -137,73 +139,46 @@ class Bench:
             if mode in ("warm", "graph"):
                 subject, rivals = captured(subject), self._captured(rivals)
             mode = {"fresh": "cold"}.get(mode, mode)
-        samples = take_turns(self._benchmark, subject, rivals, clock, self._seconds)
-        result = Result(
-            op,
-            mode,
-            str(shape),
-            us=1e6 * samples.seconds,
-            gbps=moved / samples.seconds / 1e9 if moved else None,
-            ratios=samples.ratios(),
-            rival_us=samples.rival_us(),
-            rounds=len(samples.subject),
-            length=shape.length,
-            retention=shape.retention,
-        )
-        if note is not None:
-            result.note = note(result.ratios)
-        self.report(result)
-        return result
+        found = take_turns(self._benchmark, subject, rivals, clock, self._seconds)
+        found |= {"gbps": moved / found["us"] / 1e3 if moved else None, "note": note(found["ratios"])}
+        self.report(Result(op, mode, str(shape), length=shape.length, retention=shape.retention, **found))
 
     @property
     def sweep(self) -> str:
         """The mode of shapes that are measured in one mode only."""
         return "graph" if self.device == "cuda" else "fresh"
 
-    def admit(self, field: Callable[[], Field]) -> dict[str, Call]:
-        """On CUDA the rivals that are there; says once who is missing and why."""
+    def admit(self, field: Callable[[], contenders.Field]) -> dict[str, Call]:
+        """On CUDA the rivals that are there; names once those that are missing, and why."""
         if not self._everybody:
             return {}
         found = field()
         for name, why in found.skipped.items():
-            self._skip(name, why)
+            self._state.skip(name, why)
         return found.calls
 
     def _captured(self, calls: dict[str, Call]) -> dict[str, Call]:
         graphs = {}
         # Once a capture fails, some versions of torch fail in all that follow: who may not capture comes last, once.
         for name in sorted(calls, key=lambda name: name in contenders.MAY_NOT_CAPTURE):
-            call = calls[name]
-            if name in self._uncapturable:
-                continue
-            try:
-                graphs[name] = captured(call)
-            except RuntimeError as error:
-                self._uncapturable.add(name)
-                self._skip(f"{name} in a graph", reason(error))
+            if name not in self._state.uncapturable:
+                try:
+                    graphs[name] = captured(calls[name])
+                except RuntimeError as error:
+                    self._state.uncapturable.add(name)
+                    self._state.skip(f"{name} in a graph", contenders.reason(error))
         return graphs
-
-    def _skip(self, name: str, why: str) -> None:
-        line = f"{name} skipped: {why}"
-        if line not in self._skipped:
-            self._skipped[line] = None
-            self._say(line)
 
     def once(self, call: Callable[[], T]) -> T:
         """For what is not timed."""
         return self._benchmark.pedantic(call, rounds=1, iterations=1)
 
     def report(self, result: Result) -> None:
-        self._book.add(result)
+        self._state.add(self.device, result)
         self._benchmark.extra_info.update(case=result.case, **vars(result))
-        self._say(result.line())
-
-    def _say(self, line: str) -> None:
-        with self._capture.global_and_fixture_disabled():
-            self._reporter.write_line(line)
 
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest, benchmark: Any, device: str) -> Iterator[Bench]:
     with torch.inference_mode():
-        yield Bench(request, benchmark, device)
+        yield Bench(request.config, benchmark, device)

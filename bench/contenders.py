@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 import rivals
@@ -26,51 +28,44 @@ class Field:
 
 
 def same_bytes(moved: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    return all(
-        torch.equal(m.reshape(-1).view(torch.uint8), e.reshape(-1).view(torch.uint8))
-        for m, e in zip(moved, expected, strict=True)
-    )
+    pairs = [[t.reshape(-1).view(torch.uint8) for t in pair] for pair in zip(moved, expected, strict=True)]
+    return all(torch.equal(*pair) for pair in pairs)
 
 
 def settled(shape: Shape) -> bool:
-    """Whether the scores alone say which rows are kept: 16 bits tie, and who does not promise may keep any of a tie."""
+    """Whether the scores alone decide which rows are kept: 16 bits tie, and a rival may keep any of a tie."""
     return shape.score_dtype == torch.float32
 
 
 def for_evict(inputs: Inputs, expected: Sequence[Tensor]) -> Field:
-    """Whoever can do the work of `evict(inputs)`.
+    """All that can do the work of `evict(inputs)`.
 
     Args:
-        expected: K and V as evict moves them; who moves other rows is left out.
+        expected: K and V as evict moves them; a rival that moves other rows is left out.
     """
-    if isinstance(inputs.shape.budgets, int):
-        makers = {
-            "best by mask": rivals.best_by_mask,
-            "torch.compile": rivals.compiled,
-            "flashinfer": rivals.flashinfer,
-        }
-    else:
-        makers = {
-            "best batched": rivals.best_batched,
-            "torch.compile": rivals.compiled_ragged,
-            "flashinfer": rivals.flashinfer_ragged,
-        }
-    makers |= {"triton": _triton("evict"), f"{_cub(inputs)}, sort, our gather": _cuda("evict")}
-    makers |= {"one block per head": _cuda("one_block_per_head")}
+    ragged = not isinstance(inputs.shape.budgets, int)
+    makers = {
+        **({"best batched": rivals.best_batched} if ragged else {"best by mask": rivals.best_by_mask}),
+        "torch.compile": rivals.compiled_ragged if ragged else rivals.compiled,
+        "flashinfer": rivals.flashinfer_ragged if ragged else rivals.flashinfer,
+        "triton": _lazy("rivals_triton", "evict"),
+        f"{_cub(inputs)}, sort, our gather": _lazy("rivals_cuda", "evict"),
+        "one block per head": _lazy("rivals_cuda", "one_block_per_head"),
+    }
     return race_of(makers, inputs, lambda moved: same_bytes(moved, expected))
 
 
 def for_select(inputs: Inputs, expected: Tensor) -> Field:
-    """Whoever can do the work of `select(scores)`, with `expected` positions `row * L + position`, int32 `[T']`."""
-    makers = {"triton": _triton("select"), f"{_cub(inputs)}, sort": _cuda("select")}
+    """All that can do the work of `select(scores)`, with `expected` positions `row * L + position`, int32 `[T']`."""
+    makers = {"triton": _lazy("rivals_triton", "select"), f"{_cub(inputs)}, sort": _lazy("rivals_cuda", "select")}
     if isinstance(inputs.shape.budgets, int):
         makers["flashinfer"] = rivals.flashinfer_positions
     return race_of(makers, inputs, lambda positions: torch.equal(positions.to(expected.dtype), expected))
 
 
 def for_evict_in_place(inputs: Inputs) -> Field:
-    """Whoever can do the work of `evict_(inputs)`, on these inputs, which change."""
-    return race_of({"one block per head": _cuda("one_block_in_place")}, inputs, lambda _: True)
+    """All that can do the work of `evict_(inputs)`, on these inputs, which change."""
+    return race_of({"one block per head": _lazy("rivals_cuda", "one_block_in_place")}, inputs, lambda _: True)
 
 
 def for_layers(layers: Sequence[Inputs], expected: Sequence[Tensor]) -> Field:
@@ -95,12 +90,8 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    try:
-        from rivals_cuda import cub_version
-
-        found["cub"] = cub_version()
-    except (ImportError, OSError, RuntimeError):
-        pass
+    with suppress(ImportError, OSError, RuntimeError):
+        found["cub"] = import_module("rivals_cuda").cub_version()
     return found
 
 
@@ -123,30 +114,15 @@ def race_of(makers: dict[str, Maker], inputs: Inputs, right: Callable[[object], 
     return found
 
 
-def _triton(name: str) -> Maker:
-    def make(inputs: Inputs) -> Call:
-        import rivals_triton
-
-        return getattr(rivals_triton, name)(inputs)
-
-    return make
-
-
-def _cuda(name: str) -> Maker:
-    def make(inputs: Inputs) -> Call:
-        import rivals_cuda
-
-        return getattr(rivals_cuda, name)(inputs)
-
-    return make
+def _lazy(module: str, name: str) -> Maker:
+    """A rival whose module may fail to import."""
+    return lambda inputs: getattr(import_module(module), name)(inputs)
 
 
 def _cub(inputs: Inputs) -> str:
     """Which of CUB's two it is."""
     try:
-        from rivals_cuda import form
-
-        return f"cub {form(inputs.shape.length)}"
+        return f"cub {import_module('rivals_cuda').form(inputs.shape.length)}"
     except (ImportError, OSError, RuntimeError):
         return "cub"
 

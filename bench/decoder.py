@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from peak import peak_on_cpu, peak_on_cuda
+from peak import measure
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -51,13 +51,12 @@ def main(cache: str, length: str, device: str) -> None:
         if cache == "none":
             model(ids, use_cache=False, logits_to_keep=1)
             return
-        with lkv.Cache(model, POLICY, retention=RETENTION) as held:
-            model(ids, past_key_values=held, logits_to_keep=1)
+        with lkv.Cache(model, POLICY, retention=RETENTION) as kept:
+            model(ids, past_key_values=kept, logits_to_keep=1)
 
     with torch.inference_mode():
         prefill(ids[:, :256])  # libraries, threads and their stacks
-        measure = peak_on_cuda if device == "cuda" else peak_on_cpu
-        print(measure(lambda: prefill(ids)))
+        print(measure(lambda: prefill(ids), device))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
     python bench/gpu.py --dry-run                           no GPU: the same on a few small cases of this CPU
 
 Writes `bench/results/<gpu>.json`, `<gpu>-checks.json` and `<gpu>.md` (speeds, the ceiling of a gather, every target of
-bench/targets_gpu.py with its prediction): each result at once, and the rest after every step, so a run that is cut off
+bench/targets.py with its prediction): each result at once, and the rest after every step, so a run that is cut off
 keeps what it has. A later run of the same code on the same machine adds to them. Nothing is installed; needs torch,
-pytest and pytest-benchmark. Exits with 1 where a step failed; what this machine cannot do is skipped and says why.
+pytest and pytest-benchmark. Exits with 1 where a step failed; what this machine cannot do is skipped, with the reason.
 
 The last step runs the rivals that it finds and names those that it misses. Besides torch they need the packages triton,
 flashinfer-python (with what it depends on, nvcc and ninja) and nvidia-cuda-cccl >= 13.3.5 (and nvcc): where nothing can
@@ -21,33 +21,83 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from checks import Outcome, Report
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # predictions ask the planner in lkv_ext
+
+from report import markdown  # noqa: E402
+from results import Run  # noqa: E402
+
 SANITIZERS = ("memcheck", "synccheck", "racecheck")
 # What compute-sanitizer runs, as an expression of `pytest -k`; it slows kernels a hundredfold.
 SANITIZED = "(parity and not test_scores) or test_every_size"
 # memcheck sees accesses out of bounds only where every tensor is an allocation of its own; graphs need torch's cache.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-EVICTIONS = ("bench_ceiling.py", "bench_evict.py", "bench_gather.py", "bench_in_place.py", "bench_one_launch.py")
-RACES = (
-    "bench_select.py",
-    "bench_evict.py",
-    "bench_layers.py",
-    "bench_in_place.py",
-)  # that have rivals besides PyTorch
+EVICTIONS = ("bench_evict.py", "bench_gather.py")
+RACES = ("bench_select.py", "bench_evict.py", "bench_layers.py")  # that have rivals besides PyTorch
 SMALL = "4096 or 8192"  # of a dry run
+
+
+@dataclass
+class Outcome:
+    """What became of one step: passed, failed, skipped or cut off."""
+
+    step: str
+    state: str
+    seconds: float
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.step:<12} {self.state:<8} {self.seconds:6.0f} s  {self.detail}"
+
+
+class Report:
+    """What became of the steps, in `<slug>-checks.json` and `<slug>.md`: whole at any time."""
+
+    def __init__(self, results: Path, slug: str, gpu: str) -> None:
+        self.results, self.slug, self.gpu = results, slug, gpu
+        self.checks = results / f"{slug}-checks.json"
+        self.outcomes: dict[str, Outcome] = {}
+        if self.checks.exists():  # steps of earlier commands
+            known = json.loads(self.checks.read_text())["steps"]
+            self.outcomes = {each["step"]: Outcome(**each) for each in known}
+
+    def run(self, step: str, do: Callable[[], Outcome]) -> Outcome:
+        self.note(Outcome(step, "cut off", 0.0, "did not end"))
+        self.note(outcome := do())
+        print("\n" + self.summary(), flush=True)
+        return outcome
+
+    def note(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.step] = outcome
+        steps = [asdict(each) for each in self.outcomes.values()]
+        checks = {"gpu": self.gpu, "date": time.strftime("%Y-%m-%d"), "steps": steps}
+        self.write(self.checks, json.dumps(checks, indent=1))
+
+    def summary(self) -> str:
+        lines = [str(outcome) for outcome in self.outcomes.values()]
+        measured = self.results / f"{self.slug}.json"
+        if measured.exists():
+            text = markdown(Run.read(measured))
+            self.write(self.results / f"{self.slug}.md", text)
+            lines += ["", text]
+        return "\n".join(lines)
+
+    def write(self, path: Path, text: str) -> None:
+        self.results.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(text + "\n")
+        part.replace(path)
 
 
 @dataclass
@@ -58,35 +108,22 @@ class Machine:
     environment: dict[str, str]
 
     def run(self, step: str, command: list[str], limit: float, **environment: str) -> Outcome:
-        """Runs a command to its end, its output passed on; the last line says how it went."""
+        """Runs a command to its end, its output passed on; its last line is the detail of the outcome."""
         print(f"\n== {step}: {' '.join(command)}", flush=True)
-        begin = time.monotonic()
-        last, code = "", -1
-        with subprocess.Popen(
-            ["timeout", "--kill-after=10", str(int(limit)), *command],
-            cwd=ROOT,
-            env=self.environment | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        ) as process:
-            assert process.stdout is not None
+        begin, last = time.monotonic(), ""
+        command = ["timeout", "--kill-after=10", str(int(limit)), *command]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        with subprocess.Popen(command, cwd=ROOT, env=self.environment | environment, **options) as process:
             for line in process.stdout:
                 print(line, end="", flush=True)
                 last = line.strip() or last
             code = process.wait()
-        says = f"no end within {limit:.0f} s" if code in (124, 137) else last
-        return Outcome(step, "passed" if code == 0 else "failed", time.monotonic() - begin, says)
+        detail = f"no end within {limit:.0f} s" if code in (124, 137) else last
+        return Outcome(step, "passed" if code == 0 else "failed", time.monotonic() - begin, detail)
 
-    def pytest(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-
-
-def gpu_name() -> str | None:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    def pytest(self, step: str, *arguments: str, limit: float = 0, under: Sequence[str] = (), **env: str) -> Outcome:
+        command = [*under, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        return self.run(step, command, limit or self.args.limit, **env)
 
 
 def slug_of(gpu: str, dry_run: bool) -> str:
@@ -105,18 +142,17 @@ def skipped(step: str, why: str) -> Outcome:
 def build(machine: Machine) -> Outcome:
     if machine.args.library is not None:
         return skipped("build", f"prebuilt: {machine.args.library}")
-    tree = machine.args.build_dir
+    tree = str(machine.args.build_dir)
     # Into the source tree, as an editable install does: the Python beside it is what the other steps import.
     cmake, ninja = program("cmake"), program("ninja")
     if cmake is None or ninja is None:
         return Outcome("build", "failed", 0.0, "no cmake or no ninja here; give a prebuilt --library")
-    configure = [cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    configure += ["-DLKV_CUDA=ON", "-DLKV_TORCH=ON", f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [f"-DCMAKE_INSTALL_PREFIX={ROOT}"]
-    for command in (configure, [cmake, "--build", str(tree)], [cmake, "--install", str(tree)]):
+    options = ("LKV_CUDA=ON", "LKV_TORCH=ON", f"Python_EXECUTABLE={sys.executable}", f"CMAKE_INSTALL_PREFIX={ROOT}")
+    configure = [cmake, "-S", str(ROOT), "-B", tree, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    for command in ([*configure, *(f"-D{o}" for o in options)], [cmake, "--build", tree], [cmake, "--install", tree]):
         outcome = machine.run("build", command, machine.args.limit)
         if outcome.state != "passed":
-            return outcome
+            break
     return outcome
 
 
@@ -129,80 +165,77 @@ def without_hypothesis() -> list[str]:
     """Options that leave out the tests that need hypothesis, where it is missing."""
     if importlib.util.find_spec("hypothesis") is not None:
         return []
-    files = [path for path in sorted(ROOT.glob("tests/test_*.py")) if needs_hypothesis(path)]
+    words = [f"{verb} {module}" for verb in ("import", "from") for module in ("hypothesis", "strategies")]
+    files = [path for path in sorted(ROOT.glob("tests/test_*.py")) if any(w in path.read_text() for w in words)]
     print(f"hypothesis is not installed: {', '.join(path.name for path in files) or 'nothing'} left out")
     return [f"--ignore={path}" for path in files]
 
 
-def needs_hypothesis(path: Path) -> bool:
-    text = path.read_text()
-    return any(
-        word in text for word in ("import hypothesis", "from hypothesis", "from strategies", "import strategies")
-    )
-
-
 def tests(machine: Machine) -> Outcome:
-    return machine.run("tests", machine.pytest("tests", "-m", "cuda", *without_hypothesis()), machine.args.limit)
+    return machine.pytest("tests", "tests", "-m", "cuda", *without_hypothesis())
 
 
 def sanitizer(machine: Machine) -> Outcome:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         return skipped("sanitizer", "no compute-sanitizer here")
-    # Some runtimes refuse the debugger interface: that says nothing about the kernels.
+    # Some runtimes refuse the debugger interface: that has nothing to do with the kernels.
     probe = "import torch; torch.ones(1, device='cuda').add_(1); torch.cuda.synchronize(); print('probed')"
-    checked = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
+
+    def checked(kind: str) -> list[str]:
+        return [tool, "--tool", kind, "--error-exitcode", "9"]
+
     try:
-        trial = subprocess.run([*checked, sys.executable, "-c", probe], capture_output=True, text=True, timeout=180)
+        command = [*checked("memcheck"), sys.executable, "-c", probe]
+        trial = subprocess.run(command, capture_output=True, text=True, timeout=180)
     except subprocess.TimeoutExpired as late:
         return skipped("sanitizer", f"compute-sanitizer has not started a program within {late.timeout:.0f} s")
     if trial.returncode != 0 or "probed" not in trial.stdout:
-        refusal = next(
-            (line for line in (trial.stdout + trial.stderr).splitlines() if "=====" in line), "no reason given"
+        refusals = (line for line in (trial.stdout + trial.stderr).splitlines() if "=====" in line)
+        return skipped(
+            "sanitizer", f"compute-sanitizer is refused here: {next(refusals, 'no reason given').strip('= ')}"
         )
-        return skipped("sanitizer", f"compute-sanitizer is refused here: {refusal.strip('= ')}")
     found = {}
-    each = machine.args.limit / len(machine.args.sanitizers)
     for kind in machine.args.sanitizers:
         uncached = UNCACHED if kind == "memcheck" else {}
         subset = f"({machine.args.sanitize}) and not graph" if uncached else machine.args.sanitize
-        tests = machine.pytest("tests", "-m", "cuda", "-k", subset, "-x", *without_hypothesis())
-        command = [tool, "--tool", kind, "--error-exitcode", "9", *tests]
-        found[kind] = machine.run("sanitizer", command, each, **uncached)
+        arguments = ("tests", "-m", "cuda", "-k", subset, "-x", *without_hypothesis())
+        share = machine.args.limit / len(machine.args.sanitizers)
+        found[kind] = machine.pytest("sanitizer", *arguments, limit=share, under=checked(kind), **uncached)
     state = next((outcome.state for outcome in found.values() if outcome.state != "passed"), "passed")
-    says = "; ".join(f"{kind} {outcome.state}: {outcome.says.strip('= ')}" for kind, outcome in found.items())
-    return Outcome("sanitizer", state, sum(outcome.seconds for outcome in found.values()), says)
+    detail = "; ".join(f"{kind} {outcome.state}: {outcome.detail.strip('= ')}" for kind, outcome in found.items())
+    return Outcome("sanitizer", state, sum(outcome.seconds for outcome in found.values()), detail)
 
 
-def bench(machine: Machine, step: str, files: Sequence[str], rivals: str) -> Outcome:
-    if rivals == "all" and machine.args.rivals != "all":
-        return skipped(step, "--rivals torch")
-    options = ["--device", "cuda", "--seconds", str(machine.args.seconds)]
-    if machine.args.dry_run:
+def bench(machine: Machine, files: Sequence[str], rivals: str) -> Outcome:
+    args = machine.args
+    if rivals == "all" and args.rivals != "all":
+        return skipped("bench", "--rivals torch")
+    options = ["--device", "cuda", "--seconds", str(args.seconds)]
+    if args.dry_run:
         options = ["--device", "cpu", "--seconds", "0.01", "-k", SMALL]
-    options += ["--results", str(machine.args.results), "--keep", "--rivals", rivals, *machine.args.select]
+    options += ["--results", str(args.results), "--keep", "--rivals", rivals, *args.select]
     paths = [f"bench/{name}" for name in files]
-    command = machine.pytest(*paths, "--benchmark-only", "--benchmark-quiet", "--warm-gigabytes", "0", *options)
-    return machine.run(step, command, machine.args.limit)
+    return machine.pytest("bench", *paths, "--benchmark-only", "--benchmark-quiet", "--warm-gigabytes", "0", *options)
 
 
 def bench_evict(machine: Machine) -> Outcome:
-    return bench(machine, "bench-evict", EVICTIONS, "torch")
+    return bench(machine, EVICTIONS, "torch")
 
 
 def bench_others(machine: Machine) -> Outcome:
     others = sorted(path.name for path in (ROOT / "bench").glob("bench_*.py") if path.name not in EVICTIONS)
-    return bench(machine, "bench-others", others, "torch")
+    return bench(machine, others, "torch")
 
 
 def bench_rivals(machine: Machine) -> Outcome:
-    return bench(machine, "bench-rivals", RACES, "all")
+    return bench(machine, RACES, "all")
 
 
 class Step(NamedTuple):
     do: Callable[[Machine], Outcome]
     minutes: int  # expected of a data centre's GPU with 16 cores: estimated, not measured
-    says: str
+    purpose: str
 
 
 # The riskiest last: rivals compile, and may leave a process unable to capture.
@@ -218,25 +251,24 @@ STEPS = {
 
 def plan(names: Sequence[str]) -> str:
     """The steps with what they do and how long they should take."""
-    lines = [f"{name:<12} about {STEPS[name].minutes:2} min  {STEPS[name].says}" for name in names]
+    lines = [f"{name:<12} about {STEPS[name].minutes:2} min  {STEPS[name].purpose}" for name in names]
     return "\n".join([*lines, f"{'all':<12} about {sum(STEPS[name].minutes for name in names):2} min"])
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", type=Path, help="an op library built elsewhere, in place of building one")
-    parser.add_argument("--build-dir", type=Path, default=ROOT / "build" / "gpu")
-    parser.add_argument("--results", type=Path, help="folder; default: bench/results, of a dry run build/gpu-dry-run")
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="default: all of them")
-    parser.add_argument("--dry-run", action="store_true", help="on this CPU, a few small cases; no GPU is needed")
-    parser.add_argument("--seconds", type=float, default=0.5, help="time per benchmark case")
-    parser.add_argument("--limit", type=float, default=540, help="seconds that a command of a step may take")
-    parser.add_argument("--sanitize", default=SANITIZED, help="pytest -k expression for compute-sanitizer")
-    parser.add_argument("--sanitizers", nargs="+", default=list(SANITIZERS), help="its tools")
-    parser.add_argument("--rivals", choices=("torch", "all"), default="all", help="torch: PyTorch compositions alone")
-    parser.add_argument(
-        "--select", nargs="*", default=[], help="more arguments for the pytest of the benchmarks, as --select=-kWORDS"
-    )
+    add = parser.add_argument
+    add("--library", type=Path, help="an op library built elsewhere, in place of building one")
+    add("--build-dir", type=Path, default=ROOT / "build" / "gpu")
+    add("--results", type=Path, help="folder; default: bench/results, of a dry run build/gpu-dry-run")
+    add("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="default: all of them")
+    add("--dry-run", action="store_true", help="on this CPU, a few small cases; no GPU is needed")
+    add("--seconds", type=float, default=0.5, help="time per benchmark case")
+    add("--limit", type=float, default=540, help="seconds that a command of a step may take")
+    add("--sanitize", default=SANITIZED, help="pytest -k expression for compute-sanitizer")
+    add("--sanitizers", nargs="+", default=list(SANITIZERS), help="its tools")
+    add("--rivals", choices=("torch", "all"), default="all", help="torch: PyTorch compositions alone")
+    add("--select", nargs="*", default=[], help="more arguments for the pytest of the benchmarks: --select=-kWORDS")
     args = parser.parse_args(arguments)
     if args.library is not None and not args.library.is_file():
         parser.error(f"--library {args.library}: no such file")
@@ -246,14 +278,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
+    import torch
+
     args = parse()
-    gpu = "none: a dry run" if args.dry_run else gpu_name()
-    if gpu is None:
+    if not args.dry_run and not torch.cuda.is_available():
         print("no CUDA device that torch can use: nothing to do here but a --dry-run")
         return 1
-    environment = dict(os.environ)
-    paths = [str(ROOT), str(ROOT / "python"), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    gpu = "none: a dry run" if args.dry_run else torch.cuda.get_device_name()
+    paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if args.library is not None:
         environment["LKV_LIBRARY"] = str(args.library.resolve())
     machine = Machine(args, environment)
@@ -265,7 +298,7 @@ def main() -> int:
         if args.dry_run and not name.startswith("bench"):
             report.note(skipped(name, "a dry run"))
             continue
-        outcome = report.run(name, partial(STEPS[name].do, machine))
+        outcome = report.run(name, lambda name=name: replace(STEPS[name].do(machine), step=name))
         failed |= outcome.state == "failed"
         if name == "build" and failed:
             break

@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from shapes import Inputs, Shape, make_inputs
+from shapes import Shape, make_inputs
 from timing import Call
 
 import lkv_ext
+
+
+def of_a_child(script: str, *arguments: object, **environment: str) -> int:
+    """The bytes that a script of this folder prints."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
+    environment = {**os.environ, **environment}
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
 def resident(name: str) -> int:
@@ -25,7 +34,14 @@ def resident(name: str) -> int:
     return int(found[1]) * 1024
 
 
-def peak_on_cpu(call: Call) -> int:
+def measure(call: Call, device: str) -> int:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the highest starts again from now
@@ -34,31 +50,19 @@ def peak_on_cpu(call: Call) -> int:
     return max(0, resident("VmHWM") - before)
 
 
-def peak_on_cuda(call: Call) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def calls(inputs: Inputs) -> dict[str, Call]:
+def call_of(op: str, length: int, device: str) -> Call:
     """The result of evict lies in memory that is there already, so that all that is counted is scratch."""
-    k, v, scores, budgets = inputs.k, inputs.v, inputs.scores, inputs.shape.budgets
-    out = lkv_ext.evict(k, v, scores, budgets)
-    return {
-        "evict": lambda: lkv_ext.evict(k, v, scores, budgets, out=out),
-        "evict_": lambda: lkv_ext.evict_(k, v, scores, budgets),
-    }
+    inputs = make_inputs(Shape(length), device)
+    arguments = (inputs.k, inputs.v, inputs.scores, inputs.shape.budgets)
+    out = lkv_ext.evict(*arguments)
+    return (lambda: lkv_ext.evict(*arguments, out=out)) if op == "evict" else lambda: lkv_ext.evict_(*arguments)
 
 
 def main(op: str, length: str, device: str) -> None:
     torch.set_num_threads(2)
     with torch.inference_mode():
-        calls(make_inputs(Shape(1024), device))[op]()  # libraries, threads and their stacks are no scratch
-        call = calls(make_inputs(Shape(int(length)), device))[op]
-        print(peak_on_cuda(call) if device == "cuda" else peak_on_cpu(call))
+        call_of(op, 1024, device)()  # libraries, threads and their stacks are no scratch
+        print(measure(call_of(op, int(length), device), device))
 
 
 if __name__ == "__main__":

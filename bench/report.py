@@ -1,10 +1,9 @@
 """From the JSON of a run to the README's table and a plot.
 
-python bench/report.py                          prints the tables of bench/results/cpu-*.json and draws a plot of each
-python bench/report.py run1.json run2.json      medians over several processes on one machine, on one instruction set
-python bench/report.py --readme README.md       replaces what stands between its two markers: a row for each
-                                                instruction set
-python bench/report.py --page docs/benchmarks.md    the same with all tables and plots
+python bench/report.py                            prints the tables of bench/results/cpu-*.json and draws a plot of each
+python bench/report.py run1.json run2.json        medians over several processes on one machine, on one instruction set
+python bench/report.py --readme README.md         replaces what stands between its two markers: a row for each set
+python bench/report.py --page docs/benchmarks.md  the same with all tables and plots
 """
 
 from __future__ import annotations
@@ -13,29 +12,26 @@ import argparse
 from pathlib import Path
 
 import targets
-import targets_gpu
 from results import Result, Run, merge
+from sets import SETS
 
 HERE = Path(__file__).parent
-SETS = ("avx512", "avx2", "portable")  # best first
 SETS_CAPTION = (
-    "The kernels of each instruction set (`LKV_CPU_ISA`), by rivals that are held to the same one, with budgets in an "
+    "The kernels of each instruction set (`LKV_CPU_ISA`), beside rivals limited to the same one, with budgets in an "
     "int32 tensor:"
 )
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 # The rivals of each column; where a result has several of them, the fastest counts.
+COMPOSITIONS = (*targets.BEST, "best batched", "best out=", "best, copied back", "index_select", "unsorted, then sort")
 COLUMNS = {
     "naive PyTorch": ("naive", "torch.gather", "topk"),
-    "best PyTorch": (
-        *(*targets.BEST, "best batched", "best out=", "best, copied back"),
-        *("index_select", "unsorted, then sort"),
-    ),
+    "best PyTorch": COMPOSITIONS,
     "per-head loop": ("loop",),
     "torch.compile": ("torch.compile",),
     "FlashInfer": ("flashinfer",),
     "Triton": ("triton",),
-    "CUB": tuple(f"cub {form}, sort{rest}" for form in ("batched", "per row") for rest in (", our gather", "")),
+    "CUB": (*targets.CUB, *(name.removesuffix(", our gather") for name in targets.CUB)),
     "one block per head": ("one block per head",),
     "evict, uniform": ("uniform",),
     "SDPA, all rows": ("dense",),
@@ -53,7 +49,7 @@ def headline(run: Run) -> list[Result]:
 
 
 def speed_table(run: Run, rows: list[Result]) -> str:
-    """Markdown: time, rate, share of memcpy, and how many times as long every rival takes."""
+    """Markdown: time, rate, share of memcpy, and the time of every rival over ours."""
     columns = {name: keys for name, keys in COLUMNS.items() if any(key in r.ratios for r in rows for key in keys)}
     lines = [f"| op | | shape | time | GB/s | of memcpy | {' | '.join(columns)} |", "|---" * (6 + len(columns)) + "|"]
     for r in rows:
@@ -79,17 +75,13 @@ def caption(run: Run) -> str:
     }[run.device]
     return (
         f"{place}, torch {m['torch']}, {m['date']}{processes}. Shapes are `[B, H, L, D]`. {modes} "
-        "Columns of rivals say how many times as long they take; of memcpy: its time for the bytes of the output, "
-        "into memory allocated the same way, over ours."
+        "Columns of rivals have their time over ours; of memcpy: its time for the bytes of the output, into memory "
+        "allocated the same way, over ours."
     )
 
 
 def markdown(run: Run) -> str:
-    parts = [caption(run), speed_table(run, headline(run))]
-    if run.device == "cpu":
-        parts.append(targets.table(run))
-    else:
-        parts += [targets_gpu.ceilings(run), targets_gpu.table(run)]
+    parts = [caption(run), speed_table(run, headline(run)), targets.ceilings(run), targets.table(run)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -127,9 +119,8 @@ def main() -> None:
     if args.runs:
         runs = {args.write or args.runs[0]: merge([Run.read(path) for path in args.runs])}
     else:
-        runs = {
-            path: Run.read(path) for path in (HERE / "results" / f"cpu-{isa}.json" for isa in SETS) if path.exists()
-        }
+        paths = [HERE / "results" / f"cpu-{isa}.json" for isa in SETS]
+        runs = {path: Run.read(path) for path in paths if path.exists()}
     plots = args.page.parent / "benchmarks" if args.page else HERE / "results"
     for path, run in runs.items():
         if args.write:

@@ -111,13 +111,17 @@ def defects(kernels: Iterable[Kernel]) -> list[str]:
     return found
 
 
+def cuda_home() -> Path:
+    return Path(os.environ.get("CUDA_HOME", os.environ.get("CUDA_PATH", "/usr/local/cuda")))
+
+
 def find_nvcc() -> str | None:
-    return shutil.which("nvcc") or shutil.which("nvcc", path=str(_toolkit()))
+    return shutil.which("nvcc") or shutil.which("nvcc", path=str(cuda_home() / "bin"))
 
 
 def find_disassembler() -> str | None:
     """cuobjdump with nvdisasm beside it; the packages that may hold them are not imported."""
-    folders = [*map(Path, os.get_exec_path()), _toolkit()]
+    folders = [*map(Path, os.get_exec_path()), cuda_home() / "bin"]
     for package, pattern in (("nvidia", "*/bin"), ("triton", "backends/nvidia/bin")):
         spec = importlib.util.find_spec(package)
         for location in (spec and spec.submodule_search_locations) or ():
@@ -127,10 +131,6 @@ def find_disassembler() -> str | None:
         if all(tools):
             return tools[0]
     return None
-
-
-def _toolkit() -> Path:
-    return Path(os.environ.get("CUDA_HOME", os.environ.get("CUDA_PATH", "/usr/local/cuda"))) / "bin"
 
 
 def measure(source: Path, archs: Sequence[int] = ARCHITECTURES) -> list[Kernel]:

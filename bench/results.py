@@ -25,7 +25,7 @@ class Result:
             distinction.
         us: microseconds per call, median over the rounds.
         gbps: bytes that the op must read and write, per second. None where none are counted.
-        ratios: how many times as long every rival takes, median of the per-round ratios.
+        ratios: the time of every rival over the time of the call, median of the per-round ratios.
         rival_us: their microseconds.
         rounds: how many there were.
         length, retention: for plots.
@@ -51,18 +51,15 @@ class Result:
         return " ".join(filter(None, (self.op, self.mode, self.shape)))
 
     def line(self) -> str:
-        line = self._line()
-        return f"{line}  {self.note}" if self.note else line
-
-    def _line(self) -> str:
         head = f"{self.op:<13} {self.mode:<5} {self.shape:<42}"
         if self.share is not None:
-            return f"{head} {100 * self.share:9.2f} % of the input cache"
-        ratios = dict(self.ratios)
-        speed = "" if self.gbps is None else f"{self.gbps:7.1f} GB/s"
-        memcpy = f"{100 * ratios.pop('memcpy'):5.0f} % of memcpy" if "memcpy" in ratios else ""
-        others = "  ".join(f"{ratio:.2f}x {name}" for name, ratio in ratios.items())
-        return f"{head} {self.us:9.1f} us {speed:>12} {memcpy:>17}  {others}".rstrip()
+            line = f"{head} {100 * self.share:9.2f} % of the input cache"
+        else:
+            speed = "" if self.gbps is None else f"{self.gbps:7.1f} GB/s"
+            memcpy = f"{100 * self.ratios['memcpy']:5.0f} % of memcpy" if "memcpy" in self.ratios else ""
+            others = "  ".join(f"{ratio:.2f}x {name}" for name, ratio in self.ratios.items() if name != "memcpy")
+            line = f"{head} {self.us:9.1f} us {speed:>12} {memcpy:>17}  {others}".rstrip()
+        return f"{line}  {self.note}" if self.note else line
 
 
 @dataclass
@@ -89,11 +86,9 @@ class Run:
 
     def add(self, result: Result) -> None:
         """In place of an older result of that case."""
-        same = [i for i, old in enumerate(self.results) if old.case == result.case]
-        if same:
-            self.results[same[0]] = result
-        else:
-            self.results.append(result)
+        cases = [old.case for old in self.results]
+        at = cases.index(result.case) if result.case in cases else len(cases)
+        self.results[at : at + 1] = [result]
 
     def goes_on_with(self, earlier: Run) -> bool:
         """Whether both measured the same code on the same machine."""
@@ -119,16 +114,16 @@ def merge(runs: list[Run]) -> Run:
 
 
 def _median(same: list[Result]) -> Result:
-    numbers = {}
+    merged = {**asdict(same[0]), "rounds": sum(result.rounds for result in same)}
     for name in ("us", "gbps", "share"):
         values = [getattr(result, name) for result in same]
-        numbers[name] = None if None in values else median(values)
+        merged[name] = None if None in values else median(values)
     for name in ("ratios", "rival_us"):
-        keys = dict.fromkeys(key for result in same for key in getattr(result, name))
-        found = {key: [getattr(result, name).get(key) for result in same] for key in keys}
-        numbers[name] = {key: median(v for v in values if v is not None) for key, values in found.items()}
-    first = asdict(same[0])
-    return Result(**{**first, **numbers, "rounds": sum(result.rounds for result in same)})
+        found = [getattr(result, name) for result in same]
+        merged[name] = {
+            key: median(each[key] for each in found if key in each) for key in {k: 0 for f in found for k in f}
+        }
+    return Result(**merged)
 
 
 def machine(device: str) -> dict[str, object]:
@@ -141,8 +136,8 @@ def machine(device: str) -> dict[str, object]:
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "load": round(os.getloadavg()[0], 1),
+        "commit": _commit(),
     }
-    found["commit"] = _commit()
     if device == "cuda":
         found |= _gpu()
     try:
@@ -175,9 +170,8 @@ def _commit() -> str | None:
     """What is measured."""
     here = ("git", "-C", str(Path(__file__).parent))
     commit = _words(*here, "rev-parse", "HEAD")
-    if commit is not None and _words(*here, "status", "--porcelain", "--untracked-files=no"):
-        commit += " and changes"
-    return commit
+    changed = commit is not None and _words(*here, "status", "--porcelain", "--untracked-files=no")
+    return f"{commit} and changes" if changed else commit
 
 
 def _words(*command: str) -> str | None:
@@ -191,8 +185,9 @@ def _words(*command: str) -> str | None:
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def _rounded(value: object) -> object:

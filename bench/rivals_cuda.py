@@ -4,7 +4,7 @@ CUB's headers are the newest of those in the packages nvidia-cuda-cccl (top-k fo
 (brings a later CUB, with clusters for long rows) and in CUDA_HOME, or those in LKV_CCCL alone: a folder with `cub/` in
 it or a checkout of CCCL. LKV_RIVALS names a library that was built elsewhere:
 
-    python bench/rivals_cuda.py --arch 90          builds it and says where it is
+    python bench/rivals_cuda.py --arch 90          builds it and prints its path
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import ctypes
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from functools import cache
@@ -22,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from resources import cuda_home, find_nvcc
 from shapes import Inputs
 from timing import Call
 from torch import Tensor
@@ -31,31 +31,8 @@ import lkv_ext
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "bench" / "cuda" / "rivals.cu"
 BUILT = ROOT / "build" / "bench"
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 VECTOR = 16  # bytes
-
-
-class Selection(ctypes.Structure):
-    """What to select: rivals::Selection."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("scores", "budgets", "offsets")),
-        *((name, ctypes.POINTER(ctypes.c_int32)) for name in ("host_budgets", "host_offsets")),
-        *((name, ctypes.c_void_p) for name in ("unordered", "positions")),
-        *((name, ctypes.c_int64) for name in ("rows", "length", "total")),
-        *((name, ctypes.c_int32) for name in ("dtype", "batched")),
-    )
-
-
-class Move(ctypes.Structure):
-    """What to move: rivals::Move."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p * 2) for name in ("source", "target")),
-        *((name, ctypes.c_void_p) for name in ("positions", "offsets")),
-        *((name, ctypes.c_int64) for name in ("rows", "length", "vectors")),
-        ("in_place", ctypes.c_int32),
-    )
 
 
 def include_folders() -> tuple[str, list[Path]]:
@@ -63,12 +40,35 @@ def include_folders() -> tuple[str, list[Path]]:
     found = [(version, folders) for root in _roots() if (version := _cub_version(folders := _layout(root)))]
     if not found:
         raise RuntimeError("no CUB headers: install nvidia-cuda-cccl or name some in LKV_CCCL")
-    (major, minor), folders = max(found, key=lambda pair: pair[0])
-    return f"{major}.{minor}", folders
+    version, folders = max(found, key=lambda pair: pair[0])
+    return "{}.{}".format(*version), folders
 
 
-def find_nvcc() -> str | None:
-    return shutil.which("nvcc") or shutil.which("nvcc", path=str(_cuda_home() / "bin"))
+def _roots() -> Iterator[Path]:
+    if given := os.environ.get("LKV_CCCL"):
+        yield Path(given)
+        return
+    for package, inside in (("flashinfer", "data/cccl"), ("nvidia", "cu13/include/cccl")):
+        spec = find_spec(package)
+        yield from (Path(folder) / inside for folder in (spec and spec.submodule_search_locations) or ())
+    yield from (cuda_home() / inside for inside in ("include/cccl", "include"))
+
+
+def _layout(root: Path) -> list[Path]:
+    """The folders to include of an installed CCCL, or of its sources."""
+    if (root / "cub" / "cub").is_dir():
+        return [root / "cub", root / "thrust", root / "libcudacxx" / "include"]
+    return [root]
+
+
+def _cub_version(folders: list[Path]) -> tuple[int, int] | None:
+    header = folders[0] / "cub" / "version.cuh"
+    match = re.search(r"#define CUB_VERSION (\d+)", header.read_text()) if header.is_file() else None
+    return _parts(int(match[1])) if match else None
+
+
+def _parts(number: int) -> tuple[int, int]:
+    return number // 100000, number // 100 % 1000
 
 
 def build(arch: str) -> Path:
@@ -98,10 +98,17 @@ def build(arch: str) -> Path:
     return part.replace(path)
 
 
-def cub_version() -> str:
-    """Of the CUB inside the library, e.g. "3.5"."""
-    number = library().rivals_cub_version()
-    return f"{number // 100000}.{number // 100 % 1000}"
+@cache
+def _try_library() -> ctypes.CDLL | str:
+    """The library or why there is none, found out once: compiling takes long."""
+    try:
+        arch = "".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else "90"
+        lib = ctypes.CDLL(os.environ.get("LKV_RIVALS") or str(build(arch)))
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    lib.rivals_longest.restype = ctypes.c_int64
+    lib.rivals_error.restype = ctypes.c_char_p
+    return lib
 
 
 def library() -> ctypes.CDLL:
@@ -110,6 +117,11 @@ def library() -> ctypes.CDLL:
     if isinstance(result, str):
         raise RuntimeError(result)
     return result
+
+
+def cub_version() -> str:
+    """Of the CUB inside the library, e.g. "3.5"."""
+    return "{}.{}".format(*_parts(library().rivals_cub_version()))
 
 
 def form(length: int) -> str:
@@ -126,36 +138,30 @@ def select(inputs: Inputs) -> Call:
     Returns:
         A call that gives positions `row * L + position`, ascending, int32 `[T']`, in memory of its own.
     """
-    lib, shape = library(), inputs.shape
+    shape, scores = inputs.shape, inputs.scores.flatten(0, 1).contiguous()
+    host = torch.tensor(shape.per_segment, dtype=torch.int32)
+    host = torch.stack([host, (host.cumsum(0) - host).to(torch.int32)])  # budgets, offsets
+    device, result = host.to(scores.device), torch.empty(2, shape.kept, dtype=torch.int32, device=scores.device)
+    tensors = (scores, *device, *host, *result)
     batched = form(shape.length) == "batched"
-    scores = inputs.scores.flatten(0, 1).contiguous()
-    rows, length = scores.shape
-    counts = shape.per_row
-    host = [(ctypes.c_int32 * rows)(*ints) for ints in (counts, [sum(counts[:row]) for row in range(rows)])]
-    budgets, offsets = (torch.tensor(list(ints), dtype=torch.int32, device=scores.device) for ints in host)
-    unordered, positions = budgets.new_empty(shape.kept), budgets.new_empty(shape.kept)
-    asked = Selection(
-        *(t.data_ptr() for t in (scores, budgets, offsets)),
-        *host,
-        *(t.data_ptr() for t in (unordered, positions)),
-        *(rows, length, shape.kept),
-        *(DTYPES[scores.dtype], batched),
-    )
+    selection = _fields(*tensors, *scores.shape, shape.kept, DTYPES.index(scores.dtype), batched)
     size = ctypes.c_size_t(0)
-    _check(lib.rivals_select(ctypes.byref(asked), None, ctypes.byref(size), _stream()))
+
+    def run(scratch: int | None) -> None:
+        _check(library().rivals_select(selection, ctypes.c_void_p(scratch), ctypes.byref(size), _stream()))
+
+    run(None)
     scratch = torch.empty(max(size.value, 1), dtype=torch.uint8, device=scores.device)
-    asked.held = scores, budgets, offsets, unordered  # of which it has addresses alone
 
     def call() -> Tensor:
-        pointer = ctypes.c_void_p(scratch.data_ptr())
-        _check(lib.rivals_select(ctypes.byref(asked), pointer, ctypes.byref(size), _stream()))
-        return positions
+        run(scratch.data_ptr())
+        return tensors[-1]
 
     return call
 
 
 def evict(inputs: Inputs) -> Call:
-    """`select`, then our gather: of one row set that holds all rows."""
+    """`select`, then our gather: of one segment that holds all rows."""
     find, total = select(inputs), inputs.shape.kept
     ends = torch.tensor([0, total], dtype=torch.int32, device=inputs.k.device)
     index = lkv_ext.RaggedIndex(find(), ends[1:].view(1, 1), ends, total)
@@ -190,10 +196,15 @@ def _move(inputs: Inputs, out: list[Tensor], in_place: bool) -> None:
     if shape.row_bytes % VECTOR:
         raise ValueError(f"expected rows of whole {VECTOR}-byte vectors, got {shape.row_bytes} bytes")
     index = lkv_ext.select(inputs.scores, shape.budgets)
-    pairs = [(ctypes.c_void_p * 2)(*(t.data_ptr() for t in tensors)) for tensors in (inputs.payload, out)]
     sizes = (shape.batch * shape.heads, shape.length, shape.row_bytes // VECTOR)
-    move = Move(*pairs, index.positions.data_ptr(), index.cu_seqlens.data_ptr(), *sizes, in_place)
-    _check(library().rivals_move(ctypes.byref(move), _stream()))
+    move = _fields(*inputs.payload, *out, index.positions, index.cu_seqlens, *sizes, in_place)
+    _check(library().rivals_move(move, _stream()))
+
+
+def _fields(*values: Tensor | int) -> ctypes.Array[ctypes.c_int64]:
+    """A struct of the C++ side: tensors by their address."""
+    numbers = [value.data_ptr() if isinstance(value, Tensor) else int(value) for value in values]
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def _stream() -> ctypes.c_void_p:
@@ -203,47 +214,6 @@ def _stream() -> ctypes.c_void_p:
 def _check(status: int) -> None:
     if status != 0:
         raise RuntimeError(library().rivals_error(status).decode())
-
-
-@cache
-def _try_library() -> ctypes.CDLL | str:
-    """The library or why there is none, found out once: compiling takes long."""
-    try:
-        given = os.environ.get("LKV_RIVALS")
-        arch = "".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else "90"
-        lib = ctypes.CDLL(given or str(build(arch)))
-    except (OSError, RuntimeError) as error:
-        return str(error)
-    lib.rivals_longest.restype = ctypes.c_int64
-    lib.rivals_error.restype = ctypes.c_char_p
-    return lib
-
-
-def _cuda_home() -> Path:
-    return Path(os.environ.get("CUDA_HOME", os.environ.get("CUDA_PATH", "/usr/local/cuda")))
-
-
-def _roots() -> Iterator[Path]:
-    if given := os.environ.get("LKV_CCCL"):
-        yield Path(given)
-        return
-    for package, inside in (("flashinfer", "data/cccl"), ("nvidia", "cu13/include/cccl")):
-        spec = find_spec(package)
-        yield from (Path(folder) / inside for folder in (spec and spec.submodule_search_locations) or ())
-    yield from (_cuda_home() / inside for inside in ("include/cccl", "include"))
-
-
-def _layout(root: Path) -> list[Path]:
-    """The folders to include of an installed CCCL, or of its sources."""
-    if (root / "cub" / "cub").is_dir():
-        return [root / "cub", root / "thrust", root / "libcudacxx" / "include"]
-    return [root]
-
-
-def _cub_version(folders: list[Path]) -> tuple[int, int] | None:
-    header = folders[0] / "cub" / "version.cuh"
-    match = re.search(r"#define CUB_VERSION (\d+)", header.read_text()) if header.is_file() else None
-    return (int(match[1]) // 100000, int(match[1]) // 100 % 1000) if match else None
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def select(inputs: Inputs) -> Call:
     """A call that gives positions `row * L + position` of all rows, ascending, int32 `[T']`."""
     shape, scores = inputs.shape, inputs.scores.flatten(0, 1).contiguous()
     rows, length = scores.shape
-    host = shape.per_row
+    host = shape.per_segment
     budgets = torch.tensor(host, dtype=torch.int32, device=scores.device)
     offsets = (budgets.cumsum(0) - budgets).to(torch.int32)
     rounds = ROUNDS[scores.dtype]

@@ -3,7 +3,7 @@
 python bench/sets.py                      all of them, into bench/results/cpu-<instruction set>.json
 python bench/sets.py --sets avx2 -k evict  one of them, with arguments for pytest
 
-The rivals are held to the same set, so that a row says what a machine shows that has no more.
+The rivals are limited to the same set, so that a row shows what a machine does that has no more.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
-# What torch, oneDNN and MKL are told.
-SETS = {
+# The switches of torch, oneDNN and MKL.
+SETS = {  # best first
     "avx512": {},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},

@@ -7,8 +7,8 @@ what is judged is the median of the per-round ratios.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -17,8 +17,6 @@ import torch
 
 Call = Callable[[], object]
 Clock = Callable[[Call, int], float]  # (call, repeats) -> seconds for one call
-
-
 LEAD_IN = 10e-3
 
 
@@ -92,41 +90,40 @@ def captured(call: Call) -> Call:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        held = call()
+        result = call()
 
     def replay() -> object:
         graph.replay()
-        return held
+        return result
 
     return replay
 
 
-@dataclass
-class Samples:
-    """Seconds per call, one entry for each round."""
+def switched(call: Call, variable: str, value: str) -> Call:
+    """The same call with an environment variable set, which csrc/cuda/tuning.h reads at every launch.
 
-    subject: list[float] = field(default_factory=list)
-    rivals: dict[str, list[float]] = field(default_factory=dict)
+    A graph of it keeps what was chosen when it was captured.
+    """
 
-    @property
-    def seconds(self) -> float:
-        return median(self.subject)
+    def chosen() -> object:
+        before = os.environ.get(variable)
+        os.environ[variable] = value
+        try:
+            return call()
+        finally:
+            del os.environ[variable]
+            os.environ |= {} if before is None else {variable: before}
 
-    def ratios(self) -> dict[str, float]:
-        """How many times as long every rival takes."""
-        return {
-            name: median(theirs / ours for theirs, ours in zip(times, self.subject, strict=True))
-            for name, times in self.rivals.items()
-        }
-
-    def rival_us(self) -> dict[str, float]:
-        return {name: 1e6 * median(times) for name, times in self.rivals.items()}
+    return chosen
 
 
-def take_turns(benchmark: Any, subject: Call, rivals: dict[str, Call], clock: Clock, seconds: float) -> Samples:
+def take_turns(benchmark: Any, subject: Call, rivals: dict[str, Call], clock: Clock, seconds: float) -> dict[str, Any]:
     """Rounds of about `seconds` in all: pytest-benchmark measures the subject and calls the rivals as its setup.
 
     The rivals rotate, so that nobody always runs behind the same one and the cache it leaves.
+
+    Returns:
+        The fields of a `Result` that times decide: us, ratios, rival_us, rounds.
     """
     calls = {"": subject, **rivals}
     for call in calls.values():
@@ -137,17 +134,23 @@ def take_turns(benchmark: Any, subject: Call, rivals: dict[str, Call], clock: Cl
     round_seconds = sum(t * repeats[name] for name, t in once.items())
     rounds = min(max(math.ceil(seconds / round_seconds), 7), 101)
 
-    samples = Samples(rivals={name: [] for name in rivals})
+    ours: list[float] = []
+    theirs: dict[str, list[float]] = {name: [] for name in rivals}
     order = list(rivals)
 
     def run_rivals() -> None:
         for name in order:
-            samples.rivals[name].append(clock(rivals[name], repeats[name]))
+            theirs[name].append(clock(rivals[name], repeats[name]))
         order.append(order.pop(0))
 
     def run_subject() -> None:
-        samples.subject.append(clock(subject, repeats[""]))
+        ours.append(clock(subject, repeats[""]))
 
     benchmark.extra_info["calls_per_round"] = repeats[""]
     benchmark.pedantic(run_subject, setup=run_rivals if rivals else None, rounds=rounds, iterations=1)
-    return samples
+    return {
+        "us": 1e6 * median(ours),
+        "ratios": {name: median(b / a for a, b in zip(ours, times, strict=True)) for name, times in theirs.items()},
+        "rival_us": {name: 1e6 * median(times) for name, times in theirs.items()},
+        "rounds": len(ours),
+    }

@@ -101,7 +101,7 @@ def test_a_sanitizer_that_hangs_is_a_step_without_result(monkeypatch: pytest.Mon
     monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: "compute-sanitizer")
     monkeypatch.setattr(gpu.subprocess, "run", hangs)
     outcome = gpu.sanitizer(gpu.Machine(gpu.parse([]), {}))
-    assert outcome.state == "skipped" and "180 s" in outcome.says
+    assert outcome.state == "skipped" and "180 s" in outcome.detail
 
 
 def test_memcheck_runs_without_the_cache_and_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:

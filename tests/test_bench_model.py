@@ -1,4 +1,4 @@
-"""The model of bench/model.py: bytes against the tables of the specification, occupancy by hand, and what must grow."""
+"""bench/prediction.py: bytes against the tables of the specification, occupancy by hand, and what must grow."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
-import targets_gpu  # noqa: E402
-from cards import H100, H200, Kernel  # noqa: E402
-from model import GATHER, SELECT_FIXED, Work, make_plan, predict  # noqa: E402
-from positions import index_of, runs_of  # noqa: E402
+import model  # noqa: E402
+import targets  # noqa: E402
+from prediction import GATHER, H100, H200, Kernel, Work, make_plan, predict  # noqa: E402
 from results import Result, Run  # noqa: E402
-from shapes import Shape  # noqa: E402
+from shapes import Shape, index_of, runs_of  # noqa: E402
 
 import lkv_ext  # noqa: E402
 
@@ -69,24 +68,24 @@ def test_occupancy(kernel: Kernel, blocks: int) -> None:
 
 
 def test_occupancy_beside_another_kernel() -> None:
-    select = Kernel(threads=512, registers=64, shared=SELECT_FIXED + (128 << 10))
+    select = Kernel(threads=512, registers=64, shared=20784 + (128 << 10))
     assert select.per_multiprocessor(H200) == 1
     assert GATHER.per_multiprocessor(H200, beside=select) == 1  # the other half of the registers
     assert GATHER.per_multiprocessor(H200, beside=Kernel(threads=2048, registers=32)) == 0
 
 
 def test_plans() -> None:
-    """What csrc/cuda/select_plan.h and evict.cu come to on 132 multiprocessors."""
+    """What csrc/cuda/select_sizes.h comes to on 132 multiprocessors."""
     tiny, short, middle, long = (make_plan(H200, Work(Shape(length))) for length in (256, 8192, 32768, 131072))
     assert (tiny.fused, tiny.cluster, tiny.keys_in, tiny.launches) == (True, 1, "registers", 2)
     assert (short.fused, short.cluster, short.keys_in, short.launches) == (False, 2, "registers", 3)
     assert (middle.fused, middle.cluster, middle.keys_in, middle.launches) == (False, 8, "registers", 3)
     assert (long.fused, long.cluster, long.keys_in, long.waves) == (False, 16, "shared", 1)
-    model = make_plan(H200, Work(Shape(131072), layers=32))
-    assert (model.cluster, model.keys, model.per_multiprocessor) == (4, 32768, 1)
-    assert model.blocks <= H200.multiprocessors
+    whole = make_plan(H200, Work(Shape(131072), layers=32))
+    assert (whole.cluster, whole.keys, whole.per_multiprocessor) == (4, 32768, 1)
+    assert whole.blocks <= H200.multiprocessors
     huge = make_plan(H200, Work(Shape(1 << 21)))
-    assert (huge.cluster, huge.keys_in) == (16, "memory")
+    assert (huge.cluster, huge.keys_in, huge.waves) == (8, "memory", 1)  # of 16 blocks, seven run at once
 
 
 @pytest.mark.parametrize("gpu", [H200, H100], ids=lambda gpu: gpu.name)
@@ -99,7 +98,7 @@ def test_time_grows_with_length_and_retention(gpu) -> None:
 
 
 def test_nothing_beats_its_floor_or_a_slower_card() -> None:
-    for work in targets_gpu.works().values():
+    for work in model.works().values():
         found = predict(H200, work)
         assert found.floor_us < found.total_us <= found.launch_us + found.select_us + found.gather_us
         assert found.total_us <= predict(H100, work).total_us
@@ -120,8 +119,8 @@ def test_targets_are_found_in_a_run() -> None:
         Result("evict_layers 32", "graph", str(whole), us=1300.0, retention=0.15),
         Result("ceiling random", "graph", str(shape), us=40.0, gbps=bytes_moved / 1200 / 1e3, retention=0.15),
     )
-    measured = {target.says: target.measure(run) for target in targets_gpu.TARGETS}
-    found = {says: value.value for says, value in measured.items() if value is not None}
+    measured = {target.name: target.measure(run) for target in targets.GPU_TARGETS}
+    found = {name: value.value for name, value in measured.items() if value is not None}
     assert found == {
         "evict, L=131072": 50,
         "evict_layers, 32 x L=131072": 1300,
@@ -130,11 +129,11 @@ def test_targets_are_found_in_a_run() -> None:
         "any eviction: speed over rivals with stock gathers": 1.2,
         "ragged budgets: speed over PyTorch": 6,
     }
-    table = targets_gpu.table(run)
+    table = targets.table(run)
     assert "| at most 55 us | " in table and "| 50.0 us | met | evict graph" in table
     assert "| 1.20x | missed by less than a tenth | triton, evict graph" in table
-    assert table.count("not measured") == len(targets_gpu.TARGETS) - len(found)
-    assert "| random | " in targets_gpu.ceilings(run)
+    assert table.count("not measured") == len(targets.GPU_TARGETS) - len(found)
+    assert "| random | " in targets.ceilings(run)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +146,8 @@ def test_targets_are_found_in_a_run() -> None:
 )
 def test_work_of_a_result(shape: Shape, layers: int) -> None:
     op = "evict" if layers == 1 else f"evict_layers {layers}"
-    assert targets_gpu.work_of(Result(op, "graph", str(shape), retention=shape.retention)) == Work(shape, layers)
-    assert targets_gpu.work_of(Result("select", "graph", str(shape))) is None
+    assert targets.work_of(Result(op, "graph", str(shape), retention=shape.retention)) == Work(shape, layers)
+    assert targets.work_of(Result("select", "graph", str(shape))) is None
 
 
 @pytest.mark.parametrize("run", [1, 4, 16, 4096])
@@ -167,10 +166,10 @@ def test_rows_of_the_ceiling(run: int) -> None:
 
 def test_docs_say_what_the_model_says() -> None:
     """After a change of the model: `python bench/model.py` into docs/gpu.md."""
-    assert targets_gpu.predictions(H200) in (ROOT / "docs" / "gpu.md").read_text()
+    assert model.predictions(H200) in (ROOT / "docs" / "gpu.md").read_text()
 
 
 def test_command_line() -> None:
     command = [sys.executable, str(ROOT / "bench" / "model.py"), "--json"]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert set(found["predictions"]) == set(targets_gpu.works())
+    assert set(found["predictions"]) == set(model.works())

@@ -28,7 +28,7 @@
 
 namespace rivals {
 
-// Mirrored by ctypes in rivals_cuda.py.
+// bench/rivals_cuda.py passes an array of int64 in place of either: every field has 8 bytes.
 struct Selection {
   const void* scores;           // [rows, length]
   const int32_t* budgets;       // [rows], device
@@ -38,8 +38,8 @@ struct Selection {
   int32_t* unordered;  // [total]
   int32_t* positions;  // [total]: row * length + position, ascending
   int64_t rows, length, total;
-  int32_t dtype;    // 0 fp32, 1 fp16, 2 bf16
-  int32_t batched;  // 1: all rows in one call, 0: a call for each
+  int64_t dtype;    // 0 fp32, 1 fp16, 2 bf16
+  int64_t batched;  // 1: all rows in one call, 0: a call for each
 };
 
 struct Move {
@@ -48,7 +48,7 @@ struct Move {
   const int32_t* positions;  // within each row
   const int32_t* offsets;    // [rows + 1]
   int64_t rows, length, vectors;
-  int32_t in_place;
+  int64_t in_place;
 };
 
 constexpr int64_t kOneBlock = 8192;  // keys of 32 bits and positions that CUB fits into a block's shared memory
@@ -74,7 +74,7 @@ struct PositionsOf {
   }
 };
 
-struct RoomOf {
+struct SpanOf {
   int32_t* out;
   const int32_t* offsets;
   __host__ __device__ int32_t* operator()(int64_t row) const { return out + offsets[row]; }
@@ -100,7 +100,7 @@ cudaError_t batched_topk(void* scratch, size_t& bytes, const Selection& s, cudaS
   return cub::DeviceBatchedTopK::MaxPairs(
       scratch, bytes, each_row(KeysOf<Key>{static_cast<const Key*>(s.scores), s.length}),
       cuda::make_constant_iterator(cuda::discard_iterator{}), each_row(PositionsOf{s.length}),
-      each_row(RoomOf{s.unordered, s.offsets}), length, budgets, cuda::args::immediate{s.rows}, environment(stream));
+      each_row(SpanOf{s.unordered, s.offsets}), length, budgets, cuda::args::immediate{s.rows}, environment(stream));
 }
 
 // Calls on one stream run after each other: they share the scratch.
@@ -131,16 +131,10 @@ cudaError_t topk(void* scratch, size_t& bytes, const Selection& s, cudaStream_t 
 }
 
 cudaError_t topk(void* scratch, size_t& bytes, const Selection& s, cudaStream_t stream) {
-  switch (s.dtype) {
-    case 0:
-      return topk<float>(scratch, bytes, s, stream);
-    case 1:
-      return topk<__half>(scratch, bytes, s, stream);
-    case 2:
-      return topk<__nv_bfloat16>(scratch, bytes, s, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  if (s.dtype == 0) return topk<float>(scratch, bytes, s, stream);
+  if (s.dtype == 1) return topk<__half>(scratch, bytes, s, stream);
+  if (s.dtype == 2) return topk<__nv_bfloat16>(scratch, bytes, s, stream);
+  return cudaErrorInvalidValue;
 }
 
 #else

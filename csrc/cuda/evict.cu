@@ -9,8 +9,6 @@
 namespace lkv::cuda {
 namespace {
 
-constexpr int64_t kFusedBytes = 32 << 10;  // bytes of the output per block: a tile of K and V
-
 template <int kBlock>
 struct EvictShared {
   ClusterShared<kBlock> select;
@@ -46,19 +44,21 @@ __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
   }
 }
 
-bool fuses(const SelectSize& x, const Plan& plan, int64_t bytes) {
-  if (x.tuning.fused >= 0) return x.tuning.fused > 0;
+static_assert(sizeof(EvictShared<kSelectBlock>) == kSelectShared + kMoveShared);
+
+bool fuses(const SelectSizes& x, const Plan& plan, int64_t bytes, const Tuning& tuning) {
+  if (tuning.fused >= 0) return tuning.fused > 0;
   if (env_is("LKV_CUDA_EVICT", "fused")) return true;
   if (env_is("LKV_CUDA_EVICT", "pair")) return false;
-  const int64_t blocks = std::min<int64_t>(x.rows * plan.cluster, x.device.multiprocessors);
-  return plan.keys_in == KeysIn::registers && bytes <= blocks * kFusedBytes;
+  return x.fuses(plan, bytes);
 }
 
 template <int kBlock>
-Status run(const SelectParams& p, const GatherParams& g, const SelectSize& x, const Plan& plan, Stream stream) {
+Status run(const SelectParams& p, const GatherParams& g, const Device& device, const SelectSizes& x, const Plan& plan,
+           Stream stream) {
   return with_type(p.type, [&]<ScoreType type> {
     const auto kernel_of = [](const Plan&) { return evict_kernel<type, kBlock>; };
-    return launch_clusters(kernel_of, x, plan, 1, stream, p, g);
+    return launch_clusters(kernel_of, device, x, plan, 1, stream, p, g);
   });
 }
 
@@ -69,17 +69,17 @@ Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, int6
   Device device;
   Status status = Device::of(evict_kernel<ScoreType::f32, kSelectBlock>, device);
   if (status != cudaSuccess) return status;
-  SelectSize x = {device, p.source.rows(), longest, tuning};
-  x.beside = with_block<kSelectBlock>(
+  const int64_t beside = with_block<kSelectBlock>(
       tuning, [&]<int kBlock> { return sizeof(EvictShared<kBlock>) - sizeof(ClusterShared<kBlock>); });
+  const SelectSizes x = sizes_of(device, p.source.rows(), longest, tuning, beside);
   const Plan plan = plan_clusters(x);
-  if (x.rows == 0 || !fuses(x, plan, bytes)) {
+  if (x.rows == 0 || !fuses(x, plan, bytes, tuning)) {
     status = select(p, longest, scratch, stream, tuning);
     return status == cudaSuccess ? gather(g, /*behind_select=*/x.rows > 0, stream, tuning) : status;
   }
   GatherParams moved = g;
   moved.source.lengths = moved.source.starts = RowInts{};  // a gather reads any position of a segment
-  return with_block<kSelectBlock>(tuning, [&]<int kBlock> { return run<kBlock>(p, moved, x, plan, stream); });
+  return with_block<kSelectBlock>(tuning, [&]<int kBlock> { return run<kBlock>(p, moved, device, x, plan, stream); });
 }
 
 Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, int64_t bytes, void* scratch,

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "lkv/cuda.h"
+#include "select_sizes.h"
 
 namespace lkv::cuda {
 
@@ -24,7 +25,6 @@ struct Grid {
 
 inline constexpr int64_t kMaxBlocks = INT32_MAX;
 inline constexpr size_t kDefaultShared = 48 << 10;  // more than this must be allowed per kernel
-inline constexpr int kPortableCluster = 8;          // more than this must be allowed per kernel
 
 // A launch config and the attributes it points to.
 struct LaunchConfig {

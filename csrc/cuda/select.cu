@@ -12,21 +12,22 @@ Status device_of(Device& out) {
 }
 
 // Independent blocks per segment; 0: one cluster instead.
-int choose_splits(const SelectSize& x) {
-  if (x.tuning.splits >= 0) return x.tuning.splits;
-  if (x.device.clusters || x.part(1) <= x.in_shared() || x.rows * 2 > x.device.multiprocessors) return 0;
-  return static_cast<int>(std::clamp<int64_t>(2 * x.device.multiprocessors / x.rows, 2, kMaxSplits));
+int choose_splits(const SelectSizes& x, const Tuning& tuning) {
+  if (tuning.splits >= 0) return tuning.splits;
+  if (x.has_clusters || x.part(1) <= x.in_shared() || x.rows * 2 > x.multiprocessors) return 0;
+  return static_cast<int>(std::clamp<int64_t>(2 * x.multiprocessors / x.rows, 2, kMaxSplits));
 }
 
 template <ScoreType type, int kBlock>
-Status run_clusters(const SelectParams& p, const SelectSize& x, Stream stream) {
+Status run_clusters(const SelectParams& p, const Device& device, const SelectSizes& x, Stream stream) {
   const auto kernel_of = [](const Plan& plan) {
     return plan.keys_in == KeysIn::registers ? select_kernel<type, kBlock, KeysIn::registers>
                                              : select_kernel<type, kBlock, KeysIn::shared>;
   };
   // Where a gather can start meanwhile, which waits for the flags, it gets the other half of every multiprocessor.
-  const bool shares = p.ready != nullptr && x.device.clusters;
-  return launch_clusters(kernel_of, x, plan_clusters(x), shares ? 1 : kResidentThreads / kBlock, stream, p);
+  const bool shares = p.ready != nullptr && device.clusters;
+  const int blocks = shares ? 1 : kResidentThreads / kBlock;
+  return launch_clusters(kernel_of, device, x, plan_clusters(x), blocks, stream, p);
 }
 
 template <ScoreType type, int kBlock>
@@ -45,10 +46,11 @@ Status run_split(const SelectParams& p, int splits, void* scratch, Stream stream
 }
 
 template <int kBlock>
-Status run(const SelectParams& p, const SelectSize& x, void* scratch, Stream stream) {
-  const int splits = choose_splits(x);
+Status run(const SelectParams& p, const Device& device, const SelectSizes& x, int splits, void* scratch,
+           Stream stream) {
   return with_type(p.type, [&]<ScoreType type> {
-    return splits > 0 ? run_split<type, kBlock>(p, splits, scratch, stream) : run_clusters<type, kBlock>(p, x, stream);
+    return splits > 0 ? run_split<type, kBlock>(p, splits, scratch, stream)
+                      : run_clusters<type, kBlock>(p, device, x, stream);
   });
 }
 
@@ -57,8 +59,8 @@ Status run(const SelectParams& p, const SelectSize& x, void* scratch, Stream str
 size_t select_scratch(int64_t rows, int64_t longest, const Tuning& tuning) {
   Device device;
   if (rows == 0 || device_of(device) != cudaSuccess) return 0;
-  const SelectSize x = {device, rows, longest, tuning};
-  const size_t splits = choose_splits(x);
+  const SelectSizes x = sizes_of(device, rows, longest, tuning);
+  const size_t splits = choose_splits(x, tuning);
   return splits == 0 ? 0 : rows * (sizeof(SplitRow) + splits * x.warps() * sizeof(Counts));
 }
 
@@ -72,8 +74,10 @@ Status select(const SelectParams& p, int64_t longest, void* scratch, Stream stre
   Device device;
   const Status status = device_of(device);
   if (status != cudaSuccess) return status;
-  const SelectSize x = {device, rows, longest, tuning};
-  return with_block<kSelectBlock>(tuning, [&]<int kBlock> { return run<kBlock>(p, x, scratch, stream); });
+  const SelectSizes x = sizes_of(device, rows, longest, tuning);
+  const int splits = choose_splits(x, tuning);
+  return with_block<kSelectBlock>(tuning,
+                                  [&]<int kBlock> { return run<kBlock>(p, device, x, splits, scratch, stream); });
 }
 
 Status select(const SelectParams& p, int64_t longest, void* scratch, Stream stream) {

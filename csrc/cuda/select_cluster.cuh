@@ -16,8 +16,6 @@
 
 namespace lkv::cuda {
 
-enum class KeysIn { shared, registers };
-
 template <int kBlock>
 struct ClusterShared {
   alignas(16) uint32_t histogram[kBins];    // of this block
@@ -106,9 +104,6 @@ __device__ __forceinline__ Counts counts_before(ClusterShared<kBlock>* shared, c
   if (static_cast<uint32_t>(lane) < cluster.rank) before += *map_shared_rank(&shared->block_counts, lane);
   return warp_sum(before);
 }
-
-// Tiles that a warp keeps in registers.
-inline constexpr int kRegisterTiles = 2;
 
 // Writes the positions of one segment. All blocks of the cluster call it. After the next barrier of the cluster all
 // positions are written, and no block reads the shared memory of another any more.

@@ -2,6 +2,7 @@
 
 #include "block_scan.cuh"
 #include "lkv/segments.h"
+#include "select_sizes.h"
 
 // How a segment is cut into slices, one for each warp, and the keys of a slice.
 
@@ -25,19 +26,11 @@ __device__ __forceinline__ const RowPlan& share_plan(RowPlan* shared, const Sele
   return *shared;
 }
 
-// The tokens that compete are cut, in order, into one run per block and each run into one part per warp, so that ranks
-// follow from how many keys the slices before keep. Parts are whole warp tiles.
-inline constexpr uint32_t kWarpTile = 4 * kWarp;
-
-// The part of one warp: `size` keys from key `begin` on, of which those in front of key 0 (where `begin` wraps) and
-// from `end` on are none.
+// The part of one warp, see keys_per_warp: `size` keys from key `begin` on, of which those in front of key 0 (where
+// `begin` wraps) and from `end` on are none.
 struct Slice {
   uint32_t begin, size, end;
 };
-
-LKV_HD uint32_t keys_per_warp(uint32_t count, uint32_t warps) {
-  return ((count + warps - 1) / warps + kWarpTile - 1) / kWarpTile * kWarpTile;
-}
 
 // Slices begin at addresses of whole vectors of scores, up to three keys in front of the first, where parts do not grow
 // by that.

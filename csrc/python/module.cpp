@@ -1,8 +1,10 @@
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
 #include "build_info.h"
 #include "lkv/cpu.h"
 #include "ops.h"
+#include "plan.h"
 
 namespace py = pybind11;
 
@@ -53,4 +55,6 @@ void define_ops(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   define_ops(m);
+  m.def("plan_select", &lkv::python::plan_select, py::arg("segments"), py::arg("longest"), py::arg("multiprocessors"),
+        py::arg("shared_per_block"), py::arg("active"), py::arg("bytes") = py::none());
 }
