@@ -1,7 +1,7 @@
 """What evict and select should take on a Hopper GPU, from bytes, launches, occupancy and latencies.
 
 All times are predictions, not measurements. They are sums over one path through csrc/cuda, launched as its own planner
-says, and know nothing of instruction schedules, bank conflicts beyond an average, or the memory controller. What the
+chooses, and ignore instruction schedules, bank conflicts beyond an average, or the memory controller. What the
 constants are taken from stands beside them; expect errors of a quarter below 20 us, where latencies and launches are
 all there is, and of a tenth above 100 us, where the rate of gathering 256-byte rows is.
 """

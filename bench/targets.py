@@ -1,8 +1,8 @@
 """What the project promises of its speed and memory, as data, and whether a run keeps it.
 
-Of the CPU path: ratios within one run, on any instruction set, with budgets in an int32 tensor on the host and 2
-threads. Of an H200: CUDA graphs with a cold L2 cache, beside the prediction of bench/prediction.py. Shapes are bf16,
-D=128, B=1, H=8, 15 % kept, fp32 scores where nothing else is said.
+For the CPU path: ratios within one run, on any instruction set, with budgets in an int32 tensor on the host and 2
+threads. For an H200: CUDA graphs with a cold L2 cache, beside the prediction of bench/prediction.py. Shapes are bf16,
+D=128, B=1, H=8, 15 % kept, fp32 scores unless stated.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Target:
         name, bound, unit: a share is a fraction here.
         measure: from a run's results; None where none of them counts.
         work: the call that the time is of, where there is a model of it.
-        predict: by the model; None where there is none, as of rivals.
+        predict: by the model; None where there is none, such as for rivals.
         vectors: the rival computes on vectors of the machine, so there is no promise for the portable kernels.
         short: heads a column of the README's table of instruction sets.
     """

@@ -53,7 +53,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path: Path) -> None:
     assert len(kept) >= 3 and all(result.us > 0 for result in kept.values())
     assert states(tmp_path)["bench-evict"] == "cut off"
 
-    # Another command adds its cases; the step that was cut off is still said to be.
+    # Another command adds its cases; the step that was cut off stays so.
     part = ["--steps", "bench-rivals", "--select=-k4096 and not layers"]
     done = subprocess.run([*DRY, tmp_path, *part], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
@@ -65,9 +65,9 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(tmp_path: Path) -> None:
 
 
 def test_steps_fit_a_command_of_ten_minutes_and_are_named() -> None:
-    said = gpu.plan(list(gpu.STEPS))
+    text = gpu.plan(list(gpu.STEPS))
     for name, step in gpu.STEPS.items():
-        assert step.minutes <= 10 and f"{name:<12} about {step.minutes:2} min" in said
+        assert step.minutes <= 10 and f"{name:<12} about {step.minutes:2} min" in text
     assert gpu.parse([]).limit < 600
     assert list(gpu.STEPS)[-1] == "bench-rivals"
 

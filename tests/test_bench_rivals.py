@@ -1,4 +1,4 @@
-"""The benchmark's rivals move the rows that evict moves; whoever is missing or fails is left out with a reason."""
+"""The benchmark's rivals move the rows that evict moves; those that are missing or fail are left out with a reason."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ auto each_row(Function function) {
   return cuda::make_transform_iterator(cuda::make_counting_iterator(int64_t{0}), function);
 }
 
-// The least that CUB can be asked for, so the fastest it has: any of a tie, in any order.
+// The weakest guarantees of CUB, so its fastest kernels: any of a tie, in any order.
 auto environment(cudaStream_t stream) {
   namespace execution = cuda::execution;
   return cuda::std::execution::env{cuda::stream_ref{stream}, execution::require(execution::determinism::not_guaranteed,
@@ -185,7 +185,7 @@ RIVALS_API const char* rivals_error(int status) {
   return cudaGetErrorString(static_cast<cudaError_t>(status));
 }
 
-// With scratch null: only says how many bytes it needs.
+// With scratch null it only sets `bytes` to what is needed.
 RIVALS_API int rivals_select(const rivals::Selection* selection, void* scratch, size_t* bytes, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   size_t for_topk = *bytes, for_sort = *bytes;
