@@ -51,7 +51,7 @@ def _program(name: str) -> str | None:
 ROOMS = ("cli", "evaluate", "hf", "learn", "policies", "reference", "retriever", "tasks")
 
 setup(
-    packages=["lkv_ext", "lkv_ext.ops", "lkv", *(f"lkv.{room}" for room in ROOMS)],
+    packages=["lkv_ext", "lkv_ext._common", "lkv_ext._torch", "lkv", *(f"lkv.{room}" for room in ROOMS)],
     package_dir={"lkv_ext": "lkv_ext", "lkv": "python/lkv"},
     package_data={"lkv_ext": ["py.typed"], "lkv": ["tasks/*.json", "retriever/weights/*", "retriever/weights/lkv/*"]},
     ext_modules=[Extension("lkv_ext._C", sources=[])],

@@ -11,31 +11,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lkv_ext.ops.attend import attend
-    from lkv_ext.ops.budgets import Blend, Minimum, budgets_from_scores, budgets_from_shares
-    from lkv_ext.ops.cache import RaggedCache
-    from lkv_ext.ops.evict import evict, evict_, evict_layers
-    from lkv_ext.ops.ints import plan
-    from lkv_ext.ops.ragged import RaggedIndex, RaggedKV
-    from lkv_ext.ops.select import gather, select
-    from lkv_ext.ops.soft_topk import soft_topk
+    from lkv_ext._torch.attend import attend
+    from lkv_ext._torch.budgets import Blend, Minimum, budgets_from_scores, budgets_from_shares
+    from lkv_ext._torch.evict import evict, evict_, evict_layers
+    from lkv_ext._torch.gather import gather
+    from lkv_ext._torch.ints import plan
+    from lkv_ext._torch.select import select
+    from lkv_ext._torch.soft_topk import soft_topk
+    from lkv_ext.cache import RaggedCache
+    from lkv_ext.ragged import RaggedIndex, RaggedKV
 
 _HOME = {
-    "evict": "evict",
-    "evict_": "evict",
-    "evict_layers": "evict",
-    "select": "select",
-    "gather": "select",
-    "plan": "ints",
-    "budgets_from_scores": "budgets",
-    "budgets_from_shares": "budgets",
-    "Blend": "budgets",
-    "Minimum": "budgets",
+    "evict": "_torch.evict",
+    "evict_": "_torch.evict",
+    "evict_layers": "_torch.evict",
+    "select": "_torch.select",
+    "gather": "_torch.gather",
+    "plan": "_torch.ints",
+    "budgets_from_scores": "_torch.budgets",
+    "budgets_from_shares": "_torch.budgets",
+    "Blend": "_torch.budgets",
+    "Minimum": "_torch.budgets",
     "RaggedKV": "ragged",
-    "RaggedCache": "cache",
-    "attend": "attend",
     "RaggedIndex": "ragged",
-    "soft_topk": "soft_topk",
+    "RaggedCache": "cache",
+    "attend": "_torch.attend",
+    "soft_topk": "_torch.soft_topk",
 }
 
 __all__ = ["Blend", "Minimum", "RaggedCache", "RaggedIndex", "RaggedKV", "attend", "budgets_from_scores"]
@@ -68,7 +69,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'lkv_ext' has no attribute {name!r}")
     try:
-        value = getattr(import_module(f"lkv_ext.ops.{_HOME[name]}"), name)
+        value = getattr(import_module(f"lkv_ext.{_HOME[name]}"), name)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

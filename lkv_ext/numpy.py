@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lkv_ext import _C
-from lkv_ext._arguments import Options
-from lkv_ext._arrays import Ints, check_array, request, thread_count
-from lkv_ext.ops import errors
+from lkv_ext._common import errors
+from lkv_ext._common.options import Options
+from lkv_ext._numpy import Ints, check_array, make_request, thread_count
 
 __all__ = ["RaggedIndex", "RaggedKV", "evict", "evict_", "gather", "select"]
 
@@ -28,9 +28,9 @@ class RaggedIndex:
     """Which rows each (sequence, KV head) keeps, and where they go.
 
     Attributes:
-        positions: int32 `[T']` (packed) or `[B, H, C]` (padded): ascending positions in the input row set, -1 in slack.
+        positions: int32 `[T']` (packed) or `[B, H, C]` (padded): ascending positions in the input segment, -1 in slack.
         lengths: int32 `[B, H]`: rows kept.
-        cu_seqlens: int32 `[B * H + 1]`: where the room of each row set begins.
+        cu_seqlens: int32 `[B * H + 1]`: where the span of each segment begins.
         max_length: the longest of `lengths`, or a bound of it where `capacity` cuts.
         overflow: None: sizes are known on the host.
     """
@@ -51,7 +51,7 @@ class RaggedKV:
             None for caches of one array.
         companions: what moved along, `[T', ...]` or `[B, H, C, ...]`; slack is zero.
         positions, lengths, cu_seqlens, max_length, overflow: as in `RaggedIndex`.
-        reserve, align: how the rooms were made.
+        reserve, align: how the spans were made.
     """
 
     k: np.ndarray
@@ -67,9 +67,9 @@ class RaggedKV:
 
     @property
     def block_table(self) -> np.ndarray | None:
-        """int32 `[B * H, pages]`: the pages of each row set, where `align` > 1 is the page size; else None.
+        """int32 `[B * H, pages]`: the pages of each segment, where `align` > 1 is the page size; else None.
 
-        Entries after the last page of a room repeat valid pages: readers stop at `lengths`.
+        Entries after the last page of a span repeat valid pages: readers stop at `lengths`.
         """
         if self.align == 1:
             return None
@@ -106,7 +106,7 @@ def evict(
     """Keeps the `budgets` best rows of every (sequence, KV head) and moves their K and V together.
 
     The same as `lkv_ext.evict`: with `n = clamp(budget, 0, length)`, the first `min(sink, n)` and the last
-    `min(window, rest)` valid tokens of a row set stay, and of those between the best by score, ties to the lower
+    `min(window, rest)` valid tokens of a segment stay, and of those between the best by score, ties to the lower
     position; NaN ranks below -inf, -0 equals +0. They come out in ascending position, bitwise as they were.
 
     Args:
@@ -114,14 +114,14 @@ def evict(
             `[T, Dv]` with `cu_seqlens`. Any dtype without Python objects. H counts KV heads; `v` may be None.
         scores: `[B, H, L]` or, ragged, `[T]`; float32, float16 or uint16 (bfloat16), any strides; higher is kept.
         budgets: rows to keep per head: an int or integers `[H]` or `[B, H]`.
-        lengths, starts: `[B]` or `[B, H]`: the valid range `[starts, starts + lengths)` of each row set of dense input;
-            of ragged input `lengths` alone, rows in use of each room.
-        cu_seqlens: int32 `[B * H + 1]` of ragged input: where each row set begins.
+        lengths, starts: `[B]` or `[B, H]`: the valid range `[starts, starts + lengths)` of each segment of dense input;
+            of ragged input `lengths` alone, rows in use of each span.
+        cu_seqlens: int32 `[B * H + 1]` of ragged input: where each segment begins.
         sink, window: the first `sink` and last `window` valid tokens are kept before any other, inside the budget.
         layout: "packed", `[T', D]`, all heads after each other in (b, h) order; or "padded", `[B, H, C, D]`.
         capacity: upper bound of T' (packed) or C (padded); heads that do not fit are cut.
         max_budget: upper bound for any one head.
-        reserve, align: every room is its rows plus `reserve`, rounded up to `align`.
+        reserve, align: every span is its rows plus `reserve`, rounded up to `align`.
         companions: arrays `[B, H, L, ...]` (ragged `[T, ...]`) of any dtype that move by the same positions.
         out: what an earlier call of the same sizes returned: its memory is overwritten and it is returned again.
         threads: how many threads the call may use.
@@ -134,12 +134,14 @@ def evict(
     try:
         payload = [k, *companions] if v is None else [k, v, *companions]
         names = _names(v is not None, len(companions))
-        asked, max_length = request(payload, names, scores, cu_seqlens, budgets, lengths, starts, options, threads)
+        request, max_length = make_request(
+            payload, names, scores, cu_seqlens, budgets, lengths, starts, options, threads
+        )
         if out is None:
-            moved, index = _C.evict(payload, scores, asked)
+            moved, index = _C.evict(payload, scores, request)
         else:
             moved, index = _arrays_of(out)
-            _C.evict_out(moved, index, payload, scores, asked)
+            _C.evict_out(moved, index, payload, scores, request)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("numpy.evict", error, names, given=locals())
     if out is not None:
@@ -171,7 +173,7 @@ def evict_(
     companions: Sequence[np.ndarray] = (),
     threads: int | None = None,
 ) -> RaggedIndex:
-    """`evict` in place: the kept rows of each row set move to rows `[0, n)` of its own buffer, the rest is untouched.
+    """`evict` in place: the kept rows of each segment move to rows `[0, n)` of its own buffer, the rest is untouched.
 
     k, v and companions are written: they must be writeable and must not overlap, save that interleaved views of one
     buffer may lie beside each other. Allocates indices only. All else is as in `evict`.
@@ -181,8 +183,10 @@ def evict_(
     try:
         payload = [k, *companions] if v is None else [k, v, *companions]
         names = _names(v is not None, len(companions))
-        asked, max_length = request(payload, names, scores, cu_seqlens, budgets, lengths, starts, options, threads)
-        return _ragged_index(_C.evict_(payload, scores, asked), max_length)
+        request, max_length = make_request(
+            payload, names, scores, cu_seqlens, budgets, lengths, starts, options, threads
+        )
+        return _ragged_index(_C.evict_(payload, scores, request), max_length)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("numpy.evict_", error, names, given=locals())
 
@@ -206,8 +210,8 @@ def select(
     """The positions that `evict` would keep, without moving anything; arguments and errors as there."""
     options = Options(sink, window, layout, capacity, max_budget, reserve, align)
     try:
-        asked, max_length = request([], [], scores, cu_seqlens, budgets, lengths, starts, options, threads)
-        return _ragged_index(_C.select(scores, asked), max_length)
+        request, max_length = make_request([], [], scores, cu_seqlens, budgets, lengths, starts, options, threads)
+        return _ragged_index(_C.select(scores, request), max_length)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("numpy.select", error, given=locals())
 
@@ -223,7 +227,7 @@ def gather(
 
     Args:
         arrays: dense `[B, H, L, ...]` or, with `cu_seqlens`, ragged `[T, ...]`; one L for all.
-        index: what `select` returned for these row sets. A position that is not in the row set gives a row of zeros.
+        index: what `select` returned for these segments. A position that is not in the segment gives a row of zeros.
         cu_seqlens: int32 `[B * H + 1]` of ragged input.
 
     Returns:

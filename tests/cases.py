@@ -94,12 +94,12 @@ def place(t: Tensor, how: str) -> Tensor:
     if how == "tokens_last_axis_but_one":  # [L, B, H, ...]
         return t.movedim(2, 0).contiguous().movedim(0, 2)
     if how == "gapped":  # every row begins at an odd element of a longer one
-        room = t.new_zeros(*t.shape, 1) if t.dim() == 3 else t.new_zeros(*t.shape[:-1], t.shape[-1] + 2)
-        view = room[..., 0] if t.dim() == 3 else room[..., 1:-1]
+        larger = t.new_zeros(*t.shape, 1) if t.dim() == 3 else t.new_zeros(*t.shape[:-1], t.shape[-1] + 2)
+        view = larger[..., 0] if t.dim() == 3 else larger[..., 1:-1]
         return view.copy_(t)
     if how == "wide":  # a preallocated cache that is not full
-        room = t.new_zeros(t.shape[0], t.shape[1], t.shape[2] + 3, *t.shape[3:])
-        return room[:, :, 2 : 2 + t.shape[2]].copy_(t)
+        larger = t.new_zeros(t.shape[0], t.shape[1], t.shape[2] + 3, *t.shape[3:])
+        return larger[:, :, 2 : 2 + t.shape[2]].copy_(t)
     assert how == "contiguous"
     return t.contiguous()
 
@@ -140,7 +140,7 @@ def unreadable() -> Iterator[None]:
 
 
 def spread(values: object, shape: Sequence[int], *, per_sequence: bool = False) -> Tensor | None:
-    """Public integers (int, `[H]`, `[B]`, `[B, H]`, `[N, H]`) as a CPU tensor of one per row set."""
+    """Public integers (int, `[H]`, `[B]`, `[B, H]`, `[N, H]`) as a CPU tensor of one per segment."""
     if values is None:
         return None
     t = torch.as_tensor(values).cpu().long()

@@ -16,9 +16,9 @@ from cases import bits
 from torch import Tensor
 
 from lkv_ext import RaggedCache
-from lkv_ext.ops.modes import traced
+from lkv_ext._torch.modes import traced
 
-BIT = 2**32  # of a key, the row set is above it
+BIT = 2**32  # of a key, the segment is above it
 COUNTS = ("seen", "max_length", "align", "_tail", "_free", "_reserve")
 
 
@@ -27,7 +27,7 @@ def _spread(values: Tensor, counts: Tensor) -> Tensor:
 
 
 def rows_in_use(cache: RaggedCache) -> tuple[Tensor, Tensor]:
-    """Of all rows in use, in order: the row set of each (b * H + h), and where in the buffers it lies."""
+    """Of all rows in use, in order: the segment of each (b * H + h), and where in the buffers it lies."""
     used, begins = cache.lengths.flatten().long(), cache.cu_seqlens[:-1].long()
     places = torch.arange(int(used.sum()), device=used.device) + _spread(begins - used.cumsum(0) + used, used)
     return _spread(torch.arange(used.numel(), device=used.device), used), places
@@ -51,18 +51,18 @@ def check_cache(cache: RaggedCache) -> None:
 
     offsets, used = cache.cu_seqlens.long(), cache.lengths.flatten().long()
     spans = offsets.diff()
-    assert int(offsets[0]) == 0 and int(offsets[-1]) <= rows, "rooms lie in the buffers, from row 0 on"
-    assert not (offsets % cache.align).any() and rows % cache.align == 0, "rooms are whole pages"
+    assert int(offsets[0]) == 0 and int(offsets[-1]) <= rows, "spans lie in the buffers, from row 0 on"
+    assert not (offsets % cache.align).any() and rows % cache.align == 0, "spans are whole pages"
     if used.numel():
-        assert int(spans.min()) >= 0, "rooms do not overlap"
-        assert int(used.min()) >= cache._tail and int((spans - used).min()) >= cache._free, "rows lie in their rooms"
+        assert int(spans.min()) >= 0, "spans do not overlap"
+        assert int(used.min()) >= cache._tail and int((spans - used).min()) >= cache._free, "rows lie in their spans"
         assert int(used.max()) <= cache.max_length, "max_length bounds the lengths"
 
-    row_set, places = rows_in_use(cache)
+    segment, places = rows_in_use(cache)
     positions = cache.positions[places].long()
     assert ((positions >= 0) & (positions < cache.seen)).all(), "positions are those of tokens seen"
-    assert ((positions.diff() > 0) | (row_set.diff() > 0)).all(), "positions ascend in every row set"
-    last = torch.arange(places.numel(), device=places.device) - _spread(used.cumsum(0), used)  # -1: of its row set
+    assert ((positions.diff() > 0) | (segment.diff() > 0)).all(), "positions ascend in every segment"
+    last = torch.arange(places.numel(), device=places.device) - _spread(used.cumsum(0), used)  # -1: of its segment
     recent = last >= -cache._tail
     assert torch.equal(positions[recent], cache.seen + last[recent]), "the tail is the last tokens"
     _check_sizes(cache, sum(t[places].nbytes for t in (cache.k, cache.v, *cache.companions)))
@@ -75,28 +75,28 @@ def _check_sizes(cache: RaggedCache, used_bytes: int) -> None:
     assert (table is None) == (cache.align == 1)
     if table is not None:
         assert table.shape == (cache.lengths.numel(), pages) and table.dtype == torch.int32
-        of_room = cache.cu_seqlens[:-1, None] // cache.align + torch.arange(pages, device=table.device)
-        needed = of_room * cache.align < (cache.cu_seqlens[:-1] + cache.lengths.flatten())[:, None]
-        assert torch.equal(table[needed], of_room[needed].int()), "the pages of a row set in order"
+        of_span = cache.cu_seqlens[:-1, None] // cache.align + torch.arange(pages, device=table.device)
+        needed = of_span * cache.align < (cache.cu_seqlens[:-1] + cache.lengths.flatten())[:, None]
+        assert torch.equal(table[needed], of_span[needed].int()), "the pages of a segment in order"
         assert ((table >= 0) & (table < max(cache.k.shape[0] // cache.align, 1))).all(), "pages that are there"
 
 
 @dataclass
 class Snapshot:
-    """What a cache holds, wherever it lies: every row of every row set by the position of its token."""
+    """What a cache holds, wherever it lies: every row of every segment by the position of its token."""
 
     seen: int
     max_length: int
     tail: int
     lengths: Tensor
-    keys: Tensor  # int64, ascending: row set * 2**32 + position
+    keys: Tensor  # int64, ascending: segment * 2**32 + position
     rows: list[Tensor]  # bits of k, v and companions, in the order of the keys
 
     @classmethod
     def of(cls, cache: RaggedCache) -> Snapshot:
-        row_set, places = rows_in_use(cache)
+        segment, places = rows_in_use(cache)
         rows = [bits(t[places]) for t in (cache.k, cache.v, *cache.companions)]
-        keys = row_set * BIT + cache.positions[places]
+        keys = segment * BIT + cache.positions[places]
         return cls(cache.seen, cache.max_length, cache._tail, cache.lengths.clone(), keys, rows)
 
     def holds(self, keys: Tensor, rows: list[Tensor]) -> bool:
@@ -126,8 +126,8 @@ def _append(old: Snapshot, new: Snapshot, k: Tensor, v: Tensor, companions=(), *
     first = count - counts.to(k.device)
     steps = torch.arange(count, device=k.device)
     added = (steps >= first[:, None, None]).expand(batch, heads, count)
-    row_set = torch.arange(batch * heads, device=k.device).view(batch, heads, 1)
-    keys = torch.cat([old.keys, (row_set * BIT + old.seen + steps)[added]]).sort()
+    segment = torch.arange(batch * heads, device=k.device).view(batch, heads, 1)
+    keys = torch.cat([old.keys, (segment * BIT + old.seen + steps)[added]]).sort()
     rows = [torch.cat([a, bits(t[added])])[keys.indices] for a, t in zip(old.rows, (k, v, *companions), strict=True)]
     assert new.holds(keys.values, rows), "the tokens that are real, behind what was there"
     assert new.seen == old.seen + count and new.tail == (old.tail + count if valid is None else 0)
@@ -154,10 +154,10 @@ def _restore(old: Snapshot, new: Snapshot, mark: tuple[int, int, int], rows) -> 
 
 
 def _select_batch(old: Snapshot, new: Snapshot, indices) -> None:
-    heads, row_set = old.lengths.shape[1], old.keys // BIT
+    heads, segment = old.lengths.shape[1], old.keys // BIT
     order = torch.as_tensor(indices, device=old.keys.device).long().flatten()
     wanted = (order[:, None] * heads + torch.arange(heads, device=order.device)).flatten()
-    at = torch.cat([torch.zeros(0, dtype=torch.long), *((row_set == r).nonzero()[:, 0].cpu() for r in wanted)])
+    at = torch.cat([torch.zeros(0, dtype=torch.long), *((segment == r).nonzero()[:, 0].cpu() for r in wanted)])
     of = torch.arange(wanted.numel()).repeat_interleave(old.lengths.flatten()[wanted].cpu())
     moved = of.to(old.keys.device) * BIT + old.keys[at] % BIT
     assert new.holds(moved, [t[at] for t in old.rows]), "the sequences asked for, in that order"

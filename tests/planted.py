@@ -98,7 +98,7 @@ def select_long() -> None:
 
 
 def evict() -> None:
-    """The rows too, packed and in place; the row sets of a call mislead in different ways."""
+    """The rows too, packed and in place; the segments of a call mislead in different ways."""
     count, kinds = 4100, KINDS
     places = sampled(count)
     for dtype in (torch.float32, torch.bfloat16):

@@ -78,7 +78,7 @@ def budgets(draw: st.DrawFn, shape: tuple[int, int], tokens: int, *, device_only
 
 
 @st.composite
-def spans(draw: st.DrawFn, shape: tuple[int, int], tokens: int, *, device_only: bool = False) -> object:
+def bounds(draw: st.DrawFn, shape: tuple[int, int], tokens: int, *, device_only: bool = False) -> object:
     """lengths or starts: [B] or [B, H], or none."""
     if draw(st.booleans()):
         return None
@@ -87,7 +87,7 @@ def spans(draw: st.DrawFn, shape: tuple[int, int], tokens: int, *, device_only: 
 
 
 @st.composite
-def rooms(draw: st.DrawFn, shape: tuple[int, int], tokens: int) -> dict:
+def span_options(draw: st.DrawFn, shape: tuple[int, int], tokens: int) -> dict:
     """layout, reserve, align, capacity and max_budget; each left out in half of the calls."""
     options: dict = {}
     if draw(st.booleans()):
@@ -141,7 +141,7 @@ def payloads(draw: st.DrawFn, leading: tuple[int, ...], seed: int) -> tuple[list
 
 
 @st.composite
-def calls(draw: st.DrawFn, *, fewest: int = 0, ragged: bool = True, placed_rooms: bool = True) -> Call:
+def calls(draw: st.DrawFn, *, fewest: int = 0, ragged: bool = True, placed_spans: bool = True) -> Call:
     """Dense or ragged, host or device values, any layout; at least `fewest` sequences and heads."""
     shape = (draw(st.integers(fewest, 3)), draw(st.integers(fewest, 3)))
     seed, readable = draw(st.integers(0, 2**20)), draw(st.booleans())
@@ -149,18 +149,18 @@ def calls(draw: st.DrawFn, *, fewest: int = 0, ragged: bool = True, placed_rooms
     if not ragged or draw(st.booleans()):
         tokens = draw(LENGTHS)
         leading: tuple[int, ...] = (*shape, tokens)
-        options["starts"] = draw(spans(shape, tokens, device_only=not readable))
+        options["starts"] = draw(bounds(shape, tokens, device_only=not readable))
     else:
         sizes = torch.tensor([draw(LENGTHS) for _ in range(shape[0] * shape[1] + 2)])
         cu_seqlens = sizes.cumsum(0).int()[:-1]
         tokens = int(sizes.max())
         leading = (int(sizes.sum()),)
         options["cu_seqlens"] = cu_seqlens
-    options["lengths"] = draw(spans(shape, tokens, device_only=not readable))
+    options["lengths"] = draw(bounds(shape, tokens, device_only=not readable))
     options |= draw(protected(tokens))
-    if placed_rooms:
-        options |= draw(rooms(shape, tokens))
-    on_device = not readable and placed_rooms and draw(st.booleans())
+    if placed_spans:
+        options |= draw(span_options(shape, tokens))
+    on_device = not readable and placed_spans and draw(st.booleans())
     kept = draw(budgets(shape, tokens, device_only=on_device))
     if not readable and isinstance(kept, Tensor) and not {"capacity", "max_budget"} & options.keys():
         options["max_budget"] = tokens

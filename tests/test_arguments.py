@@ -15,7 +15,7 @@ from invariants import unwatched
 import lkv_ext
 import lkv_ext.numpy as lkv_numpy
 from lkv_ext import RaggedCache
-from lkv_ext._kinds import SIGNATURES
+from lkv_ext._common.kinds import SIGNATURES
 
 B, H, L, D = 2, 3, 8, 4
 
@@ -51,7 +51,7 @@ def of_cache(method: str) -> Callable[..., RaggedCache]:
 
 
 RANK = dict(budgets=3, lengths=None, starts=None, cu_seqlens=None, sink=0, window=0, max_budget=None)
-ROOMS = dict(layout="packed", capacity=None, reserve=0, align=1)
+SPANS = dict(layout="packed", capacity=None, reserve=0, align=1)
 K = dict(k=rows(B, H, L, D), v=rows(B, H, L, D), scores=rows(B, H, L))
 RAGGED = dict(k=rows(24, D), v=rows(24, D), scores=rows(24), cu_seqlens=torch.arange(7, dtype=torch.int32) * 4)
 LAYERS = dict(ks=[rows(B, H, L, D)] * 2, vs=[rows(B, H, L, D)] * 2, scores=[rows(B, H, L)] * 2)
@@ -67,12 +67,12 @@ def numpy_index() -> lkv_numpy.RaggedIndex:
 
 
 CALLS: dict[str, tuple[Callable, dict]] = {
-    "evict": (lkv_ext.evict, K | RANK | ROOMS | dict(companions=[rows(B, H, L)], out=None)),
-    "evict ragged": (lkv_ext.evict, RANK | ROOMS | RAGGED | dict(companions=())),
+    "evict": (lkv_ext.evict, K | RANK | SPANS | dict(companions=[rows(B, H, L)], out=None)),
+    "evict ragged": (lkv_ext.evict, RANK | SPANS | RAGGED | dict(companions=())),
     "evict_": (lambda k, v, **rest: lkv_ext.evict_(k, v, **rest), K | RANK | dict(companions=())),
-    "evict_layers": (lkv_ext.evict_layers, {n: x for n, x in (LAYERS | RANK | ROOMS).items() if n != "cu_seqlens"}
+    "evict_layers": (lkv_ext.evict_layers, {n: x for n, x in (LAYERS | RANK | SPANS).items() if n != "cu_seqlens"}
                      | dict(companions=(), out=None)),
-    "select": (lkv_ext.select, dict(scores=K["scores"]) | RANK | ROOMS),
+    "select": (lkv_ext.select, dict(scores=K["scores"]) | RANK | SPANS),
     "gather": (lkv_ext.gather, dict(tensors=[K["k"]], index=INDEX, cu_seqlens=None)),
     "plan": (lkv_ext.plan, dict(budgets=3, lengths=4, device=None)),
     "attend": (lkv_ext.attend, dict(q=rows(B, 2 * H, 1, D), cache=kept(), causal=True, scale=None, softcap=None,
@@ -102,10 +102,10 @@ CALLS: dict[str, tuple[Callable, dict]] = {
     "RaggedCache.packed": (of_cache("packed"), dict(scores=rows(B, H, 5))),
     "RaggedCache.to": (of_cache("to"), dict(device="cpu")),
     "RaggedKV.layer": (lambda i: lkv_ext.evict_layers(**LAYERS, budgets=3).layer(i), dict(i=1)),
-    "numpy.evict": (lkv_numpy.evict, numpys(K | RANK | ROOMS) | dict(companions=(), out=None, threads=1)),
-    "numpy.evict ragged": (lkv_numpy.evict, numpys(RANK | ROOMS | RAGGED)),
+    "numpy.evict": (lkv_numpy.evict, numpys(K | RANK | SPANS) | dict(companions=(), out=None, threads=1)),
+    "numpy.evict ragged": (lkv_numpy.evict, numpys(RANK | SPANS | RAGGED)),
     "numpy.evict_": (lkv_numpy.evict_, numpys(K | RANK) | dict(companions=(), threads=None)),
-    "numpy.select": (lkv_numpy.select, numpys(dict(scores=K["scores"]) | RANK | ROOMS) | dict(threads=1)),
+    "numpy.select": (lkv_numpy.select, numpys(dict(scores=K["scores"]) | RANK | SPANS) | dict(threads=1)),
     "numpy.gather": (lkv_numpy.gather, dict(arrays=[K["k"].numpy()], index=numpy_index(), cu_seqlens=None, threads=1)),
 }  # fmt: skip
 

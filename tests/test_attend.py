@@ -31,12 +31,12 @@ SHAPES = [
 
 
 def ragged(batch: int, heads: int, dim: int, dim_v: int, longest: int, dtype: torch.dtype) -> lkv_ext.RaggedKV:
-    """Heads of 0 to `longest` rows in rooms with NaN for slack, so that a read behind a head shows."""
+    """Heads of 0 to `longest` rows in spans with NaN for slack, so that a read behind a head shows."""
     g = generator(longest + dim)
     lengths = torch.randint(longest + 1, (batch, heads), generator=g, dtype=torch.int32)
     lengths[0, 0], lengths[-1, -1] = 0 if batch > 1 else longest, longest
-    rooms = lengths.flatten() + torch.randint(5, (batch * heads,), generator=g, dtype=torch.int32)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int32), rooms.cumsum(0).int()])
+    spans = lengths.flatten() + torch.randint(5, (batch * heads,), generator=g, dtype=torch.int32)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int32), spans.cumsum(0).int()])
     k, v = (torch.randn(int(offsets[-1]), d, generator=g).to(dtype) for d in (dim, dim_v))
     for begin, end, length in zip(offsets[:-1], offsets[1:], lengths.flatten(), strict=True):
         k[begin + length : end] = v[begin + length : end] = torch.nan
@@ -103,7 +103,7 @@ def test_instruction_sets(isa: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def one_row_set(logits: Tensor) -> lkv_ext.RaggedKV:
+def one_segment(logits: Tensor) -> lkv_ext.RaggedKV:
     """Rows that have these logits for a query of 1."""
     v = torch.randn(len(logits), 4, generator=generator(1))
     lengths = torch.tensor([[len(logits)]], dtype=torch.int32)
@@ -113,7 +113,7 @@ def one_row_set(logits: Tensor) -> lkv_ext.RaggedKV:
 
 def test_far_logits_do_not_overflow() -> None:
     """Running softmax over pieces whose logits lie far apart, ascending and descending, and -inf among them."""
-    kv = one_row_set(
+    kv = one_segment(
         torch.cat([torch.linspace(-400, 400, 3000), torch.full((200,), -torch.inf), torch.linspace(300, -900, 3000)])
     )
     q = torch.ones(1, 1, 1, 1)
@@ -124,7 +124,7 @@ def test_far_logits_do_not_overflow() -> None:
 @pytest.mark.parametrize("count", [1, 70, 5000])
 def test_sinks_beside_far_logits(count: int, sink: float) -> None:
     """One row, several tiles, several pieces; the sink above all logits, among them and below."""
-    kv, sinks = one_row_set(torch.linspace(-400, 400, count)), torch.tensor([sink])
+    kv, sinks = one_segment(torch.linspace(-400, 400, count)), torch.tensor([sink])
     got = lkv_ext.attend(torch.ones(1, 1, 1, 1), kv, scale=1.0, sinks=sinks)
     assert error_of(torch.ones(1, 1, 1, 1), kv, got, scale=1.0, sinks=sinks) <= 2e-5
 
@@ -148,7 +148,7 @@ def test_sinks_without_rows(sink: float) -> None:
     """A query that sees no row gets zeros, whatever its sink."""
     cache, sinks = lkv_ext.RaggedCache.empty(1, 2, 8, reserve=0), torch.full((4,), sink)
     assert torch.equal(lkv_ext.attend(torch.ones(1, 4, 3, 8), cache, sinks=sinks), torch.zeros(1, 4, 3, 8))
-    kv = one_row_set(torch.zeros(2))  # the first of three queries sees none
+    kv = one_segment(torch.zeros(2))  # the first of three queries sees none
     got = lkv_ext.attend(torch.ones(1, 1, 3, 1), kv, sinks=sinks[:1])
     assert torch.equal(got[0, 0, 0], torch.zeros(4)) and got[0, 0, 1:].isnan().all() == torch.tensor(sink).isnan()
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import lkv_ext
 from lkv import reference
-from lkv_ext.ops import attend as attend_module
-from lkv_ext.ops.attend_backends import BACKENDS
+from lkv_ext._torch import attend as attend_module
+from lkv_ext._torch.attend_backends import BACKENDS
 
 BF16 = torch.bfloat16
 

@@ -38,8 +38,8 @@ def test_competition_matches_a_full_sort(data):
 
     def expected(chosen: list[torch.Tensor], b: int) -> list[int]:
         rows = [s[b, h] for s in chosen for h in range(heads)]
-        spans = [(min(starts[b], len(r)), max(0, min(lengths[b], len(r) - min(starts[b], len(r))))) for r in rows]
-        return reference.budgets_from_scores(rows, total[b], spans=spans, **exact)
+        ranges = [(min(starts[b], len(r)), max(0, min(lengths[b], len(r) - min(starts[b], len(r))))) for r in rows]
+        return reference.budgets_from_scores(rows, total[b], ranges=ranges, **exact)
 
     options = dict(floor=floor, lengths=lengths, starts=starts, sink=sink, window=window)
     joint = lkv_ext.budgets_from_scores(scores, total, across="layers", **options)
@@ -172,8 +172,8 @@ def test_lengths_of_every_layer(across):
     for b, total in enumerate([17, 9]):
         for layers in [(0, 1)] if across == "layers" else [(0,), (1,)]:
             rows = [scores[n][b, h] for n in layers for h in range(3)]
-            spans = [(int(starts[n, b, h]), int(lengths[n, b, h])) for n in layers for h in range(3)]
-            expected = reference.budgets_from_scores(rows, total, spans=spans, sink=1, window=2)
+            ranges = [(int(starts[n, b, h]), int(lengths[n, b, h])) for n in layers for h in range(3)]
+            expected = reference.budgets_from_scores(rows, total, ranges=ranges, sink=1, window=2)
             assert got[list(layers), b].flatten().tolist() == expected
 
 

@@ -18,7 +18,7 @@ BATCH, HEADS, DIM, DIM_V = 2, 3, 8, 4
 
 
 class Model:
-    """What a cache should hold: per row set, (position, k, v) in order."""
+    """What a cache should hold: per segment, (position, k, v) in order."""
 
     def __init__(self) -> None:
         self.rows: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(BATCH * HEADS)]
@@ -168,7 +168,7 @@ def test_takes_over_an_eviction(device: str) -> None:
     assert cache.k.data_ptr() == before
 
 
-def test_rooms_cut_by_capacity_have_no_slack() -> None:
+def test_spans_cut_by_capacity_have_no_slack() -> None:
     k, v = tokens(30)
     kv = lkv_ext.evict(k, v, k[..., 0], [9, 9, 9], reserve=4, capacity=70)
     cache, lengths = RaggedCache(kv, 30), kv.lengths.clone()
@@ -254,7 +254,7 @@ def test_select_batch_and_reorder(device: str) -> None:
 
 
 @pytest.mark.parametrize("align", [4, 16])
-def test_rooms_stay_aligned(device: str, align: int, tmp_path: Path) -> None:
+def test_spans_stay_aligned(device: str, align: int, tmp_path: Path) -> None:
     """Whatever happens to a cache, its buffers are pages of `align` rows, and the block table names those of a head."""
 
     def check(cache: RaggedCache, model: Model) -> None:
@@ -395,7 +395,7 @@ def test_evict_refuses_wrong_scores() -> None:
     model.check(cache)
 
 
-def test_padded_rooms_are_refused() -> None:
+def test_padded_spans_are_refused() -> None:
     k, v = tokens(5)
     with pytest.raises(ValueError, match="expected packed k and v of one layer"):
         RaggedCache(lkv_ext.evict(k, v, k[..., 0], 2, layout="padded"), 5)

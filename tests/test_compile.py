@@ -62,10 +62,10 @@ FORMS += [*(("int", form) for form in ("int", "list", "nested", "tensor")), ("li
 def test_integers(budgets: str, lengths: str) -> None:
     """In whatever form they come, for evict and evict_."""
     on_device = budgets in ("tensor", "both")
-    room = dict(capacity=90) if on_device else {}
+    span = dict(capacity=90) if on_device else {}
 
     def shrink(k: Tensor, scores: Tensor, budgets: object, lengths: object) -> tuple[Tensor, ...]:
-        out = lkv_ext.evict(k, None, scores, budgets, lengths=lengths, companions=[scores], **room)
+        out = lkv_ext.evict(k, None, scores, budgets, lengths=lengths, companions=[scores], **span)
         kept = lkv_ext.evict_(k, None, scores, budgets, lengths=lengths, max_budget=9)
         return out.lengths, bits(out.k).sum(0), kept.lengths, k.clone()
 
@@ -95,8 +95,8 @@ def evicted_again(
 
 
 def all_options(k: Tensor, scores: Tensor, n: int) -> Tensor:
-    room = dict(sink=n, window=n + 1, reserve=n, align=n, max_budget=n + 9, capacity=n * 500)
-    return lkv_ext.evict(k, k, scores, 3 * n, starts=n, **room).k
+    span = dict(sink=n, window=n + 1, reserve=n, align=n, max_budget=n + 9, capacity=n * 500)
+    return lkv_ext.evict(k, k, scores, 3 * n, starts=n, **span).k
 
 
 def layers(k: Tensor, scores: Tensor, budgets: object) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import lkv_ext
 import lkv_ext.numpy as lkv_numpy
-from lkv_ext.ops.library import ops
+from lkv_ext._torch.library import ops
 
 CALLS = 12  # of each op; with a handful of them every fault that these tests were written for has shown
 ROWS, TOKENS, DIM = 24, 1500, 4

@@ -15,10 +15,10 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import lkv_ext
-from lkv_ext.ops import library
+from lkv_ext._torch import library
 
 B, H, L, D = 1, 2, 8, 3
-ROOMS = (dict(), dict(layout="padded"), dict(reserve=2, align=4))
+SPANS = (dict(), dict(layout="padded"), dict(reserve=2, align=4))
 OFFSETS = torch.arange(0, B * H * L + 1, L, dtype=torch.int32)
 
 
@@ -29,22 +29,22 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
 SCORES = scores_of("normal", [B, H, L])
 
 
-def evicted(k: Tensor, v: Tensor, room: dict, ragged: bool = False) -> tuple[Tensor, ...]:
+def evicted(k: Tensor, v: Tensor, span: dict, ragged: bool = False) -> tuple[Tensor, ...]:
     """With a companion of integers, which moves along and has no derivative."""
     places, scores = torch.arange(L).expand(B, H, L), SCORES
     where = {}
     if ragged:
         k, v, places, scores = (t.flatten(0, 2) for t in (k, v, places, scores))
         where = dict(cu_seqlens=OFFSETS)
-    out = lkv_ext.evict(k, v, scores, [3, 9], sink=1, companions=[places], **where, **room)
+    out = lkv_ext.evict(k, v, scores, [3, 9], sink=1, companions=[places], **where, **span)
     return out.k, out.v
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=str)
+@pytest.mark.parametrize("span", SPANS, ids=str)
 @pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
-def test_evict(room: dict, ragged: bool) -> None:
+def test_evict(span: dict, ragged: bool) -> None:
     k, v = rows(B, H, L, D).requires_grad_(), rows(B, H, L, 1, seed=1).requires_grad_()
-    op = lambda k, v: evicted(k, v, room, ragged)  # noqa: E731
+    op = lambda k, v: evicted(k, v, span, ragged)  # noqa: E731
     assert gradcheck(op, (k, v), check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(op, (k, v), check_fwd_over_rev=True, check_batched_grad=True)
 

@@ -115,7 +115,7 @@ BAD_INTEGERS = (
     (dict(max_budget=-1), ValueError, "expected max_budget >= 0, got -1"),
     (dict(max_budget=1.5), TypeError, "expected max_budget"),
 )  # fmt: skip
-BAD_ROOMS = (
+BAD_SPANS = (
     (dict(layout="dense"), ValueError, "expected layout 'packed' or 'padded', got 'dense'"),
     (dict(capacity=-4), ValueError, "expected capacity >= 0 and a multiple of align = 1, got -4"),
     (dict(capacity=10, align=4), ValueError, "expected capacity >= 0 and a multiple of align = 4, got 10"),
@@ -159,7 +159,7 @@ def named(cases: tuple) -> dict:
     return dict(argnames="change, error, says", argvalues=cases, ids=[next(iter(c[0])) for c in cases])
 
 
-@pytest.mark.parametrize(**named(BAD_TENSORS + BAD_INTEGERS + BAD_ROOMS))
+@pytest.mark.parametrize(**named(BAD_TENSORS + BAD_INTEGERS + BAD_SPANS))
 def test_evict(change: dict, error: type[Exception], says: str) -> None:
     refuses(lkv_ext.evict, dense() | change, error, says)
 
@@ -175,12 +175,12 @@ def test_ragged(op: Callable, change: dict, error: type[Exception], says: str) -
     refuses(op, ragged() | change, error, says)
 
 
-@pytest.mark.parametrize(**named(BAD_INTEGERS + BAD_ROOMS))
+@pytest.mark.parametrize(**named(BAD_INTEGERS + BAD_SPANS))
 def test_select(change: dict, error: type[Exception], says: str) -> None:
     refuses(lkv_ext.select, dict(scores=dense()["scores"], budgets=4) | change, error, says)
 
 
-@pytest.mark.parametrize(**named(BAD_TENSORS + BAD_INTEGERS + BAD_ROOMS))
+@pytest.mark.parametrize(**named(BAD_TENSORS + BAD_INTEGERS + BAD_SPANS))
 def test_evict_with_gradients(change: dict, error: type[Exception], says: str) -> None:
     """The differentiable way refuses the same in the same words."""
     arguments = dense()
@@ -190,7 +190,7 @@ def test_evict_with_gradients(change: dict, error: type[Exception], says: str) -
     refuses(lkv_ext.evict, arguments | change, error, says)
 
 
-@pytest.mark.parametrize(**named(BAD_TENSORS + BAD_INTEGERS + BAD_ROOMS))
+@pytest.mark.parametrize(**named(BAD_TENSORS + BAD_INTEGERS + BAD_SPANS))
 def test_evict_layers(change: dict, error: type[Exception], says: str) -> None:
     """The second layer is the bad one; integers are bad for all."""
     good = dense()

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from lkv_ext import _arguments as a
-from lkv_ext._arguments import Options
-from lkv_ext._sizes import RowSets
+from lkv_ext._common import options as a
+from lkv_ext._common.options import Options
+from lkv_ext._common.sizes import Segments
 
 MOST = 2**31 - 1
 PLAIN = Options(0, 0, "packed", None, None, 0, 1)
@@ -103,9 +103,9 @@ def test_host_integers() -> None:
 
 
 def test_shapes_that_integers_may_have() -> None:
-    assert a.integer_shapes(RowSets(1, 2, 3, [9])) == ([(3,), (2, 3)], [(2,), (2, 3)])
+    assert a.integer_shapes(Segments(1, 2, 3, [9])) == ([(3,), (2, 3)], [(2,), (2, 3)])
     stacked = [(4, 3), (4, 2, 3)], [(2,), (2, 3), (4, 2, 3)]
-    assert a.integer_shapes(RowSets(4, 2, 3, [9], stacked=True)) == stacked
+    assert a.integer_shapes(Segments(4, 2, 3, [9], stacked=True)) == stacked
     forms = (
         ("budgets", stacked[0], "budgets of shape [N, H] = [4, 3] or [N, B, H] = [4, 2, 3]"),
         ("budgets", [(3,), (2, 3)], "budgets of shape [H] = [3] or [B, H] = [2, 3]"),

@@ -13,7 +13,7 @@ import torch
 
 import lkv_ext
 import lkv_ext.numpy as lkv_numpy
-from lkv_ext._kinds import FIELDS, KINDS, SIGNATURES, described, fault, guess, is_of
+from lkv_ext._common.kinds import FIELDS, KINDS, SIGNATURES, described, fault, guess, is_of
 
 F32, I64, BOOL = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
 SPARSE, META = torch.zeros(2, 3).to_sparse(), torch.zeros(2, dtype=torch.int64, device="meta")

@@ -57,7 +57,7 @@ def test_far_strides(strides: tuple[int, int, int]) -> None:
 
 
 def test_ragged_input_past_two_gigabytes() -> None:
-    """Row sets that begin past 2**31 bytes of a ragged cache."""
+    """Segments that begin past 2**31 bytes of a ragged cache."""
     tokens, dim = 2**22, 1024
     k = untouched(tokens * dim).view(torch.int8).view(tokens, dim)
     scores = untouched(4 * tokens).view(torch.float32)
@@ -73,7 +73,7 @@ def test_ragged_input_past_two_gigabytes() -> None:
 
 
 def attention(query: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One query per row set, `[D]` each, over its rows."""
+    """One query per segment, `[D]` each, over its rows."""
     return torch.softmax(k @ query / query.shape[-1] ** 0.5, 0) @ v
 
 
@@ -102,8 +102,8 @@ def test_packed_rows_are_varlen_sequences(evicted: dict) -> None:
 
 
 @pytest.mark.parametrize("reserve", [0, 20])
-def test_aligned_rooms_are_pages(evicted: dict, reserve: int) -> None:
-    """A pool of single-head pages by view; block_table and lengths find every row, and there is room to append."""
+def test_aligned_spans_are_pages(evicted: dict, reserve: int) -> None:
+    """A pool of single-head pages by view; block_table and lengths find every row, and there is slack to append to."""
     page = 16
     out = lkv_ext.evict(evicted["k"], evicted["v"], evicted["scores"], evicted["budgets"], align=page, reserve=reserve)
     pool_k, pool_v = (t.view(-1, page, 1, 16) for t in (out.k, out.v))

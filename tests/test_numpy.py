@@ -15,7 +15,7 @@ import torch
 
 import lkv_ext.numpy as lkv_np
 from lkv import reference
-from lkv_ext._arrays import thread_count
+from lkv_ext._numpy import thread_count
 
 rng = np.random.default_rng
 
@@ -104,8 +104,8 @@ def test_structured_dtypes_move() -> None:
     moved["scale"] = rng(3).standard_normal(moved.shape)
     out = lkv_np.evict(k, None, scores, 9, companions=[moved])
     assert out.v is None and out.companions[0].dtype == row
-    for row_set, (b, h) in enumerate(product(range(2), range(3))):
-        begin, end = out.cu_seqlens[row_set : row_set + 2]
+    for segment, (b, h) in enumerate(product(range(2), range(3))):
+        begin, end = out.cu_seqlens[segment : segment + 2]
         assert (out.companions[0][begin:end] == moved[b, h, out.positions[begin:end]]).all()
 
 
@@ -163,7 +163,7 @@ def test_ragged_goes_in_again() -> None:
 
 
 def test_pages_behind_a_room_are_pages() -> None:
-    """Of rooms of 12, 4 and 0 rows, in pages of 4: what is behind a room's last page repeats one that there is."""
+    """Of spans of 12, 4 and 0 rows, in pages of 4: what is behind a span's last page repeats one that there is."""
     k, _, scores = cache(1, 3, 20, 4, seed=7)
     out = lkv_np.evict(k, None, scores, [9, 1, 0], align=4)
     assert out.block_table.tolist() == [[0, 1, 2], [3, 3, 3], [3, 3, 3]] and out.block_table.dtype == np.int32
@@ -190,8 +190,8 @@ def test_in_place_leaves_the_rest() -> None:
     index = lkv_np.evict_(k, v, scores, [200, 0, 17], **options)
     expected = lkv_np.evict(before[..., :16], before[..., 20:39], scores, [200, 0, 17], **options)
     assert np.array_equal(index.positions, expected.positions)
-    for row_set, (b, h) in enumerate(product(range(2), range(3))):
-        begin, end = expected.cu_seqlens[row_set : row_set + 2]
+    for segment, (b, h) in enumerate(product(range(2), range(3))):
+        begin, end = expected.cu_seqlens[segment : segment + 2]
         before[b, h, : end - begin, :16] = expected.k[begin:end]
         before[b, h, : end - begin, 20:39] = expected.v[begin:end]
     assert np.array_equal(storage, before)

@@ -25,7 +25,7 @@ from cases import (
 import lkv_ext
 from lkv import reference
 
-ROOMS = (
+SPANS = (
     dict(),
     dict(layout="padded"),
     dict(reserve=3, align=16),
@@ -48,21 +48,21 @@ def cache(device: str, tokens: int = 257, dim: int = 24, dtype: torch.dtype = to
 
 
 def ragged_cache(device: str) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """[T, ...] of 2 x 3 rooms of 0 to 300 rows, with rows before the first room and after the last."""
-    rooms = torch.tensor([5, 0, 300, 17, 128, 64, 1])
-    cu_seqlens = rooms.cumsum(0).int()
+    """[T, ...] of 2 x 3 spans of 0 to 300 rows, with rows before the first span and after the last."""
+    spans = torch.tensor([5, 0, 300, 17, 128, 64, 1])
+    cu_seqlens = spans.cumsum(0).int()
     total = int(cu_seqlens[-1]) + 9
     payload = [rows_of([total, 40], torch.bfloat16, 1), rows_of([total, 3], torch.float32, 2)]
     scores = scores_of("ties", [total], 4)
     return [t.to(device) for t in payload], scores.to(device), cu_seqlens.to(device)
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=str)
+@pytest.mark.parametrize("span", SPANS, ids=str)
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_evict(device: str, room: dict, placement: str) -> None:
+def test_evict(device: str, span: dict, placement: str) -> None:
     payload = [place(t, placement) for t in cache(device)]
     scores = place(scores_of("ties", [2, 3, 257]).to(device), placement)
-    options = dict(lengths=[[200, 0, 257], [9, 300, 256]], starts=[57, 0]) | room
+    options = dict(lengths=[[200, 0, 257], [9, 300, 256]], starts=[57, 0]) | span
     out = lkv_ext.evict(*payload[:2], scores, BUDGETS, companions=payload[2:], **options)
     assert out.overflow is None
     check(out, expected(payload, scores, BUDGETS, **options))
@@ -78,14 +78,14 @@ def test_scores(device: str, kind: str, dtype: torch.dtype, tokens: int) -> None
         check_index(lkv_ext.select(scores, budgets, **options), expected([], scores, budgets, **options))
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=str)
-def test_device_values(device: str, room: dict) -> None:
+@pytest.mark.parametrize("span", SPANS, ids=str)
+def test_device_values(device: str, span: dict) -> None:
     """What only the device knows gives the same rows, in an output that is sized without it."""
     payload, scores = cache(device), scores_of("normal", [2, 3, 257]).to(device)
     lengths, starts = torch.tensor([[200, 0, 257], [9, 300, 256]]), torch.tensor([57, 0], dtype=torch.int32)
     budgets = torch.tensor(BUDGETS)
-    if not {"capacity", "max_budget"} & room.keys():
-        room = room | dict(capacity=640)
+    if not {"capacity", "max_budget"} & span.keys():
+        span = span | dict(capacity=640)
     with unreadable():
         out = lkv_ext.evict(
             *payload[:2],
@@ -94,10 +94,10 @@ def test_device_values(device: str, room: dict) -> None:
             companions=payload[2:],
             lengths=lengths.to(device),
             starts=starts.to(device),
-            **room,
+            **span,
         )
     assert out.overflow is not None
-    want = expected(payload, scores, budgets, lengths=lengths, starts=starts, total=out.positions.numel(), **room)
+    want = expected(payload, scores, budgets, lengths=lengths, starts=starts, total=out.positions.numel(), **span)
     check(out, want)
 
 
@@ -113,14 +113,14 @@ def test_device_lengths_are_bounded_by_host_budgets(device: str, layout: str) ->
     check(out, expected(payload[:2], scores, BUDGETS, lengths=lengths, layout=layout, total=total))
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=str)
+@pytest.mark.parametrize("span", SPANS, ids=str)
 @pytest.mark.parametrize("readable", [True, False])
-def test_ragged(device: str, room: dict, readable: bool) -> None:
+def test_ragged(device: str, span: dict, readable: bool) -> None:
     payload, scores, cu_seqlens = ragged_cache(device)
     shape, budgets = (2, 3), [[40, 3, 200], [17, 5, 0]]
     for lengths in (None, [[4, 0, 250], [17, 20, 0]]):
         arguments = (payload[0], None, scores, budgets)
-        options = dict(cu_seqlens=cu_seqlens, lengths=lengths, companions=payload[1:]) | room
+        options = dict(cu_seqlens=cu_seqlens, lengths=lengths, companions=payload[1:]) | span
         if readable:
             out = lkv_ext.evict(*arguments, **options)
         else:
@@ -154,17 +154,17 @@ def test_ragged_shapes(device: str, budgets: object, lengths: object, shape: tup
     check(out, want)
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=str)
-def test_select_then_gather(device: str, room: dict) -> None:
+@pytest.mark.parametrize("span", SPANS, ids=str)
+def test_select_then_gather(device: str, span: dict) -> None:
     payload, scores = cache(device), scores_of("normal", [2, 3, 257]).to(device)
-    index = lkv_ext.select(scores, BUDGETS, **room)
-    want = expected(payload, scores, BUDGETS, **room)
+    index = lkv_ext.select(scores, BUDGETS, **span)
+    want = expected(payload, scores, BUDGETS, **span)
     check_index(index, want)
     check_rows(lkv_ext.gather(payload, index), want.tensors)
 
 
 def test_gather_distrusts_the_index(device: str) -> None:
-    """Any integers in an index give rows of their own row set or zeros."""
+    """Any integers in an index give rows of their own segment or zeros."""
     payload = cache(device)
     index = lkv_ext.select(scores_of("normal", [2, 3, 257]).to(device), 50)
     index.positions = torch.randint(-300, 600, index.positions.shape, dtype=torch.int32).to(device)
@@ -175,9 +175,9 @@ def test_gather_distrusts_the_index(device: str) -> None:
         assert torch.equal(bits(mine), reference.gather(rows, index.positions, index.cu_seqlens.tolist()))
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=str)
+@pytest.mark.parametrize("span", SPANS, ids=str)
 @pytest.mark.parametrize("tokens", [(257, 257), (257, 40), (40, 257)])
-def test_evict_layers(device: str, room: dict, tokens: tuple[int, int]) -> None:
+def test_evict_layers(device: str, span: dict, tokens: tuple[int, int]) -> None:
     """Layers of different lengths and strides in one joint buffer; each is the eviction of that layer alone."""
     layers = [cache(device, length) for length in tokens]
     layers[1] = [place(t, "tokens_first") for t in layers[1]]
@@ -185,7 +185,7 @@ def test_evict_layers(device: str, room: dict, tokens: tuple[int, int]) -> None:
     ks, vs, companions = zip(*layers, strict=True)
     for budgets in (30, [[10, 0, 300], [7, 64, 1]], torch.arange(12).view(2, 2, 3) * 9):
         out = lkv_ext.evict_layers(
-            ks, vs, scores, budgets, lengths=[250, 33], starts=[[0, 5, 9]] * 2, companions=[companions], **room
+            ks, vs, scores, budgets, lengths=[250, 33], starts=[[0, 5, 9]] * 2, companions=[companions], **span
         )
         shape = (2, 2, 3)
         want = reference.evict_layers(
@@ -194,10 +194,10 @@ def test_evict_layers(device: str, room: dict, tokens: tuple[int, int]) -> None:
             spread(budgets, shape),
             lengths=spread([250, 33], (2, 3), per_sequence=True).expand(shape),
             starts=torch.tensor([[0, 5, 9]] * 2).expand(shape),
-            **room,
+            **span,
         )
         check(out, want)
-        if "capacity" in room or room.get("layout") == "padded":
+        if "capacity" in span or span.get("layout") == "padded":
             continue
         for n in range(2):
             alone = lkv_ext.evict(
@@ -208,7 +208,7 @@ def test_evict_layers(device: str, room: dict, tokens: tuple[int, int]) -> None:
                 lengths=[250, 33],
                 starts=[[0, 5, 9]] * 2,
                 companions=[companions[n]],
-                **room,
+                **span,
             )
             mine = out.layer(n)
             begin, end = int(mine.cu_seqlens[0]), int(mine.cu_seqlens[-1])
@@ -217,14 +217,14 @@ def test_evict_layers(device: str, room: dict, tokens: tuple[int, int]) -> None:
             assert torch.equal(mine.positions[begin:end], alone.positions)
 
 
-@pytest.mark.parametrize("room", [dict(reserve=3), dict(align=4), dict(layout="padded", reserve=2)], ids=str)
-def test_a_bound_of_no_rows(device: str, room: dict) -> None:
-    """`max_budget` of 0 is a bound like any other, where there is room for rows."""
+@pytest.mark.parametrize("span", [dict(reserve=3), dict(align=4), dict(layout="padded", reserve=2)], ids=str)
+def test_a_bound_of_no_rows(device: str, span: dict) -> None:
+    """`max_budget` of 0 is a bound like any other, where spans have rows."""
     k, v, _ = cache(device)
     scores = scores_of("normal", [2, 3, 257]).to(device)
     for budgets in (5, BUDGETS):
-        want = expected([k, v], scores, budgets, max_budget=0, **room)
-        check(lkv_ext.evict(k, v, scores, budgets, max_budget=0, **room), want)
+        want = expected([k, v], scores, budgets, max_budget=0, **span)
+        check(lkv_ext.evict(k, v, scores, budgets, max_budget=0, **span), want)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -263,17 +263,17 @@ def test_evict_in_place_ragged(device: str) -> None:
         assert torch.equal(storage_bytes(got), storage_bytes(want_rows))
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=str)
-def test_out(device: str, room: dict) -> None:
+@pytest.mark.parametrize("span", SPANS, ids=str)
+def test_out(device: str, span: dict) -> None:
     """A buffer of an earlier call holds the same as a fresh one."""
     payload, scores = cache(device), scores_of("normal", [2, 3, 257]).to(device)
-    out = lkv_ext.evict(*payload[:2], scores, BUDGETS, companions=payload[2:], **room)
+    out = lkv_ext.evict(*payload[:2], scores, BUDGETS, companions=payload[2:], **span)
     for t in (*out.companions, out.k, out.v, out.positions):
         t.view(torch.uint8).fill_(0x5A)
     pointer = out.k.data_ptr()
-    again = lkv_ext.evict(*payload[:2], -scores, BUDGETS, companions=payload[2:], out=out, **room)
+    again = lkv_ext.evict(*payload[:2], -scores, BUDGETS, companions=payload[2:], out=out, **span)
     assert again is out and again.k.data_ptr() == pointer
-    check(again, expected(payload, -scores, BUDGETS, **room))
+    check(again, expected(payload, -scores, BUDGETS, **span))
 
 
 def test_plan(device: str) -> None:

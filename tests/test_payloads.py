@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lkv_ext
 import lkv_ext.numpy as lkv_numpy
-from lkv_ext.ops.library import ops
+from lkv_ext._torch.library import ops
 
 B, H, L, ROW = 2, 3, 21, 32  # bytes of a token of one head, all payloads and gaps
 # Of every payload the type and, of its row, the first byte and the elements. Neighbours touch.

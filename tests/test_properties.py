@@ -40,7 +40,7 @@ def same(a: lkv_ext.RaggedKV, b: lkv_ext.RaggedKV) -> None:
 
 
 def rows_kept(out: lkv_ext.RaggedKV, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The kept rows of each row set, without slack, whatever the layout."""
+    """The kept rows of each segment, without slack, whatever the layout."""
     flat = bits(tensor).flatten(0, out.positions.dim() - 1)
     begins, lengths = out.cu_seqlens.tolist(), out.lengths.flatten().tolist()
     return [flat[begin : begin + length] for begin, length in zip(begins, lengths, strict=False)]
@@ -58,7 +58,7 @@ def test_evict_is_the_reference(device: str, call: Call) -> None:
     check(out, expected(call.payload, call.scores, call.budgets, shape=call.shape, total=total, **call.options))
 
 
-@given(calls(fewest=1, placed_rooms=False))
+@given(calls(fewest=1, placed_spans=False))
 def test_in_place_is_the_reference(device: str, call: Call) -> None:
     """Kept rows in front; canaries before, after and between the rows untouched."""
     call = call.to(device)
@@ -109,7 +109,7 @@ def test_layers_are_the_reference(device: str, call: Call) -> None:
 
 @given(calls())
 def test_host_and_device_values_agree(call: Call) -> None:
-    """Integers that only the device knows choose the same rows, in at least as much room."""
+    """Integers that only the device knows choose the same rows, in spans of at least that size."""
     call.readable = False
     if not {"capacity", "max_budget"} & call.options.keys():
         call.options["max_budget"] = 400
@@ -148,7 +148,7 @@ def test_layouts_agree(call: Call) -> None:
             assert torch.equal(mine, theirs)
 
 
-@given(calls(fewest=1, placed_rooms=False), st.integers(0, 40), st.integers(0, 40))
+@given(calls(fewest=1, placed_spans=False), st.integers(0, 40), st.integers(0, 40))
 def test_shrinking_twice_is_shrinking_once(call: Call, more: int, less: int) -> None:
     """Scores as a companion: the best n of the best m >= n are the best n. Positions compose."""
     call.readable, call.options["window"] = True, 0
@@ -177,9 +177,9 @@ def test_shrinking_twice_is_shrinking_once(call: Call, more: int, less: int) -> 
     assert all(map(torch.equal, original, rows_kept(once, once.positions)))
 
 
-@given(calls(fewest=1, ragged=False, placed_rooms=False), st.integers(0, 1000))
+@given(calls(fewest=1, ragged=False, placed_spans=False), st.integers(0, 1000))
 def test_heads_do_not_meet(call: Call, seed: int) -> None:
-    """Row sets in another order are the same row sets: no result depends on a neighbour."""
+    """Segments in another order are the same segments: no result depends on a neighbour."""
     call.readable = True
     batch, heads = call.shape
     count = batch * heads

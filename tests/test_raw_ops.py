@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lkv_ext
-from lkv_ext.ops.library import ops
+from lkv_ext._torch.library import ops
 
 B, H, L, D, T = 2, 3, 20, 4, 60
 SIZES = ("budgets", "total", "padded", "count_overflow", "cu_seqlens", "batch", "heads", "budgets_tensor", "lengths",

@@ -17,8 +17,8 @@ NAN, INF = math.nan, math.inf
 
 def rows(scores: list[float], keep: int, sink: int = 0, window: int = 0, start: int = 0, length: int | None = None):
     length = len(scores) - start if length is None else length
-    span = dict(start=start, length=length)
-    return reference.select_row(torch.tensor(scores), keep, sink=sink, window=window, **span).tolist()
+    valid = dict(start=start, length=length)
+    return reference.select_row(torch.tensor(scores), keep, sink=sink, window=window, **valid).tolist()
 
 
 def test_which_rows() -> None:
@@ -54,8 +54,8 @@ def test_scores_that_are_no_numbers() -> None:
     ],
     ids=str,
 )
-def test_rooms(options: dict, kept: list[int], offsets: list[int], cut: int) -> None:
-    where = reference.rooms([2, -1, 9], [5, 3, 4], **options)
+def test_spans(options: dict, kept: list[int], offsets: list[int], cut: int) -> None:
+    where = reference.spans([2, -1, 9], [5, 3, 4], **options)
     assert (where.kept, where.offsets, where.cut, where.total) == (kept, offsets, cut, offsets[-1])
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lkv_ext
-from lkv_ext.ops.errors import reraise
+from lkv_ext._common.errors import reraise
 
 
 def said(error: Exception, op: str = "evict", **options: object) -> tuple[type[Exception], str]:

@@ -15,7 +15,7 @@ NEIGHBOURS = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.in
 
 
 def copied(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values through an attention over rows that are alone in their row sets."""
+    """The values through an attention over rows that are alone in their segments."""
     rows = torch.nn.functional.pad(values, (0, -len(values) % WIDTH)).view(-1, WIDTH)
     count = torch.arange(len(rows) + 1, dtype=torch.int32)
     ones = torch.ones(len(rows), 1, dtype=torch.int32)

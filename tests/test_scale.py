@@ -1,4 +1,4 @@
-"""Large inputs: many tokens, many ties, many row sets, and totals that no int32 of bytes or elements holds."""
+"""Large inputs: many tokens, many ties, many segments, and totals that no int32 of bytes or elements holds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_ties_take_the_lower_positions(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_row_sets(device: str, dtype: torch.dtype) -> None:
+def test_many_segments(device: str, dtype: torch.dtype) -> None:
     """More sequences x heads than a grid has blocks in its y axis."""
     batch, heads, tokens = 8750, 8, 12
     k = rows_of([batch, heads, tokens, 4], torch.int16).to(device)

@@ -97,8 +97,8 @@ def test_layers_do_not_meet() -> None:
             assert torch.equal(caches[i].k, before[i][0]) and torch.equal(caches[i].positions, before[i][1])
 
 
-def test_a_buffer_longer_than_its_rooms() -> None:
-    """`capacity` may leave rows behind the last room, and in front of the first one there may be others' rows."""
+def test_a_buffer_longer_than_its_spans() -> None:
+    """`capacity` may leave rows behind the last span, and in front of the first one there may be others' rows."""
     mine, theirs = both(1, capacity=200)
     same(mine, theirs)
     assert mine.nbytes == theirs.nbytes
@@ -126,7 +126,7 @@ def test_a_buffer_longer_than_its_rooms() -> None:
         (dict(align=0), "expected align in"),
     ],
 )
-def test_rooms_that_are_none(change: dict, says: str) -> None:
+def test_spans_that_are_none(change: dict, says: str) -> None:
     parts = dict(cu_seqlens=[0, 2, 4, 6, 8], lengths=[[2, 2], [2, 2]], positions=[0, 1] * 4)
     counts = dict(max_length=2, align=1)
     for name, value in change.items():

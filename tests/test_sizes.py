@@ -1,4 +1,4 @@
-"""How many rows an output has, against a count of every row set by itself: exact where all is known, else a bound."""
+"""How many rows an output has, against a count of every segment by itself: exact where all is known, else a bound."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lkv_ext._sizes import Output, RowSets, room, size_output
+from lkv_ext._common.sizes import Output, Segments, size_output, span
 
 SIZES = st.integers(-2, 12)
 
 
 @st.composite
 def calls(draw: st.DrawFn) -> dict:
-    """Row sets, and integers of each form that they may have: one for all, per head or sequence, per row set."""
+    """Segments, and integers of each form that they may have: one for all, per head or sequence, per segment."""
     layers, batch, heads = (draw(st.integers(1, 3)) for _ in range(3))
     count = layers * batch * heads
     rows = st.integers(0, 9)
@@ -26,7 +26,7 @@ def calls(draw: st.DrawFn) -> dict:
 
     short, full = batch * heads, count
     return dict(
-        row_sets=RowSets(layers, batch, heads, limits),
+        segments=Segments(layers, batch, heads, limits),
         budgets=draw(forms(1, heads, short, full)),
         lengths=draw(st.none() | forms(1, batch, short, full)),
         starts=draw(st.none() | forms(1, batch, short, full)),
@@ -36,8 +36,8 @@ def calls(draw: st.DrawFn) -> dict:
     )
 
 
-def spread(values: list[int], layer: int, b: int, h: int, sets: RowSets, *, heads_first: bool) -> int:
-    """The value of one row set: shapes are told apart by their sizes, longest first, as the documentation has them."""
+def spread(values: list[int], layer: int, b: int, h: int, sets: Segments, *, heads_first: bool) -> int:
+    """The value of one segment: shapes are told apart by their sizes, longest first, as the documentation has them."""
     short = sets.batch * sets.heads
     if len(values) == sets.count and (heads_first or len(values) != sets.batch):
         return values[(layer * sets.batch + b) * sets.heads + h]
@@ -50,7 +50,7 @@ def spread(values: list[int], layer: int, b: int, h: int, sets: RowSets, *, head
 
 def kept(call: dict, sizes: tuple[int, int, int]) -> int:
     layer, b, h = sizes
-    sets = call["row_sets"]
+    sets = call["segments"]
     at = (layer * sets.batch + b) * sets.heads + h
     tokens = sets.limits[0] if len(sets.limits) == 1 else sets.limits[at]
     start, length = 0, tokens
@@ -68,7 +68,7 @@ def rounded(rows: int, align: int) -> int:
 
 
 def every(call: dict) -> list[int]:
-    sets = call["row_sets"]
+    sets = call["segments"]
     return [kept(call, x) for x in itertools.product(range(sets.layers), range(sets.batch), range(sets.heads))]
 
 
@@ -91,7 +91,7 @@ def test_a_capacity_cuts(call: dict, pages: int) -> None:
     total = min(exact.total, capacity)
     assert size(call, capacity=capacity) == (total, -1, min(exact.max_length, total))
     wide = min(padded.padded, capacity)
-    count = call["row_sets"].count
+    count = call["segments"].count
     assert size(call, layout="padded", capacity=capacity) == (count * wide, wide, min(padded.max_length, wide))
 
 
@@ -107,27 +107,27 @@ def test_unknown_budgets_are_bounded(call: dict, pages: int) -> None:
     bound = max(every(call | dict(budgets=[capacity if call["max_budget"] is None else call["max_budget"]])))
     assert out == (capacity, -1, min(bound, capacity))
     out = size(call, budgets=None, capacity=capacity, layout="padded")
-    assert out == (capacity * call["row_sets"].count, capacity, min(bound, capacity))
+    assert out == (capacity * call["segments"].count, capacity, min(bound, capacity))
 
 
-def test_row_sets_of_unknown_offsets_share_their_tokens() -> None:
+def test_segments_of_unknown_offsets_share_their_tokens() -> None:
     """Packed, all of them have no more rows than the input, and slack; padded, any of them may have all."""
-    sets = RowSets(1, 2, 2, [10], shared=True)
-    call = dict(row_sets=sets, budgets=[8], lengths=None, starts=None, max_budget=None, reserve=0, align=1)
+    sets = Segments(1, 2, 2, [10], shared=True)
+    call = dict(segments=sets, budgets=[8], lengths=None, starts=None, max_budget=None, reserve=0, align=1)
     assert size(call) == (10, -1, 8)
     assert size(call, budgets=[2]) == (8, -1, 2)
     assert size(call, layout="padded") == (32, 8, 8)
-    # 10 rows and at most 3 + 3 rows of slack for each of 4 row sets, in whole pages of 4.
+    # 10 rows and at most 3 + 3 rows of slack for each of 4 segments, in whole pages of 4.
     assert size(call, reserve=3, align=4) == (36, -1, 8)
 
 
-def test_room() -> None:
-    assert [room(n, 0, 4) for n in (0, 1, 4, 5)] == [0, 4, 4, 8]
-    assert room(3, 2, 4) == 8 and room(3, 2, 1) == 5
+def test_span() -> None:
+    assert [span(n, 0, 4) for n in (0, 1, 4, 5)] == [0, 4, 4, 8]
+    assert span(3, 2, 4) == 8 and span(3, 2, 1) == 5
 
 
 def test_wrong_bounds() -> None:
-    call = dict(row_sets=RowSets(1, 1, 1, [4]), budgets=[2], lengths=None, starts=None, max_budget=None, reserve=0)
+    call = dict(segments=Segments(1, 1, 1, [4]), budgets=[2], lengths=None, starts=None, max_budget=None, reserve=0)
     for capacity, align in ((-4, 4), (6, 4)):
         with pytest.raises(ValueError, match=f"multiple of align = {align}, got {capacity}"):
             size(call, align=align, capacity=capacity)

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lkv_ext
 from lkv import reference
-from lkv_ext.ops import library
+from lkv_ext._torch import library
 
 INF, NAN = torch.inf, torch.nan
 SIZES = (1, 2, 15, 16, 17, 63, 300, 1023, 1025, 4100)

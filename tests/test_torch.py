@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 
 import lkv_ext
 from lkv import reference
-from lkv_ext.ops import library
+from lkv_ext._torch import library
 
 B, H, L, D = 2, 3, 12, 4
-ROOMS = (dict(), dict(layout="padded"), dict(reserve=2, align=4), dict(capacity=20, sink=1, window=2))
+SPANS = (dict(), dict(layout="padded"), dict(reserve=2, align=4), dict(capacity=20, sink=1, window=2))
 
 
 def cache(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,12 +43,12 @@ def op_calls() -> list[tuple[str, tuple]]:
     flat = [t.flatten(0, 2) for t in (k, v, scores)]
     budgets = torch.tensor([[1, 2, 3], [40, 0, 5]])
     patch = pytest.MonkeyPatch()
-    for module in ("evict", "select", "cache", "attend"):
-        patch.setattr(f"lkv_ext.ops.{module}.ops", Recorder())
+    for module in ("_torch.evict", "_torch.select", "_torch.gather", "_torch.attend", "cache"):
+        patch.setattr(f"lkv_ext.{module}.ops", Recorder())
     try:
-        for room in ROOMS:
-            lkv_ext.evict(k, v, scores, [1, 2, 3], companions=[scores], lengths=[3, 50], starts=[1, 2], **room)
-            index = lkv_ext.select(scores, budgets, **room)
+        for span in SPANS:
+            lkv_ext.evict(k, v, scores, [1, 2, 3], companions=[scores], lengths=[3, 50], starts=[1, 2], **span)
+            index = lkv_ext.select(scores, budgets, **span)
             lkv_ext.gather([k, v], index)
         lkv_ext.evict(*flat, budgets.tolist(), cu_seqlens=cu_seqlens)
         lkv_ext.gather(
@@ -75,14 +75,14 @@ def test_opcheck(call: tuple[str, tuple]) -> None:
     torch.library.opcheck(getattr(library.ops, name).default, arguments)
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=str)
-def test_fake_tensors(room: dict) -> None:
+@pytest.mark.parametrize("span", SPANS, ids=str)
+def test_fake_tensors(span: dict) -> None:
     """Shapes, dtypes and strides without data."""
     k, v, scores = cache()
-    real = lkv_ext.evict(k, v, scores, [1, 2, 3], companions=[scores], **room)
+    real = lkv_ext.evict(k, v, scores, [1, 2, 3], companions=[scores], **span)
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in (k, v, scores)]
-        fake = lkv_ext.evict(*fakes, [1, 2, 3], companions=[fakes[2]], **room)
+        fake = lkv_ext.evict(*fakes, [1, 2, 3], companions=[fakes[2]], **span)
     for name in ("positions", "lengths", "cu_seqlens"):
         assert getattr(fake, name).shape == getattr(real, name).shape
     for mine, theirs in zip(payload_of(fake), payload_of(real), strict=True):
@@ -95,12 +95,12 @@ def compiled(function: object, **options: object) -> tuple[object, object]:
     return torch.compile(function, backend=counter, fullgraph=True, **options), counter
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=str)
-def test_compile_with_host_budgets(room: dict) -> None:
+@pytest.mark.parametrize("span", SPANS, ids=str)
+def test_compile_with_host_budgets(span: dict) -> None:
     """Budgets of other values are other sizes: compiled for any after the second."""
 
     def shrink(k: Tensor, v: Tensor, scores: Tensor, budgets: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        out = lkv_ext.evict(k, v, scores, budgets, **room)
+        out = lkv_ext.evict(k, v, scores, budgets, **span)
         return out.k * 2, out.v, out.positions
 
     fast, counter = compiled(shrink)
@@ -186,9 +186,9 @@ def test_export() -> None:
     assert torch.equal(got[1], want.lengths) and torch.equal(bits(got[0][:16]), bits(want.k))
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=str)
+@pytest.mark.parametrize("span", SPANS, ids=str)
 @pytest.mark.parametrize("ragged", [False, True])
-def test_gradcheck(room: dict, ragged: bool) -> None:
+def test_gradcheck(span: dict, ragged: bool) -> None:
     shape = [B * H * L] if ragged else [B, H, L]
     k, v = (torch.randn(*shape, d, dtype=torch.float64, requires_grad=True) for d in (2, 1))
     scores = scores_of("normal", shape)
@@ -196,11 +196,11 @@ def test_gradcheck(room: dict, ragged: bool) -> None:
     budgets = [[3, 0, 40], [1, 2, 5]]
 
     def moved(k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        out = lkv_ext.evict(k, None, scores, budgets, companions=[v], **where, **room)
+        out = lkv_ext.evict(k, None, scores, budgets, companions=[v], **where, **span)
         return out.k, *out.companions
 
     assert torch.autograd.gradcheck(moved, (k, v))
-    index = lkv_ext.select(scores, budgets, **where, **room)
+    index = lkv_ext.select(scores, budgets, **where, **span)
     assert torch.autograd.gradcheck(lambda *t: tuple(lkv_ext.gather(t, index, **where)), (k, v))
 
 

@@ -1,7 +1,7 @@
 """Mutants: the sources with one careless mistake each, and whether the tests notice.
 
 `make mutants` tries a sample of all areas. `python -m mutants --area hf --count 40` (with PYTHONPATH=tests) tries one
-area, `--files 'lkv_ext/ops/cache*.py'` some files, `--survivors` only what survived last time, `--list` prints them.
+area, `--files 'lkv_ext/_torch/*.py'` some files, `--survivors` only what survived last time, `--list` prints them.
 
 A mutant is killed when a test of its file fails (guards.py says which tests those are) or when one takes several times
 as long as without it. Whoever finds a survivor writes the test that was missing; where no test can tell, because the

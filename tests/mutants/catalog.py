@@ -25,7 +25,7 @@ from . import operators
 
 # Areas in the order of their lines below: the first that fits has the file. With each, its part of a sample.
 AREAS = {
-    "policies": (50, ("python/lkv/policies/*", "python/lkv/reference/*", "lkv_ext/ops/budgets.py")),
+    "policies": (50, ("python/lkv/policies/*", "python/lkv/reference/*", "lkv_ext/_torch/budgets.py")),
     "hf": (90, ("python/lkv/hf/*",)),
     "learn": (55, ("python/lkv/learn/*",)),
     "evaluate": (50, ("python/lkv/evaluate/*",)),

@@ -130,7 +130,7 @@ def test_keys_stay_while_other_lines_change() -> None:
 
 
 def test_a_sample_is_spread_and_stays() -> None:
-    files = ["python/lkv/tasks/retrieval.py", "lkv_ext/_sizes.py", "lkv_ext/ops/cache.py"]
+    files = ["python/lkv/tasks/retrieval.py", "lkv_ext/_common/sizes.py", "lkv_ext/cache.py"]
     first = catalog.sample(ROOT, files, 40, 0)
     assert first == catalog.sample(ROOT, files[::-1], 40, 0) != catalog.sample(ROOT, files, 40, 1)
     assert {catalog.area_of(x.file) for x in first} == {"ops", "tasks"} and len(first) in (40, 41)

@@ -30,7 +30,7 @@ from lkv.hf.versions import (
     stage_of_generate,
     tokens_to_drop,
 )
-from lkv_ext.ops.modes import keeps_tensors
+from lkv_ext.shared import keeps_tensors
 
 
 class Cache(HFCache):

@@ -16,7 +16,7 @@ from lkv.hf.masks import PaddingInfo
 from lkv.hf.observation import ObservationBuffer
 from lkv.hf.planning import EvictionPlan
 from lkv.hf.versions import CacheLayerMixin, new_tokens, outside_graphs, tokens_to_drop
-from lkv_ext.ops.modes import keeps_tensors
+from lkv_ext.shared import keeps_tensors
 
 if TYPE_CHECKING:
     from lkv.hf.session import Session

@@ -13,7 +13,7 @@ from lkv.hf.checks import check_budgets, check_scores
 from lkv.hf.observation import observe
 from lkv.hf.settings import Settings
 from lkv.policies import Ahead, Observation, Policy
-from lkv_ext.ops.modes import keeps_tensors
+from lkv_ext.shared import keeps_tensors
 
 if TYPE_CHECKING:
     from lkv.hf.layer import RaggedLayer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lkv.hf.masks import PaddingInfo
-from lkv_ext.ops.modes import keeps_tensors
+from lkv_ext.shared import keeps_tensors
 
 # Attributes by their names in a file of `lkv.Cache.save`.
 _STATE = {name.lstrip("_"): name for name in ("window", "seen", "_oldest", "_queries", "_places")} | {"real": "_filled"}

@@ -18,7 +18,7 @@ from lkv.hf.routing import Route
 from lkv.hf.settings import Settings
 from lkv.hf.token_log import Rotary
 from lkv.hf.versions import CacheLayerMixin, stage_of_generate
-from lkv_ext.ops.modes import keeps_tensors
+from lkv_ext.shared import keeps_tensors
 
 
 class Session:

@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from lkv_ext.ops.modes import keeps_tensors
+from lkv_ext.shared import keeps_tensors
 
 
 class TokenLog:

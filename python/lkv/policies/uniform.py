@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lkv_ext.ops.budgets import apportion
+from lkv_ext.shared import apportion
 
 
 def uniform_budgets(lengths: Tensor, total: Tensor) -> Tensor:

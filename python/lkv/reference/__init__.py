@@ -7,12 +7,12 @@ from lkv.reference.attend import attend
 from lkv.reference.budgets import budgets_from_scores, budgets_from_shares
 from lkv.reference.evict import evict, evict_, evict_layers
 from lkv.reference.gather import gather
-from lkv.reference.rooms import Rooms, rooms
 from lkv.reference.select import select, select_row
 from lkv.reference.soft_topk import soft_topk
+from lkv.reference.spans import Spans, spans
 
 __all__ = [
-    "Rooms",
+    "Spans",
     "attend",
     "budgets_from_scores",
     "budgets_from_shares",
@@ -20,8 +20,8 @@ __all__ = [
     "evict_",
     "evict_layers",
     "gather",
-    "rooms",
     "select",
     "select_row",
     "soft_topk",
+    "spans",
 ]

@@ -50,7 +50,7 @@ def budgets_from_scores(
     heads: Sequence[Tensor],
     total: int,
     *,
-    spans: Sequence[tuple[int, int]],
+    ranges: Sequence[tuple[int, int]],
     sink: int = 0,
     window: int = 0,
     blend: Fraction | None = None,
@@ -60,10 +60,10 @@ def budgets_from_scores(
 
     Args:
         heads: scores `[L]` of every competing head, in (layer, head) order.
-        spans: (start, length) of the valid range of each.
+        ranges: (start, length) of the valid range of each.
     """
     sure, contest = [], []
-    for i, (scores, (start, length)) in enumerate(zip(heads, spans, strict=True)):
+    for i, (scores, (start, length)) in enumerate(zip(heads, ranges, strict=True)):
         first = min(sink, length)
         last = min(window, length - first)
         free = [(scores[p].item(), i, p) for p in range(start + first, start + length - last)]
@@ -79,6 +79,6 @@ def budgets_from_scores(
         won[i] += 1
     if blend is not None:
         wishes = [(1 - blend) * n + blend * Fraction(sum(won), len(won)) for n in won]
-        available = [length - n for (_, length), n in zip(spans, sure, strict=True)]
+        available = [length - n for (_, length), n in zip(ranges, sure, strict=True)]
         won = apportion(wishes, sum(won), [0] * len(won), available)
     return [a + b for a, b in zip(sure, won, strict=True)]

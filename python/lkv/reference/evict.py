@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lkv.reference.gather import gather
-from lkv.reference.rooms import Rooms, rooms
 from lkv.reference.select import select
+from lkv.reference.spans import Spans, spans
 
 
 @dataclass
@@ -25,24 +25,24 @@ class Evicted:
     overflow: int
 
 
-def _row_sets(tensor: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
-    """`[B, H, L, ...]` or ragged `[T, ...]` as one view `[L, ...]` per row set."""
+def _segments(tensor: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """`[B, H, L, ...]` or ragged `[T, ...]` as one view `[L, ...]` per segment."""
     if cu_seqlens is None:
         return [head for sequence in tensor for head in sequence]
     offsets = cu_seqlens.tolist()
     return [tensor[begin:end] for begin, end in pairwise(offsets)]
 
 
-def _spans(
+def _valid_ranges(
     rows: Sequence[Tensor], starts: Sequence[int] | None, lengths: Sequence[int] | None
 ) -> list[tuple[int, int]]:
-    spans = []
+    ranges = []
     for i, row in enumerate(rows):
         limit = row.shape[0]
         start = max(0, min(starts[i], limit)) if starts is not None else 0
         length = max(0, min(lengths[i], limit - start)) if lengths is not None else limit - start
-        spans.append((start, length))
-    return spans
+        ranges.append((start, length))
+    return ranges
 
 
 def evict(
@@ -97,18 +97,18 @@ def evict_layers(
     sink: int = 0,
     window: int = 0,
     total: int | None = None,
-    **room: object,
+    **span_options: object,
 ) -> Evicted:
     """`lkv_ext.evict_layers`: `tensors[p][n]` is payload p of layer n; budgets, lengths, starts `[N, B, H]`.
 
     `lengths` of the result are `[B, H]` for one layer and `[N, B, H]` for more.
     """
-    rows = [[row for t in layers for row in _row_sets(t, cu_seqlens)] for layers in tensors]
-    score_rows = [row for s in scores for row in _row_sets(s, cu_seqlens)]
+    rows = [[row for t in layers for row in _segments(t, cu_seqlens)] for layers in tensors]
+    score_rows = [row for s in scores for row in _segments(s, cu_seqlens)]
     flat = [None if values is None else values.flatten().tolist() for values in (budgets, starts, lengths)]
-    spans = _spans(score_rows, flat[1], flat[2])
-    where: Rooms = rooms(flat[0], [length for _, length in spans], total=total, **room)
-    positions = select(score_rows, spans, where, sink=sink, window=window)
+    ranges = _valid_ranges(score_rows, flat[1], flat[2])
+    where: Spans = spans(flat[0], [length for _, length in ranges], total=total, **span_options)
+    positions = select(score_rows, ranges, where, sink=sink, window=window)
     moved = [gather(payload, positions, where.offsets) for payload in rows]
 
     device = scores[0].device
@@ -126,12 +126,12 @@ def evict_layers(
 
 
 def evict_(tensors: Sequence[Tensor], scores: Tensor, budgets: Tensor, **options: object) -> Evicted:
-    """`lkv_ext.evict_`: kept rows move to the front of their row set, the rest stays as it is."""
+    """`lkv_ext.evict_`: kept rows move to the front of their segment, the rest stays as it is."""
     result = evict(tensors, scores, budgets, **options)
     cu_seqlens = options.get("cu_seqlens")
     offsets = result.cu_seqlens.tolist()
     for tensor, moved in zip(tensors, result.tensors, strict=True):
-        for i, row in enumerate(_row_sets(tensor, cu_seqlens)):
+        for i, row in enumerate(_segments(tensor, cu_seqlens)):
             keep = offsets[i + 1] - offsets[i]
             row[:keep] = moved[offsets[i] : offsets[i + 1]]
     return result

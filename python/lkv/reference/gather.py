@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def gather(rows: Sequence[Tensor], positions: Tensor, offsets: Sequence[int]) -> Tensor:
-    """Row `positions[j]` of row set r for every j in `[offsets[r], offsets[r + 1])`; zeros where there is no such row.
+    """Row `positions[j]` of segment r for every j in `[offsets[r], offsets[r + 1])`; zeros where there is no such row.
 
     Args:
-        rows: of each row set, `[L, ...]`.
+        rows: of each segment, `[L, ...]`.
         positions: `[total]`.
-        offsets: `[R + 1]`, where the room of each row set begins.
+        offsets: `[R + 1]`, where the span of each segment begins.
 
     Returns:
         `[total, ...]`. Differentiable.

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lkv.reference.rooms import Rooms
+from lkv.reference.spans import Spans
 
 
 def select_row(scores: Tensor, keep: int, *, start: int, length: int, sink: int = 0, window: int = 0) -> Tensor:
@@ -25,23 +25,23 @@ def select_row(scores: Tensor, keep: int, *, start: int, length: int, sink: int 
     by_score = torch.where(values.isnan(), 0, values).argsort(descending=True, stable=True)
     ranked = by_score[values.isnan()[by_score].byte().argsort(stable=True)]
     best = first + ranked[: keep - sink - window]
-    begin, end = (torch.arange(*span, device=scores.device) for span in ((start, first), (last, start + length)))
+    begin, end = (torch.arange(*ends, device=scores.device) for ends in ((start, first), (last, start + length)))
     return torch.cat([begin, best.sort().values, end])
 
 
 def select(
-    rows: Sequence[Tensor], spans: Sequence[tuple[int, int]], where: Rooms, *, sink: int = 0, window: int = 0
+    rows: Sequence[Tensor], ranges: Sequence[tuple[int, int]], where: Spans, *, sink: int = 0, window: int = 0
 ) -> Tensor:
-    """Positions of all row sets in their rooms, int32 `[total]`; -1 in slack.
+    """Positions of all segments in their spans, int32 `[total]`; -1 in slack.
 
     Args:
-        rows: scores of each row set, `[L]`.
-        spans: (start, length) of the valid range of each.
+        rows: scores of each segment, `[L]`.
+        ranges: (start, length) of the valid range of each.
     """
     device = rows[0].device if rows else "cpu"
     positions = torch.full((where.total,), -1, dtype=torch.int32, device=device)
     for scores, (start, length), keep, (offset, _) in zip(
-        rows, spans, where.kept, pairwise(where.offsets), strict=True
+        rows, ranges, where.kept, pairwise(where.offsets), strict=True
     ):
         chosen = select_row(scores, keep, start=start, length=length, sink=sink, window=window)
         positions[offset : offset + keep] = chosen.int()

@@ -1,4 +1,4 @@
-"""Index arithmetic of packed rows, and what says where they are, against loops over the rooms."""
+"""Index arithmetic of packed rows, and what says where they are, against loops over the spans."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
 import lkv_ext
-from lkv_ext.ops import rooms
+from lkv_ext._torch import spans
 
 
 @st.composite
-def spans(draw: st.DrawFn) -> tuple[int, int, list[int]]:
-    """B, H and where rooms begin and end, from an offset on that need not be 0."""
+def drawn_spans(draw: st.DrawFn) -> tuple[int, int, list[int]]:
+    """B, H and where spans begin and end, from an offset on that need not be 0."""
     batch, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     sizes = draw(st.lists(st.integers(0, 5), min_size=batch * heads, max_size=batch * heads))
     ends = [draw(st.integers(0, 3))]
@@ -30,15 +30,15 @@ def begin_and_end(ends: list[int], i: int) -> tuple[int, int]:
     return ends[i], ends[i + 1]
 
 
-@given(spans(), st.integers(0, 3))
+@given(drawn_spans(), st.integers(0, 3))
 def test_padded_and_packed(given: tuple[int, int, list[int]], more: int) -> None:
     batch, heads, ends = given
     total, columns = ends[-1] + more, max(b - a for a, b in pairwise(ends)) + more
     offsets = torch.tensor(ends, dtype=torch.int32)
     rows = torch.arange(total * 2).view(total, 2)
-    wide = rooms.padded(rows, offsets, batch, columns) if total else None
+    wide = spans.padded(rows, offsets, batch, columns) if total else None
     scores = torch.arange(batch * heads * columns).view(batch, heads, columns).float()
-    flat = rooms.packed(scores, offsets, total)
+    flat = spans.packed(scores, offsets, total)
     assert flat.shape == (total,) and (wide is None or wide.shape == (batch, heads, columns, 2))
     for i in range(batch * heads):
         b, h = divmod(i, heads)
@@ -49,16 +49,16 @@ def test_padded_and_packed(given: tuple[int, int, list[int]], more: int) -> None
 
 def test_nothing_to_pack() -> None:
     offsets = torch.zeros(3, dtype=torch.int32)
-    assert rooms.packed(torch.zeros(1, 2, 0), offsets, 4).tolist() == [0, 0, 0, 0]
-    assert rooms.packed(torch.zeros(0, 2, 3), torch.zeros(1, dtype=torch.int32), 0).shape == (0,)
-    assert rooms.padded(torch.zeros(0, 5), torch.zeros(1, dtype=torch.int32), 0, 0).shape[0] == 0
+    assert spans.packed(torch.zeros(1, 2, 0), offsets, 4).tolist() == [0, 0, 0, 0]
+    assert spans.packed(torch.zeros(0, 2, 3), torch.zeros(1, dtype=torch.int32), 0).shape == (0,)
+    assert spans.padded(torch.zeros(0, 5), torch.zeros(1, dtype=torch.int32), 0, 0).shape[0] == 0
 
 
-@given(spans(), st.data())
+@given(drawn_spans(), st.data())
 def test_rows_of(given: tuple[int, int, list[int]], data: st.DataObject) -> None:
     batch, heads, ends = given
     chosen = data.draw(st.lists(st.integers(0, batch * heads - 1), max_size=6))
-    rows, offsets = rooms.rows_of(torch.tensor(ends, dtype=torch.int32), torch.tensor(chosen, dtype=torch.int64))
+    rows, offsets = spans.rows_of(torch.tensor(ends, dtype=torch.int32), torch.tensor(chosen, dtype=torch.int64))
     expected, after = [], [0]
     for i in chosen:
         expected += range(*begin_and_end(ends, i))
@@ -67,11 +67,11 @@ def test_rows_of(given: tuple[int, int, list[int]], data: st.DataObject) -> None
     assert offsets.tolist() == after and offsets.dtype == torch.int32
 
 
-@given(spans(), st.integers(1, 4), st.integers(0, 20))
+@given(drawn_spans(), st.integers(1, 4), st.integers(0, 20))
 def test_block_tables(given: tuple[int, int, list[int]], align: int, longest: int) -> None:
     _, _, ends = given
     total = ends[-1] * align
-    table = rooms.block_table(torch.tensor(ends, dtype=torch.int32) * align, align, longest, total)
+    table = spans.block_table(torch.tensor(ends, dtype=torch.int32) * align, align, longest, total)
     assert table.dtype == torch.int32 and table.shape == (len(ends) - 1, -(-longest // align))
     for i, begin in enumerate(ends[:-1]):
         assert table[i].tolist() == [min(begin + page, max(ends[-1] - 1, 0)) for page in range(table.shape[1])]
@@ -125,16 +125,16 @@ def test_index_pages_and_words() -> None:
         assert getattr(index, part) is getattr(kv, part)
     assert index.max_length == kv.max_length and index.overflow is kv.overflow is None
     assert kv.block_table.shape == (6, -(-(kv.max_length + 1) // 4)) and made().block_table is None
-    room = kv.positions.numel()
-    words = f"packed, {room} rows of room, lengths=[2, 3], max_length={kv.max_length}, cpu)"
+    total = kv.positions.numel()
+    words = f"packed, {total} rows with slack, lengths=[2, 3], max_length={kv.max_length}, cpu)"
     assert repr(index) == f"RaggedIndex({words}"
-    assert repr(kv) == f"RaggedKV(k=[{room}, 4], v=[{room}, 5], torch.float32, 1 companions, {words}"
+    assert repr(kv) == f"RaggedKV(k=[{total}, 4], v=[{total}, 5], torch.float32, 1 companions, {words}"
     alone = lkv_ext.evict(torch.zeros(1, 1, 4, 3), None, torch.zeros(1, 1, 4), 2, layout="padded")
     assert repr(alone).startswith("RaggedKV(k=[1, 1, 2, 3], v=None, torch.float32, 0 companions, padded, 2 rows")
 
 
 def test_trees_of_tensors() -> None:
-    """Tensors are leaves; how rooms were made is part of the structure, and comes back."""
+    """Tensors are leaves; how spans were made is part of the structure, and comes back."""
     k = torch.zeros(1, 2, 4, 3)
     made = [lkv_ext.evict(k, k, k[..., 0], 2, reserve=n, align=2, companions=[k[..., 0]]) for n in (2, 4)]
     kv, other = (replace(x, overflow=torch.zeros((), dtype=torch.int32)) for x in made)

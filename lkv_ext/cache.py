@@ -8,18 +8,19 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from lkv_ext._arguments import MOST, flatten, whole
-from lkv_ext._kinds import described, is_of
-from lkv_ext.ops import cache_file, derivatives, errors, facts, rooms
-from lkv_ext.ops.arguments import check_rows
-from lkv_ext.ops.attend import attend
-from lkv_ext.ops.evict import evict
-from lkv_ext.ops.ints import Ints, Plan, device_of, split
-from lkv_ext.ops.library import ops
-from lkv_ext.ops.modes import keeps_tensors, plain
-from lkv_ext.ops.ragged import RaggedKV
+from lkv_ext._common import errors
+from lkv_ext._common.kinds import described, is_of
+from lkv_ext._common.options import MOST, flatten, whole
+from lkv_ext._torch import cache_state, derivatives, spans
+from lkv_ext._torch.append import check_rows
+from lkv_ext._torch.attend import attend
+from lkv_ext._torch.evict import evict
+from lkv_ext._torch.ints import Ints, Plan, device_of, split
+from lkv_ext._torch.library import ops
+from lkv_ext._torch.modes import keeps_tensors, plain
+from lkv_ext.ragged import RaggedKV, block_table
 
-RESERVE = 64  # rows of slack behind every head, unless told otherwise
+RESERVE = 64  # rows of slack behind every head, by default
 
 
 class RaggedCache:
@@ -27,14 +28,14 @@ class RaggedCache:
 
     Attributes:
         k, v: `[T, D]`, `[T, Dv]`. Rows of (b, h) are `[cu_seqlens[r], cu_seqlens[r] + lengths[b, h])`, r = b * H + h;
-            what lies behind them in a room is slack, with any content.
+            what lies behind them in a span is slack, with any content.
         companions: more tensors `[T, ...]` that move with the rows.
         positions: int32 `[T]`, the place of a row's token among all that were appended, those of padding and those
             evicted since included.
-        lengths: int32 `[B, H]`, rows in use. cu_seqlens: int32 `[B * H + 1]`, where the rooms begin.
+        lengths: int32 `[B, H]`, rows in use. cu_seqlens: int32 `[B * H + 1]`, where the spans begin.
         max_length: host bound of `lengths`.
         seen: tokens appended so far, padding and evicted ones included: the logical length.
-        align: every room is a multiple of it, through all that happens to the cache; see `block_table`.
+        align: every span is a multiple of it, through all that happens to the cache; see `block_table`.
 
     What changes a cache changes it in place; where it raises, the cache is as it was.
     """
@@ -49,8 +50,8 @@ class RaggedCache:
         Args:
             kv: packed and of one layer, with v; `reserve` of that call is the slack, `align` stays. Tensors made in
                 inference mode are copied, as they could not be appended to outside of it. Of buffers that several
-                layers share the cache has the rows of its own rooms, by view.
-            free: rows that every room is known to have left; with it, the rooms fill the buffers from row 0 on and are
+                layers share the cache has the rows of its own spans, by view.
+            free: rows that every span is known to have left; with it, the spans fill the buffers from row 0 on and are
                 not looked at. Default: all that is said here is read and checked, which synchronises on CUDA.
             tail: how many of the last tokens every head is known to have: those that `crop` may drop.
 
@@ -60,15 +61,15 @@ class RaggedCache:
         try:
             if not isinstance(kv, RaggedKV) or kv.v is None:
                 raise ValueError(f"expected packed k and v of one layer, got {described(kv)}")
-            parts = {name: getattr(kv, name) for name in cache_file.PARTS}
-            cache_file.check_parts(parts, kv.companions)
+            parts = {name: getattr(kv, name) for name in cache_state.PARTS}
+            cache_state.check_parts(parts, kv.companions)
             self.seen = whole(seen, "seen")
             self.max_length, self.align = whole(kv.max_length, "max_length"), whole(kv.align, "align", least=1)
             self._reserve = max(whole(kv.reserve, "reserve"), 1)
-            span = slice(None)
+            whole_span = slice(None)
             if free is None:
-                known = facts.read(parts, self.align, self.seen)
-                free, span = known.slack, slice(known.first, known.end)
+                known = spans.read(parts, self.align, self.seen)
+                free, whole_span = known.slack, slice(known.first, known.end)
                 if known.longest > self.max_length:
                     raise ValueError(f"expected lengths of at most max_length = {self.max_length}, got {known.longest}")
                 if whole(tail, "tail") > known.tail:
@@ -78,12 +79,12 @@ class RaggedCache:
                 if known.first:
                     parts["cu_seqlens"] = parts["cu_seqlens"] - known.first
             self._free = whole(free, "free")
-            self.k, self.v, self.positions = (plain(parts[name][span]) for name in ("k", "v", "positions"))
-            self.companions = tuple(plain(c[span]) for c in kv.companions)
+            self.k, self.v, self.positions = (plain(parts[name][whole_span]) for name in ("k", "v", "positions"))
+            self.companions = tuple(plain(c[whole_span]) for c in kv.companions)
             self.lengths, self.cu_seqlens = plain(parts["lengths"]), plain(parts["cu_seqlens"])
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             errors.reraise("RaggedCache", error, given=locals())
-        self._table: tuple[Tensor, int, Tensor] | None = None  # the rooms and pages of the last block table, and it
+        self._table: tuple[Tensor, int, Tensor] | None = None  # the spans and pages of the last block table, and it
         self._tail = whole(tail, "tail")
 
     @classmethod
@@ -101,7 +102,7 @@ class RaggedCache:
         reserve: int = RESERVE,
         align: int = 1,
     ) -> RaggedCache:
-        """A cache without rows, with room for `reserve` tokens, rounded up to `align`. Default of V: as K.
+        """A cache without rows, with slack for `reserve` tokens per head, rounded up to `align`.
 
         Raises:
             ValueError, TypeError: for a count that is none, and more than 2**31 - 1 rows.
@@ -147,7 +148,7 @@ class RaggedCache:
             return None
         pages = -(-self.max_length // self.align)
         if self._table is None or self._table[0] is not self.cu_seqlens or self._table[1] != pages:
-            table = rooms.block_table(self.cu_seqlens, self.align, self.max_length, self.k.shape[0])
+            table = block_table(self.cu_seqlens, self.align, self.max_length, self.k.shape[0])
             self._table = self.cu_seqlens, pages, table
         return self._table[2]
 
@@ -303,8 +304,8 @@ class RaggedCache:
         except (RuntimeError, ValueError, TypeError) as error:
             errors.reraise(called, error, given={name: indices})
         chosen = torch.tensor(order, device=self.device, dtype=torch.int64)
-        row_sets = (chosen[:, None] * self.heads + torch.arange(self.heads, device=self.device)).flatten()
-        rows, ends = rooms.rows_of(self.cu_seqlens, row_sets)
+        segments = (chosen[:, None] * self.heads + torch.arange(self.heads, device=self.device)).flatten()
+        rows, ends = spans.rows_of(self.cu_seqlens, segments)
         for name in ("k", "v", "positions"):
             setattr(self, name, getattr(self, name).index_select(0, rows))
         self.companions = tuple(c.index_select(0, rows) for c in self.companions)
@@ -322,7 +323,7 @@ class RaggedCache:
             raise ValueError(
                 f"lkv_ext.RaggedCache.padded: expected rows of T = {self.k.shape[0]}, got {described(rows)}"
             )
-        return rooms.padded(rows, self.cu_seqlens, self.batch, self.max_length)
+        return spans.padded(rows, self.cu_seqlens, self.batch, self.max_length)
 
     def packed(self, scores: Tensor) -> Tensor:
         """`[B, H, C]` as `[T]`, the inverse of `padded`; slack takes any content."""
@@ -337,7 +338,7 @@ class RaggedCache:
                 f"lkv_ext.RaggedCache.packed: expected scores of shape [B, H, C] = {[*leading, self.max_length]}, got "
                 f"{described(scores)}"
             )
-        return rooms.packed(scores, self.cu_seqlens, self.k.shape[0])
+        return spans.packed(scores, self.cu_seqlens, self.k.shape[0])
 
     @keeps_tensors
     def to(self, device: torch.device | str) -> RaggedCache:
@@ -348,14 +349,14 @@ class RaggedCache:
             device = device_of(device)
         except (RuntimeError, ValueError, TypeError) as error:
             errors.reraise("RaggedCache.to", error, given=locals())
-        for name in cache_file.PARTS:
+        for name in cache_state.PARTS:
             setattr(self, name, getattr(self, name).to(device))
         self.companions = tuple(c.to(device) for c in self.companions)
         return self
 
     @property
     def nbytes(self) -> int:
-        """Of K, V and companions, slack included. Of buffers that layers share: of the rooms of this one."""
+        """Of K, V and companions, slack included. Of buffers that layers share: of the spans of this one."""
         return sum(t.nbytes for t in (self.k, self.v, *self.companions))
 
     @property
@@ -365,7 +366,7 @@ class RaggedCache:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the cache as safetensors."""
-        cache_file.save(self, path)
+        cache_state.save(self, path)
 
     @classmethod
     @keeps_tensors
@@ -376,16 +377,19 @@ class RaggedCache:
             ValueError: where the file is cut off, holds something else, or what does not fit together.
         """
         try:
-            return cache_file.load(cls, path, device_of(device))
+            device, state = device_of(device), cache_state.load(path)
+            cache = cls.__new__(cls)
+            cache._set(state)
+            return cache.to(device)
         except (RuntimeError, ValueError, TypeError) as error:
             errors.reraise("RaggedCache.load", error)
 
     def __getstate__(self) -> dict[str, object]:
-        return cache_file.state_of(self)
+        return cache_state.state_of(self)
 
     def __setstate__(self, state: dict[str, object]) -> None:
         try:
-            cache_file.restore(self, state)
+            self._set(state)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             errors.reraise("RaggedCache", error)
 
@@ -395,6 +399,13 @@ class RaggedCache:
             f"RaggedCache(k={k}, v={v}, lengths={list(self.lengths.shape)}, "
             f"max_length={self.max_length}, seen={self.seen}, {self.device})"
         )
+
+    def _set(self, state: dict[str, object]) -> None:
+        """Makes this cache the one of `state`. Raises, before anything is set, where that is no state of a cache."""
+        cache_state.check_state(state)
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._table = None
 
     def _sequences(self, values: Tensor | Sequence[int], name: str) -> list[int]:
         """One integer for each of some sequences; a tensor on a device is read."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lkv_ext import _C
-from lkv_ext._arguments import (
+from lkv_ext._common.options import (
     Options,
     check_options,
     host_ints,
@@ -19,12 +19,12 @@ from lkv_ext._arguments import (
     shape_of,
     whole,
 )
-from lkv_ext._sizes import RowSets, size_output
+from lkv_ext._common.sizes import Segments, size_output
 
 Ints = int | Sequence[int] | Sequence[Sequence[int]] | np.ndarray
 
 
-def request(
+def make_request(
     payload: list[np.ndarray],
     names: list[str],
     scores: np.ndarray,
@@ -35,7 +35,7 @@ def request(
     options: Options,
     threads: int | None,
 ) -> tuple[_C.Request, int]:
-    """Checks what the extension cannot, sizes the output; the request of the op and a bound for the longest row set."""
+    """Checks what the extension cannot, sizes the output; the request of the op and a bound for the longest segment."""
     for array, name in zip(payload, names, strict=True):
         check_array(array, name)
     check_array(scores, "scores", read=True)
@@ -47,28 +47,28 @@ def request(
             why = "without cu_seqlens rows are dense" if cu_seqlens is None else "with cu_seqlens rows are ragged"
             raise ValueError(f"expected {name} of shape {form}, got {list(array.shape)}: {why}")
     options = check_options(options)
-    row_sets = _row_sets(payload[0] if payload else scores, cu_seqlens, budgets, lengths, starts)
-    per_head, per_sequence = integer_shapes(row_sets)
-    held = {
+    segments = _segments(payload[0] if payload else scores, cu_seqlens, budgets, lengths, starts)
+    per_head, per_sequence = integer_shapes(segments)
+    integers = {
         "budgets": host_ints(budgets, "budgets", per_head),
         "lengths": () if lengths is None else host_ints(lengths, "lengths", per_sequence),
         "starts": () if starts is None else host_ints(starts, "starts", per_sequence),
     }
     sink, window, layout, capacity, max_budget, reserve, align = options
     size = size_output(
-        row_sets,
-        *held.values(),
+        segments,
+        *integers.values(),
         layout=layout,
         capacity=capacity,
         max_budget=max_budget,
         reserve=reserve,
         align=align,
     )
-    asked = _C.Request(
-        row_sets.batch,
-        row_sets.heads,
+    request = _C.Request(
+        segments.batch,
+        segments.heads,
         cu_seqlens,
-        **held,
+        **integers,
         sink=sink,
         window=window,
         total=size.total,
@@ -78,24 +78,24 @@ def request(
         align=align,
         threads=thread_count(threads),
     )
-    return asked, size.max_length
+    return request, size.max_length
 
 
-def _row_sets(
+def _segments(
     array: np.ndarray, cu_seqlens: np.ndarray | None, budgets: Ints, lengths: Ints | None, starts: Ints | None
-) -> RowSets:
+) -> Segments:
     if cu_seqlens is None:
         if array.ndim < 3:
             raise ValueError(f"expected scores of shape [B, H, L], got {list(array.shape)}")
         batch, heads, tokens = array.shape[:3]
-        return RowSets(1, batch, heads, [tokens])
+        return Segments(1, batch, heads, [tokens])
     if starts is not None:
         raise ValueError("expected no starts with cu_seqlens: ragged rows begin at their offsets")
     check_array(cu_seqlens, "cu_seqlens", read=True)
     if cu_seqlens.ndim != 1 or cu_seqlens.size < 1 or array.ndim < 1:
         raise ValueError(f"expected cu_seqlens of shape [B * H + 1], got {list(cu_seqlens.shape)}")
     batch, heads = ragged_heads(cu_seqlens.size - 1, shape_of(budgets), shape_of(lengths))
-    return RowSets(1, batch, heads, ragged_limits(cu_seqlens.tolist(), array.shape[0]))
+    return Segments(1, batch, heads, ragged_limits(cu_seqlens.tolist(), array.shape[0]))
 
 
 def check_array(array: object, name: str, *, read: bool = False) -> None:
@@ -110,12 +110,12 @@ def check_array(array: object, name: str, *, read: bool = False) -> None:
 
 def thread_count(threads: int | None) -> int:
     if threads is None:
-        asked = os.environ.get("LKV_NUM_THREADS")
-        if asked is None:
+        given = os.environ.get("LKV_NUM_THREADS")
+        if given is None:
             return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if not asked.isdecimal() or int(asked) < 1:
-            raise ValueError(f"expected LKV_NUM_THREADS of at least 1, got {asked!r}")
-        return int(asked)
+        if not given.isdecimal() or int(given) < 1:
+            raise ValueError(f"expected LKV_NUM_THREADS of at least 1, got {given!r}")
+        return int(given)
     if integer(threads, "threads") < 1:
         raise ValueError(f"expected threads of at least 1, got {threads}")
     return whole(threads, "threads")

@@ -1,4 +1,4 @@
-"""What a RaggedCache consists of: checked where it comes from outside, and kept as a safetensors file or by pickle."""
+"""The state of a RaggedCache, as pickle and safetensors keep it: a dict of PARTS, COUNTS and "companions"."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ from collections.abc import Sequence
 from importlib import import_module
 from os import PathLike
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lkv_ext._arguments import MOST
-from lkv_ext.ops import facts
-
-if TYPE_CHECKING:
-    from lkv_ext.ops.cache import RaggedCache
+from lkv_ext._common.options import MOST
+from lkv_ext._torch import spans
 
 PARTS = ("k", "v", "positions", "lengths", "cu_seqlens")
 COUNTS = ("seen", "max_length", "_free", "_tail", "_reserve", "align")
@@ -46,25 +42,25 @@ def check_parts(parts: dict[str, Tensor], companions: Sequence[Tensor]) -> None:
             raise ValueError(f"expected {name} of T = {k.shape[0]} rows as in k, got {list(t.shape)}")
 
 
-def check_counts(counts: dict[str, int], of: facts.Facts, rows: int) -> None:
-    """Raises unless the counts of a cache are true of its rooms; `rows`: T."""
-    most = dict(seen=MOST, max_length=counts["seen"] + rows, _free=of.slack, _tail=of.tail, _reserve=MOST // 2)
-    least = dict(seen=of.last_position + 1, max_length=of.longest, _reserve=1, align=1)
+def check_counts(counts: dict[str, int], facts: spans.Facts, rows: int) -> None:
+    """Raises unless the counts of a cache are true of its spans; `rows`: T."""
+    most = dict(seen=MOST, max_length=counts["seen"] + rows, _free=facts.slack, _tail=facts.tail, _reserve=MOST // 2)
+    least = dict(seen=facts.last_position + 1, max_length=facts.longest, _reserve=1, align=1)
     for name in COUNTS:
         low, high = least.get(name, 0), most.get(name, MOST)
         if not low <= counts[name] <= high:
             raise ValueError(f"expected {name.lstrip('_')} in [{low}, {high}], got {counts[name]}")
 
 
-def state_of(cache: RaggedCache) -> dict[str, object]:
-    """All of a cache, its tensors without the memory around them."""
-    state = {name: _alone(getattr(cache, name)) for name in PARTS}
-    state["companions"] = tuple(map(_alone, cache.companions))
+def state_of(cache: object) -> dict[str, object]:
+    """The state of a cache, its tensors without the memory around them."""
+    state = {name: _compact(getattr(cache, name)) for name in PARTS}
+    state["companions"] = tuple(map(_compact, cache.companions))
     return state | {name: getattr(cache, name) for name in COUNTS}
 
 
-def restore(cache: RaggedCache, state: dict[str, object]) -> None:
-    """Makes `cache` what `state_of` gave. Raises, before anything is set, where that is no cache."""
+def check_state(state: dict[str, object]) -> None:
+    """Raises unless `state` is that of a cache."""
     missing = {*PARTS, *COUNTS, "companions"} ^ state.keys()
     if missing:
         raise ValueError(f"expected the state of a cache, got one that differs in {sorted(missing)}")
@@ -72,26 +68,24 @@ def restore(cache: RaggedCache, state: dict[str, object]) -> None:
     check_parts(parts, state["companions"])
     if any(type(count) is not int for count in counts.values()):
         raise TypeError(f"expected counts that are ints, got {counts}")
-    rows = parts["k"].shape[0]
-    check_counts(counts, facts.read(parts, counts["align"], counts["seen"]), rows)
-    for name, value in state.items():
-        setattr(cache, name, value)
-    cache._table = None
+    check_counts(counts, spans.read(parts, counts["align"], counts["seen"]), parts["k"].shape[0])
 
 
-def save(cache: RaggedCache, path: str | PathLike[str]) -> None:
+def save(cache: object, path: str | PathLike[str]) -> None:
+    """Writes a cache as safetensors: tensors as they are, counts in the metadata."""
     tensors = {name: getattr(cache, name).contiguous() for name in PARTS}
     tensors |= {f"companions.{i}": c.contiguous() for i, c in enumerate(cache.companions)}
     _safetensors().save_file(tensors, path, {name: str(getattr(cache, name)) for name in COUNTS})
 
 
-def load(cls: type[RaggedCache], path: str | PathLike[str], device: torch.device | str) -> RaggedCache:
+def load(path: str | PathLike[str]) -> dict[str, object]:
+    """The state that `save` wrote, on the CPU. Raises ValueError where the file does not have the parts of one."""
     library, path = _safetensors(), os.fspath(path)
     if os.path.isdir(path):
         raise ValueError(f"expected a file, got the folder {path}")
     try:
         with library.safe_open(path, "pt", device="cpu") as file:
-            # Cloned: else they are pages of the file, which whoever writes to it changes or takes away.
+            # Cloned: otherwise they are pages of the file, which may be overwritten or removed.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except import_module("safetensors").SafetensorError as error:
@@ -108,12 +102,10 @@ def load(cls: type[RaggedCache], path: str | PathLike[str], device: torch.device
                 f"expected a saved cache, with {name.lstrip('_')} as a count in its metadata, got {text!r}"
             )
         state[name] = int(text)
-    cache = cls.__new__(cls)
-    restore(cache, state)
-    return cache.to(device)
+    return state
 
 
-def _alone(t: Tensor) -> Tensor:
+def _compact(t: Tensor) -> Tensor:
     return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 

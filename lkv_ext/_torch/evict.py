@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from lkv_ext._arguments import Options
-from lkv_ext._sizes import RowSets
-from lkv_ext.ops import derivatives, errors
-from lkv_ext.ops.arguments import Request, request, request_for
-from lkv_ext.ops.ints import Ints, Plan
-from lkv_ext.ops.library import ops
-from lkv_ext.ops.ragged import RaggedIndex, RaggedKV
-from lkv_ext.ops.select import new_index
+from lkv_ext._common import errors
+from lkv_ext._common.options import Options
+from lkv_ext._common.sizes import Segments
+from lkv_ext._torch import derivatives, fake, vmap
+from lkv_ext._torch.gather import gather_rows
+from lkv_ext._torch.ints import Ints, Plan
+from lkv_ext._torch.library import ops
+from lkv_ext._torch.request import Arguments, Request, make_request, request_for
+from lkv_ext._torch.select import new_index
+from lkv_ext.ragged import RaggedIndex, RaggedKV
 
 
 def evict(
@@ -37,9 +40,9 @@ def evict(
 ) -> RaggedKV:
     """Keeps the `budgets` best rows of every (sequence, KV head) and moves their K and V together.
 
-    Of each row set, with `n = clamp(budget, 0, length)`, the first `min(sink, n)` and last `min(window, rest)` valid
+    Of each segment, with `n = clamp(budget, 0, length)`, the first `min(sink, n)` and last `min(window, rest)` valid
     tokens are kept, and of those between the best by score, ties to the lower position; NaN ranks below -inf, -0 equals
-    +0. Kept rows come out in ascending position, bitwise equal to their sources. The result of a row set depends on
+    +0. Kept rows come out in ascending position, bitwise equal to their sources. The result of a segment depends on
     nothing else: not on its neighbours, strides, threads, the device or the run.
 
     Args:
@@ -49,16 +52,16 @@ def evict(
         scores: `[B, H, L]` or, ragged, `[T]`, float32, float16 or bfloat16, any strides; higher is kept.
         budgets: rows to keep per head: an int, a sequence or an integer tensor `[H]` or `[B, H]`, on the host or on the
             device, or a `plan`.
-        lengths, starts: `[B]` or `[B, H]`, host or device: the valid range `[starts, starts + lengths)` of each row set
-            of dense input (padding on either side); of ragged input `lengths` alone, rows in use of each room.
-        cu_seqlens: int32 `[B * H + 1]` of ragged input: where each row set begins. What `evict` returned goes in again.
+        lengths, starts: `[B]` or `[B, H]`, host or device: the valid range `[starts, starts + lengths)` of each segment
+            of dense input (padding on either side); of ragged input `lengths` alone, rows in use of each span.
+        cu_seqlens: int32 `[B * H + 1]` of ragged input: where each segment begins. What `evict` returned goes in again.
         sink, window: the first `sink` and last `window` valid tokens are kept before any other, inside the budget.
         layout: "packed", rows of all heads after each other in (b, h) order, `[T', D]`; or "padded", `[B, H, C, D]`.
         capacity: upper bound of T' (packed) or C (padded). With budgets in a device tensor it is the size; without
             it and without `max_budget` such a call synchronises once to read them, and raises ValueError under
             torch.compile or CUDA-graph capture. Heads that do not fit are cut, see `overflow`.
         max_budget: upper bound for any one head.
-        reserve, align: every room is its rows plus `reserve`, rounded up to `align`: later tokens append in place, and
+        reserve, align: every span is its rows plus `reserve`, rounded up to `align`: later tokens append in place, and
             with `align` = page size the buffers are paged pools by view, see `RaggedKV.block_table`.
         companions: tensors `[B, H, L, ...]` (ragged `[T, ...]`) of any dtype that move by the same positions.
         out: what an earlier call of the same sizes returned: its memory is overwritten and it is returned again.
@@ -69,7 +72,7 @@ def evict(
     Raises:
         ValueError, TypeError: for a wrong shape, device, dtype, stride or overlap, before anything is written.
 
-    Gradients and tangents flow through k, v and companions where they are asked for; then this is `select` followed by
+    Gradients and tangents flow through k, v and companions where they are required; then this is `select` followed by
     `gather`. What is written to (`out`) must require none.
     CPU tensors count as host values, save under torch.compile, which cannot read them.
     """
@@ -77,12 +80,12 @@ def evict(
     try:
         payload = [k, *companions] if v is None else [k, v, *companions]
         _check_rank(k, v, 4 if cu_seqlens is None else 2)
-        asked = request(k, cu_seqlens, budgets, lengths, starts, options)
+        request = make_request(k, cu_seqlens, budgets, lengths, starts, options)
         if derivatives.wanted((scores, *payload)):
             if derivatives.wanted(payload):
-                return _select_and_gather(payload, v is not None, scores, cu_seqlens, asked, out)
+                return _select_and_gather(payload, v is not None, scores, cu_seqlens, request, out)
             scores = scores.detach()  # they rank, and a ranking has no gradient
-        return _evict(payload, v is not None, [scores], asked, out)
+        return _evict(payload, v is not None, [scores], request, out)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("evict", error, _names("k", "v", v, companions), given=locals())
 
@@ -117,7 +120,7 @@ def evict_layers(
     All else is as in `evict`; capacity, T' and C are those of the joint output.
 
     Returns:
-        `RaggedKV` of all layers, row sets in (layer, b, h) order, `lengths` `[N, B, H]`; `out.layer(i)` is a view.
+        `RaggedKV` of all layers, segments in (layer, b, h) order, `lengths` `[N, B, H]`; `out.layer(i)` is a view.
 
     Raises:
         ValueError, TypeError: as `evict`. No gradients: raises where a tensor requires one.
@@ -143,14 +146,14 @@ def evict_layers(
             limits = tokens[:1]
         else:
             limits = [count for count in tokens for _ in range(batch * heads)]
-        asked = request_for(
-            RowSets(layers, batch, heads, limits, stacked=True), None, budgets, lengths, starts, options
+        request = request_for(
+            Segments(layers, batch, heads, limits, stacked=True), None, budgets, lengths, starts, options
         )
         if layers == 1 and out is not None:
-            _evict(payload, vs is not None, [s.detach() for s in scores], asked, out.layer(0))
-            out.max_length, out.reserve, out.align = asked.max_length, reserve, align
+            _evict(payload, vs is not None, [s.detach() for s in scores], request, out.layer(0))
+            out.max_length, out.reserve, out.align = request.max_length, reserve, align
             return out
-        result = _evict(payload, vs is not None, [s.detach() for s in scores], asked, out)
+        result = _evict(payload, vs is not None, [s.detach() for s in scores], request, out)
         if layers == 1:  # the ops know no layer axis for one layer
             result.lengths = result.lengths[None]
             if layout == "padded":
@@ -178,7 +181,7 @@ def evict_(
     max_budget: int | None = None,
     companions: Sequence[Tensor] = (),
 ) -> RaggedIndex:
-    """`evict` in place: the kept rows of each row set move to the front of its own buffer.
+    """`evict` in place: the kept rows of each segment move to the front of its own buffer.
 
     Rows `[0, n)` of every (sequence, head) hold what `evict` would return, whatever `starts` was; the rest of k, v and
     companions is untouched. Allocates indices only, nothing of the size of K or V.
@@ -200,24 +203,26 @@ def evict_(
         payload = [k, *companions] if v is None else [k, v, *companions]
         _check_rank(k, v, 4 if cu_seqlens is None else 2)
         derivatives.refuse(payload, "an eviction in place has no derivative")
-        asked = request(k, cu_seqlens, budgets, lengths, starts, options)
-        index = ops.evict_(payload, [scores.detach()], *asked.arguments)
-        return new_index(index, asked)
+        request = make_request(k, cu_seqlens, budgets, lengths, starts, options)
+        index = ops.evict_(payload, [scores.detach()], *request.arguments)
+        return new_index(index, request)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("evict_", error, _names("k", "v", v, companions), given=locals())
 
 
-def _evict(payload: list[Tensor], has_v: bool, scores: list[Tensor], asked: Request, out: RaggedKV | None) -> RaggedKV:
+def _evict(
+    payload: list[Tensor], has_v: bool, scores: list[Tensor], request: Request, out: RaggedKV | None
+) -> RaggedKV:
     if out is None:
-        if asked.plain and has_v and len(payload) == 2:
-            k, v, *index = ops.evict_plain(*payload, *scores, *asked.arguments)
-            return RaggedKV(k, v, (), *index, asked.max_length)
-        return _ragged(ops.evict(payload, scores, *asked.arguments), has_v, asked)
+        if request.plain and has_v and len(payload) == 2:
+            k, v, *index = ops.evict_plain(*payload, *scores, *request.arguments)
+            return RaggedKV(k, v, (), *index, request.max_length)
+        return _ragged(ops.evict(payload, scores, *request.arguments), has_v, request)
     moved = [out.k, *out.companions] if out.v is None else [out.k, out.v, *out.companions]
     derivatives.refuse(moved, "what is in out is overwritten")
     index = [out.positions, out.lengths, out.cu_seqlens, *([] if out.overflow is None else [out.overflow])]
-    ops.evict_out(moved + index, payload, scores, *asked.arguments)
-    out.max_length, out.reserve, out.align = asked.max_length, asked.reserve, asked.align
+    ops.evict_out(moved + index, payload, scores, *request.arguments)
+    out.max_length, out.reserve, out.align = request.max_length, request.reserve, request.align
     return out
 
 
@@ -226,7 +231,7 @@ def _select_and_gather(
     has_v: bool,
     scores: Tensor,
     cu_seqlens: Tensor | None,
-    asked: Request,
+    request: Request,
     out: RaggedKV | None,
 ) -> RaggedKV:
     """`_evict` with gradients. Neither op sees scores and rows together, so their fit is checked here."""
@@ -237,14 +242,14 @@ def _select_and_gather(
         raise ValueError(f"expected scores of shape {form} = {list(leading)}, got {list(scores.shape)}")
     if scores.device != payload[0].device:
         raise ValueError(f"expected scores on {payload[0].device}, got {scores.device}")
-    index = ops.select([scores.detach()], *asked.arguments)
-    where = () if cu_seqlens is None else (cu_seqlens, asked.row_sets.batch, asked.row_sets.heads)
-    return _ragged(derivatives.gather(payload, index[0], index[2], *where) + index, has_v, asked)
+    index = ops.select([scores.detach()], *request.arguments)
+    where = () if cu_seqlens is None else (cu_seqlens, request.segments.batch, request.segments.heads)
+    return _ragged(gather_rows(payload, index[0], index[2], *where) + index, has_v, request)
 
 
-def _ragged(result: list[Tensor], has_v: bool, asked: Request) -> RaggedKV:
+def _ragged(result: list[Tensor], has_v: bool, request: Request) -> RaggedKV:
     """From what the ops return: the moved payload, positions, lengths, cu_seqlens and, where counted, overflow."""
-    index = len(result) - (4 if asked.counted else 3)
+    index = len(result) - (4 if request.counted else 3)
     return RaggedKV(
         result[0],
         result[1] if has_v else None,
@@ -252,10 +257,10 @@ def _ragged(result: list[Tensor], has_v: bool, asked: Request) -> RaggedKV:
         result[index],
         result[index + 1],
         result[index + 2],
-        asked.max_length,
-        result[index + 3] if asked.counted else None,
-        asked.reserve,
-        asked.align,
+        request.max_length,
+        result[index + 3] if request.counted else None,
+        request.reserve,
+        request.align,
     )
 
 
@@ -273,3 +278,36 @@ def _check_rank(k: Tensor, v: Tensor | None, rank: int) -> None:
 def _names(k: str, v: str, given_v: object, companions: object) -> list[str]:
     count = len(companions) if isinstance(companions, Sequence) else 0
     return [k, *([] if given_v is None else [v]), *(f"companions[{i}]" for i in range(count))]
+
+
+@torch.library.register_fake("lkv_ext::evict")
+def fake_evict(payload, scores, *args, **kwargs):
+    given = Arguments(*args, **kwargs)
+    fake.check_arguments(payload, scores, given)
+    index = fake.index(payload, len(scores), given)
+    return fake.moved(payload, len(scores), given.cu_seqlens, list(index[0].shape)) + index
+
+
+@torch.library.register_fake("lkv_ext::evict_plain")
+def fake_evict_plain(k, v, scores, budgets, total):
+    return tuple(fake_evict([k, v], [scores], budgets, total))
+
+
+@torch.library.register_fake("lkv_ext::evict_")
+def fake_evict_(payload, scores, *args, **kwargs):
+    given = Arguments(*args, **kwargs)
+    fake.check_arguments(payload, scores, given)
+    index = fake.index(payload, len(scores), given)
+    return *index[:3], index[3] if given.count_overflow else payload[0].new_empty([0], dtype=torch.int32)
+
+
+@torch.library.register_fake("lkv_ext::evict_out")
+def fake_evict_out(out, payload, scores, *args, **kwargs):
+    fake.check_arguments(payload, scores, Arguments(*args, **kwargs))
+    moved = [f"out[{i}]" for i in range(len(payload) // max(len(scores), 1))]
+    names = [*moved, "out.positions", "out.lengths", "out.cu_seqlens", "out.overflow"]
+    fake.check_devices(payload[0].device, dict(zip(names, out, strict=False)))
+
+
+vmap.register("evict")
+vmap.register("evict_plain")

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lkv_ext._kinds import described, is_of
-from lkv_ext.ops import derivatives, errors
-from lkv_ext.ops.attend_backends import BACKENDS, HALF, Call
-from lkv_ext.ops.library import ops
+from lkv_ext._common import errors
+from lkv_ext._common.kinds import described, is_of
+from lkv_ext._torch import derivatives, fake, vmap
+from lkv_ext._torch.attend_backends import BACKENDS, HALF, Call
+from lkv_ext._torch.library import ops
+from lkv_ext.ragged import PackedRows
 
 FLOATS = (torch.float32, *HALF)
-
-if TYPE_CHECKING:
-    from lkv_ext.ops.cache import RaggedCache
-    from lkv_ext.ops.ragged import RaggedKV
 
 
 def attend(
     q: Tensor,
-    cache: RaggedCache | RaggedKV,
+    cache: PackedRows,
     causal: bool = True,
     *,
     scale: float | None = None,
@@ -88,8 +85,8 @@ def attend(
             if read is not None:
                 out = read(call).unflatten(0, (*cache.lengths.shape, q.shape[2]))  # [B, H, n, group, Dv]
                 return out.transpose(1, 2).flatten(2, 3).transpose(1, 2)
-        rooms = (cache.k, cache.v, cache.cu_seqlens, cache.lengths, cache.max_length)
-        return ops.attend(q, *rooms, causal, scale, softcap or 0.0, sinks).transpose(1, 2)
+        spans = (cache.k, cache.v, cache.cu_seqlens, cache.lengths, cache.max_length)
+        return ops.attend(q, *spans, causal, scale, softcap or 0.0, sinks).transpose(1, 2)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("attend", error, given=locals())
 
@@ -100,7 +97,7 @@ def _shape(q: object) -> object:
 
 def _call(
     q: Tensor,
-    cache: RaggedCache | RaggedKV,
+    cache: PackedRows,
     causal: bool,
     scale: float,
     softcap: float | None,
@@ -142,3 +139,12 @@ def _reader(call: Call, backend: str | None) -> Callable[[Call], Tensor] | None:
     if read is None:
         raise ValueError(f"expected a backend that is installed, got {backend!r}")
     return read
+
+
+@torch.library.register_fake("lkv_ext::attend")
+def fake_attend(q, k, v, cu_seqlens, lengths, longest, causal, scale, softcap=0.0, sinks=None):
+    fake.check_devices(q.device, {"k": k, "v": v, "cu_seqlens": cu_seqlens, "lengths": lengths, "sinks": sinks})
+    return q.new_empty([q.shape[0], q.shape[2], q.shape[1], v.shape[1]])
+
+
+vmap.register("attend")

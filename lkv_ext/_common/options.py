@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from lkv_ext._kinds import described
-from lkv_ext._sizes import RowSets
+from lkv_ext._common.kinds import described
+from lkv_ext._common.sizes import Segments
 
 Shapes = Sequence[tuple[int, ...]]
 MOST = 2**31 - 1  # rows and positions are int32
@@ -79,10 +79,10 @@ def bounded(value: int | None) -> int | None:
     return 2**63 - 1 if value > 0 else -(2**63)
 
 
-def integer_shapes(row_sets: RowSets) -> tuple[Shapes, Shapes]:
+def integer_shapes(segments: Segments) -> tuple[Shapes, Shapes]:
     """The shapes that budgets, and that lengths and starts, may have."""
-    layers, batch, heads = row_sets.layers, row_sets.batch, row_sets.heads
-    if row_sets.stacked:
+    layers, batch, heads = segments.layers, segments.batch, segments.heads
+    if segments.stacked:
         return [(layers, heads), (layers, batch, heads)], [(batch,), (batch, heads), (layers, batch, heads)]
     return [(heads,), (batch, heads)], [(batch,), (batch, heads)]
 
@@ -163,6 +163,6 @@ def ragged_heads(count: int, of_budgets: tuple[int, ...], of_lengths: tuple[int,
 
 
 def ragged_limits(offsets: Sequence[int], tokens: int) -> list[int]:
-    """How long each ragged row set can be; offsets are clamped to the tokens there are, as in the kernels."""
+    """How long each ragged segment can be; offsets are clamped to the tokens there are, as in the kernels."""
     begins = [max(0, min(x, tokens)) for x in offsets]
     return [max(0, end - begin) for begin, end in pairwise(begins)]

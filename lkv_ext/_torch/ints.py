@@ -10,16 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lkv_ext._arguments import flatten, host_ints, is_one_of, wrong_shape
-from lkv_ext._kinds import described, is_of
-from lkv_ext.ops import errors
-from lkv_ext.ops.modes import traced
+from lkv_ext._common import errors
+from lkv_ext._common.kinds import described, is_of
+from lkv_ext._common.options import flatten, host_ints, is_one_of, wrong_shape
+from lkv_ext._torch.modes import traced
 
 Ints = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
-class Held(NamedTuple):
-    """What stood in a tensor on the host, as a memo can compare it."""
+class HostInts(NamedTuple):
+    """The values of a tensor on the host, hashable, for the memo of requests."""
 
     values: tuple[int, ...]
     shape: tuple[int, ...]
@@ -59,10 +59,10 @@ def plan(budgets: Ints, lengths: Ints | None = None, *, device: torch.device | s
     """
     try:
         device = device_of(device) or torch.get_default_device()
-        held, budgets_tensor = _both(budgets, "budgets", device)
+        values, budgets_tensor = _both(budgets, "budgets", device)
         if lengths is None:
-            return Plan(held, budgets_tensor, [], None)
-        return Plan(held, budgets_tensor, *_both(lengths, "lengths", device))
+            return Plan(values, budgets_tensor, [], None)
+        return Plan(values, budgets_tensor, *_both(lengths, "lengths", device))
     except (RuntimeError, ValueError, TypeError) as error:
         errors.reraise("plan", error, given=locals())
 
@@ -71,15 +71,15 @@ def _both(values: Ints, name: str, device: torch.device) -> tuple[list[int], Ten
     if isinstance(values, (list, tuple)) and is_of("numbers", values) and not is_of("integers", values):
         raise TypeError(f"expected {name} of integers, got {torch.as_tensor(values).dtype}")
     if isinstance(values, Tensor):
-        held, unread = split(values.cpu(), name, [tuple(values.shape)])
+        host, unread = split(values.cpu(), name, [tuple(values.shape)])
         if unread is not None:
-            raise ValueError(f"expected {name} that can be read now, as a plan holds them, got a tensor that is traced")
+            raise ValueError(f"expected {name} that can be read now, as a plan copies them, got a traced tensor")
         shape: tuple[int, ...] = tuple(values.shape)
     else:
         shape = () if isinstance(values, int) else flatten(values, name)[1]
-        held = host_ints(values, name, [shape])
-    tensor = torch.tensor(held, dtype=torch.int64).view(shape)
-    return list(held), tensor.to(device)
+        host = host_ints(values, name, [shape])
+    tensor = torch.tensor(host, dtype=torch.int64).view(shape)
+    return list(host), tensor.to(device)
 
 
 def device_of(device: torch.device | str | int | None) -> torch.device | None:
@@ -94,13 +94,13 @@ def device_of(device: torch.device | str | int | None) -> torch.device | None:
         raise ValueError(f"expected device that is there, got {described(device)}") from None
 
 
-def hold(values: object) -> int | tuple[int, ...] | Held | None:
-    """Integers that the host can read now, as a memo can compare them; None of what needs a closer look."""
-    if type(values) is Tensor:  # values of a subclass may not be there to read
+def hashable(values: object) -> int | tuple[int, ...] | HostInts | None:
+    """Integers that the host can read now, in a form that a memo can compare; None where they need a closer look."""
+    if type(values) is Tensor:  # a subclass may have no values to read
         if not values.is_cpu or (values.dtype is not torch.int32 and values.dtype is not torch.int64):
             return None
-        held = tuple(values.tolist() if values.dim() == 1 else values.flatten().tolist())
-        return tuple.__new__(Held, (held, values.shape))  # as Held(...), in half of the time
+        host = tuple(values.tolist() if values.dim() == 1 else values.flatten().tolist())
+        return tuple.__new__(HostInts, (host, values.shape))  # as HostInts(...), in half of the time
     if isinstance(values, int):
         return values
     if isinstance(values, (list, tuple)):
@@ -112,14 +112,14 @@ def hold(values: object) -> int | tuple[int, ...] | Held | None:
 
 
 def split(
-    values: Ints | Held | None, name: str, shapes: Sequence[tuple[int, ...]]
+    values: Ints | HostInts | None, name: str, shapes: Sequence[tuple[int, ...]]
 ) -> tuple[Sequence[int], Tensor | None]:
     """Host integers as a flat list, or a tensor that the host cannot or must not read (then the list is empty)."""
     if values is None:
         return (), None
     if isinstance(values, torch.SymInt):
         return (values,), None
-    if isinstance(values, Held):
+    if isinstance(values, HostInts):
         if values.shape and values.shape not in shapes:
             raise wrong_shape(name, shapes, values.shape)
         return values.values, None

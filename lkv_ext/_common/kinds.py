@@ -13,7 +13,7 @@ Kind = Callable[[object], bool]
 
 PROTECTED = dict(lengths="integers?", starts="integers?", sink="count", window="count")
 RANK = PROTECTED | dict(budgets="integers", max_budget="count?")
-ROOMS = dict(layout="text", capacity="count?", reserve="count", align="count")
+SPANS = dict(layout="text", capacity="count?", reserve="count", align="count")
 DENSE = dict(k="array", v="array?", scores="array", companions="arrays", cu_seqlens="array?")
 ATTEND = dict(q="array", scale="number?", softcap="number?", sinks="array?")
 
@@ -21,10 +21,10 @@ LAYERS = dict(ks="arrays", vs="arrays?", scores="array or arrays", companions="l
 
 # By public function; an argument whose kind ends with "?" may be None.
 SIGNATURES: dict[str, dict[str, str]] = {
-    "evict": DENSE | RANK | ROOMS | dict(out="RaggedKV?", threads="count?"),
+    "evict": DENSE | RANK | SPANS | dict(out="RaggedKV?", threads="count?"),
     "evict_": DENSE | RANK | dict(threads="count?"),
-    "evict_layers": LAYERS | RANK | ROOMS,
-    "select": RANK | ROOMS | dict(scores="array", cu_seqlens="array?", threads="count?"),
+    "evict_layers": LAYERS | RANK | SPANS,
+    "select": RANK | SPANS | dict(scores="array", cu_seqlens="array?", threads="count?"),
     "gather": dict(tensors="arrays", arrays="arrays", index="RaggedIndex", cu_seqlens="array?", threads="count?"),
     "plan": dict(budgets="integers", lengths="integers?", device="device?"),
     "attend": ATTEND | dict(cache="RaggedCache", causal="flag", backend="text?"),

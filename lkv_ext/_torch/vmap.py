@@ -9,7 +9,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from lkv_ext.ops.library import ops
+from lkv_ext._torch.library import ops
 
 
 def each(op: Callable) -> Callable:
@@ -32,7 +32,7 @@ def each(op: Callable) -> Callable:
 
 
 class EachSample(Function):
-    """A function with this rule: unlike a generated one it stays right when it is itself differentiated."""
+    """A function with this rule. It stays right when it is itself differentiated, which a generated rule does not."""
 
     def __init_subclass__(cls) -> None:
         cls.vmap = staticmethod(each(cls.apply))
@@ -45,6 +45,7 @@ def call(function: type[EachSample], *args: object) -> object:
     return super(Function, function).apply(*unwrap_dead_wrappers(args))
 
 
-# Not the ops that write in place: torch refuses these by name, as it must where samples share what is written.
-for _name in ("select", "evict", "evict_plain", "gather", "attend", "soft_topk", "soft_topk_backward"):
-    torch.library.register_vmap(f"lkv_ext::{_name}", each(getattr(ops, _name).default))
+def register(name: str) -> None:
+    """Gives an op this rule. Ops that write in place get none: torch refuses these by name, as it must where samples
+    share what is written."""
+    torch.library.register_vmap(f"lkv_ext::{name}", each(getattr(ops, name).default))

@@ -1,64 +1,49 @@
-"""Derivatives: those of gather, and a clear refusal where there are none."""
+"""gather: moves the rows that an index names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from lkv_ext.ops.batching import EachSample, call
-from lkv_ext.ops.library import ops
-
-
-def in_forward_mode() -> bool:
-    """Whether a level of forward-mode differentiation is open, of torch.autograd or of torch.func."""
-    return forward_ad._current_level >= 0
+from lkv_ext._common import errors
+from lkv_ext._torch import derivatives, fake, vmap
+from lkv_ext._torch.library import ops
+from lkv_ext._torch.vmap import EachSample, call
+from lkv_ext.ragged import RaggedIndex
 
 
-def wanted(tensors: Iterable[Tensor]) -> bool:
-    """Whether a derivative may be asked for. Tangents are not looked at: those of outer levels do not show."""
-    return (torch.is_grad_enabled() and any([t.requires_grad for t in tensors])) or in_forward_mode()
+def gather(tensors: Sequence[Tensor], index: RaggedIndex, *, cu_seqlens: Tensor | None = None) -> list[Tensor]:
+    """Moves the rows that an index names.
+
+    Args:
+        tensors: dense `[B, H, L, ...]` or, with `cu_seqlens`, ragged `[T, ...]`; any dtypes, contiguous after the token
+            axis, one L for all.
+        index: what `select` returned for scores of these segments. Its values are not trusted: a position outside
+            the segment gives a row of zeros.
+        cu_seqlens: int32 `[B * H + 1]` of ragged input.
+
+    Returns:
+        One tensor for each: `[T', ...]` or, with a padded index, `[B, H, C, ...]`. Differentiable, in either mode.
+
+    Raises:
+        ValueError, TypeError: for a wrong shape, device or dtype.
+    """
+    try:
+        moved = list(tensors)
+        if not moved:
+            return []
+        if cu_seqlens is None:
+            return gather_rows(moved, index.positions, index.cu_seqlens)
+        heads = index.lengths.shape[-1]
+        batch = index.lengths.numel() // max(heads, 1)
+        return gather_rows(moved, index.positions, index.cu_seqlens, cu_seqlens, batch, heads)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        errors.reraise("gather", error, [f"tensors[{i}]" for i in range(1000)], given=locals())
 
 
-def refuse(tensors: Iterable[Tensor], why: str) -> None:
-    """Raises ValueError where one of `tensors` requires a gradient or carries a tangent; `why` ends its message."""
-    if torch.is_grad_enabled() and any([t.requires_grad for t in tensors]):
-        raise ValueError(f"expected tensors that require no gradient, got some: {why}")
-    refuse_tangents(tensors, why)
-
-
-def refuse_tangents(tensors: Iterable[Tensor], why: str) -> None:
-    if in_forward_mode():
-        _NoTangents.apply(why, *tensors)
-
-
-class _NoTangents(EachSample):
-    """torch calls `jvp` where an input has a tangent, be it of an outer level."""
-
-    @staticmethod
-    def forward(why, *tensors):
-        return torch.empty(0)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.why = inputs[0]
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise ValueError(f"expected tensors without tangents, got some: {ctx.why}")
-
-
-@contextmanager
-def outer_levels(tensors: Iterable[Tensor | None]) -> Iterator[list[Tensor | None]]:
-    """What `jvp` computes with. torch calls it with forward mode off, which would lose the tangents of outer levels."""
-    with forward_ad._set_fwd_grad_enabled(True):
-        yield [t if t is None else forward_ad.unpack_dual(t).primal for t in tensors]
-
-
-def gather(
+def gather_rows(
     tensors: Sequence[Tensor],
     positions: Tensor,
     cu_seqlens: Tensor,
@@ -66,9 +51,9 @@ def gather(
     batch: int = 0,
     heads: int = 0,
 ) -> list[Tensor]:
-    """The op of the same name for tensors of one layer, differentiable in them any number of times, in either mode."""
-    if wanted(tensors):
-        op = _GatherInForwardMode if in_forward_mode() else _Gather
+    """The op for tensors of one layer, differentiable in them any number of times, in either mode."""
+    if derivatives.wanted(tensors):
+        op = _GatherInForwardMode if derivatives.in_forward_mode() else _Gather
         return list(call(op, positions, cu_seqlens, source, batch, heads, *tensors))
     return ops.gather(tensors, positions, cu_seqlens, 1, source, batch, heads)
 
@@ -93,13 +78,13 @@ class _Gather(EachSample):
 
 
 class _GatherInForwardMode(_Gather):
-    """Tangents move as the tensors do. Of its own, as torch.compile traces no function with a `jvp`."""
+    """Tangents move as the tensors do. A class of its own, as torch.compile traces no function with a `jvp`."""
 
     @staticmethod
     def jvp(ctx, *tangents):
-        with outer_levels(tangents[5:]) as tangents:
+        with derivatives.outer_levels(tangents[5:]) as tangents:
             given = [t.contiguous() for t in tangents if t is not None]
-            moved = iter(gather(given, *ctx.saved_tensors, ctx.batch, ctx.heads))
+            moved = iter(gather_rows(given, *ctx.saved_tensors, ctx.batch, ctx.heads))
             return tuple(None if t is None else next(moved) for t in tangents)
 
 
@@ -115,19 +100,19 @@ def _scattered(
     """Every kept row sends its gradient back to where it came from; slack rows add zero to row 0."""
     positions = positions.reshape(-1).long()
     slots = torch.arange(positions.numel(), device=positions.device)
-    row_set = torch.searchsorted(cu_seqlens, slots, right=True).sub(1).clamp(0, cu_seqlens.numel() - 2)
+    segment = torch.searchsorted(cu_seqlens, slots, right=True).sub(1).clamp(0, cu_seqlens.numel() - 2)
     results: list[Tensor | None] = []
     for i, (shape, need) in enumerate(zip(shapes, needed, strict=True)):
         if not need:
             results.append(None)
             continue
         if source is not None:
-            rows, origin, mine = shape[0], source[row_set].long(), True
-            limit = source[row_set + 1].long() - origin
+            rows, origin, mine = shape[0], source[segment].long(), True
+            limit = source[segment + 1].long() - origin
         else:
             layer, per_layer, limit = i % layers, shape[0] * shape[1], shape[2]
-            rows, origin = per_layer * limit, (row_set - layer * per_layer) * limit
-            mine = row_set // max(per_layer, 1) == layer
+            rows, origin = per_layer * limit, (segment - layer * per_layer) * limit
+            mine = segment // max(per_layer, 1) == layer
         valid = (positions >= 0) & (positions < limit) & mine
         target = torch.where(valid, origin + positions, 0)
         grad = grads[i // layers].reshape(positions.numel(), -1)
@@ -149,3 +134,13 @@ def _backward(ctx, grads: list[Tensor]):
 
 # For those who call the op itself, and for the tracers of torch.compile.
 torch.library.register_autograd("lkv_ext::gather", _backward, setup_context=_setup)
+
+
+@torch.library.register_fake("lkv_ext::gather")
+def fake_gather(tensors, positions, cu_seqlens, layers=1, source_cu_seqlens=None, *_):
+    fake.check_rows(tensors, [], cu_seqlens=source_cu_seqlens)
+    fake.check_devices(tensors[0].device, {"index.positions": positions, "index.cu_seqlens": cu_seqlens})
+    return fake.moved(tensors, layers, source_cu_seqlens, list(positions.shape))
+
+
+vmap.register("gather")

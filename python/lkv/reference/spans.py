@@ -1,4 +1,4 @@
-"""How many rows each (sequence, KV head) keeps, and where its room begins."""
+"""How many rows each (sequence, KV head) keeps, and where its span begins."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Rooms:
-    """All lists have one entry per row set, in (b, h) order; `offsets` has one more, the end of the last room."""
+class Spans:
+    """All lists have one entry per segment, in (b, h) order; `offsets` has one more, the end of the last span."""
 
     kept: list[int]
     offsets: list[int]
-    total: int  # rows of the output, at least the end of the last room
+    total: int  # rows of the output, at least the end of the last span
     padded: int | None  # C of a padded output
-    cut: int  # rows that found no room
+    cut: int  # rows that found no span
 
 
-def rooms(
+def spans(
     budgets: Sequence[int],
     lengths: Sequence[int],
     *,
@@ -27,11 +27,11 @@ def rooms(
     reserve: int = 0,
     align: int = 1,
     total: int | None = None,
-) -> Rooms:
-    """`keep = clamp(budget, 0, length)`, at most `max_budget`; `room = keep + reserve`, rounded up to `align`.
+) -> Spans:
+    """`keep = clamp(budget, 0, length)`, at most `max_budget`; `span = keep + reserve`, rounded up to `align`.
 
-    Rooms lie one after the other. A room that would end after `capacity` ends there, and so do its rows. A padded
-    output gives the longest room to all. `total`, where given, is the size of the output (else: what the rooms need).
+    Spans lie one after the other. A span that would end after `capacity` ends there, and so do its rows. A padded
+    output gives the longest span to all. `total`, where given, is the size of the output (else: what the spans need).
     """
     wanted = [max(0, min(budget, length)) for budget, length in zip(budgets, lengths, strict=True)]
     kept = [n if max_budget is None else min(n, max_budget) for n in wanted]
@@ -41,11 +41,11 @@ def rooms(
         padded = padded if capacity is None else min(padded, capacity)
         kept = [min(n, padded) for n in kept]
         offsets = [i * padded for i in range(len(kept) + 1)]
-        return Rooms(kept, offsets, offsets[-1], padded, sum(wanted) - sum(kept))
+        return Spans(kept, offsets, offsets[-1], padded, sum(wanted) - sum(kept))
     end = sum(needed) if total is None else total
     end = end if capacity is None else min(end, capacity)
     offsets = [0]
-    for i, room in enumerate(needed):
+    for i, span in enumerate(needed):
         kept[i] = min(kept[i], end - offsets[-1])
-        offsets.append(min(offsets[-1] + room, end))
-    return Rooms(kept, offsets, end, None, sum(wanted) - sum(kept))
+        offsets.append(min(offsets[-1] + span, end))
+    return Spans(kept, offsets, end, None, sum(wanted) - sum(kept))

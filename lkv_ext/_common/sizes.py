@@ -10,14 +10,14 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
-class RowSets(NamedTuple):
+class Segments(NamedTuple):
     """The (layer, sequence, KV head) triples of a call, R = layers * batch * heads, and how long they may be."""
 
     layers: int
     batch: int
     heads: int
-    limits: Sequence[int]  # one for all or one per row set
-    shared: bool = False  # ragged input of unknown offsets: the one limit is T, which all row sets share
+    limits: Sequence[int]  # one for all or one per segment
+    shared: bool = False  # ragged input of unknown offsets: the one limit is T, which all segments share
     stacked: bool = False  # the caller's integers have a layer axis, be it of one layer
 
     @property
@@ -25,7 +25,7 @@ class RowSets(NamedTuple):
         return self.layers * self.batch * self.heads
 
     def spread(self, values: Sequence[int]) -> Sequence[int]:
-        """Values per row set from one value for all, one per head, or one per row set of a layer."""
+        """Values per segment from one value for all, one per head, or one per segment of a layer."""
         if len(values) == self.count:
             return values
         if len(values) == 1:
@@ -41,7 +41,7 @@ class RowSets(NamedTuple):
         return [x for x in values for _ in range(self.heads)] * self.layers
 
     def lengths(self, lengths: Sequence[int] | None, starts: Sequence[int] | None) -> Sequence[int]:
-        """The valid length of each row set, or one for all (an upper bound where it is not given)."""
+        """The valid length of each segment, or one for all (an upper bound where it is not given)."""
         limits = self.limits
         if starts:
             limits = [m - max(0, min(s, m)) for s, m in self._beside(starts, limits)]
@@ -56,20 +56,20 @@ class RowSets(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Rows of the output: T' (packed) or R * C; C when padded, -1 when packed; a bound for the longest row set."""
+    """Rows of the output: T' (packed) or R * C; C when padded, -1 when packed; a bound for the longest segment."""
 
     total: int
     padded: int
     max_length: int
 
 
-def room(rows: int, reserve: int, align: int) -> int:
+def span(rows: int, reserve: int, align: int) -> int:
     """Rows set aside for a head that keeps `rows`."""
     return (rows + reserve + align - 1) // align * align
 
 
 def size_output(
-    row_sets: RowSets,
+    segments: Segments,
     budgets: Sequence[int] | None,
     lengths: Sequence[int] | None,
     starts: Sequence[int] | None,
@@ -89,23 +89,23 @@ def size_output(
         raise ValueError(f"expected capacity >= 0 and a multiple of align = {align}, got {capacity}")
     if max_budget is not None and max_budget < 0:
         raise ValueError(f"expected max_budget >= 0, got {max_budget}")
-    count = row_sets.count
+    count = segments.count
     known = budgets is not None
     if not known:
         budgets = [max_budget if max_budget is not None else capacity]
-    limits = row_sets.lengths(lengths, starts)
+    limits = segments.lengths(lengths, starts)
     if max_budget is not None:
         limits = [min(n, max_budget) for n in limits]
     if len(limits) == 1:
         kept, copies = [max(0, min(b, limits[0])) for b in budgets], count // (len(budgets) or 1)
     else:
-        kept, copies = [max(0, min(b, n)) for b, n in zip(row_sets.spread(budgets), limits, strict=True)], 1
+        kept, copies = [max(0, min(b, n)) for b, n in zip(segments.spread(budgets), limits, strict=True)], 1
     longest = max(kept) if kept else 0
-    total = copies * (sum(kept) if reserve == 0 and align == 1 else sum([room(n, reserve, align) for n in kept]))
-    if row_sets.shared and layout == "packed":
-        total = min(total, room(row_sets.limits[0] + count * (reserve + align - 1), 0, align))
+    total = copies * (sum(kept) if reserve == 0 and align == 1 else sum([span(n, reserve, align) for n in kept]))
+    if segments.shared and layout == "packed":
+        total = min(total, span(segments.limits[0] + count * (reserve + align - 1), 0, align))
     if layout == "padded":
-        padded = room(longest, reserve, align)
+        padded = span(longest, reserve, align)
         if capacity is not None:
             padded = min(padded, capacity) if known else capacity
         return Output(count * padded, padded, min(longest, padded))

@@ -8,11 +8,12 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from lkv_ext._kinds import described
-from lkv_ext.ops import derivatives, errors
-from lkv_ext.ops.batching import EachSample, call
-from lkv_ext.ops.library import ops
-from lkv_ext.ops.soft_slopes import Slopes
+from lkv_ext._common import errors
+from lkv_ext._common.kinds import described
+from lkv_ext._torch import derivatives, fake, vmap
+from lkv_ext._torch.library import ops
+from lkv_ext._torch.soft_slopes import Slopes
+from lkv_ext._torch.vmap import EachSample, call
 
 _ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 _AXES = 4  # in front of n, as the kernels count them
@@ -160,7 +161,7 @@ class _SoftTopk(EachSample):
 
 
 class _SoftTopkInForwardMode(_SoftTopk):
-    """Of its own, as torch.compile traces no function with a `jvp`."""
+    """A class of its own, as torch.compile traces no function with a `jvp`."""
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -171,3 +172,26 @@ class _SoftTopkInForwardMode(_SoftTopk):
     def jvp(ctx, scores, k, _k_value, temperature, *_rest):
         with derivatives.outer_levels((*ctx.saved_tensors, scores, k, temperature)) as (mask, weights, at, *tangents):
             return Slopes(mask, weights, ctx.t_value if at is None else at, ctx.log).forward(*tangents), None
+
+
+@torch.library.register_fake("lkv_ext::soft_topk")
+def fake_soft_topk(scores, k, k_value, temperature, temperature_value, lengths, log):
+    fake.check_devices(scores.device, {"k": k, "temperature": temperature, "lengths": lengths})
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    return scores.new_empty(scores.shape, dtype=dtype), scores.new_empty(scores.shape[:-1], dtype=dtype)
+
+
+@torch.library.register_fake("lkv_ext::soft_topk_backward")
+def fake_soft_topk_backward(
+    grad, mask, weights, temperature, temperature_value, lengths, element, log, to_scores, to_temperature
+):
+    dtype = next(dtype for dtype, number in _ELEMENTS.items() if number == element)
+    return (
+        mask.new_empty(mask.shape if to_scores else [0], dtype=dtype),
+        mask.new_empty(weights.shape),
+        mask.new_empty(weights.shape if to_temperature else [0]),
+    )
+
+
+vmap.register("soft_topk")
+vmap.register("soft_topk_backward")

@@ -1,14 +1,44 @@
-"""What evict, select and gather return: the rows of every (sequence, KV head), a different number each."""
+"""What evict, select and gather return: the rows of every (sequence, KV head), each with a number of its own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lkv_ext._arguments import integer
-from lkv_ext.ops.rooms import block_table
+from lkv_ext._common.options import integer
+
+
+class PackedRows(Protocol):
+    """What `attend` and its backends read: `RaggedKV` in packed layout, or `RaggedCache`.
+
+    Attributes:
+        k: `[T, D]`.
+        v: `[T, Dv]`.
+        lengths: int32 `[B, H]`: rows in use.
+        cu_seqlens: int32 `[B * H + 1]`: where the span of each segment begins.
+        max_length: host bound of `lengths`.
+        align: every span is a multiple of it.
+        block_table: int32 `[B * H, pages]`, where `align` > 1 is the page size; else None.
+    """
+
+    @property
+    def k(self) -> Tensor: ...
+    @property
+    def v(self) -> Tensor | None: ...
+    @property
+    def lengths(self) -> Tensor: ...
+    @property
+    def cu_seqlens(self) -> Tensor: ...
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def align(self) -> int: ...
+    @property
+    def block_table(self) -> Tensor | None: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -17,12 +47,12 @@ class RaggedIndex:
 
     Attributes:
         positions: int32 `[T']` (packed) or `[B, H, C]` (padded): positions of the kept rows in the coordinates of the
-            input row set, ascending; -1 in slack.
+            input segment, ascending; -1 in slack.
         lengths: int32 `[B, H]` (of several layers `[N, B, H]`): rows kept.
-        cu_seqlens: int32 `[B * H + 1]`: where the room of each row set begins. Without reserve or alignment these
+        cu_seqlens: int32 `[B * H + 1]`: where the span of each segment begins. Without reserve or alignment these
             are the prefix sums of `lengths`.
         max_length: host bound of `lengths`.
-        overflow: int32 scalar on the device, rows cut for lack of room; None where all sizes were known on the host.
+        overflow: int32 scalar on the device, rows cut for lack of span; None where all sizes were known on the host.
     """
 
     positions: Tensor
@@ -48,7 +78,7 @@ class RaggedKV:
             None for caches of one tensor.
         companions: what moved along, `[T', ...]` or `[B, H, C, ...]`; slack is zero.
         positions, lengths, cu_seqlens, max_length, overflow: as in `RaggedIndex`.
-        reserve, align: how the rooms were made.
+        reserve, align: how the spans were made.
     """
 
     k: Tensor
@@ -64,9 +94,9 @@ class RaggedKV:
 
     @property
     def block_table(self) -> Tensor | None:
-        """int32 `[B * H, pages]`: the pages of each row set in order, where `align` > 1 is the page size; else None.
+        """int32 `[B * H, pages]`: the pages of each segment in order, where `align` > 1 is the page size; else None.
 
-        Entries after the last page of a room repeat valid pages: readers stop at `lengths`.
+        Entries after the last page of a span repeat valid pages: readers stop at `lengths`.
         """
         if self.align == 1:
             return None
@@ -99,7 +129,7 @@ class RaggedKV:
         if self.positions.dim() == 4:
             parts |= dict(k=self.k[i], positions=self.positions[i], companions=tuple(c[i] for c in self.companions))
             parts |= dict(v=None if self.v is None else self.v[i])
-            if i > 0:  # rooms of one layer are counted from its own buffers
+            if i > 0:  # spans of one layer are counted from its own buffers
                 parts |= dict(cu_seqlens=parts["cu_seqlens"] - self.cu_seqlens[i * rows])
         return replace(self, **parts)
 
@@ -109,10 +139,21 @@ class RaggedKV:
         return f"RaggedKV({tensors}, {_describe(self)})"
 
 
+def block_table(cu_seqlens: Tensor, align: int, longest: int, total: int) -> Tensor:
+    """int32 `[B * H, pages]`: pages of `align` rows of each span in order, enough for `longest` rows, of `total` rows.
+
+    Entries after the last page of a span are valid pages too: readers stop at their lengths.
+    """
+    pages = -(-longest // align)
+    first = cu_seqlens[:-1, None] // align
+    steps = torch.arange(pages, dtype=torch.int32, device=first.device)
+    return (first + steps).clamp_(max=max(total // align - 1, 0))
+
+
 def _describe(index: RaggedIndex | RaggedKV) -> str:
     form = "packed" if index.positions.dim() == 1 else "padded"
     return (
-        f"{form}, {index.positions.numel()} rows of room, lengths={list(index.lengths.shape)}, "
+        f"{form}, {index.positions.numel()} rows with slack, lengths={list(index.lengths.shape)}, "
         f"max_length={index.max_length}, {index.positions.device}"
     )
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lkv_ext._arguments import MOST, bounded, flatten, host_ints, integer, wrong_shape
-from lkv_ext._kinds import described, is_of
-from lkv_ext.ops import errors
-from lkv_ext.ops.ints import Ints, split
-from lkv_ext.ops.select import select
+from lkv_ext._common import errors
+from lkv_ext._common.kinds import described, is_of
+from lkv_ext._common.options import MOST, bounded, flatten, host_ints, integer, wrong_shape
+from lkv_ext._torch.ints import Ints, split
+from lkv_ext._torch.select import select
 
 SCORES = (torch.float32, torch.float16, torch.bfloat16)
 

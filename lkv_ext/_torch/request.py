@@ -1,7 +1,8 @@
-"""From the arguments of the public functions to those of the ops."""
+"""From the arguments of the public functions to those that select, evict, evict_out and evict_ share."""
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,18 +10,24 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lkv_ext._arguments import Options, check_options, integer_shapes, ragged_heads, ragged_limits, shape_of
-from lkv_ext._sizes import RowSets, size_output
-from lkv_ext.ops.ints import Held, Ints, Plan, hold, split
-from lkv_ext.ops.modes import traced
+from lkv_ext._common.options import Options, check_options, integer_shapes, ragged_heads, ragged_limits, shape_of
+from lkv_ext._common.sizes import Segments, size_output
+from lkv_ext._torch.ints import HostInts, Ints, Plan, hashable, split
+from lkv_ext._torch.library import ops
+from lkv_ext._torch.modes import traced
 
-Known = int | tuple[int, ...] | Held
+Known = int | tuple[int, ...] | HostInts
+
+# The arguments that the ops share, by name. csrc/host/arguments.h declares them, and the schema has them from there.
+_declared = ops.select.default._schema.arguments[1:]
+_DEFAULTS = tuple(argument.default_value for argument in _declared if argument.has_default_value())
+Arguments = namedtuple("Arguments", [argument.name for argument in _declared], defaults=_DEFAULTS)  # type: ignore[misc]
 
 
-def find_row_sets(
+def find_segments(
     tensor: Tensor, cu_seqlens: Tensor | None, budgets: Ints | Plan, lengths: Ints | None
-) -> tuple[RowSets, Ints | Plan, Ints | None]:
-    """The row sets of one tensor `[B, H, L, ...]` or, ragged, `[T, ...]`.
+) -> tuple[Segments, Ints | Plan, Ints | None]:
+    """The segments of one tensor `[B, H, L, ...]` or, ragged, `[T, ...]`.
 
     Ragged tensors have no B and H of their own: these come from the shape of lengths or budgets, `[B, H]`, `[B]` and
     `[H]` (`[N, B, H]` counts as `[N * B, H]` and is returned as such), else B = 1.
@@ -29,7 +36,7 @@ def find_row_sets(
         if tensor.dim() < 3:
             raise ValueError(f"expected scores of shape [B, H, L], got {list(tensor.shape)}")
         batch, heads, tokens = tensor.shape[:3]
-        return RowSets(1, batch, heads, (tokens,)), budgets, lengths
+        return Segments(1, batch, heads, (tokens,)), budgets, lengths
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or tensor.dim() < 1:
         raise ValueError(f"expected cu_seqlens of shape [B * H + 1], got {list(cu_seqlens.shape)}")
     count, tokens = cu_seqlens.numel() - 1, tensor.shape[0]
@@ -37,24 +44,24 @@ def find_row_sets(
     of_budgets = budgets.budgets_tensor if isinstance(budgets, Plan) else budgets
     batch, heads = ragged_heads(count, shape_of(of_budgets), shape_of(lengths))
     if not cu_seqlens.is_cpu or traced(cu_seqlens):
-        return RowSets(1, batch, heads, (tokens,), shared=True), budgets, lengths
-    return RowSets(1, batch, heads, ragged_limits(cu_seqlens.tolist(), tokens)), budgets, lengths
+        return Segments(1, batch, heads, (tokens,), shared=True), budgets, lengths
+    return Segments(1, batch, heads, ragged_limits(cu_seqlens.tolist(), tokens)), budgets, lengths
 
 
 @dataclass(slots=True)
 class Request:
-    """The arguments of an op after its tensors, and what the caller wants to know of the result."""
+    """The arguments of an op after its tensors, and what the caller needs to know of the result."""
 
-    row_sets: RowSets
-    arguments: tuple
-    plain: bool  # the arguments are budgets and total alone
+    segments: Segments
+    arguments: Arguments | tuple[Sequence[int], int]
+    plain: bool  # the arguments are budgets and total alone: all others have their defaults
     max_length: int
     counted: bool  # overflow is counted on the device
     reserve: int
     align: int
 
 
-def request(
+def make_request(
     tensor: Tensor,
     cu_seqlens: Tensor | None,
     budgets: Ints | Plan,
@@ -62,50 +69,50 @@ def request(
     starts: Ints | None,
     options: tuple,
 ) -> Request:
-    """Checks the integers of a call on the row sets of `tensor`, and sizes its output.
+    """Checks the integers of a call on the segments of `tensor`, and sizes its output.
 
     Args:
         options: the fields of `Options`; a plain tuple, which costs less.
     """
     eager = not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
     if eager and cu_seqlens is None and type(tensor) is Tensor:
-        known = budgets if type(budgets) is int else hold(budgets)
-        many = None if lengths is None else hold(lengths)
-        first = None if starts is None else hold(starts)
+        known = budgets if type(budgets) is int else hashable(budgets)
+        many = None if lengths is None else hashable(lengths)
+        first = None if starts is None else hashable(starts)
         if known is not None and (many is None) is (lengths is None) and (first is None) is (starts is None):
             try:
-                return _remembered(tensor.shape, known, many, first, *options)
+                return _cached(tensor.shape, known, many, first, *options)
             except TypeError:
-                pass  # what no memo can hold, or is wrong: told apart below
-    row_sets, budgets, lengths = find_row_sets(tensor, cu_seqlens, budgets, lengths)
-    return request_for(row_sets, cu_seqlens, budgets, lengths, starts, Options(*options))
+                pass  # not hashable, or wrong: the full check below decides
+    segments, budgets, lengths = find_segments(tensor, cu_seqlens, budgets, lengths)
+    return request_for(segments, cu_seqlens, budgets, lengths, starts, Options(*options))
 
 
 @lru_cache(maxsize=1024, typed=True)  # 1.0 and True are equal to 1, and refused
-def _remembered(shape: torch.Size, budgets: Known, lengths: Known | None, starts: Known | None, *options) -> Request:
-    """Engines evict with the same sizes over and over: at decode time this memo is most of what the wrapper saves."""
+def _cached(shape: torch.Size, budgets: Known, lengths: Known | None, starts: Known | None, *options) -> Request:
+    """Engines evict with the same sizes again and again: at decode time this memo saves most of the wrapper's cost."""
     if len(shape) < 3:
         raise ValueError(f"expected scores of shape [B, H, L], got {list(shape)}")
     if any(isinstance(option, Tensor) for option in options):
-        raise TypeError("the value of a tensor may change, and the memo would not know")
-    row_sets = RowSets(1, shape[0], shape[1], (shape[2],))
-    return request_for(row_sets, None, budgets, lengths, starts, Options(*options))
+        raise TypeError("the value of a tensor may change, and the memo would not notice")
+    segments = Segments(1, shape[0], shape[1], (shape[2],))
+    return request_for(segments, None, budgets, lengths, starts, Options(*options))
 
 
 def request_for(
-    row_sets: RowSets,
+    segments: Segments,
     cu_seqlens: Tensor | None,
     budgets: Ints | Plan,
     lengths: Ints | None,
     starts: Ints | None,
     options: Options,
 ) -> Request:
-    """`request` for row sets that are known; lays out the arguments that all ops share."""
+    """`make_request` for segments that are known."""
     sink, window, layout, capacity, max_budget, reserve, align = check_options(options)
     if cu_seqlens is not None and starts is not None:
         raise ValueError("expected no starts with cu_seqlens: ragged rows begin at their offsets")
-    layers, batch, heads = row_sets.layers, row_sets.batch, row_sets.heads
-    per_head, per_sequence = integer_shapes(row_sets)
+    layers, batch, heads = segments.layers, segments.batch, segments.heads
+    per_head, per_sequence = integer_shapes(segments)
     if isinstance(budgets, Plan):
         if lengths is not None:
             raise ValueError("expected no lengths beside a plan, which has its own, got both")
@@ -120,17 +127,17 @@ def request_for(
     known = bool(budget_list) or budget_tensor is None
 
     # [N, H] is the same in every sequence, [B] the same for every head: right-aligned, as the ops broadcast.
-    if row_sets.stacked and len(budget_list) == layers * heads != row_sets.count:
+    if segments.stacked and len(budget_list) == layers * heads != segments.count:
         rows = [budget_list[n * heads : (n + 1) * heads] for n in range(layers)]
         budget_list = [x for row in rows for _ in range(batch) for x in row]
-    if row_sets.stacked and budget_tensor is not None and budget_tensor.dim() == 2:
+    if segments.stacked and budget_tensor is not None and budget_tensor.dim() == 2:
         budget_tensor = budget_tensor[:, None]
     length_tensor, start_tensor = (
         t[:, None] if t is not None and t.dim() == 1 else t for t in (length_tensor, start_tensor)
     )
 
     size = size_output(
-        row_sets,
+        segments,
         budget_list if known else None,
         length_list,
         start_list,
@@ -142,35 +149,34 @@ def request_for(
     )
     counted = (
         not known
-        or row_sets.shared
+        or segments.shared
         or any(
             tensor is not None and not values
             for values, tensor in ((length_list, length_tensor), (start_list, start_tensor))
         )
     )
-    given = (budget_list, size.total)
-    special = (
-        size.padded,
-        counted,
-        cu_seqlens,
-        *((0, 0) if cu_seqlens is None else (batch, heads)),  # dense tensors tell these themselves
-        budget_tensor,
-        length_list or None,
-        length_tensor,
-        start_list or None,
-        start_tensor,
-        sink,
-        window,
-        -1 if max_budget is None else max_budget,
-        reserve,
-        align,
+    arguments = Arguments(
+        budgets=budget_list,
+        total=size.total,
+        padded=size.padded,
+        count_overflow=counted,
+        cu_seqlens=cu_seqlens,
+        batch=0 if cu_seqlens is None else batch,  # dense tensors have these in their shapes
+        heads=0 if cu_seqlens is None else heads,
+        budgets_tensor=budget_tensor,
+        lengths=length_list or None,
+        lengths_tensor=length_tensor,
+        starts=start_list or None,
+        starts_tensor=start_tensor,
+        sink=sink,
+        window=window,
+        max_budget=-1 if max_budget is None else max_budget,
+        reserve=reserve,
+        align=align,
     )
-    plain = cu_seqlens is budget_tensor is length_tensor is start_tensor is None and special == _DEFAULTS
-    return Request(row_sets, given if plain else given + special, plain, size.max_length, counted, reserve, align)
-
-
-# Of the op schemas, after budgets and total (csrc/torch/arguments.h).
-_DEFAULTS = (-1, False, None, 0, 0, None, None, None, None, None, 0, 0, -1, 0, 1)
+    plain = cu_seqlens is budget_tensor is length_tensor is start_tensor is None and arguments[2:] == _DEFAULTS
+    arguments = arguments[:2] if plain else arguments
+    return Request(segments, arguments, plain, size.max_length, counted, reserve, align)
 
 
 def _read(budgets: Tensor) -> list[int]:
@@ -180,19 +186,3 @@ def _read(budgets: Tensor) -> list[int]:
             "expected capacity or max_budget with budgets in a tensor under torch.compile, tracing or graph capture"
         )
     return budgets.flatten().tolist()
-
-
-def check_rows(rows: Sequence[Tensor], buffers: Sequence[Tensor], names: Sequence[str], batch: int, heads: int) -> None:
-    """Refuses new rows `[B, H, n, ...]`, k and v first, that do not fit the buffers `[T, ...]` of a cache."""
-    if len(rows) != len(buffers):
-        raise ValueError(f"expected {len(buffers) - 2} companions, got {len(rows) - 2}")
-    for row, buffer, name in zip(rows, buffers, names, strict=True):
-        expected = (batch, heads, rows[0].shape[2] if rows[0].dim() > 2 else 0, *buffer.shape[1:])
-        if tuple(row.shape) != expected:
-            raise ValueError(f"expected {name} of shape [B, H, n, ...] = {list(expected)}, got {list(row.shape)}")
-        if row.dtype != buffer.dtype:
-            raise TypeError(f"expected {name} of dtype {buffer.dtype}, got {row.dtype}")
-        if row.device != buffer.device:
-            raise ValueError(f"expected {name} on {buffer.device}, got {row.device}")
-        if torch.is_grad_enabled() and (row.requires_grad or buffer.requires_grad):
-            raise ValueError(f"expected {name} that requires no gradient: a cache has none")

@@ -1,4 +1,4 @@
-"""Loads the op library and gives its ops their fake kernels and gradients."""
+"""Loads the op library."""
 
 from __future__ import annotations
 
@@ -21,5 +21,3 @@ def _load() -> None:
 
 _load()
 ops = torch.ops.lkv_ext
-
-from lkv_ext.ops import batching, derivatives, fake  # noqa: E402, F401  (register on the ops just loaded)

@@ -13,14 +13,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lkv_ext.ops.cache import RaggedCache
-    from lkv_ext.ops.ragged import RaggedKV
+from lkv_ext.ragged import PackedRows
 
 HALF = (torch.float16, torch.bfloat16)
 PAGE = 256  # pages of FlashAttention 2 are multiples of it
@@ -34,12 +31,12 @@ class Call:
     Attributes:
         queries: `[R * n, group, D]`, R = B * H.
         cache: packed rows of R heads.
-        n: queries of every row set.
+        n: queries of every segment.
         sinks: `[H, group]`.
     """
 
     queries: Tensor
-    cache: RaggedCache | RaggedKV
+    cache: PackedRows
     n: int
     causal: bool
     scale: float
@@ -48,7 +45,7 @@ class Call:
 
     @property
     def starts(self) -> Tensor:
-        """int32 `[R + 1]`: where the queries of each row set begin."""
+        """int32 `[R + 1]`: where the queries of each segment begin."""
         rows = self.cache.lengths.numel()
         steps = torch.arange(rows + 1, dtype=torch.int32, device=self.queries.device)
         return steps * self.n
@@ -63,7 +60,7 @@ class Call:
 
     @property
     def is_tight(self) -> bool:
-        """Whether rooms are known to be as long as what is in them."""
+        """Whether spans are known to be as long as what is in them."""
         return getattr(self.cache, "reserve", None) == 0 and self.align == 1
 
     def pages(self) -> tuple[Tensor, Tensor]:
@@ -162,7 +159,7 @@ def _flash_attn_2() -> Callable[[Call], Tensor] | None:
         return None
 
     def read(call: Call) -> Tensor:
-        """It knows no rooms with slack save in pages."""
+        """It knows no spans with slack save in pages."""
         cache, options = call.cache, dict(softmax_scale=call.scale, causal=call.causal, softcap=call.softcap or 0.0)
         if call.is_tight:
             k, v = cache.k[:, None], cache.v[:, None]
@@ -172,9 +169,9 @@ def _flash_attn_2() -> Callable[[Call], Tensor] | None:
             return call.finish(module.flash_attn_varlen_func(call.queries, k, v, *sizes, **options))
         if call.sinks is not None:
             options["return_softmax_lse"] = True
-        rooms = dict(cache_seqlens=call.lengths, block_table=cache.block_table)
+        spans = dict(cache_seqlens=call.lengths, block_table=cache.block_table)
         queries = call.queries.unflatten(0, (-1, call.n))
-        return call.finish(module.flash_attn_with_kvcache(queries, *call.pages(), **rooms, **options))
+        return call.finish(module.flash_attn_with_kvcache(queries, *call.pages(), **spans, **options))
 
     return read
 
@@ -223,7 +220,7 @@ def _flashinfer() -> Callable[[Call], Tensor] | None:
         counts = -(-lengths // size)
         ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
         total = int(ends[-1])
-        first = cache.cu_seqlens[:-1] // size - ends[:-1].to(device)  # of each row set, counted from its own pages
+        first = cache.cu_seqlens[:-1] // size - ends[:-1].to(device)  # of each segment, counted from its own pages
         indices = first.repeat_interleave(counts.to(device), output_size=total)
         indices += torch.arange(total, dtype=torch.int32, device=device)
         last = lengths - (counts - 1).clamp(min=0) * size

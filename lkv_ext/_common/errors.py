@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from lkv_ext._kinds import fault, guess
+from lkv_ext._common.kinds import fault, guess
 
 _TYPES = {cls.__name__: cls for cls in (ValueError, TypeError, RuntimeError, MemoryError)}
 _MESSAGE = re.compile(rf"({'|'.join(_TYPES)}): (.*)", re.DOTALL)

@@ -1,0 +1,66 @@
+"""select: which rows are kept, without moving anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lkv_ext._common import errors
+from lkv_ext._torch import fake, vmap
+from lkv_ext._torch.ints import Ints, Plan
+from lkv_ext._torch.library import ops
+from lkv_ext._torch.request import Arguments, Request, make_request
+from lkv_ext.ragged import RaggedIndex
+
+
+def select(
+    scores: Tensor,
+    budgets: Ints | Plan,
+    *,
+    lengths: Ints | None = None,
+    starts: Ints | None = None,
+    cu_seqlens: Tensor | None = None,
+    sink: int = 0,
+    window: int = 0,
+    layout: str = "packed",
+    capacity: int | None = None,
+    max_budget: int | None = None,
+    reserve: int = 0,
+    align: int = 1,
+) -> RaggedIndex:
+    """The positions that `evict` would keep, without moving anything.
+
+    Args:
+        scores: `[B, H, L]` or, ragged, `[T]` with `cu_seqlens`; float32, float16 or bfloat16, any strides.
+
+    All else is as in `evict`. No gradients: a selection has none.
+
+    Returns:
+        `RaggedIndex`: positions, lengths, cu_seqlens, max_length, overflow.
+
+    Raises:
+        ValueError, TypeError: as `evict`.
+    """
+    try:
+        options = (sink, window, layout, capacity, max_budget, reserve, align)
+        request = make_request(scores, cu_seqlens, budgets, lengths, starts, options)
+        return new_index(ops.select([scores.detach()], *request.arguments), request)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        errors.reraise("select", error, given=locals())
+
+
+def new_index(result: Sequence[Tensor], request: Request) -> RaggedIndex:
+    """From what select and evict_ return: positions, lengths, cu_seqlens and, where counted, overflow."""
+    return RaggedIndex(*result[:3], request.max_length, result[3] if request.counted else None)
+
+
+@torch.library.register_fake("lkv_ext::select")
+def fake_select(scores, *args, **kwargs):
+    given = Arguments(*args, **kwargs)
+    fake.check_arguments([], scores, given)
+    return fake.index(scores, len(scores), given)
+
+
+vmap.register("select")
