@@ -1,4 +1,5 @@
-"""lkv_ext: KV cache eviction for real, per-head top-k with a k for every head, fused with the compaction of K and V.
+"""lkv_ext: KV cache eviction that frees memory: per-head top-k, with its own k for every head, fused with the
+compaction of K and V.
 
     out = lkv_ext.evict(k, v, scores, budgets)
 

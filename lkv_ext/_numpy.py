@@ -35,7 +35,7 @@ def make_request(
     options: Options,
     threads: int | None,
 ) -> tuple[_C.Request, int]:
-    """Checks what the extension cannot, sizes the output; the request of the op and a bound for the longest segment."""
+    """The request of an op and a bound for its longest segment, after the checks that the extension cannot make."""
     for array, name in zip(payload, names, strict=True):
         check_array(array, name)
     check_array(scores, "scores", read=True)
@@ -65,18 +65,18 @@ def make_request(
         align=align,
     )
     request = _C.Request(
-        segments.batch,
-        segments.heads,
-        cu_seqlens,
+        threads=thread_count(threads),
         **integers,
-        sink=sink,
-        window=window,
         total=size.total,
         padded=size.padded,
+        cu_seqlens=cu_seqlens,
+        batch=segments.batch,
+        heads=segments.heads,
+        sink=sink,
+        window=window,
         max_budget=-1 if max_budget is None else max_budget,
         reserve=reserve,
         align=align,
-        threads=thread_count(threads),
     )
     return request, size.max_length
 

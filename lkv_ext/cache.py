@@ -1,4 +1,4 @@
-"""One layer's cache of which every (sequence, KV head) keeps a number of rows of its own, made to be decoded from."""
+"""The cache of one layer in which every (sequence, KV head) has its own number of rows, for decoding."""
 
 from __future__ import annotations
 
@@ -27,17 +27,19 @@ class RaggedCache:
     """K and V of one layer, packed, with slack behind every head into which new tokens are written in place.
 
     Attributes:
-        k, v: `[T, D]`, `[T, Dv]`. Rows of (b, h) are `[cu_seqlens[r], cu_seqlens[r] + lengths[b, h])`, r = b * H + h;
-            what lies behind them in a span is slack, with any content.
+        k: `[T, D]`. Rows of (b, h) are `[cu_seqlens[r], cu_seqlens[r] + lengths[b, h])`, r = b * H + h; the rest of a
+            span is slack, with any content.
+        v: `[T, Dv]`, as `k`.
         companions: more tensors `[T, ...]` that move with the rows.
-        positions: int32 `[T]`, the place of a row's token among all that were appended, those of padding and those
-            evicted since included.
-        lengths: int32 `[B, H]`, rows in use. cu_seqlens: int32 `[B * H + 1]`, where the spans begin.
+        positions: int32 `[T]`, the place of a row's token among all that were appended, counting padding and tokens
+            evicted since.
+        lengths: int32 `[B, H]`, rows in use.
+        cu_seqlens: int32 `[B * H + 1]`, where the span of each segment begins.
         max_length: host bound of `lengths`.
-        seen: tokens appended so far, padding and evicted ones included: the logical length.
-        align: every span is a multiple of it, through all that happens to the cache; see `block_table`.
+        seen: tokens appended so far, counting padding and evicted ones: the logical length.
+        align: every span is a multiple of it, whatever happens to the cache; see `block_table`.
 
-    What changes a cache changes it in place; where it raises, the cache is as it was.
+    All methods that change a cache work in place. A call that raises leaves the cache as it was.
     """
 
     __slots__ = ("_free", "_reserve", "_table", "_tail", "align", "companions", "cu_seqlens", "k", "lengths",
@@ -45,15 +47,16 @@ class RaggedCache:
 
     @keeps_tensors
     def __init__(self, kv: RaggedKV, seen: int, *, free: int | None = None, tail: int = 0) -> None:
-        """Takes over what `evict` returned for dense input of `seen` tokens, or a layer of what `evict_layers` did.
+        """Takes over the result of `evict` for dense input of `seen` tokens, or one layer of that of `evict_layers`.
 
         Args:
             kv: packed and of one layer, with v; `reserve` of that call is the slack, `align` stays. Tensors made in
-                inference mode are copied, as they could not be appended to outside of it. Of buffers that several
-                layers share the cache has the rows of its own spans, by view.
+                inference mode are copied, as they could not be appended to outside of it. From buffers that several
+                layers share, the cache takes the rows of its own spans, by view.
+            seen: tokens that the input had: the logical length.
             free: rows that every span is known to have left; with it, the spans fill the buffers from row 0 on and are
-                not looked at. Default: all that is said here is read and checked, which synchronises on CUDA.
-            tail: how many of the last tokens every head is known to have: those that `crop` may drop.
+                not checked. Default: spans, lengths and positions are read and checked, which synchronises on CUDA.
+            tail: how many of the last tokens every head is known to have: `crop` may drop these.
 
         Raises:
             ValueError, TypeError: for a padded kv, one without v, or one whose parts do not fit each other.
@@ -84,7 +87,7 @@ class RaggedCache:
             self.lengths, self.cu_seqlens = plain(parts["lengths"]), plain(parts["cu_seqlens"])
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             errors.reraise("RaggedCache", error, given=locals())
-        self._table: tuple[Tensor, int, Tensor] | None = None  # the spans and pages of the last block table, and it
+        self._table: tuple[Tensor, int, Tensor] | None = None  # cu_seqlens, pages, and the block table made of them
         self._tail = whole(tail, "tail")
 
     @classmethod
@@ -102,10 +105,21 @@ class RaggedCache:
         reserve: int = RESERVE,
         align: int = 1,
     ) -> RaggedCache:
-        """A cache without rows, with slack for `reserve` tokens per head, rounded up to `align`.
+        """A cache without rows, with slack for later tokens.
+
+        Args:
+            batch: B, the number of sequences.
+            heads: H, the number of KV heads.
+            dim: D, the width of K.
+            dim_v: Dv, the width of V; default: D.
+            dtype: of K.
+            dtype_v: of V; default: as K.
+            device: default: torch's default device.
+            reserve: slack rows of every head, rounded up to `align`.
+            align: every span is a multiple of it.
 
         Raises:
-            ValueError, TypeError: for a count that is none, and more than 2**31 - 1 rows.
+            ValueError, TypeError: for an argument that is not a count, and more than 2**31 - 1 rows.
         """
         try:
             batch, heads, dim = whole(batch, "batch"), whole(heads, "heads"), whole(dim, "dim")
@@ -130,6 +144,7 @@ class RaggedCache:
 
     @property
     def batch(self) -> int:
+        """Sequences."""
         return self.lengths.shape[0]
 
     @property
@@ -139,11 +154,12 @@ class RaggedCache:
 
     @property
     def device(self) -> torch.device:
+        """Where all tensors of the cache are."""
         return self.k.device
 
     @property
     def block_table(self) -> Tensor | None:
-        """int32 `[B * H, pages]` of the pools `k.view(-1, align, 1, D)`, as of `RaggedKV`; None where `align` is 1."""
+        """int32 `[B * H, pages]` of the pools `k.view(-1, align, 1, D)`, as in `RaggedKV`; None where `align` is 1."""
         if self.align == 1:
             return None
         pages = -(-self.max_length // self.align)
@@ -155,13 +171,14 @@ class RaggedCache:
     def append(self, k: Tensor, v: Tensor, companions: Sequence[Tensor] = (), *, valid: Ints | None = None) -> None:
         """Writes n new tokens behind the rows of every head, in place.
 
-        Only where the slack is used up are the buffers reallocated, with twice the slack they had.
+        The buffers are reallocated only where the slack is used up, with twice the slack they had.
 
         Args:
-            k, v: `[B, H, n, D]` and `[B, H, n, Dv]`, any strides with contiguous rows.
+            k: `[B, H, n, D]`, any strides with contiguous rows.
+            v: `[B, H, n, Dv]`, as `k`.
             companions: `[B, H, n, ...]`, one for each of the cache's.
-            valid: `[B]`, on the host or on the device: of sequence b, only the last `valid[b]` tokens are real and kept
-                (padding on the left). Such tokens cannot be cropped.
+            valid: `[B]`, on the host or on the device: only the last `valid[b]` tokens of sequence b are kept, the
+                others are padding on the left. Tokens appended with it cannot be cropped. Default: n.
 
         Raises:
             ValueError, TypeError: for another shape, dtype or device than the cache's.
@@ -199,13 +216,16 @@ class RaggedCache:
         max_budget: int | None = None,
         reserve: int | None = None,
     ) -> None:
-        """Keeps the `budgets` best rows of every head; `lkv_ext.evict` says which.
+        """Keeps the `budgets` best rows of every head, as `lkv_ext.evict` does.
 
         Args:
-            scores: `[T]`, one per row of the buffers; see `packed`. A companion that carries scores will do.
-            budgets: rows to keep per head, slack not counted; `[H]` or `[B, H]`. In a device tensor they need
+            scores: `[T]`, one per row of the buffers, such as a companion that carries scores; see `packed`.
+            budgets: rows to keep per head, slack not counted; an int, `[H]` or `[B, H]`. In a device tensor they need
                 `max_budget`, or the call synchronises once.
-            reserve: new slack, default 64 rows.
+            sink: as in `lkv_ext.evict`.
+            window: as in `lkv_ext.evict`.
+            max_budget: upper bound for any one head.
+            reserve: new slack rows per head; default: 64.
 
         Raises:
             ValueError, TypeError: as `lkv_ext.evict`.
@@ -227,15 +247,16 @@ class RaggedCache:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """`lkv_ext.attend(q, self)`: q `[B, Hq, n, D]` to `[B, Hq, n, Dv]`."""
+        """`lkv_ext.attend(q, self)`, with its arguments and errors: q `[B, Hq, n, D]` to `[B, Hq, n, Dv]`."""
         return attend(q, self, causal, scale=scale, softcap=softcap, sinks=sinks)
 
     @keeps_tensors
     def crop(self, tokens: int) -> None:
-        """Drops the last `tokens` tokens.
+        """Drops the last `tokens` tokens of every head.
 
         Raises:
-            ValueError: where some head may not have them: past an eviction, or past tokens appended with padding.
+            ValueError: where some head may lack them: past an eviction, or past tokens appended with padding.
+            TypeError: where `tokens` is not an int.
         """
         try:
             tokens = whole(tokens, "tokens")
@@ -258,13 +279,15 @@ class RaggedCache:
 
     @keeps_tensors
     def restore(self, mark: tuple[int, int, int], rows: Sequence[int]) -> None:
-        """Takes back all appends since `mark`, between which and now nothing was evicted, cropped or selected.
+        """Takes back all appends since `mark`; nothing may have been evicted, cropped or selected in between.
 
         Args:
+            mark: what `mark()` returned.
             rows: `[B]`, how many tokens of each sequence were kept since: all, or the sums of `valid`.
 
         Raises:
-            ValueError: where there are fewer tokens than at the mark.
+            ValueError: where there are fewer tokens than at the mark, or `rows` are more than came since.
+            TypeError: for a mark of another kind.
         """
         try:
             if not isinstance(mark, tuple) or len(mark) != 3:
@@ -291,7 +314,11 @@ class RaggedCache:
 
     @keeps_tensors
     def select_batch(self, indices: Tensor | Sequence[int]) -> None:
-        """Keeps the sequences `indices`, in that order; one may occur twice. Copies the rows; synchronises on CUDA."""
+        """Keeps the sequences `indices`, in that order; one may occur twice. Copies the rows; synchronises on CUDA.
+
+        Raises:
+            ValueError, TypeError: for an index of no sequence.
+        """
         self._reorder(indices, "indices", "RaggedCache.select_batch")
 
     def _reorder(self, indices: Tensor | Sequence[int], name: str, called: str) -> None:
@@ -314,11 +341,15 @@ class RaggedCache:
 
     @keeps_tensors
     def reorder(self, beams: Tensor | Sequence[int]) -> None:
-        """Beam search: sequence b goes on from sequence `beams[b]`. As `select_batch`."""
+        """Beam search: sequence b continues sequence `beams[b]`. As `select_batch`."""
         self._reorder(beams, "beams", "RaggedCache.reorder")
 
     def padded(self, rows: Tensor) -> Tensor:
-        """`[T, ...]` as `[B, H, C, ...]` with C = max_length; behind a head's rows there is any content."""
+        """`[T, ...]` as `[B, H, C, ...]` with C = max_length; behind a head's rows there is any content.
+
+        Raises:
+            ValueError: for rows that are not those of the buffers.
+        """
         if not is_of("tensor", rows) or rows.shape[:1] != self.k.shape[:1]:
             raise ValueError(
                 f"lkv_ext.RaggedCache.padded: expected rows of T = {self.k.shape[0]}, got {described(rows)}"
@@ -326,7 +357,11 @@ class RaggedCache:
         return spans.padded(rows, self.cu_seqlens, self.batch, self.max_length)
 
     def packed(self, scores: Tensor) -> Tensor:
-        """`[B, H, C]` as `[T]`, the inverse of `padded`; slack takes any content."""
+        """`[B, H, C]` as `[T]`, the inverse of `padded`; slack takes any content.
+
+        Raises:
+            ValueError: for scores of another shape, or with C below `max_length`.
+        """
         leading = (self.batch, self.heads)
         if (
             not is_of("tensor", scores)
@@ -342,7 +377,11 @@ class RaggedCache:
 
     @keeps_tensors
     def to(self, device: torch.device | str) -> RaggedCache:
-        """Moves the cache; returns it."""
+        """Moves the cache; returns it.
+
+        Raises:
+            ValueError, TypeError: for a device that is not there.
+        """
         try:
             if device is None:
                 raise TypeError("expected device as a torch.device or its name, got None")
@@ -356,16 +395,20 @@ class RaggedCache:
 
     @property
     def nbytes(self) -> int:
-        """Of K, V and companions, slack included. Of buffers that layers share: of the spans of this one."""
+        """Bytes of K, V and companions, with slack. Where layers share buffers: of the spans of this one."""
         return sum(t.nbytes for t in (self.k, self.v, *self.companions))
 
     @property
     def retained_bytes(self) -> int:
-        """Of the rows in use; synchronises on CUDA."""
+        """Bytes of the rows in use; synchronises on CUDA."""
         return int(self.lengths.sum()) * sum(t[:1].nbytes for t in (self.k, self.v, *self.companions) if t.shape[0])
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes the cache as safetensors."""
+        """Writes the cache to a safetensors file.
+
+        Raises:
+            ImportError: where safetensors is not installed.
+        """
         cache_state.save(self, path)
 
     @classmethod
@@ -374,7 +417,8 @@ class RaggedCache:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: where the file is cut off, holds something else, or what does not fit together.
+            ValueError: where the file is cut off, is not one of a cache, or its parts do not fit each other.
+            ImportError: where safetensors is not installed.
         """
         try:
             device, state = device_of(device), cache_state.load(path)
@@ -408,9 +452,9 @@ class RaggedCache:
         self._table = None
 
     def _sequences(self, values: Tensor | Sequence[int], name: str) -> list[int]:
-        """One integer for each of some sequences; a tensor on a device is read."""
+        """Integers as a flat list; a tensor on a device is read."""
         if isinstance(values, Tensor):
-            values = values.cpu()  # floats and others are told apart below
+            values = values.cpu()  # other dtypes are refused below
         flat, shape = flatten(values, name)
         if len(shape) != 1:
             raise ValueError(f"expected {name} as a list of integers, got shape {list(shape)}")
@@ -420,7 +464,7 @@ class RaggedCache:
     def _grow(self, count: int) -> None:
         """Reallocates with the rows as they are and twice the slack, `count` rows at least."""
         reserve = max(2 * self._reserve, count)
-        scores = self.k.new_zeros((), dtype=torch.float32).expand(self.k.shape[0])  # nobody competes, so nobody reads
+        scores = self.k.new_zeros((), dtype=torch.float32).expand(self.k.shape[0])  # all rows stay: no score is read
         self._take(self._evicted(scores, self.max_length, 0, 0, None, reserve), reserve)
 
     def _evicted(

@@ -47,11 +47,16 @@ class RaggedKV:
     """A KV cache in which every (sequence, KV head) has its own length.
 
     Attributes:
-        k, v: `[T', D]`, `[T', Dv]` (packed) or `[B, H, C, D]`, `[B, H, C, Dv]` (padded); slack rows are zero. v is
-            None for caches of one array.
-        companions: what moved along, `[T', ...]` or `[B, H, C, ...]`; slack is zero.
-        positions, lengths, cu_seqlens, max_length, overflow: as in `RaggedIndex`.
-        reserve, align: how the spans were made.
+        k: `[T', D]` (packed) or `[B, H, C, D]` (padded); slack rows are zero.
+        v: `[T', Dv]` or `[B, H, C, Dv]`; None for caches of one array.
+        companions: the companions of the call, `[T', ...]` or `[B, H, C, ...]`; slack is zero.
+        positions: as in `RaggedIndex`.
+        lengths: as in `RaggedIndex`.
+        cu_seqlens: as in `RaggedIndex`.
+        max_length: as in `RaggedIndex`.
+        overflow: None, as in `RaggedIndex`.
+        reserve: slack rows that every span was given.
+        align: every span is a multiple of it.
     """
 
     k: np.ndarray
@@ -110,21 +115,29 @@ def evict(
     position; NaN ranks below -inf, -0 equals +0. They come out in ascending position, bitwise as they were.
 
     Args:
-        k, v: dense `[B, H, L, D]` and `[B, H, L, Dv]`, any strides with contiguous rows; or ragged `[T, D]` and
-            `[T, Dv]` with `cu_seqlens`. Any dtype without Python objects. H counts KV heads; `v` may be None.
+        k: dense `[B, H, L, D]`, any strides with contiguous rows; or ragged `[T, D]` with `cu_seqlens`. Any dtype
+            without Python objects. H counts KV heads.
+        v: `[B, H, L, Dv]` or `[T, Dv]`, as `k`; None for caches of one array.
         scores: `[B, H, L]` or, ragged, `[T]`; float32, float16 or uint16 (bfloat16), any strides; higher is kept.
         budgets: rows to keep per head: an int or integers `[H]` or `[B, H]`.
-        lengths, starts: `[B]` or `[B, H]`: the valid range `[starts, starts + lengths)` of each segment of dense input;
-            of ragged input `lengths` alone, rows in use of each span.
-        cu_seqlens: int32 `[B * H + 1]` of ragged input: where each segment begins.
-        sink, window: the first `sink` and last `window` valid tokens are kept before any other, inside the budget.
+        lengths: valid rows of each segment, `[B]` or `[B, H]`; of ragged input the rows in use of each span. Default:
+            all.
+        starts: where the valid range `[starts, starts + lengths)` of a dense segment begins, `[B]` or `[B, H]`.
+            Default: 0.
+        cu_seqlens: int32 `[B * H + 1]` of ragged input: where the span of each segment begins.
+        sink: the first `sink` valid tokens are kept before any other, inside the budget.
+        window: the last `window` valid tokens are kept before any but those of `sink`, inside the budget.
         layout: "packed", `[T', D]`, all heads after each other in (b, h) order; or "padded", `[B, H, C, D]`.
         capacity: upper bound of T' (packed) or C (padded); heads that do not fit are cut.
         max_budget: upper bound for any one head.
-        reserve, align: every span is its rows plus `reserve`, rounded up to `align`.
+        reserve: slack rows behind every head's rows.
+        align: every span is its rows plus `reserve`, rounded up to `align`.
         companions: arrays `[B, H, L, ...]` (ragged `[T, ...]`) of any dtype that move by the same positions.
-        out: what an earlier call of the same sizes returned: its memory is overwritten and it is returned again.
+        out: the result of an earlier call of the same sizes: its memory is overwritten and it is returned again.
         threads: how many threads the call may use.
+
+    Returns:
+        The kept rows as `RaggedKV`. Slack rows are zero, in `positions` -1.
 
     Raises:
         ValueError, TypeError: for a wrong shape, dtype, stride or overlap, before anything is written.
@@ -175,8 +188,15 @@ def evict_(
 ) -> RaggedIndex:
     """`evict` in place: the kept rows of each segment move to rows `[0, n)` of its own buffer, the rest is untouched.
 
-    k, v and companions are written: they must be writeable and must not overlap, save that interleaved views of one
-    buffer may lie beside each other. Allocates indices only. All else is as in `evict`.
+    Allocates indices only. Arguments and errors are those of `evict`. k, v and companions are written: they must be
+    writeable, and no two of their elements may share memory, but interleaved views of one buffer may lie beside each
+    other.
+
+    Returns:
+        `RaggedIndex`: where the kept rows were, and how many there are.
+
+    Raises:
+        ValueError, TypeError: as `evict`, also for overlapping or read-only memory.
     """
     options = Options(sink, window, "packed", None, max_budget, 0, 1)
     names: list[str] = []
@@ -207,7 +227,14 @@ def select(
     align: int = 1,
     threads: int | None = None,
 ) -> RaggedIndex:
-    """The positions that `evict` would keep, without moving anything; arguments and errors as there."""
+    """The positions that `evict` would keep, without moving anything. Arguments and errors are those of `evict`.
+
+    Returns:
+        `RaggedIndex`: positions, lengths, cu_seqlens and max_length.
+
+    Raises:
+        ValueError, TypeError: as `evict`.
+    """
     options = Options(sink, window, layout, capacity, max_budget, reserve, align)
     try:
         request, max_length = make_request([], [], scores, cu_seqlens, budgets, lengths, starts, options, threads)
@@ -227,11 +254,15 @@ def gather(
 
     Args:
         arrays: dense `[B, H, L, ...]` or, with `cu_seqlens`, ragged `[T, ...]`; one L for all.
-        index: what `select` returned for these segments. A position that is not in the segment gives a row of zeros.
+        index: the result of `select` for these segments. A position outside the segment gives a row of zeros.
         cu_seqlens: int32 `[B * H + 1]` of ragged input.
+        threads: how many threads the call may use.
 
     Returns:
         One array for each: `[T', ...]` or, with a padded index, `[B, H, C, ...]`.
+
+    Raises:
+        ValueError, TypeError: for a wrong shape, dtype or stride.
     """
     names: list[str] = []
     try:
@@ -247,7 +278,7 @@ def gather(
         if cu_seqlens is not None:
             check_array(cu_seqlens, "cu_seqlens", read=True)
         batch, heads = index.lengths.shape
-        return _C.gather(moved, _C.Index(*parts), _C.Request(batch, heads, cu_seqlens, threads=thread_count(threads)))
+        return _C.gather(moved, _C.Index(*parts), batch, heads, cu_seqlens, thread_count(threads))
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("numpy.gather", error, names, given=locals())
 

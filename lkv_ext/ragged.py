@@ -52,7 +52,7 @@ class RaggedIndex:
         cu_seqlens: int32 `[B * H + 1]`: where the span of each segment begins. Without reserve or alignment these
             are the prefix sums of `lengths`.
         max_length: host bound of `lengths`.
-        overflow: int32 scalar on the device, rows cut for lack of span; None where all sizes were known on the host.
+        overflow: int32 scalar on the device, rows cut because they did not fit; None where the host knew all sizes.
     """
 
     positions: Tensor
@@ -74,11 +74,16 @@ class RaggedKV:
     `align` > 1 the buffers are also pools of single-head pages by view, `k.view(-1, align, 1, D)`, with `block_table`.
 
     Attributes:
-        k, v: `[T', D]`, `[T', Dv]` (packed) or `[B, H, C, D]`, `[B, H, C, Dv]` (padded); slack rows are zero. v is
-            None for caches of one tensor.
-        companions: what moved along, `[T', ...]` or `[B, H, C, ...]`; slack is zero.
-        positions, lengths, cu_seqlens, max_length, overflow: as in `RaggedIndex`.
-        reserve, align: how the spans were made.
+        k: `[T', D]` (packed) or `[B, H, C, D]` (padded); slack rows are zero.
+        v: `[T', Dv]` or `[B, H, C, Dv]`; None for caches of one tensor.
+        companions: the companions of the call, `[T', ...]` or `[B, H, C, ...]`; slack is zero.
+        positions: as in `RaggedIndex`.
+        lengths: as in `RaggedIndex`.
+        cu_seqlens: as in `RaggedIndex`.
+        max_length: as in `RaggedIndex`.
+        overflow: as in `RaggedIndex`.
+        reserve: slack rows that every span was given.
+        align: every span is a multiple of it.
     """
 
     k: Tensor

@@ -6,6 +6,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,15 +15,18 @@ from invariants import unwatched
 
 import lkv_ext
 import lkv_ext.numpy as lkv_numpy
+from lkv import reference
 from lkv_ext import RaggedCache
 from lkv_ext._common.kinds import SIGNATURES
+from lkv_ext._torch.library import ops
+from lkv_ext._torch.request import Arguments
 
 B, H, L, D = 2, 3, 8, 4
 
 
 @pytest.fixture(autouse=True)
 def _wrong_on_purpose() -> Iterator[None]:
-    """What a cache is told here is not true, or not what who watches it can read."""
+    """What a cache is given here is wrong on purpose, or nothing that the invariants can read."""
     with unwatched():
         yield
 
@@ -260,6 +264,57 @@ def test_a_tensor_of_each_name_is_known() -> None:
         if name in SIGNATURES:
             arguments = set(inspect.signature(function).parameters) - {"self"}
             assert arguments - {"path", "sinks"} <= SIGNATURES[name].keys(), name
+
+
+KIND_OF = {
+    "Ints | Plan": "integers",
+    "Ints": "integers",
+    "int": "count",
+    "str": "text",
+    "bool": "flag",
+    "Tensor": "array",
+    "np.ndarray": "array",
+    "Sequence[Tensor]": "arrays",
+    "Sequence[np.ndarray]": "arrays",
+    "RaggedKV": "RaggedKV",
+    "RaggedIndex": "RaggedIndex",
+}
+
+
+@pytest.mark.parametrize("module", [lkv_ext, lkv_numpy], ids=lambda module: module.__name__)
+def test_kinds_are_those_of_the_signatures(module: ModuleType) -> None:
+    """The table of kinds says of an argument what its annotation says, `None` included."""
+    for name in ("evict", "evict_", "select", "gather"):
+        for argument in inspect.signature(getattr(module, name)).parameters.values():
+            form = argument.annotation.removesuffix(" | None")
+            optional = "?" if form != argument.annotation else ""
+            assert SIGNATURES[name][argument.name] == KIND_OF[form] + optional, (name, argument.name)
+
+
+def test_defaults_are_the_same_everywhere() -> None:
+    """Of the public functions of torch and NumPy, and of the specification."""
+    functions = [lkv_ext.evict, lkv_ext.evict_, lkv_ext.evict_layers, lkv_ext.select]
+    functions += [lkv_numpy.evict, lkv_numpy.evict_, lkv_numpy.select, reference.evict, reference.evict_layers]
+    seen: dict[str, object] = {}
+    for function in functions:
+        for name, argument in inspect.signature(function).parameters.items():
+            if argument.default is not inspect.Parameter.empty:
+                assert argument.default == seen.setdefault(name, argument.default), (function.__qualname__, name)
+    assert {"lengths", "starts", "sink", "window", "layout", "capacity", "max_budget", "reserve", "align"} < seen.keys()
+
+
+def test_shared_arguments_of_the_ops() -> None:
+    """One table for all four ops, and for the request of the NumPy front end, which has no values on a device."""
+    for op in (ops.evict, ops.evict_out, ops.evict_):
+        given = [(a.name, a.default_value) for a in op.default._schema.arguments]
+        shared = [(a.name, a.default_value) for a in ops.select.default._schema.arguments[1:]]
+        assert given[-len(shared) :] == shared
+    assert (
+        Arguments._fields[:2] == ("budgets", "total") and len(Arguments._field_defaults) == len(Arguments._fields) - 2
+    )
+    on_host = [name for name in Arguments._fields if not name.endswith("_tensor") and name != "count_overflow"]
+    words = re.findall(r"(\w+): ", lkv_numpy._C.Request.__init__.__doc__.split("->")[0])
+    assert [word for word in words if word != "self"] == ["threads", *on_host]
 
 
 @pytest.mark.parametrize("op", [lkv_ext.evict, lkv_ext.evict_, lkv_numpy.evict, lkv_ext.evict_layers])

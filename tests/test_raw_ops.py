@@ -10,10 +10,10 @@ from torch import Tensor
 
 import lkv_ext
 from lkv_ext._torch.library import ops
+from lkv_ext._torch.request import Arguments
 
 B, H, L, D, T = 2, 3, 20, 4, 60
-SIZES = ("budgets", "total", "padded", "count_overflow", "cu_seqlens", "batch", "heads", "budgets_tensor", "lengths",
-         "lengths_tensor", "starts", "starts_tensor", "sink", "window", "max_budget", "reserve", "align")  # fmt: skip
+SIZES = Arguments._fields
 
 
 def offsets(count: int = B * H, step: int = 10) -> Tensor:

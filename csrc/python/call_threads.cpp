@@ -7,9 +7,9 @@
 
 namespace lkv::python {
 
-CallThreads::CallThreads(int64_t asked, int64_t bytes) {
+CallThreads::CallThreads(int64_t most, int64_t bytes) {
   constexpr int64_t kBytesPerThread = 1 << 20;
-  count_ = std::clamp<int64_t>(bytes / kBytesPerThread, 1, asked);
+  count_ = std::clamp<int64_t>(bytes / kBytesPerThread, 1, most);
 }
 
 void CallThreads::run(void* self, int64_t n, int64_t grain, cpu::Threads::Body body, void* context) {

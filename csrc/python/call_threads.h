@@ -6,12 +6,12 @@
 
 namespace lkv::python {
 
-// The threads of one call. They start when a kernel asks for them and are gone when it returns, so that nothing of them
+// The threads of one call. They start when a kernel needs them and end when it returns, so that none of them
 // survives a fork; starting one costs what moving some hundred kilobytes does, so small work stays on the caller's.
 class CallThreads {
  public:
-  // At most `asked` threads for a kernel that touches `bytes` of memory.
-  CallThreads(int64_t asked, int64_t bytes);
+  // At most `most` threads for a kernel that touches `bytes` of memory.
+  CallThreads(int64_t most, int64_t bytes);
 
   operator cpu::Threads() { return {run, this, count_}; }
 

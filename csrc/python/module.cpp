@@ -28,22 +28,22 @@ py::dict build_info() {
   return info;
 }
 
+#define LKV_TYPE(type, name, fallback) , lkv::python::type
+#define LKV_KEYWORD(type, name, fallback) , py::arg(#name) fallback
+
 void define_ops(py::module_& m) {
-  using Ints = std::vector<int64_t>;
+  constexpr std::nullopt_t None = std::nullopt;  // as the table has it
   py::class_<Request>(m, "Request")
-      .def(py::init<int64_t, int64_t, std::optional<py::array>, Ints, Ints, Ints, int64_t, int64_t, int64_t, int64_t,
-                    int64_t, int64_t, int64_t, int64_t>(),
-           py::arg("batch"), py::arg("heads"), py::arg("cu_seqlens"), py::kw_only(), py::arg("budgets") = Ints(),
-           py::arg("lengths") = Ints(), py::arg("starts") = Ints(), py::arg("sink") = 0, py::arg("window") = 0,
-           py::arg("total") = 0, py::arg("padded") = -1, py::arg("max_budget") = -1, py::arg("reserve") = 0,
-           py::arg("align") = 1, py::arg("threads") = 1);
+      .def(py::init<int64_t LKV_ARGUMENTS(LKV_TYPE, LKV_NOTHING)>(), py::kw_only(),
+           py::arg("threads") LKV_ARGUMENTS(LKV_KEYWORD, LKV_NOTHING));
   py::class_<Index>(m, "Index")
       .def(py::init<py::array, py::array, py::array>(), py::arg("positions"), py::arg("lengths"), py::arg("cu_seqlens"))
       .def_readonly("positions", &Index::positions)
       .def_readonly("lengths", &Index::lengths)
       .def_readonly("cu_seqlens", &Index::cu_seqlens);
   m.def("select", &lkv::python::select, py::arg("scores"), py::arg("request"));
-  m.def("gather", &lkv::python::gather, py::arg("arrays"), py::arg("index"), py::arg("request"));
+  m.def("gather", &lkv::python::gather, py::arg("arrays"), py::arg("index"), py::arg("batch"), py::arg("heads"),
+        py::arg("cu_seqlens"), py::arg("threads"));
   m.def("evict", &lkv::python::evict, py::arg("payload"), py::arg("scores"), py::arg("request"));
   m.def("evict_out", &lkv::python::evict_out, py::arg("out"), py::arg("index"), py::arg("payload"), py::arg("scores"),
         py::arg("request"));

@@ -95,8 +95,10 @@ Index select(const py::array& scores, const Request& request) {
   return index;
 }
 
-PyArrays gather(const PyArrays& arrays, const Index& index, const Request& request) {
-  host::Problem problem(view(arrays), {}, request.layout());
+PyArrays gather(const PyArrays& arrays, const Index& index, int64_t batch, int64_t heads,
+                const OptionalArray& cu_seqlens, int64_t threads) {
+  const auto offsets = cu_seqlens ? std::optional(view(*cu_seqlens)) : std::nullopt;
+  host::Problem problem(view(arrays), {}, {1, batch, heads, offsets});
   host::Sizes sizes{};
   sizes.padded = problem.check_index(view(index.positions), view(index.cu_seqlens));
   sizes.total = index.positions.size();
@@ -104,7 +106,7 @@ PyArrays gather(const PyArrays& arrays, const Index& index, const Request& reque
   const std::vector<char*> data = data_of(out);
   const host::IndexPointers rows = pointers(index);
   const py::gil_scoped_release released;
-  Run(problem, sizes, request.threads).gather(data, rows);
+  Run(problem, sizes, threads).gather(data, rows);
   return out;
 }
 

@@ -1,33 +1,57 @@
 #pragma once
 
-#include "launch.h"
+#include <utility>
 
-// The trailing arguments that select, evict, evict_out and evict_ have in common, in the order of the schema. A boxed
-// function must spell its parameters out, so they are written once here.
+#include "host/arguments.h"
+#include "tensors.h"
 
-// What a plain call does not give comes last and has a default: every argument that is passed costs time to parse, and
-// at decode time the call is what an eviction costs. Every count is a SymInt: torch.compile makes one graph for all
-// values of it, where an int has one for each.
-#define LKV_SIZE_SCHEMA                                                                                    \
-  "SymInt[] budgets, SymInt total, SymInt padded=-1, bool count_overflow=False, Tensor? cu_seqlens=None, " \
-  "SymInt batch=0, SymInt heads=0, Tensor? budgets_tensor=None, SymInt[]? lengths=None, "                  \
-  "Tensor? lengths_tensor=None, SymInt[]? starts=None, Tensor? starts_tensor=None, SymInt sink=0, "        \
-  "SymInt window=0, SymInt max_budget=-1, SymInt reserve=0, SymInt align=1"
+// The arguments that select, evict, evict_out and evict_ share, as the torch ops spell them. Every count is a SymInt:
+// torch.compile makes one graph for all values of it, where an int has one for each. A boxed function needs its
+// parameters one by one; it gathers them with LKV_GIVEN.
 
-#define LKV_SIZE_PARAMETERS                                                                                            \
-  std::vector<int64_t> budgets, int64_t total, int64_t padded, bool count_overflow, std::optional<Tensor> cu_seqlens,  \
-      int64_t batch, int64_t heads, std::optional<Tensor> budgets_tensor, std::optional<std::vector<int64_t>> lengths, \
-      std::optional<Tensor> lengths_tensor, std::optional<std::vector<int64_t>> starts,                                \
-      std::optional<Tensor> starts_tensor, int64_t sink, int64_t window, int64_t max_budget, int64_t reserve,          \
-      int64_t align
+namespace lkv::torch_ops {
 
-#define LKV_LAYOUT(layers)                 \
-  host::Layout {                           \
-    layers, batch, heads, view(cu_seqlens) \
+using Int = int64_t;
+using Flag = bool;
+using Ints = std::vector<int64_t>;
+using OptionalInts = std::optional<Ints>;
+using OptionalArray = std::optional<Tensor>;
+
+#define LKV_SCHEMA_OF_Int "SymInt"
+#define LKV_SCHEMA_OF_Flag "bool"
+#define LKV_SCHEMA_OF_Ints "SymInt[]"
+#define LKV_SCHEMA_OF_OptionalInts "SymInt[]?"
+#define LKV_SCHEMA_OF_OptionalArray "Tensor?"
+
+#define LKV_IN_SCHEMA(type, name, fallback) ", " LKV_SCHEMA_OF_##type " " #name #fallback
+#define LKV_PARAMETER(type, name, fallback) , type name
+#define LKV_FIELD(type, name, fallback) type name;
+#define LKV_VALUE(type, name, fallback) std::move(name),
+
+#define LKV_SCHEMA LKV_ARGUMENTS(LKV_IN_SCHEMA, LKV_IN_SCHEMA)
+#define LKV_PARAMETERS LKV_ARGUMENTS(LKV_PARAMETER, LKV_PARAMETER)
+
+struct Arguments {
+  LKV_ARGUMENTS(LKV_FIELD, LKV_FIELD)
+
+  host::Layout layout(size_t layers) const { return {static_cast<int64_t>(layers), batch, heads, view(cu_seqlens)}; }
+  // Takes the integers of the host.
+  host::Sizes take_sizes() {
+    return {.budgets = ints(std::move(budgets), budgets_tensor),
+            .lengths = ints(std::move(lengths), lengths_tensor),
+            .starts = ints(std::move(starts), starts_tensor),
+            .sink = sink,
+            .window = window,
+            .total = total,
+            .padded = padded,
+            .max_budget = max_budget,
+            .reserve = reserve,
+            .align = align};
+  }
+};
+#define LKV_GIVEN                       \
+  Arguments {                           \
+    LKV_ARGUMENTS(LKV_VALUE, LKV_VALUE) \
   }
 
-#define LKV_SIZES                                                                                       \
-  host::Sizes {                                                                                         \
-    ints(std::move(budgets), budgets_tensor), ints(std::move(lengths), lengths_tensor),                 \
-        ints(std::move(starts), starts_tensor), sink, window, total, padded, max_budget, reserve, align \
-  }
+}  // namespace lkv::torch_ops

@@ -15,14 +15,12 @@ Tensor attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, i
   Tensor out = empty({params.batch, params.queries, query_heads, params.dim_v}, view(q).dtype, q);
   const int64_t row = params.dim_v * view(q).itemsize;
   params.out = {data<char>(out), params.queries * query_heads * row, row, query_heads * row};
-#ifdef LKV_WITH_CUDA
   if (runs_cuda(view(q).device)) {
     const CudaScope scope(view(q).device);
     const Tensor scratch = empty_bytes(static_cast<int64_t>(cuda::attend_scratch(params)), q);
     scope.check(cuda::attend(params, scratch.data_ptr(), scope.stream()), "attend");
     return out;
   }
-#endif
   cpu::attend(params, torch_threads());
   return out;
 }

@@ -39,11 +39,7 @@ CudaScope::~CudaScope() {
 }
 
 void CudaScope::check(cuda::Status status, const char* kernel) const {
-#ifdef LKV_WITH_CUDA
   if (status != 0) host::fail("RuntimeError", "the CUDA launch of ", kernel, " failed: ", cuda::describe(status));
-#else
-  (void)status, (void)kernel;
-#endif
 }
 
 }  // namespace lkv::torch_ops

@@ -32,8 +32,9 @@ Tensors evict_new(const Tensors& payload, const Tensors& scores, const host::Siz
 
 }  // namespace
 
-Tensors evict(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
-  return evict_new(payload, scores, LKV_SIZES, LKV_LAYOUT(static_cast<int64_t>(scores.size())), count_overflow);
+Tensors evict(Tensors payload, Tensors scores LKV_PARAMETERS) {
+  Arguments given = LKV_GIVEN;
+  return evict_new(payload, scores, given.take_sizes(), given.layout(scores.size()), given.count_overflow);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> evict_plain(Tensor k, Tensor v, Tensor scores,
@@ -47,44 +48,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> evict_plain(Tensor k, Tensor 
   return {std::move(out[0]), std::move(out[1]), std::move(out[2]), std::move(out[3]), std::move(out[4])};
 }
 
-void evict_out(Tensors out, Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
-  const host::Sizes sizes = LKV_SIZES;
+void evict_out(Tensors out, Tensors payload, Tensors scores LKV_PARAMETERS) {
+  Arguments given = LKV_GIVEN;
+  const host::Sizes sizes = given.take_sizes();
   const host::Arrays sources = view(payload), ranking = view(scores), written = view(out);
-  host::Problem problem(sources, ranking, LKV_LAYOUT(static_cast<int64_t>(scores.size())));
+  host::Problem problem(sources, ranking, given.layout(scores.size()));
   problem.read_sizes(sizes);
   const size_t moved = problem.payloads.size();
-  host::check_value(out.size() == moved + (count_overflow ? 4 : 3), "expected ", moved + (count_overflow ? 4 : 3),
-                    " tensors in out", count_overflow ? ", overflow among them" : ", no overflow", ", got ",
-                    out.size());
+  host::check_value(out.size() == moved + (given.count_overflow ? 4 : 3), "expected ",
+                    moved + (given.count_overflow ? 4 : 3), " tensors in out",
+                    given.count_overflow ? ", overflow among them" : ", no overflow", ", got ", out.size());
   const host::Array* const index = written.data() + moved;
   host::check_outputs(problem, sizes,
                       {{written.begin(), written.begin() + moved},
                        index[0],
                        index[1],
                        index[2],
-                       count_overflow ? std::optional(index[3]) : std::nullopt},
+                       given.count_overflow ? std::optional(index[3]) : std::nullopt},
                       sources, ranking);
   for (size_t i = 0; i < out.size(); ++i) {
     constexpr const char* kIndex[] = {"out.positions", "out.lengths", "out.cu_seqlens", "out.overflow"};
     mark_written(out[i], i < moved ? host::Name("out", static_cast<int64_t>(i)) : kIndex[i - moved]);
   }
-  run(problem, sizes, out, count_overflow, true);
+  run(problem, sizes, out, given.count_overflow, true);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> evict_(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS) {
-  const host::Sizes sizes = LKV_SIZES;
+std::tuple<Tensor, Tensor, Tensor, Tensor> evict_(Tensors payload, Tensors scores LKV_PARAMETERS) {
+  Arguments given = LKV_GIVEN;
+  const host::Sizes sizes = given.take_sizes();
   const host::Arrays moved = view(payload), ranking = view(scores);
-  host::Problem problem(moved, ranking, LKV_LAYOUT(static_cast<int64_t>(scores.size())));
+  host::Problem problem(moved, ranking, given.layout(scores.size()));
   problem.read_sizes(sizes);
   host::check_in_place(problem, sizes, moved, ranking);
   mark_written(payload, "payload");
   Tensors index;
-  add_index(index, problem, sizes, scores[0], count_overflow);
-  const host::IndexPointers where = pointers(index.data(), count_overflow);
+  add_index(index, problem, sizes, scores[0], given.count_overflow);
+  const host::IndexPointers where = pointers(index.data(), given.count_overflow);
   Launch launch(problem, nullptr, scores[0], true);
   launch.select(sizes, where);
   launch.compact(where);
-  return {index[0], index[1], index[2], count_overflow ? index[3] : empty_int32({0}, scores[0])};
+  return {index[0], index[1], index[2], given.count_overflow ? index[3] : empty_int32({0}, scores[0])};
 }
 
 }  // namespace lkv::torch_ops

@@ -4,7 +4,7 @@ namespace lkv::torch_ops {
 
 namespace {
 
-[[maybe_unused]] int64_t round_up(int64_t n, int64_t to) {
+int64_t round_up(int64_t n, int64_t to) {
   return (n + to - 1) / to * to;
 }
 
@@ -20,7 +20,6 @@ Launch::Launch(host::Problem& problem, const Tensor* outputs, const Tensor& like
   for (size_t p = 0; outputs && p < problem.payloads.size(); ++p) targets.push_back(data<char>(outputs[p]));
   outputs_ = problem.tables.add(targets);
   tables_ = problem.tables.data();
-#ifdef LKV_WITH_CUDA
   if (!runs_cuda(problem.device)) return;
   cuda_.emplace(problem.device);
   const int64_t tables = static_cast<int64_t>(problem.tables.size());
@@ -31,28 +30,21 @@ Launch::Launch(host::Problem& problem, const Tensor* outputs, const Tensor& like
   tables_ = memory;
   ready_ = selects ? reinterpret_cast<uint32_t*>(memory + tables) : nullptr;
   scratch_ = memory + tables + flags;
-  if (!selects) cuda_->check(cuda::upload(upload(), cuda_->stream()), "upload");  // else with the spans
-#else
-  (void)like, (void)selects;
-#endif
+  if (!selects) cuda_->check(cuda::upload(upload(), cuda_->stream()), "upload");  // otherwise with the spans
 }
 
-#ifdef LKV_WITH_CUDA
 cuda::Upload Launch::upload() const {
   return {problem_.tables.data(), data<char>(*memory_), problem_.tables.size()};
 }
-#endif
 
 void Launch::select(const host::Sizes& sizes, const host::IndexPointers& out) {
   const host::Params params(problem_, tables_);
   const SelectParams select = params.select(sizes, out, nullptr);
   make_spans(params.spans(sizes, out, nullptr));
-#ifdef LKV_WITH_CUDA
   if (cuda_) {
     cuda_->check(cuda::select(select, problem_.longest, scratch_, cuda_->stream()), "select");
     return;
   }
-#endif
   cpu::select(select, torch_threads());
 }
 
@@ -61,37 +53,31 @@ void Launch::evict(const host::Sizes& sizes, const host::IndexPointers& out, boo
   const SelectParams select = params.select(sizes, out, ready_);
   const GatherParams gather = params.gather(outputs_, out.positions, out.cu_seqlens, sizes.total, ready_, warm);
   make_spans(params.spans(sizes, out, ready_));
-#ifdef LKV_WITH_CUDA
   if (cuda_) {
     int64_t bytes = 0;
     for (const host::Payload& payload : problem_.payloads) bytes += sizes.total * payload.row_bytes;
     cuda_->check(cuda::evict(select, gather, problem_.longest, bytes, scratch_, cuda_->stream()), "evict");
     return;
   }
-#endif
   cpu::evict(select, gather, torch_threads());
 }
 
 void Launch::gather(const int32_t* positions, const int32_t* cu_seqlens, int64_t total) {
   const GatherParams gather =
       host::Params(problem_, tables_).gather(outputs_, positions, cu_seqlens, total, nullptr, /*warm=*/false);
-#ifdef LKV_WITH_CUDA
   if (cuda_) {
     cuda_->check(cuda::gather(gather, /*behind_select=*/false, cuda_->stream()), "gather");
     return;
   }
-#endif
   cpu::gather(gather, torch_threads());
 }
 
 void Launch::compact(const host::IndexPointers& index) {
   const CompactParams compact = host::Params(problem_, tables_).compact(index);
-#ifdef LKV_WITH_CUDA
   if (cuda_) {
     cuda_->check(cuda::compact(compact, cuda_->stream()), "compact");
     return;
   }
-#endif
   cpu::compact(compact, torch_threads());
 }
 
@@ -100,22 +86,18 @@ AppendParams Launch::append_params(const host::IntTable& valid) const {
 }
 
 void Launch::append(const AppendParams& append) {
-#ifdef LKV_WITH_CUDA
   if (cuda_) {
     cuda_->check(cuda::append(append, cuda_->stream()), "append");
     return;
   }
-#endif
   cpu::append(append, torch_threads());
 }
 
 void Launch::make_spans(const SpansParams& spans) {
-#ifdef LKV_WITH_CUDA
   if (cuda_) {
     cuda_->check(cuda::spans(spans, upload(), cuda_->stream()), "spans");
     return;
   }
-#endif
   cpu::spans(spans);
 }
 

@@ -27,9 +27,7 @@ class Launch {
   void append(const AppendParams& append);
 
  private:
-#ifdef LKV_WITH_CUDA
   cuda::Upload upload() const;  // of the tables
-#endif
   void make_spans(const SpansParams& spans);
 
   const host::Problem& problem_;

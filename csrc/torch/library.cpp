@@ -3,15 +3,15 @@
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(lkv_ext, m) {
-  m.def("select(Tensor[] scores, " LKV_SIZE_SCHEMA ") -> Tensor[]");
-  m.def("evict(Tensor[] payload, Tensor[] scores, " LKV_SIZE_SCHEMA ") -> Tensor[]");
+  m.def("select(Tensor[] scores" LKV_SCHEMA ") -> Tensor[]");
+  m.def("evict(Tensor[] payload, Tensor[] scores" LKV_SCHEMA ") -> Tensor[]");
   // `evict` of what most calls give: every default costs its share of a tenth of a microsecond to box, every list more.
   m.def(
       "evict_plain(Tensor k, Tensor v, Tensor scores, SymInt[] budgets, SymInt total) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("evict_out(Tensor(a!)[] out, Tensor[] payload, Tensor[] scores, " LKV_SIZE_SCHEMA ") -> ()");
+  m.def("evict_out(Tensor(a!)[] out, Tensor[] payload, Tensor[] scores" LKV_SCHEMA ") -> ()");
   // Four tensors, not a list: torch.compile functionalizes no op that writes and returns a list.
-  m.def("evict_(Tensor(a!)[] payload, Tensor[] scores, " LKV_SIZE_SCHEMA ") -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("evict_(Tensor(a!)[] payload, Tensor[] scores" LKV_SCHEMA ") -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "gather(Tensor[] tensors, Tensor positions, Tensor cu_seqlens, int layers=1, "
       "Tensor? source_cu_seqlens=None, SymInt batch=0, SymInt heads=0) -> Tensor[]");

@@ -3,21 +3,22 @@
 #include <tuple>
 
 #include "arguments.h"
+#include "launch.h"
 
 // The ops of the library, one file each; library.cpp gives them their schemas.
 
 namespace lkv::torch_ops {
 
 // An index as ops return it: positions, lengths, cu_seqlens and, where it is counted, overflow.
-Tensors select(Tensors scores, LKV_SIZE_PARAMETERS);
+Tensors select(Tensors scores LKV_PARAMETERS);
 // The moved payload, then the index.
-Tensors evict(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS);
+Tensors evict(Tensors payload, Tensors scores LKV_PARAMETERS);
 // k, v, positions, lengths, cu_seqlens.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> evict_plain(Tensor k, Tensor v, Tensor scores,
                                                                std::vector<int64_t> budgets, int64_t total);
-void evict_out(Tensors out, Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS);
+void evict_out(Tensors out, Tensors payload, Tensors scores LKV_PARAMETERS);
 // An index; overflow has no element where it is not counted.
-std::tuple<Tensor, Tensor, Tensor, Tensor> evict_(Tensors payload, Tensors scores, LKV_SIZE_PARAMETERS);
+std::tuple<Tensor, Tensor, Tensor, Tensor> evict_(Tensors payload, Tensors scores LKV_PARAMETERS);
 Tensors gather(Tensors tensors, Tensor positions, Tensor cu_seqlens, int64_t layers,
                std::optional<Tensor> source_cu_seqlens, int64_t batch, int64_t heads);
 
@@ -31,7 +32,7 @@ Tensor attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, i
 std::tuple<Tensor, Tensor> soft_topk(Tensor scores, std::optional<Tensor> k, double k_value,
                                      std::optional<Tensor> temperature, double temperature_value,
                                      std::optional<Tensor> lengths, bool log);
-// Gradients of scores [..., n], k [...] and temperature [...]; without elements where they are not asked for.
+// Gradients of scores [..., n], k [...] and temperature [...]; without elements where they are not wanted.
 std::tuple<Tensor, Tensor, Tensor> soft_topk_backward(Tensor grad, Tensor mask, Tensor weights,
                                                       std::optional<Tensor> temperature, double temperature_value,
                                                       std::optional<Tensor> lengths, int64_t element, bool log,

@@ -10,13 +10,14 @@ void add_index(Tensors& list, const host::Problem& problem, const host::Sizes& s
   if (count_overflow) list.push_back(empty_int32({}, like));
 }
 
-Tensors select(Tensors scores, LKV_SIZE_PARAMETERS) {
-  const host::Sizes sizes = LKV_SIZES;
-  host::Problem problem({}, view(scores), LKV_LAYOUT(static_cast<int64_t>(scores.size())));
+Tensors select(Tensors scores LKV_PARAMETERS) {
+  Arguments given = LKV_GIVEN;
+  const host::Sizes sizes = given.take_sizes();
+  host::Problem problem({}, view(scores), given.layout(scores.size()));
   problem.read_sizes(sizes);
   Tensors index;
-  add_index(index, problem, sizes, scores[0], count_overflow);
-  Launch(problem, nullptr, scores[0], true).select(sizes, pointers(index.data(), count_overflow));
+  add_index(index, problem, sizes, scores[0], given.count_overflow);
+  Launch(problem, nullptr, scores[0], true).select(sizes, pointers(index.data(), given.count_overflow));
   return index;
 }
 

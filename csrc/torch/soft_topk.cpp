@@ -16,7 +16,7 @@ Shape leading_shape(const Tensor& t) {
   return Shape(t.sizes().begin(), t.sizes().end() - 1);
 }
 
-[[maybe_unused]] void check_cuda(const SoftRows& rows) {
+void check_cuda(const SoftRows& rows) {
   host::check_type(!rows.wide, "expected float32, float16 or bfloat16 on CUDA, got float64");
 }
 
@@ -44,14 +44,12 @@ std::tuple<Tensor, Tensor> soft_topk(Tensor scores, std::optional<Tensor> k, dou
   const Tensor weights = empty(leading_shape(scores), mask_dtype(p.rows.wide), scores);
   p.mask = mask.data_ptr();
   p.weights = weights.data_ptr();
-#ifdef LKV_WITH_CUDA
   if (runs_cuda(array.device)) {
     check_cuda(p.rows);
     const CudaScope scope(array.device);
     scope.check(cuda::soft_topk(p, scope.stream()), "soft_topk");
     return {mask, weights};
   }
-#endif
   cpu::soft_topk(p, torch_threads());
   return {mask, weights};
 }
@@ -86,14 +84,12 @@ std::tuple<Tensor, Tensor, Tensor> soft_topk_backward(Tensor grad, Tensor mask, 
   p.grad_scores = to_scores ? grad_scores.data_ptr() : nullptr;
   p.grad_k = grad_k.data_ptr();
   p.grad_temperature = to_temperature ? grad_temperature.data_ptr() : nullptr;
-#ifdef LKV_WITH_CUDA
   if (runs_cuda(array.device)) {
     check_cuda(p.rows);
     const CudaScope scope(array.device);
     scope.check(cuda::soft_topk_grad(p, scope.stream()), "soft_topk_backward");
     return {grad_scores, grad_k, grad_temperature};
   }
-#endif
   cpu::soft_topk_grad(p, torch_threads());
   return {grad_scores, grad_k, grad_temperature};
 }

@@ -68,8 +68,8 @@ host::Arrays view(const Tensors& list) {
   return arrays;
 }
 
-host::Ints ints(std::optional<std::vector<int64_t>> held, const std::optional<Tensor>& tensor) {
-  return {held ? std::move(*held) : std::vector<int64_t>(), view(tensor)};
+host::Ints ints(std::optional<std::vector<int64_t>> values, const std::optional<Tensor>& tensor) {
+  return {values ? std::move(*values) : std::vector<int64_t>(), view(tensor)};
 }
 
 void mark_written(const Tensor& written, const host::Name& name) {

@@ -18,7 +18,7 @@ using Tensors = std::vector<Tensor>;
 host::Array view(const Tensor& t);
 std::optional<host::Array> view(const std::optional<Tensor>& t);
 host::Arrays view(const Tensors& list);
-host::Ints ints(std::optional<std::vector<int64_t>> held, const std::optional<Tensor>& tensor);
+host::Ints ints(std::optional<std::vector<int64_t>> values, const std::optional<Tensor>& tensor);
 
 // For what an op is about to write: its version counters go up, so that autograd knows of a value that it saved for a
 // backward pass and that is gone. Refuses what no op may write in place. `name` is of a list, or of one tensor.

@@ -1,4 +1,4 @@
-"""Errors of the ops under their public names.
+"""Errors of the ops, with public names.
 
 C++ exceptions cross the stable ABI as RuntimeError with the Python type at the start of the message. Nothing here runs
 unless an op has failed.
@@ -25,12 +25,14 @@ def reraise(
     out: Sequence[str] = (),
     given: Mapping[str, object] | None = None,
 ) -> NoReturn:
-    """Raises what an op meant: its type and the public function `op`.
+    """Raises an error of an op with its Python type, the public function `op` and the names of its arguments.
 
-    For payload[i] it says `names[i]`; for out[i] the attribute `out[i]`, or else `names[i]`, of out. `given`: the
-    arguments of the call, by name; where one is of another kind than it should be, the error says so.
+    Args:
+        names: for `payload[i]` in the message.
+        out: attributes of the argument `out` for `out[i]`; default: `names`.
+        given: the arguments of the call, by name: one of a wrong kind is named.
     """
-    text = _PREFIX.sub("", str(error))  # of a public function that another one calls
+    text = _PREFIX.sub("", str(error))  # another public function was called
     wrong = fault(op, given or {})
     if wrong is not None and not ("expected " in text and re.search(rf"\b{wrong[0]}\b", text)):
         raise TypeError(f"lkv_ext.{op}: {wrong[1]}") from None

@@ -1,4 +1,4 @@
-"""What kind each argument of the public functions is; asked only once a call has failed, to name the one at fault.
+"""The kind of each argument of the public functions. Used once a call has failed, to name the argument at fault.
 
 Imports neither torch nor NumPy.
 """
@@ -48,13 +48,13 @@ SIGNATURES: dict[str, dict[str, str]] = {
     "RaggedCache.load": dict(device="device"),
 }
 
-# Of what evict, select and their relatives return.
+# The fields of what evict, select and their relatives return.
 FIELDS = dict(k="array", v="array?", companions="arrays", positions="array", lengths="array", cu_seqlens="array")
 FIELDS |= dict(max_length="rows", overflow="array?")
 
 
 def described(value: object) -> str:
-    """In one short line."""
+    """A value in one short line, for a message."""
     if _is_tensor(value):
         trouble = _trouble(value)
         shape = "" if trouble == "nested" else f" of shape {list(value.shape)}"
@@ -163,7 +163,7 @@ def is_of(kind: str, value: object) -> bool:
 
 
 def fault(op: str, given: Mapping[str, object]) -> tuple[str, str] | None:
-    """Of the arguments of `op`, the first that is not what it should be, and how to say so; None: all are."""
+    """The first argument of `op` that is of a wrong kind, with the message for it; None: there is none."""
     word = "array" if op.startswith("numpy.") else "tensor"
     for name, kind in SIGNATURES.get(op.removeprefix("numpy."), {}).items():
         if name not in given:
@@ -187,7 +187,7 @@ def _misfit(name: str, value: object, kind: str, word: str) -> tuple[str, str] |
 
 
 def guess(given: Mapping[str, object] | None) -> str:
-    """What may have been meant where scores do not fit k: the axes of tokens and heads are easily confused."""
+    """A hint where scores do not fit k: the axes of tokens and heads are easily confused."""
     if not given or given.get("cu_seqlens") is not None:
         return ""
     for k, first in (("k", lambda x: x), ("ks", lambda x: x[0])):

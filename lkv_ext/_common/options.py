@@ -1,4 +1,4 @@
-"""What the torch ops and the NumPy front end ask of their arguments alike. Imports neither."""
+"""The checks of arguments that the torch ops and the NumPy front end share. Imports neither torch nor NumPy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST = 2**31 - 1  # rows and positions are int32
 
 
 class Options(NamedTuple):
-    """What is kept and how the output is laid out: the keyword arguments that select and evict share."""
+    """The protected rows and the layout of the output: keyword arguments that select and evict share."""
 
     sink: int
     window: int
@@ -27,12 +27,12 @@ class Options(NamedTuple):
 
 
 def index(value: object) -> int:
-    """`operator.index`, save that a symbolic size stays one: torch would make it the number of this trace."""
+    """`operator.index`, but a symbolic size stays symbolic, where torch would make it the number of this trace."""
     return value if type(value).__name__ == "SymInt" else operator.index(value)
 
 
 def integer(value: object, name: str) -> int:
-    """An int, or a NumPy scalar or tensor of one; a bool is none, as it is most likely another argument's."""
+    """An int, or a NumPy scalar or tensor of one; a bool is refused, as it was most likely meant for another one."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     try:
@@ -52,7 +52,7 @@ def whole(value: object, name: str, *, least: int = 0) -> int:
 
 
 def check_options(options: Options) -> Options:
-    """Raises unless they are what they should be. Returns them as ints; what only bounds rows, in 64 bits."""
+    """The options as ints, bounds of rows cut to 64 bits. Raises ValueError or TypeError for a wrong one."""
     layout = options.layout
     sink, window, reserve, align = (integer(getattr(options, x), x) for x in ("sink", "window", "reserve", "align"))
     capacity, max_budget = (
@@ -73,7 +73,7 @@ def check_options(options: Options) -> Options:
 
 
 def bounded(value: int | None) -> int | None:
-    """In 64 bits: any more rows are no more rows than that."""
+    """Cut to 64 bits, which no number of rows exceeds."""
     if value is None or -(2**63) <= value < 2**63:
         return value
     return 2**63 - 1 if value > 0 else -(2**63)
@@ -88,7 +88,7 @@ def integer_shapes(segments: Segments) -> tuple[Shapes, Shapes]:
 
 
 def flatten(values: Sequence, name: str, *, trusted: bool = False) -> tuple[list[int], tuple[int, ...]]:
-    """Integers of nested sequences or a NumPy array, and their shape. `trusted`: taken as they are (a tracer's)."""
+    """Integers of nested sequences or a NumPy array, and their shape. `trusted`: not checked, as a tracer's."""
     if hasattr(values, "ravel"):  # NumPy
         if "bool" in str(values.dtype):
             raise TypeError(f"expected {name} of integers, got {values.dtype}")
@@ -121,7 +121,7 @@ def host_ints(values: int | Sequence, name: str, shapes: Shapes, *, trusted: boo
 
 
 def is_one_of(shape: Sequence[int], shapes: Shapes) -> bool:
-    """`shape in shapes`, said so that torch.compile compares symbolic sizes with numbers."""
+    """`shape in shapes`, in a form in which torch.compile compares symbolic sizes with numbers."""
     return shape in shapes or any(
         [len(shape) == len(other) and all([a == b for a, b in zip(shape, other, strict=True)]) for other in shapes]
     )
@@ -146,7 +146,7 @@ def shape_of(values: object) -> tuple[int, ...]:
 
 
 def ragged_heads(count: int, of_budgets: tuple[int, ...], of_lengths: tuple[int, ...]) -> tuple[int, int]:
-    """B and H of ragged rows, which have none of their own: from the shapes of budgets and lengths, else B = 1."""
+    """B and H of ragged rows, which have none of their own: from the shapes of budgets and lengths, otherwise B = 1."""
     if len(of_lengths) == 2 or len(of_budgets) == 2:
         batch, heads = of_lengths if len(of_lengths) == 2 else of_budgets
     elif of_lengths:

@@ -1,7 +1,8 @@
 """How many rows an output has.
 
-The only place that sizes an output: the ops are told, so that their fake kernels are trivial. Plain Python over ints,
-which serves NumPy as well and traces under torch.compile (`min` and `max` become symbolic, nothing is guarded on).
+The only place that sizes an output: the ops get the sizes as arguments, so that their fake kernels are trivial. Plain
+Python over ints, which serves NumPy as well and traces under torch.compile: `min` and `max` become symbolic, without
+guards.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class Segments(NamedTuple):
     heads: int
     limits: Sequence[int]  # one for all or one per segment
     shared: bool = False  # ragged input of unknown offsets: the one limit is T, which all segments share
-    stacked: bool = False  # the caller's integers have a layer axis, be it of one layer
+    stacked: bool = False  # the caller's integers have a layer axis, even for one layer
 
     @property
     def count(self) -> int:
@@ -64,7 +65,7 @@ class Output(NamedTuple):
 
 
 def span(rows: int, reserve: int, align: int) -> int:
-    """Rows set aside for a head that keeps `rows`."""
+    """Rows of the span of a head that keeps `rows`."""
     return (rows + reserve + align - 1) // align * align
 
 

@@ -1,4 +1,4 @@
-"""Attention over rows of which every (sequence, KV head) has a number of its own."""
+"""Attention over rows of which every (sequence, KV head) has its own number."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def attend(
     sinks: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Softmax attention of `q` over the rows that every (sequence, KV head) has.
+    """Softmax attention of `q` over the rows of each (sequence, KV head).
 
     Args:
         q: `[B, Hq, n, D]`, float32, float16 or bfloat16, any strides with contiguous rows; Hq is a multiple of H, and
             query heads `[h * Hq / H, (h + 1) * Hq / H)` read KV head h. Under autocast q is cast first.
-        cache: a `RaggedCache`, or packed `RaggedKV` of one layer; K and V float32, float16 or bfloat16, each of its
-            own. Rows are read as they are and summed in float32: what is cast is never the cache.
+        cache: a `RaggedCache`, or packed `RaggedKV` of one layer; K and V float32, float16 or bfloat16, not
+            necessarily the same. Rows are read as they are and summed in float32: the cache is never cast.
         causal: the last n rows of every head are those of the n queries themselves, and query i sees all rows but the
             last n - 1 - i. False: every query sees every row.
         scale: of the logits, default `D ** -0.5`.
@@ -44,8 +44,8 @@ def attend(
             FlashAttention 3; "flash_attn_2": FlashAttention 2, for rows without reserve or with an `align` that is a
             multiple of 256; "torch": `torch.nn.attention.varlen`, from torch 2.13; "flashinfer": in pages of `align`
             rows, synchronises. Default: on CUDA the first of flash_attn, flash_attn_2 and torch that is there and fits
-            (one 16-bit dtype, Dv = D, no softcap save in flash_attn_2), else lkv. flashinfer knows no sinks; the others
-            give the logarithm of the denominator, by which their result is corrected.
+            (one 16-bit dtype, Dv = D, softcap in flash_attn_2 only), otherwise lkv. flashinfer has no sinks; the others
+            return the logarithm of the denominator, by which their result is corrected.
 
     Returns:
         `[B, Hq, n, Dv]` of q's dtype, or of autocast's; its memory is `[B, n, Hq, Dv]`. A query that sees no row gets
@@ -53,7 +53,7 @@ def attend(
 
     Raises:
         ValueError, TypeError: for a wrong shape, dtype or device, where a gradient is required (there is none), and
-            for a backend that is not there or does not fit.
+            for a backend that is not installed or does not fit.
     """
     try:
         if not isinstance(q, Tensor) or q.dim() != 4:

@@ -1,7 +1,7 @@
 """Kernels of other libraries for `attend`: every (sequence, KV head) is a sequence of one KV head to them.
 
-Of these, torch's own runs in the GPU suite; the others are checked against stand-ins of the same signature that compute
-the reference. Signatures: flash_attn_interface of FlashAttention 3, flash_attn 2.8, flashinfer 0.7.
+torch's own runs in the GPU suite; the others are checked against stand-ins of the same signature that compute the
+reference. Signatures: flash_attn_interface of FlashAttention 3, flash_attn 2.8, flashinfer 0.7.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from lkv_ext.ragged import PackedRows
 
 HALF = (torch.float16, torch.bfloat16)
 PAGE = 256  # pages of FlashAttention 2 are multiples of it
-WORKSPACE = 128 * 2**20  # bytes that FlashInfer asks for
+WORKSPACE = 128 * 2**20  # bytes of FlashInfer's workspace
 
 
 @dataclass(frozen=True)
 class Call:
-    """What `attend` was asked, and the queries in the form of these libraries.
+    """One call of `attend`, with the queries in the form of these libraries.
 
     Attributes:
         queries: `[R * n, group, D]`, R = B * H.
@@ -60,7 +60,7 @@ class Call:
 
     @property
     def is_tight(self) -> bool:
-        """Whether spans are known to be as long as what is in them."""
+        """Whether spans are known to have no slack."""
         return getattr(self.cache, "reserve", None) == 0 and self.align == 1
 
     def pages(self) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ class Backend:
     Attributes:
         load: the function that reads, or None where the library is not installed or too old.
         lacks: what a call must be that this one is not; None: it fits.
-        by_default: whether it is used without being asked for.
+        by_default: whether it may be chosen where the caller names no backend.
     """
 
     load: Callable[[], Callable[[Call], Tensor] | None]
@@ -130,10 +130,10 @@ def _flash_attn_3() -> Callable[[Call], Tensor] | None:
     if module is None:
         return None
     # Older versions always return lse.
-    asks = "return_attn_probs" in inspect.signature(module.flash_attn_varlen_func).parameters
+    has_option = "return_attn_probs" in inspect.signature(module.flash_attn_varlen_func).parameters
 
     def read(call: Call) -> Tensor:
-        cache, options = call.cache, {} if call.sinks is None or not asks else dict(return_attn_probs=True)
+        cache, options = call.cache, {} if call.sinks is None or not has_option else dict(return_attn_probs=True)
         result = module.flash_attn_varlen_func(
             call.queries,
             cache.k[:, None],
@@ -159,7 +159,7 @@ def _flash_attn_2() -> Callable[[Call], Tensor] | None:
         return None
 
     def read(call: Call) -> Tensor:
-        """It knows no spans with slack save in pages."""
+        """Spans with slack are read as pages, which is the only form that it has for them."""
         cache, options = call.cache, dict(softmax_scale=call.scale, causal=call.causal, softcap=call.softcap or 0.0)
         if call.is_tight:
             k, v = cache.k[:, None], cache.v[:, None]
@@ -169,9 +169,9 @@ def _flash_attn_2() -> Callable[[Call], Tensor] | None:
             return call.finish(module.flash_attn_varlen_func(call.queries, k, v, *sizes, **options))
         if call.sinks is not None:
             options["return_softmax_lse"] = True
-        spans = dict(cache_seqlens=call.lengths, block_table=cache.block_table)
+        paged = dict(cache_seqlens=call.lengths, block_table=cache.block_table)
         queries = call.queries.unflatten(0, (-1, call.n))
-        return call.finish(module.flash_attn_with_kvcache(queries, *call.pages(), **spans, **options))
+        return call.finish(module.flash_attn_with_kvcache(queries, *call.pages(), **paged, **options))
 
     return read
 
@@ -204,7 +204,7 @@ def _flashinfer() -> Callable[[Call], Tensor] | None:
     module = _import("flashinfer")
     if module is None:
         return None
-    local = threading.local()  # its wrappers hold the plan of a call between plan and run
+    local = threading.local()  # its wrappers keep state between plan and run
 
     def wrapper(device: torch.device) -> object:
         made = vars(local).setdefault("made", {})

@@ -19,7 +19,13 @@ SCORES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Blend:
-    """Budgets are drawn towards uniform: `(1 - alpha) * winners + alpha * mean` for every head (Ada-KV's safeguard)."""
+    """A floor of `budgets_from_scores`: `(1 - alpha) * won + alpha * mean` for every head (Ada-KV's safeguard).
+
+    Attributes:
+        alpha: in [0, 1]; 1: every head gets the mean.
+
+    Source: Ada-KV, arXiv 2407.11550.
+    """
 
     alpha: float
 
@@ -34,7 +40,13 @@ class Blend:
 
 @dataclass(frozen=True)
 class Minimum:
-    """Every head keeps its best `rows`, protected ones counted, before the heads compete (kvpress's AdaKVPress)."""
+    """A floor of `budgets_from_scores`: every head keeps its best rows before the heads compete.
+
+    Attributes:
+        rows: at least 0; protected rows count.
+
+    Source: AdaKVPress of kvpress.
+    """
 
     rows: int
 
@@ -56,25 +68,27 @@ def budgets_from_shares(
     floor: int = 0,
     cap: int | None = None,
 ) -> Tensor:
-    """Whole budgets from real shares, such as the head budgets that LKV-H learns.
+    """Integer budgets from fractional shares, such as the head budgets that LKV-H learns.
 
-    Head i gets `clamp(t * share_i, floor, min(cap, length_i))` with the one t that spends the total: what a full head
-    cannot take is poured over the others. Fractions are settled by largest remainder, ties to the lower index.
+    Head i gets `clamp(t * share_i, floor, min(cap, length_i))` with the one t that spends the total: the other heads
+    share what a full head cannot take. Fractions are settled by largest remainder, ties to the lower index.
 
     Args:
         shares: non-negative, any shape, on any device; only their ratios matter. Heads of share 0 get rows beyond the
             floor only after all others are full.
-        total: rows of all heads together; or
+        total: rows of all heads together. Exactly one of `total` and `retention` is given.
         retention: fraction of all tokens in [0, 1]: the total is `round(retention * sum(lengths))`.
         lengths: tokens of each head: an int or integers that broadcast to the shape of `shares`.
-        floor, cap: fewest and most rows of a head; a head shorter than the floor keeps what it has.
+        floor: fewest rows of a head; a head shorter than that keeps what it has.
+        cap: most rows of a head; default: no cap.
 
     Returns:
-        int64 of the shape of `shares`, on the host. They sum to the total, or to all rows that `cap` and `lengths` let
-        there be if that is less.
+        int64 of the shape of `shares`, on the host. They sum to the total, or to all rows that `cap` and `lengths`
+        allow if that is less.
 
     Raises:
         ValueError: for negative or non-finite shares, both or neither of total and retention, a total below the floors.
+        TypeError: for an argument of another kind.
     """
     try:
         return _from_shares(shares, total, retention, lengths, floor, cap)
@@ -139,7 +153,8 @@ def apportion(weights: Tensor, total: Tensor, lower: Tensor, upper: Tensor) -> T
     Args:
         weights: float64 `[R, n]`, non-negative.
         total: int64 `[R]`.
-        lower, upper: int64 `[R, n]`, lower <= upper.
+        lower: int64 `[R, n]`.
+        upper: int64 `[R, n]`, at least `lower`.
     """
     if weights.shape[1] == 0:
         return lower.clone()
@@ -190,8 +205,10 @@ def budgets_from_scores(
             every layer has this total to itself.
         across: "heads" of a layer compete, or those of all "layers".
         floor: None, `Blend(alpha)` or `Minimum(rows)`.
-        lengths, starts: `[B]` or `[B, H]`, as in `evict`, the same for all layers; or `[N, B, H]`.
-        sink, window: as in `evict`.
+        lengths: `[B]` or `[B, H]`, as in `evict`, the same for all layers; or `[N, B, H]`.
+        starts: as `lengths`.
+        sink: as in `evict`.
+        window: as in `evict`.
 
     Returns:
         int64 `[B, H]`, for a list of layers `[N, B, H]`, on the device of the scores, no synchronisation. A sequence's
@@ -323,7 +340,7 @@ def _best(scores: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
     """
     rows, width = scores.shape
     lost = scores.isnan()
-    # What takes no part ranks with NaN, below everything else; so real NaNs are counted out by hand, in order.
+    # Entries outside the mask rank with NaN, below all others; so NaNs inside it are counted by hand, in order.
     ranked = torch.where(mask, scores, torch.nan)[:, None]
     positions = select(ranked, keep[:, None], layout="padded", capacity=width).positions[:, 0].long()
     taken = torch.zeros(rows, width + 1, dtype=torch.bool, device=scores.device)

@@ -40,31 +40,36 @@ def evict(
 ) -> RaggedKV:
     """Keeps the `budgets` best rows of every (sequence, KV head) and moves their K and V together.
 
-    Of each segment, with `n = clamp(budget, 0, length)`, the first `min(sink, n)` and last `min(window, rest)` valid
+    In each segment, with `n = clamp(budget, 0, length)`, the first `min(sink, n)` and last `min(window, rest)` valid
     tokens are kept, and of those between the best by score, ties to the lower position; NaN ranks below -inf, -0 equals
     +0. Kept rows come out in ascending position, bitwise equal to their sources. The result of a segment depends on
     nothing else: not on its neighbours, strides, threads, the device or the run.
 
     Args:
-        k, v: dense `[B, H, L, D]` and `[B, H, L, Dv]`, any strides with contiguous rows (a transposed `[B, L, H, D]`
-            is not copied); or ragged `[T, D]` and `[T, Dv]` with `cu_seqlens`. Any dtype: rows move as bytes. H counts
-            KV heads. `v` is None for caches of one tensor.
+        k: dense `[B, H, L, D]`, any strides with contiguous rows (a transposed `[B, L, H, D]` is not copied); or ragged
+            `[T, D]` with `cu_seqlens`. Any dtype: rows move as bytes. H counts KV heads.
+        v: `[B, H, L, Dv]` or `[T, Dv]`, as `k`; None for caches of one tensor.
         scores: `[B, H, L]` or, ragged, `[T]`, float32, float16 or bfloat16, any strides; higher is kept.
         budgets: rows to keep per head: an int, a sequence or an integer tensor `[H]` or `[B, H]`, on the host or on the
             device, or a `plan`.
-        lengths, starts: `[B]` or `[B, H]`, host or device: the valid range `[starts, starts + lengths)` of each segment
-            of dense input (padding on either side); of ragged input `lengths` alone, rows in use of each span.
-        cu_seqlens: int32 `[B * H + 1]` of ragged input: where each segment begins. What `evict` returned goes in again.
-        sink, window: the first `sink` and last `window` valid tokens are kept before any other, inside the budget.
+        lengths: valid rows of each segment, `[B]` or `[B, H]`, host or device; of ragged input the rows in use of each
+            span. Default: all.
+        starts: where the valid range `[starts, starts + lengths)` of a dense segment begins, `[B]` or `[B, H]`, host or
+            device, so that padding may lie on either side. Default: 0.
+        cu_seqlens: int32 `[B * H + 1]` of ragged input: where the span of each segment begins. The result of an earlier
+            `evict` is such input.
+        sink: the first `sink` valid tokens are kept before any other, inside the budget.
+        window: the last `window` valid tokens are kept before any but those of `sink`, inside the budget.
         layout: "packed", rows of all heads after each other in (b, h) order, `[T', D]`; or "padded", `[B, H, C, D]`.
         capacity: upper bound of T' (packed) or C (padded). With budgets in a device tensor it is the size; without
             it and without `max_budget` such a call synchronises once to read them, and raises ValueError under
             torch.compile or CUDA-graph capture. Heads that do not fit are cut, see `overflow`.
         max_budget: upper bound for any one head.
-        reserve, align: every span is its rows plus `reserve`, rounded up to `align`: later tokens append in place, and
-            with `align` = page size the buffers are paged pools by view, see `RaggedKV.block_table`.
+        reserve: slack rows behind every head's rows, so that later tokens append in place.
+        align: every span is its rows plus `reserve`, rounded up to `align`. With the page size the buffers are paged
+            pools by view, see `RaggedKV.block_table`.
         companions: tensors `[B, H, L, ...]` (ragged `[T, ...]`) of any dtype that move by the same positions.
-        out: what an earlier call of the same sizes returned: its memory is overwritten and it is returned again.
+        out: the result of an earlier call of the same sizes: its memory is overwritten and it is returned again.
 
     Returns:
         The kept rows as `RaggedKV`. Slack rows are zero, in `positions` -1.
@@ -72,9 +77,9 @@ def evict(
     Raises:
         ValueError, TypeError: for a wrong shape, device, dtype, stride or overlap, before anything is written.
 
-    Gradients and tangents flow through k, v and companions where they are required; then this is `select` followed by
-    `gather`. What is written to (`out`) must require none.
-    CPU tensors count as host values, save under torch.compile, which cannot read them.
+    Gradients and tangents flow through k, v and companions where these require them; the call is then `select` and
+    `gather`. `out` must require none. CPU tensors count as host values, except under torch.compile, which cannot read
+    them.
     """
     options = (sink, window, layout, capacity, max_budget, reserve, align)
     try:
@@ -111,13 +116,21 @@ def evict_layers(
     """`evict` for all layers of a model at once: one call, one joint buffer.
 
     Args:
-        ks, vs: one dense tensor per layer, `[B, H, L, D]` and `[B, H, L, Dv]`; L and the strides may differ.
+        ks: one dense tensor `[B, H, L, D]` per layer; L and the strides may differ.
+        vs: one dense tensor `[B, H, L, Dv]` per layer, or None.
         scores: one tensor `[B, H, L]` per layer, or `[N, B, H, L]`.
         budgets: an int, `[N, H]` or `[N, B, H]`.
-        lengths, starts: `[B]`, `[B, H]` or `[N, B, H]`.
+        lengths: `[B]`, `[B, H]` or `[N, B, H]`.
+        starts: `[B]`, `[B, H]` or `[N, B, H]`.
+        sink: as in `evict`.
+        window: as in `evict`.
+        layout: as in `evict`.
+        capacity: upper bound of T' or C of the joint output.
+        max_budget: as in `evict`.
+        reserve: as in `evict`.
+        align: as in `evict`.
         companions: for every companion one tensor `[B, H, L, ...]` per layer.
-
-    All else is as in `evict`; capacity, T' and C are those of the joint output.
+        out: as in `evict`.
 
     Returns:
         `RaggedKV` of all layers, segments in (layer, b, h) order, `lengths` `[N, B, H]`; `out.layer(i)` is a view.
@@ -183,17 +196,25 @@ def evict_(
 ) -> RaggedIndex:
     """`evict` in place: the kept rows of each segment move to the front of its own buffer.
 
-    Rows `[0, n)` of every (sequence, head) hold what `evict` would return, whatever `starts` was; the rest of k, v and
-    companions is untouched. Allocates indices only, nothing of the size of K or V.
+    Rows `[0, n)` of every (sequence, head) become those that `evict` would return, whatever `starts` was; the rest of
+    k, v and companions is untouched. Allocates indices only, nothing of the size of K or V.
 
     Args:
-        k, v, companions: written. Their memory must not overlap, save that interleaved views of one storage may lie
-            beside each other.
-
-    All else is as in `evict`.
+        k: as in `evict`; written. No two elements of what is written may share memory, but interleaved views of one
+            storage may lie beside each other.
+        v: as in `evict`; written.
+        scores: as in `evict`.
+        budgets: as in `evict`.
+        lengths: as in `evict`.
+        starts: as in `evict`.
+        cu_seqlens: as in `evict`.
+        sink: as in `evict`.
+        window: as in `evict`.
+        max_budget: as in `evict`.
+        companions: as in `evict`; written.
 
     Returns:
-        `RaggedIndex`: where the kept rows were, how many there are.
+        `RaggedIndex`: where the kept rows were, and how many there are.
 
     Raises:
         ValueError, TypeError: as `evict`, also for overlapping memory and where a gradient is required.

@@ -51,10 +51,13 @@ def plan(budgets: Ints, lengths: Ints | None = None, *, device: torch.device | s
     Args:
         budgets: rows to keep per head: an int, a sequence or a tensor of integers `[H]` or `[B, H]`.
         lengths: valid rows, `[B]` or `[B, H]`; default: all.
-        device: where the kernels will run; default: the current default device.
+        device: where the kernels will run; default: torch's default device.
+
+    Returns:
+        A plan, with both copies.
 
     Raises:
-        TypeError: where something is not an integer.
+        TypeError: where a value is not an integer.
         ValueError: for a tensor that is traced or fake, which has no values to copy.
     """
     try:
@@ -83,7 +86,7 @@ def _both(values: Ints, name: str, device: torch.device) -> tuple[list[int], Ten
 
 
 def device_of(device: torch.device | str | int | None) -> torch.device | None:
-    """The device, or None; an error that names the argument for what is none."""
+    """The device, or None; raises an error that names the argument where it is not one."""
     if device is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What an op asks of the mode that it is called in: tracing, no_grad or inference_mode, of which some come in turns."""
+"""The modes that an op may be called in: tracing, no_grad and inference_mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ P, T = ParamSpec("P"), TypeVar("T")
 
 
 def keeps_tensors(method: Callable[P, T]) -> Callable[P, T]:
-    """Without gradients, and outside of inference mode: a tensor made within can never be written to without."""
+    """Runs a method without gradients and outside of inference mode, whose tensors cannot be written to later."""
 
     @wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -26,13 +26,13 @@ def keeps_tensors(method: Callable[P, T]) -> Callable[P, T]:
 
 def plain(tensor: Tensor) -> Tensor:
     """The tensor, or a copy that may be written to anywhere if it was made in inference mode."""
-    if torch.compiler.is_compiling():  # which cannot tell: a write outside of inference mode would be refused then
+    if torch.compiler.is_compiling():  # is_inference is not known there; a later write outside of inference mode raises
         return tensor
     return tensor.clone() if tensor.is_inference() else tensor
 
 
 def traced(tensor: Tensor) -> bool:
-    """Whether the values of a tensor are not to be read: none are there, or they would become constants of a graph."""
+    """Whether the values of a tensor must not be read: it has none, or they would become constants of a graph."""
     if torch.compiler.is_compiling():
         return True
     if torch._C._len_torch_dispatch_stack() and import_module("torch.fx.experimental.proxy_tensor").get_proxy_mode():

@@ -30,7 +30,7 @@ def find_segments(
     """The segments of one tensor `[B, H, L, ...]` or, ragged, `[T, ...]`.
 
     Ragged tensors have no B and H of their own: these come from the shape of lengths or budgets, `[B, H]`, `[B]` and
-    `[H]` (`[N, B, H]` counts as `[N * B, H]` and is returned as such), else B = 1.
+    `[H]` (`[N, B, H]` counts as `[N * B, H]` and is returned as such), otherwise B = 1.
     """
     if cu_seqlens is None:
         if tensor.dim() < 3:

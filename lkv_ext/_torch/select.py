@@ -34,11 +34,20 @@ def select(
 
     Args:
         scores: `[B, H, L]` or, ragged, `[T]` with `cu_seqlens`; float32, float16 or bfloat16, any strides.
-
-    All else is as in `evict`. No gradients: a selection has none.
+        budgets: as in `evict`.
+        lengths: as in `evict`.
+        starts: as in `evict`.
+        cu_seqlens: as in `evict`.
+        sink: as in `evict`.
+        window: as in `evict`.
+        layout: as in `evict`.
+        capacity: as in `evict`.
+        max_budget: as in `evict`.
+        reserve: as in `evict`.
+        align: as in `evict`.
 
     Returns:
-        `RaggedIndex`: positions, lengths, cu_seqlens, max_length, overflow.
+        `RaggedIndex`: positions, lengths, cu_seqlens, max_length, overflow. It has no gradient.
 
     Raises:
         ValueError, TypeError: as `evict`.

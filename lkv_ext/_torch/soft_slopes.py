@@ -9,16 +9,18 @@ _COLDEST = 1e-6  # what a temperature counts as, at least
 
 
 class Slopes:
-    """The derivative of a mask at one point, all of it told by the mask; formulas as in `soft_topk`.
+    """The derivative of a mask at one point, computed from the mask alone; formulas as in `soft_topk`.
 
-    Rows of which everything or nothing is kept have a weight of 0, and slope 0, as have scores that are not there.
+    Rows of which everything or nothing is kept have a weight of 0 and slope 0. Missing scores have slope 0.
     """
 
     def __init__(self, mask: Tensor, weights: Tensor, temperature: Tensor | float, log: bool) -> None:
         """
         Args:
-            mask, weights: `[..., n]` and `[...]`, as the op gives them; `log`: of the logarithm.
+            mask: `[..., n]`, as the op returns it.
+            weights: `[...]`, as the op returns them.
             temperature: a number, or a tensor that broadcasts to `[...]`.
+            log: whether the mask is the logarithm of one.
         """
         tiny = torch.finfo(mask.dtype).tiny
         moves = (weights > 0)[..., None]

@@ -41,16 +41,16 @@ def soft_topk(
     Args:
         scores: `[..., n]`, float32, float16, bfloat16 or (CPU) float64, any strides with a contiguous last axis.
         k: a number, or a tensor that broadcasts to `[...]`. At most 0: the mask is all 0; at least the number of
-            scores there are: all 1. Gradients of such a row are zero.
-        temperature: above 0; a number, or a tensor that broadcasts to `[...]`. What a tensor holds counts as at least
+            scores: all 1. Gradients of such a row are zero.
+        temperature: above 0; a number, or a tensor that broadcasts to `[...]`. Values of a tensor count as at least
             1e-6.
-        lengths: integers that broadcast to `[...]`: only so many scores of a row, from the first, are there. Scores of
-            -inf and NaN are not there either. Default: all.
+        lengths: integers that broadcast to `[...]`: a row has only its first `lengths` scores, the others are missing.
+            Scores of -inf and NaN are missing too. Default: all.
         log: return `log m`, computed as `-softplus(-u)`: exact where m is too small for its type.
 
     Returns:
-        `[..., n]`, contiguous, float32 (float64 for float64). Scores that are not there have mask 0 (`log`: -inf) and
-        gradient 0; of a row with k <= 0 the others have `log` -1e4, so that a softmax over it stays defined. A score of
+        `[..., n]`, contiguous, float32 (float64 for float64). Missing scores have mask 0 (`log`: -inf) and
+        gradient 0; in a row with k <= 0 the others have `log` -1e4, so that a softmax over it stays defined. A score of
         +inf has mask 1 and is counted in k. Never NaN.
 
     Raises:
@@ -64,9 +64,9 @@ def soft_topk(
             raise ValueError(f"expected scores of shape [..., n], got {got}")
         if log is not True and log is not False:
             raise TypeError(f"expected log as a bool, got {described(log)}")
-        real = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        k_tensor, k_value = _number(k, "k", real)
-        t_tensor, t_value = _number(temperature, "temperature", real)
+        dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        k_tensor, k_value = _number(k, "k", dtype)
+        t_tensor, t_value = _number(temperature, "temperature", dtype)
         if t_tensor is None and not t_value > 0:
             raise ValueError(f"expected temperature above 0, got {temperature}")
         if torch.compiler.is_compiling():  # ops take no symbolic float: one graph would be made for every value
@@ -90,13 +90,13 @@ def _integers(lengths: Sequence | int, device: torch.device) -> Tensor:
         raise ValueError(f"expected lengths as integers that fit in 64 bits, got {described(lengths)}") from None
 
 
-def _number(given: float | Tensor, name: str, real: torch.dtype) -> tuple[Tensor | None, float]:
+def _number(given: float | Tensor, name: str, dtype: torch.dtype) -> tuple[Tensor | None, float]:
     if type(given) is float:
         return None, given
     if isinstance(given, Tensor):
         if given.is_complex() or given.dtype == torch.bool:
             raise TypeError(f"expected {name} of a real dtype, got {given.dtype}")
-        return given if given.dtype == real else given.to(real), 0.0
+        return given if given.dtype == dtype else given.to(dtype), 0.0
     if isinstance(given, bool) or not isinstance(given, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"expected {name} as a number or a tensor, got {type(given).__name__}")
     return None, float(given)

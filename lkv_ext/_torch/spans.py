@@ -29,7 +29,7 @@ def packed(scores: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 def rows_of(cu_seqlens: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
-    """All rows of the spans `segments`, one span behind the other, and the cu_seqlens of that; synchronises on CUDA."""
+    """All rows of the spans of `segments`, one after the other, and their cu_seqlens; synchronises on CUDA."""
     begins = cu_seqlens[:-1].long()[segments]
     spans = cu_seqlens.diff().long()[segments]
     ends = spans.cumsum(0)
@@ -40,14 +40,15 @@ def rows_of(cu_seqlens: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Facts(NamedTuple):
-    """Of rows in spans.
+    """What the host knows of the rows in their spans.
 
     Attributes:
-        first, end: where the first span begins, and the last one ends.
+        first: where the first span begins.
+        end: where the last span ends.
         tail: how many of the last tokens every span has, as its last rows in use.
         longest: rows in use of any span.
-        slack: rows that every span has left; 2**31 - 1 where there is no span.
-        last_position: the highest of rows in use, -1 where there are none.
+        slack: free rows that every span has; 2**31 - 1 where there is no span.
+        last_position: the highest position of the rows in use, -1 where there are none.
     """
 
     first: int
@@ -59,14 +60,14 @@ class Facts(NamedTuple):
 
 
 def read(parts: dict[str, Tensor], align: int, seen: int) -> Facts:
-    """Reads no row that is not there, whatever the values; synchronises on CUDA, once.
+    """Checks the index of a cache. Reads in bounds whatever the values are; synchronises on CUDA, once.
 
     Args:
         parts: positions `[T]`, lengths `[B, H]` and cu_seqlens `[B * H + 1]`, int32, of one cache.
 
     Raises:
-        ValueError: unless the spans lie one behind the other in T rows, on multiples of `align`, and hold their rows,
-            which have positions in `[0, seen)`.
+        ValueError: unless the spans lie one after the other in T rows, on multiples of `align`, none shorter than its
+            segment, and rows in use have positions in `[0, seen)`.
     """
     if align < 1:
         raise ValueError(f"expected align >= 1, got {align}")

@@ -1,6 +1,6 @@
-"""The readable truth of every op of lkv_ext: plain PyTorch, a stable sort, loops where loops are clearer.
+"""The specification of every op of lkv_ext in plain PyTorch: a stable sort, and loops where they are clearer.
 
-It is the specification in code, and slow. It imports nothing compiled and runs on CPU and CUDA tensors.
+It is slow. It imports nothing compiled and runs on CPU and CUDA tensors.
 """
 
 from lkv.reference.attend import attend

@@ -16,7 +16,7 @@ from lkv.reference.spans import Spans, spans
 
 @dataclass
 class Evicted:
-    """What `lkv_ext.evict` returns, under the same names; `v` stands among the companions when it is given."""
+    """What `lkv_ext.evict` returns, under the same names; `tensors` are k, v and companions."""
 
     tensors: list[Tensor]
     positions: Tensor

@@ -1,4 +1,4 @@
-"""How many rows each (sequence, KV head) keeps, and where its span begins."""
+"""How many rows each segment keeps, and where its span begins."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Spans:
     offsets: list[int]
     total: int  # rows of the output, at least the end of the last span
     padded: int | None  # C of a padded output
-    cut: int  # rows that found no span
+    cut: int  # rows that did not fit
 
 
 def spans(
@@ -30,8 +30,8 @@ def spans(
 ) -> Spans:
     """`keep = clamp(budget, 0, length)`, at most `max_budget`; `span = keep + reserve`, rounded up to `align`.
 
-    Spans lie one after the other. A span that would end after `capacity` ends there, and so do its rows. A padded
-    output gives the longest span to all. `total`, where given, is the size of the output (else: what the spans need).
+    Spans lie one after the other. A span that would end after `capacity` ends there, and so do its rows. In a padded
+    output all spans are as long as the longest. `total` is the size of the output; default: the sum of the spans.
     """
     wanted = [max(0, min(budget, length)) for budget, length in zip(budgets, lengths, strict=True)]
     kept = [n if max_budget is None else min(n, max_budget) for n in wanted]
