@@ -160,7 +160,7 @@ def _select_batch(old: Snapshot, new: Snapshot, indices) -> None:
     at = torch.cat([torch.zeros(0, dtype=torch.long), *((segment == r).nonzero()[:, 0].cpu() for r in wanted)])
     of = torch.arange(wanted.numel()).repeat_interleave(old.lengths.flatten()[wanted].cpu())
     moved = of.to(old.keys.device) * BIT + old.keys[at] % BIT
-    assert new.holds(moved, [t[at] for t in old.rows]), "the sequences asked for, in that order"
+    assert new.holds(moved, [t[at] for t in old.rows]), "the chosen sequences, in that order"
     assert (new.seen, new.tail, new.max_length) == (old.seen, old.tail, old.max_length)
 
 

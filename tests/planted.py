@@ -37,7 +37,7 @@ def blocks(count: int) -> Tensor:
 
 
 def planted(kind: str, count: int, places: Tensor, seed: int = 0) -> Tensor:
-    """float32 `[count]`: a sample at `places` says nothing of the rest, or less than nothing."""
+    """float32 `[count]`: a sample at `places` is no guide to the rest, or misleads."""
     g = generator(seed + count)
     rest, sample = torch.randn(count, generator=g), torch.randn(len(places), generator=g)
     nan, inf = torch.nan, torch.inf
@@ -73,7 +73,7 @@ def budgets_of(count: int, sample: int) -> list[int]:
 
 
 def select_row(kind: str, count: int, dtype: torch.dtype, variant: int) -> None:
-    """Indices as of the reference, with protected ends or without, at other strides too."""
+    """The same indices as the reference, with protected ends or without, at other strides too."""
     places = sampled(count)
     sink, window = ((0, 0), (3, 5), (1, 0))[variant % 3]
     row = torch.full((sink + count + window,), -7.0)
@@ -112,7 +112,7 @@ def evict() -> None:
 
 
 def soft_topk() -> None:
-    """Masks and gradients as of the reference."""
+    """The same masks and gradients as the reference."""
     for count in (2047, 2048, 3001, 9000):
         places = blocks(max(count, 2048))
         places = places[places < count]

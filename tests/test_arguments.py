@@ -283,7 +283,7 @@ KIND_OF = {
 
 @pytest.mark.parametrize("module", [lkv_ext, lkv_numpy], ids=lambda module: module.__name__)
 def test_kinds_are_those_of_the_signatures(module: ModuleType) -> None:
-    """The table of kinds says of an argument what its annotation says, `None` included."""
+    """The table of kinds agrees with the annotations, `None` included."""
     for name in ("evict", "evict_", "select", "gather"):
         for argument in inspect.signature(getattr(module, name)).parameters.values():
             form = argument.annotation.removesuffix(" | None")
@@ -377,5 +377,7 @@ def test_parts_of_what_was_returned(call: str, part: str) -> None:
         setattr(kv, part, value)
         with pytest.raises((ValueError, TypeError), match=r"^lkv_ext\.\w+: expected ") as error:
             function(kv)
-        says = str(error.value)
-        assert name in says or re.search(rf"\b{part}\b", says) or "meta" in says or "cu_seqlens" in says, says
+        message = str(error.value)
+        assert name in message or re.search(rf"\b{part}\b", message) or "meta" in message or "cu_seqlens" in message, (
+            message
+        )

@@ -49,7 +49,7 @@ def queries(batch: int, heads: int, n: int, dim: int, dtype: torch.dtype) -> Ten
 
 
 def sinks_of(heads: int) -> Tensor:
-    """`[Hq]`: none, unlike any logit, and such as are learned."""
+    """`[Hq]`: none, far from all logits, and learned ones."""
     sinks = torch.randn(heads, generator=generator(heads)) * 3
     sinks[0] = -torch.inf
     if heads > 2:

@@ -1,4 +1,4 @@
-"""Other libraries behind attend: what they are told, read by stand-ins of their signatures that run the reference."""
+"""Other libraries behind attend: the arguments that they get, checked by stand-ins of the same signatures that run the reference."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def flash_attn_3(q, k, v, cu_q, cu_k, max_q, max_k, *, seqused_k, softmax_scale,
     return (out, logsumexp(q, k[:, 0], *sizes, **options)) if return_attn_probs else out
 
 
-def flash_attn_3_of_old(q, k, v, cu_q, cu_k, max_q, max_k, *, seqused_k, softmax_scale, causal):
-    """Those that always return both."""
+def older_flash_attn_3(q, k, v, cu_q, cu_k, max_q, max_k, *, seqused_k, softmax_scale, causal):
+    """Versions that always return both."""
     options = dict(seqused_k=seqused_k, softmax_scale=softmax_scale, causal=causal)
     return flash_attn_3(q, k, v, cu_q, cu_k, max_q, max_k, **options, return_attn_probs=True)
 
@@ -272,7 +272,7 @@ def test_sinks(installed, backend: str, n: int) -> None:
 
 def test_sinks_in_an_older_flash_attention_3(installed, monkeypatch) -> None:
     installed("flash_attn")
-    module = SimpleNamespace(flash_attn_varlen_func=flash_attn_3_of_old)
+    module = SimpleNamespace(flash_attn_varlen_func=older_flash_attn_3)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     check(queries(2, 6, 3, 16, BF16), ragged(2, 3, 16, 16, 40, BF16), "flash_attn", dict(sinks=sinks_of(6)))
 
@@ -328,7 +328,7 @@ def test_the_first_that_is_installed_and_fits(installed) -> None:
 
 
 @pytest.mark.parametrize(
-    "backend, dim, options, says",
+    "backend, dim, options, message",
     [
         ("flash_attn_2", 16, dict(), "expected rows without reserve, or an align that is a multiple of 256, for"),
         ("flash_attn", 16, dict(softcap=1.0), "expected float16 or bfloat16, Dv = D <= 256 and no softcap for"),
@@ -344,9 +344,9 @@ def test_the_first_that_is_installed_and_fits(installed) -> None:
         ("cudnn", 16, dict(), "expected backend 'lkv' or one of 'flash_attn', 'flash_attn_2', 'torch', 'flashinfer'"),
     ],
 )
-def test_what_does_not_fit(installed, backend: str, dim: int, options: dict[str, object], says: str) -> None:
+def test_what_does_not_fit(installed, backend: str, dim: int, options: dict[str, object], message: str) -> None:
     installed()
-    with pytest.raises(ValueError, match=f"lkv_ext.attend: {says}"):
+    with pytest.raises(ValueError, match=f"lkv_ext.attend: {message}"):
         lkv_ext.attend(queries(2, 6, 1, dim, BF16), in_pages(1, dim), backend=backend, **options)
 
 

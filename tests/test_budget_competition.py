@@ -233,7 +233,7 @@ def test_bad_minima(rows):
 
 
 def test_numbers_of_other_kinds():
-    """A rule is the same rule, whoever made its number."""
+    """Rules of equal numbers are equal, whatever type the number has."""
     for alpha in (0.25, np.float32(0.25), np.float64(0.25)):
         blend = lkv_ext.Blend(alpha)
         assert blend == lkv_ext.Blend(0.25) and type(blend.alpha) is float

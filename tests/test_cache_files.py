@@ -1,4 +1,4 @@
-"""Files of a cache that are cut off, foreign or do not fit together: a ValueError that says what is wrong."""
+"""Files of a cache that are cut off, foreign or do not fit together: a ValueError that names what is wrong."""
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ INCONSISTENT = {
 
 @pytest.mark.parametrize("name", INCONSISTENT)
 def test_inconsistent(tmp_path: Path, name: str) -> None:
-    change, says = INCONSISTENT[name]
+    change, message = INCONSISTENT[name]
     rewritten(tmp_path / "cache", change)
-    with pytest.raises((ValueError, TypeError), match=f"^lkv_ext.RaggedCache.load: expected .*{says}|{says}"):
+    with pytest.raises((ValueError, TypeError), match=f"^lkv_ext.RaggedCache.load: expected .*{message}|{message}"):
         RaggedCache.load(tmp_path / "cache")
 
 
@@ -186,14 +186,14 @@ def test_pickle(tmp_path: Path) -> None:
         assert again.mark() == cache.mark() and again.align == cache.align and torch.equal(again.k, cache.k)
         use(again)
     state = cache.__getstate__()
-    for name, value, says in (
+    for name, value, message in (
         ("cu_seqlens", cache.cu_seqlens + 8, "cu_seqlens that rise"),
         ("_free", 1000, "expected free in"),
         ("seen", 7.0, "counts that are ints"),
         ("k", None, "expected k as a dense tensor"),
     ):
         other = RaggedCache.__new__(RaggedCache)
-        with pytest.raises((ValueError, TypeError), match=re.escape(says) if says[0] == "(" else says):
+        with pytest.raises((ValueError, TypeError), match=re.escape(message) if message[0] == "(" else message):
             other.__setstate__(state | {name: value})
         assert not hasattr(other, "k")
     for name in state:

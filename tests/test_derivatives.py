@@ -279,17 +279,17 @@ def test_what_may_not_be_written_is_refused(write: str) -> None:
     """A leaf that requires a gradient, and a view of one; without gradients both may be written, as in torch."""
     source = rows(B, H, L, D, seed=1)
     leaf = rows(B, H, L, D).requires_grad_()
-    held = leaf.detach().clone()
+    before = leaf.detach().clone()
     for target in (leaf, leaf[:], leaf.view(B, H, L, D)):
         with pytest.raises((ValueError, RuntimeError), match="gradient"):
             WRITES[write](source, target)
-        assert torch.equal(bits(leaf.detach()), bits(held))
+        assert torch.equal(bits(leaf.detach()), bits(before))
     if not write.startswith("raw"):  # the ops themselves do not know
         with pytest.raises(ValueError, match=r"^lkv_ext\..*gradient"):
             WRITES[write](source, leaf * 1)
     with torch.no_grad():
         WRITES[write](source, leaf)
-    assert not torch.equal(leaf.detach(), held)
+    assert not torch.equal(leaf.detach(), before)
 
 
 @pytest.mark.parametrize("write", WRITES)

@@ -54,7 +54,7 @@ RANKED = "expected scores of shape [B, H, L] = [2, 3, 10], got"
 SCORE_TYPES = "expected scores of dtype float32, float16 or bfloat16"
 AT_LEAST = "expected sink, window and reserve >= 0 and align >= 1, got"
 STRIDED = "contiguous after the token axis, got strides"
-# argument(s), what stands in their place, the error, what it says
+# argument(s), what stands in their place, the error, its message
 BAD_TENSORS = (
     (dict(k=None), TypeError, "expected k and v as tensors, got NoneType and Tensor"),
     (dict(v=[[1.0]]), TypeError, "expected k and v as tensors, got Tensor and list"),
@@ -144,61 +144,61 @@ BAD_RAGGED = (
 )  # fmt: skip
 
 
-def refuses(op: Callable, arguments: dict, error: type[Exception], says: str) -> None:
+def refuses(op: Callable, arguments: dict, error: type[Exception], message: str) -> None:
     """The form of the message, and that no input changed."""
     listed = [x for value in arguments.values() for x in (value if isinstance(value, (list, tuple)) else [value])]
     tensors = [t for t in listed if isinstance(t, torch.Tensor) and t.device.type == "cpu"]
     before = [storage_bytes(t).clone() for t in tensors]
-    with pytest.raises(error, match="^" + re.escape(f"lkv_ext.{op.__name__}: {says}")) as raised:
+    with pytest.raises(error, match="^" + re.escape(f"lkv_ext.{op.__name__}: {message}")) as raised:
         op(**arguments)
     assert "\n" not in str(raised.value) and raised.type in (ValueError, TypeError)
     assert all(torch.equal(storage_bytes(t), old) for t, old in zip(tensors, before, strict=True))
 
 
 def named(cases: tuple) -> dict:
-    return dict(argnames="change, error, says", argvalues=cases, ids=[next(iter(c[0])) for c in cases])
+    return dict(argnames="change, error, message", argvalues=cases, ids=[next(iter(c[0])) for c in cases])
 
 
 @pytest.mark.parametrize(**named(BAD_TENSORS + BAD_INTEGERS + BAD_SPANS))
-def test_evict(change: dict, error: type[Exception], says: str) -> None:
-    refuses(lkv_ext.evict, dense() | change, error, says)
+def test_evict(change: dict, error: type[Exception], message: str) -> None:
+    refuses(lkv_ext.evict, dense() | change, error, message)
 
 
 @pytest.mark.parametrize(**named(BAD_TENSORS + BAD_INTEGERS))
-def test_evict_in_place(change: dict, error: type[Exception], says: str) -> None:
-    refuses(lkv_ext.evict_, dense() | change, error, says)
+def test_evict_in_place(change: dict, error: type[Exception], message: str) -> None:
+    refuses(lkv_ext.evict_, dense() | change, error, message)
 
 
 @pytest.mark.parametrize(**named(BAD_RAGGED))
 @pytest.mark.parametrize("op", [lkv_ext.evict, lkv_ext.evict_])
-def test_ragged(op: Callable, change: dict, error: type[Exception], says: str) -> None:
-    refuses(op, ragged() | change, error, says)
+def test_ragged(op: Callable, change: dict, error: type[Exception], message: str) -> None:
+    refuses(op, ragged() | change, error, message)
 
 
 @pytest.mark.parametrize(**named(BAD_INTEGERS + BAD_SPANS))
-def test_select(change: dict, error: type[Exception], says: str) -> None:
-    refuses(lkv_ext.select, dict(scores=dense()["scores"], budgets=4) | change, error, says)
+def test_select(change: dict, error: type[Exception], message: str) -> None:
+    refuses(lkv_ext.select, dict(scores=dense()["scores"], budgets=4) | change, error, message)
 
 
 @pytest.mark.parametrize(**named(BAD_TENSORS + BAD_INTEGERS + BAD_SPANS))
-def test_evict_with_gradients(change: dict, error: type[Exception], says: str) -> None:
+def test_evict_with_gradients(change: dict, error: type[Exception], message: str) -> None:
     """The differentiable way refuses the same in the same words."""
     arguments = dense()
     arguments["v"].requires_grad_()
     if "v" in change:
         arguments["k"].requires_grad_()
-    refuses(lkv_ext.evict, arguments | change, error, says)
+    refuses(lkv_ext.evict, arguments | change, error, message)
 
 
 @pytest.mark.parametrize(**named(BAD_TENSORS + BAD_INTEGERS + BAD_SPANS))
-def test_evict_layers(change: dict, error: type[Exception], says: str) -> None:
+def test_evict_layers(change: dict, error: type[Exception], message: str) -> None:
     """The second layer is the bad one; integers are bad for all."""
     good = dense()
     bad = good | change
     extra = {name: value for name, value in bad.items() if name not in good}
     budgets = bad["budgets"] if "budgets" in change else 4
-    if isinstance(budgets, list) and says.startswith("expected budgets of shape"):
-        says = "expected budgets of shape [N, H] = [2, 3] or [N, B, H] = [2, 2, 3], got"
+    if isinstance(budgets, list) and message.startswith("expected budgets of shape"):
+        message = "expected budgets of shape [N, H] = [2, 3] or [N, B, H] = [2, 2, 3], got"
         budgets = budgets * 2 if len(budgets) == 2 else budgets
     arguments = dict(
         ks=[good["k"], bad["k"]],
@@ -229,7 +229,7 @@ def test_layer_lists() -> None:
 
 
 @pytest.mark.parametrize(
-    "tensors, change, error, says",
+    "tensors, change, error, message",
     [
         ([tensor(B, H)], {}, ValueError, "expected tensors[0] of shape [B, H, L, ...], got [2, 3]"),
         ([tensor(B, H, L), tensor(B, H, L + 1)], {}, ValueError, f"expected tensors[1] {LIKE_K} [2, 3, 11]"),
@@ -243,11 +243,11 @@ def test_layer_lists() -> None:
         ([tensor(B, H, L)], dict(cu_seqlens=ints(6)), ValueError, "expected index.cu_seqlens of shape"),
     ],
 )  # fmt: skip
-def test_gather(tensors: list, change: dict, error: type[Exception], says: str) -> None:
+def test_gather(tensors: list, change: dict, error: type[Exception], message: str) -> None:
     index = lkv_ext.select(dense()["scores"], 4)
     for name, value in change.items():
         setattr(index, name, value)
-    refuses(lkv_ext.gather, dict(tensors=tensors, index=index), error, says)
+    refuses(lkv_ext.gather, dict(tensors=tensors, index=index), error, message)
 
 
 def test_plan() -> None:

@@ -134,8 +134,8 @@ def test_heads_of_six_ragged_rows(of_budgets: tuple, of_lengths: tuple, found: t
         return
     message = wrong(a.ragged_heads, 6, of_budgets, of_lengths)
     words = r"cu_seqlens of shape \[B \* H \+ 1\] = \[(\d+)\], got \[7\], with budgets of .* and lengths of .*"
-    asked = re.search(words, message)
-    assert asked and int(asked[1]) != 7, message
+    found = re.search(words, message)
+    assert found and int(found[1]) != 7, message
 
 
 def test_no_ragged_rows() -> None:

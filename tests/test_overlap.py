@@ -106,16 +106,18 @@ def outputs() -> tuple[list[Tensor], Tensor, lkv_ext.RaggedKV]:
     return payload, scores, lkv_ext.evict(*payload, scores, 4, companions=[scores])
 
 
-def refuses(out: lkv_ext.RaggedKV, payload: list[Tensor], scores: Tensor, says: str, error: type = ValueError) -> None:
+def refuses(
+    out: lkv_ext.RaggedKV, payload: list[Tensor], scores: Tensor, message: str, error: type = ValueError
+) -> None:
     written = [t for t in (*payload_of(out), out.positions, out.lengths, out.cu_seqlens, scores) if not t.is_meta]
     before = [storage_bytes(t).clone() for t in written]
-    with pytest.raises(error, match="^" + re.escape(f"lkv_ext.evict: {says}")):
+    with pytest.raises(error, match="^" + re.escape(f"lkv_ext.evict: {message}")):
         lkv_ext.evict(*payload, scores, 4, companions=[scores], out=out)
     assert all(torch.equal(storage_bytes(t), old) for t, old in zip(written, before, strict=True))
 
 
 @pytest.mark.parametrize(
-    "name, value, error, says",
+    "name, value, error, message",
     [
         ("k", rows(23, D), ValueError, "contiguous of shape [24, 8], got [23, 8]"),
         ("k", rows(24, D + 1)[:, :D], ValueError, "contiguous of shape [24, 8]"),
@@ -132,11 +134,11 @@ def refuses(out: lkv_ext.RaggedKV, payload: list[Tensor], scores: Tensor, says: 
         ("cu_seqlens", ints(6), ValueError, "of shape [B * H + 1] = [7], got [6]"),
     ],
 )
-def test_bad_outputs(name: str, value: object, error: type[Exception], says: str) -> None:
+def test_bad_outputs(name: str, value: object, error: type[Exception], message: str) -> None:
     payload, scores, out = outputs()
     setattr(out, name, value)
     called = "companions[0]" if name == "companions" else name
-    refuses(out, payload, scores, f"expected out.{called} {says}", error)
+    refuses(out, payload, scores, f"expected out.{called} {message}", error)
 
 
 def test_outputs_of_another_call() -> None:

@@ -277,7 +277,7 @@ def test_out(device: str, span: dict) -> None:
 
 
 def test_plan(device: str) -> None:
-    """A plan says what its integers say, for many calls."""
+    """A plan is as its integers, for many calls."""
     payload, scores = cache(device), scores_of("normal", [2, 3, 257]).to(device)
     plan = lkv_ext.plan(BUDGETS, [200, 9], device=device)
     for s in (scores, -scores):

@@ -117,13 +117,13 @@ REFUSED = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("call, change, says", REFUSED, ids=[f"{c}-{next(iter(d))}" for c, d, _ in REFUSED])
-def test_refused(call: str, change: dict, says: str) -> None:
+@pytest.mark.parametrize("call, change, message", REFUSED, ids=[f"{c}-{next(iter(d))}" for c, d, _ in REFUSED])
+def test_refused(call: str, change: dict, message: str) -> None:
     arguments = good()[call] | change
-    if not says:
+    if not message:
         op_of(call)(**arguments)
         return
-    with pytest.raises(RuntimeError, match=f"^(ValueError|TypeError): expected .*{says}"):
+    with pytest.raises(RuntimeError, match=f"^(ValueError|TypeError): expected .*{message}"):
         op_of(call)(**arguments)
 
 

@@ -1,4 +1,4 @@
-"""The reference itself, by hand: it is what everything else is held against."""
+"""The reference itself, by hand: everything else is compared with it."""
 
 from __future__ import annotations
 

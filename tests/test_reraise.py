@@ -1,4 +1,4 @@
-"""Errors under their public names: what is taken from the op's message, and what is said instead."""
+"""Errors under their public names: what is kept of the message of an op, and what replaces the rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import lkv_ext
 from lkv_ext._common.errors import reraise
 
 
-def said(error: Exception, op: str = "evict", **options: object) -> tuple[type[Exception], str]:
+def raised(error: Exception, op: str = "evict", **options: object) -> tuple[type[Exception], str]:
     with pytest.raises(Exception, match=rf"^lkv_ext\.{op}: ") as caught:
         reraise(op, error, **options)
     assert caught.value.__cause__ is None and caught.value.__suppress_context__
@@ -21,45 +21,45 @@ def said(error: Exception, op: str = "evict", **options: object) -> tuple[type[E
 
 @pytest.mark.parametrize("cls", [ValueError, TypeError, RuntimeError, MemoryError])
 def test_types_cross_the_abi_in_the_message(cls: type[Exception]) -> None:
-    assert said(RuntimeError(f"{cls.__name__}: expected\nmore (originally from here)")) == (cls, "expected\nmore")
+    assert raised(RuntimeError(f"{cls.__name__}: expected\nmore (originally from here)")) == (cls, "expected\nmore")
 
 
 def test_others_are_as_they_were() -> None:
-    assert said(ValueError("no type: here")) == (ValueError, "no type: here")
-    assert said(AttributeError("'list' has no 'shape'")) == (TypeError, "'list' has no 'shape'")
-    assert said(ValueError("lkv_ext.select: expected one, got two")) == (ValueError, "expected one, got two")
-    assert said(ValueError("as lkv_ext.select: says")) == (ValueError, "as lkv_ext.select: says")
+    assert raised(ValueError("no type: here")) == (ValueError, "no type: here")
+    assert raised(AttributeError("'list' has no 'shape'")) == (TypeError, "'list' has no 'shape'")
+    assert raised(ValueError("lkv_ext.select: expected one, got two")) == (ValueError, "expected one, got two")
+    assert raised(ValueError("as lkv_ext.select: says")) == (ValueError, "as lkv_ext.select: says")
 
 
 def test_places_have_names() -> None:
     names, out = ["k", "v"], ["keys", "values"]
     error = RuntimeError("ValueError: expected payload[1] and out[0] as payload[0], not about[0]")
-    assert said(error, names=names)[1] == "expected v and out.k as k, not about[0]"
-    assert said(error, names=names, out=out)[1] == "expected v and out.keys as k, not about[0]"
+    assert raised(error, names=names)[1] == "expected v and out.k as k, not about[0]"
+    assert raised(error, names=names, out=out)[1] == "expected v and out.keys as k, not about[0]"
     many = [f"n{i}" for i in range(12)]
-    assert said(RuntimeError("ValueError: payload[11]"), names=many) == (ValueError, "n11")
+    assert raised(RuntimeError("ValueError: payload[11]"), names=many) == (ValueError, "n11")
 
 
 def test_what_the_dispatcher_refuses() -> None:
     text = "Expected a value of type 'int' for argument 'sink' but instead found type 'str'.\nPosition: 3"
-    assert said(RuntimeError(text)) == (TypeError, "expected sink as int, got str")
+    assert raised(RuntimeError(text)) == (TypeError, "expected sink as int, got str")
 
 
 def test_an_argument_of_another_kind_is_named() -> None:
-    """Unless the message is about that argument and says what was expected of it."""
+    """Unless the message is about that argument and has what was expected of it."""
     given = dict(sink=0.5)
     wrong = (TypeError, "expected sink as an int, got 0.5")
-    assert said(ValueError("sinks are odd"), given=given) == wrong
-    assert said(ValueError("expected sinks, got none"), given=given) == wrong
-    assert said(ValueError("sink is odd"), given=given) == wrong
-    assert said(ValueError("expected sink < 1, got 2"), given=given) == (ValueError, "expected sink < 1, got 2")
-    assert said(ValueError("odd"), given=dict(sink=1)) == (ValueError, "odd")
+    assert raised(ValueError("sinks are odd"), given=given) == wrong
+    assert raised(ValueError("expected sinks, got none"), given=given) == wrong
+    assert raised(ValueError("sink is odd"), given=given) == wrong
+    assert raised(ValueError("expected sink < 1, got 2"), given=given) == (ValueError, "expected sink < 1, got 2")
+    assert raised(ValueError("odd"), given=dict(sink=1)) == (ValueError, "odd")
 
 
 @pytest.mark.parametrize("error", [ValueError("scores"), RuntimeError("ValueError: scores")], ids=["Python", "C++"])
 def test_a_guess_is_added(error: Exception) -> None:
     given = dict(k=torch.zeros(2, 9, 3, 4), scores=torch.zeros(2, 3, 9))
-    cls, text = said(error, given=given)
+    cls, text = raised(error, given=given)
     assert cls is ValueError and text.startswith("scores (scores fit k if it were [B, L, H, D]")
 
 

@@ -112,7 +112,7 @@ def test_a_buffer_longer_than_its_spans() -> None:
 
 
 @pytest.mark.parametrize(
-    "change, says",
+    "change, message",
     [
         (dict(cu_seqlens=[0, 5, 4, 6, 8]), "cu_seqlens that rise"),
         (dict(cu_seqlens=[-1, 2, 4, 6, 8]), "cu_seqlens that rise"),
@@ -126,14 +126,14 @@ def test_a_buffer_longer_than_its_spans() -> None:
         (dict(align=0), "expected align in"),
     ],
 )
-def test_spans_that_are_none(change: dict, says: str) -> None:
+def test_spans_that_are_none(change: dict, message: str) -> None:
     parts = dict(cu_seqlens=[0, 2, 4, 6, 8], lengths=[[2, 2], [2, 2]], positions=[0, 1] * 4)
     counts = dict(max_length=2, align=1)
     for name, value in change.items():
         (parts if name in parts else counts)[name] = value
     ints = {name: torch.tensor(value, dtype=torch.int32) for name, value in parts.items()}
     kv = lkv_ext.RaggedKV(k=torch.zeros(8, 3), v=torch.zeros(8, 3), companions=(), **ints, **counts)
-    with pytest.raises(ValueError, match=f"lkv_ext.RaggedCache: expected {says}|lkv_ext.RaggedCache: .*{says}"):
+    with pytest.raises(ValueError, match=f"lkv_ext.RaggedCache: expected {message}|lkv_ext.RaggedCache: .*{message}"):
         RaggedCache(kv, 5)
 
 

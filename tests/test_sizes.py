@@ -37,7 +37,7 @@ def calls(draw: st.DrawFn) -> dict:
 
 
 def spread(values: list[int], layer: int, b: int, h: int, sets: Segments, *, heads_first: bool) -> int:
-    """The value of one segment: shapes are told apart by their sizes, longest first, as the documentation has them."""
+    """The value of one segment: shapes are recognised by their sizes, longest first, as documented."""
     short = sets.batch * sets.heads
     if len(values) == sets.count and (heads_first or len(values) != sets.batch):
         return values[(layer * sets.batch + b) * sets.heads + h]

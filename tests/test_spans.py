@@ -1,4 +1,4 @@
-"""Index arithmetic of packed rows, and what says where they are, against loops over the spans."""
+"""Index arithmetic of packed rows, and the facts of their spans, against loops over the spans."""
 
 from __future__ import annotations
 

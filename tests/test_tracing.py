@@ -101,8 +101,8 @@ def test_a_plan_of_values_that_are_not_there_is_refused() -> None:
         with FakeTensorMode() as mode, expected:
             lkv_ext.plan(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in given))
     with FakeTensorMode():
-        held = lkv_ext.plan([3, 4], [[5, 6]])
-    assert (held.budgets, held.lengths, list(held.lengths_tensor.shape)) == ([3, 4], [5, 6], [1, 2])
+        copies = lkv_ext.plan([3, 4], [[5, 6]])
+    assert (copies.budgets, copies.lengths, list(copies.lengths_tensor.shape)) == ([3, 4], [5, 6], [1, 2])
 
 
 def test_export_of_any_batch_and_length() -> None:
