@@ -1,4 +1,4 @@
-"""Other libraries behind attend: the arguments that they get, checked by stand-ins of the same signatures that run the reference."""
+"""Other libraries behind attend: stand-ins of the same signatures check what they get, and run the reference."""
 
 from __future__ import annotations
 

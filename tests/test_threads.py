@@ -38,7 +38,7 @@ def test_evict(device: str, workers: int) -> None:
 
 
 def test_rows_wait_for_their_positions(device: str) -> None:
-    """One segment takes much longer to select than the others: threads that are done with those must not move its rows."""
+    """One segment takes much longer to select than the others: no thread may move its rows before that is done."""
     payload = [rows_of([1, 4, 100_000, 16], torch.bfloat16, i).to(device) for i in range(2)]
     scores = scores_of("normal", [1, 4, 100_000], 3).to(device)
     budgets, lengths = [50_000, 5, 5, 5], [[100_000, 10, 10, 10]]
