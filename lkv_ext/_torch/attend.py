@@ -43,9 +43,9 @@ def attend(
         backend: "lkv": our kernels, on the CPU flash-style (arXiv 2205.14135) over pieces of rows; "flash_attn":
             FlashAttention 3; "flash_attn_2": FlashAttention 2, for rows without reserve or with an `align` that is a
             multiple of 256; "torch": `torch.nn.attention.varlen`, from torch 2.13; "flashinfer": in pages of `align`
-            rows, synchronises. Default: on CUDA the first of flash_attn, flash_attn_2 and torch that is there and fits
-            (one 16-bit dtype, Dv = D, softcap in flash_attn_2 only), otherwise lkv. flashinfer has no sinks; the others
-            return the logarithm of the denominator, by which their result is corrected.
+            rows, synchronises. Default: on CUDA the first of flash_attn, flash_attn_2 and torch that is installed and
+            fits (one 16-bit dtype, Dv = D, softcap in flash_attn_2 only), otherwise lkv. flashinfer has no sinks; the
+            others return the logarithm of the denominator, by which their result is corrected.
 
     Returns:
         `[B, Hq, n, Dv]` of q's dtype, or of autocast's; its memory is `[B, n, Hq, Dv]`. A query that sees no row gets

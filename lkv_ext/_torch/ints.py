@@ -94,7 +94,7 @@ def device_of(device: torch.device | str | int | None) -> torch.device | None:
     except TypeError:
         raise TypeError(f"expected device as a torch.device or its name, got {described(device)}") from None
     except (RuntimeError, ValueError, AssertionError):  # torch asserts that it was built for CUDA
-        raise ValueError(f"expected device that is there, got {described(device)}") from None
+        raise ValueError(f"expected device that this torch can use, got {described(device)}") from None
 
 
 def hashable(values: object) -> int | tuple[int, ...] | HostInts | None:

@@ -46,6 +46,8 @@ def call(function: type[EachSample], *args: object) -> object:
 
 
 def register(name: str) -> None:
-    """Gives an op this rule. Ops that write in place get none: torch refuses these by name, as it must where samples
-    share what is written."""
+    """Gives an op this rule.
+
+    Ops that write in place get none: torch refuses these by name, as it must where samples share what is written.
+    """
     torch.library.register_vmap(f"lkv_ext::{name}", each(getattr(ops, name).default))
