@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 import lkv_ext
 from lkv_ext._torch import spans
+from lkv_ext.ragged import block_table
 
 
 @st.composite
@@ -71,7 +72,7 @@ def test_rows_of(given: tuple[int, int, list[int]], data: st.DataObject) -> None
 def test_block_tables(given: tuple[int, int, list[int]], align: int, longest: int) -> None:
     _, _, ends = given
     total = ends[-1] * align
-    table = spans.block_table(torch.tensor(ends, dtype=torch.int32) * align, align, longest, total)
+    table = block_table(torch.tensor(ends, dtype=torch.int32) * align, align, longest, total)
     assert table.dtype == torch.int32 and table.shape == (len(ends) - 1, -(-longest // align))
     for i, begin in enumerate(ends[:-1]):
         assert table[i].tolist() == [min(begin + page, max(ends[-1] - 1, 0)) for page in range(table.shape[1])]
