@@ -24,7 +24,7 @@ def packed(scores: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
         return scores.new_zeros(total)
     rows = torch.arange(total, device=scores.device)
     segment = torch.searchsorted(cu_seqlens[1:], rows.int(), right=True).clamp_(max=cu_seqlens.numel() - 2)
-    column = (rows - cu_seqlens[segment]).clamp_(max=columns - 1)
+    column = (rows - cu_seqlens[segment]).clamp_(0, columns - 1)  # below 0 in front of the first span
     return scores.reshape(-1)[segment * columns + column]
 
 
