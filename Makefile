@@ -14,17 +14,18 @@ HF_NEEDS_5.2.0 := "huggingface_hub>=1.3,<2" "tokenizers>=0.22,<=0.23.0" typer-sl
 # Counts the instructions of the CUDA kernels, of any toolkit up to its version (see bench/resources.py): 6 MB.
 DISASSEMBLER := "nvidia-cuda-cuobjdump==13.5.37; sys_platform == 'linux'" "nvidia-cuda-nvdisasm==13.5.37; sys_platform == 'linux'"
 
-# Of lm-eval what its models and tables need, without the metrics that need SciPy and NLTK: 400 MB instead of 620. Of
+# What the models and tables of lm-eval need, without the metrics that need SciPy and NLTK: 400 MB instead of 620. From
 # cosmic-ray its operators, without its command line and database.
 LM_EVAL_NEEDS := datasets requests sacrebleu pytablewriter
 # For metrics of Chinese, and the ROUGE that LongBench's own script scores with, to compare.
 LONGBENCH_NEEDS := jieba rouge
 COSMIC_RAY_NEEDS := parso attrs
 
-# Formatters agree with themselves in one version only.
+# Formatters and type checkers agree with themselves in one version only.
 STYLE := ruff==0.17.6 clang-format==23.1.5
+TYPES := mypy==2.4.1
 
-.PHONY: build demo test test-hf mutants mutants-python mutants-csrc fuzz retriever lkv lkv-variants lkv-eval bench docs style clean
+.PHONY: build demo test test-hf mutants mutants-python mutants-csrc fuzz retriever lkv lkv-variants lkv-eval bench docs style types clean
 
 # Without isolation, so that the op library is built against the torch just installed.
 $(VENV)/ready: pyproject.toml Makefile
@@ -90,7 +91,7 @@ lkv-variants: build/lkv-uniform/best build/lkv-threshold/best
 build/lkv-%/best: | build
 	$(KEEP) $(RUN) -m lkv train --out build/lkv-$* --budget $* $(LKV_TRAIN)
 
-# Of docs/lkv.md: the retrieval tasks, the same below 5 % and through the relaxed mask, tracking and counting.
+# The numbers of docs/lkv.md: the retrieval tasks, the same below 5 % and through the relaxed mask, tracking and counting.
 LKV_EVAL := $(KEEP) $(RUN) -m lkv eval --batch 100
 LKV_VARIANTS := --variants uniform=build/lkv-uniform/best threshold=build/lkv-threshold/best
 
@@ -116,6 +117,11 @@ style: $(VENV)/ready
 	$(RUN) -m pip install -q $(STYLE)
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'examples/*.cpp')
+
+# Both packages, with the settings of pyproject.toml.
+types: $(VENV)/ready
+	$(RUN) -m pip install -q $(TYPES)
+	$(RUN) -m mypy
 
 clean:
 	rm -rf build lkv_ext/*.so $(VENV)

@@ -49,7 +49,7 @@ def make_request(
     options = check_options(options)
     segments = _segments(payload[0] if payload else scores, cu_seqlens, budgets, lengths, starts)
     per_head, per_sequence = integer_shapes(segments)
-    integers = {
+    integers: dict[str, Sequence[int]] = {
         "budgets": host_ints(budgets, "budgets", per_head),
         "lengths": () if lengths is None else host_ints(lengths, "lengths", per_sequence),
         "starts": () if starts is None else host_ints(starts, "starts", per_sequence),
@@ -57,7 +57,9 @@ def make_request(
     sink, window, layout, capacity, max_budget, reserve, align = options
     size = size_output(
         segments,
-        *integers.values(),
+        integers["budgets"],
+        integers["lengths"],
+        integers["starts"],
         layout=layout,
         capacity=capacity,
         max_budget=max_budget,
@@ -66,7 +68,9 @@ def make_request(
     )
     request = _C.Request(
         threads=thread_count(threads),
-        **integers,
+        budgets=integers["budgets"],
+        lengths=integers["lengths"],
+        starts=integers["starts"],
         total=size.total,
         padded=size.padded,
         cu_seqlens=cu_seqlens,

@@ -132,7 +132,7 @@ class RaggedCache:
             for name, given in (("dtype", dtype), ("dtype_v", dtype_v)):
                 if not isinstance(given, torch.dtype):
                     raise TypeError(f"expected {name} as a torch.dtype, got {described(given)}")
-            device = device_of(device)
+            target = device_of(device)
         except (RuntimeError, ValueError, TypeError) as error:
             errors.reraise("RaggedCache.empty", error, given=locals())
         k = torch.zeros(rows * reserve, dim, dtype=dtype, device=device)
@@ -385,12 +385,12 @@ class RaggedCache:
         try:
             if device is None:
                 raise TypeError("expected device as a torch.device or its name, got None")
-            device = device_of(device)
+            target = device_of(device)
         except (RuntimeError, ValueError, TypeError) as error:
             errors.reraise("RaggedCache.to", error, given=locals())
         for name in cache_state.PARTS:
-            setattr(self, name, getattr(self, name).to(device))
-        self.companions = tuple(c.to(device) for c in self.companions)
+            setattr(self, name, getattr(self, name).to(target))
+        self.companions = tuple(c.to(target) for c in self.companions)
         return self
 
     @property
@@ -421,10 +421,10 @@ class RaggedCache:
             ImportError: where safetensors is not installed.
         """
         try:
-            device, state = device_of(device), cache_state.load(path)
+            target, state = device_of(device), cache_state.load(path)
             cache = cls.__new__(cls)
             cache._set(state)
-            return cache.to(device)
+            return cache.to(target)  # type: ignore[arg-type]  # None is refused there
         except (RuntimeError, ValueError, TypeError) as error:
             errors.reraise("RaggedCache.load", error)
 
@@ -486,6 +486,7 @@ class RaggedCache:
         )
 
     def _take(self, kv: RaggedKV, reserve: int) -> None:
+        assert kv.v is not None  # as the cache has one
         self.k, self.v = kv.k, kv.v
         self.positions, *companions = kv.companions
         self.companions = tuple(companions)

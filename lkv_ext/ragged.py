@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -130,7 +131,7 @@ class RaggedKV:
             raise IndexError(f"lkv_ext.RaggedKV.layer: expected i in [0, {layers}), got {i}")
         i %= layers
         rows = batch * heads
-        parts = dict(lengths=self.lengths[i], cu_seqlens=self.cu_seqlens[i * rows : (i + 1) * rows + 1])
+        parts: dict[str, Any] = dict(lengths=self.lengths[i], cu_seqlens=self.cu_seqlens[i * rows : (i + 1) * rows + 1])
         if self.positions.dim() == 4:
             parts |= dict(k=self.k[i], positions=self.positions[i], companions=tuple(c[i] for c in self.companions))
             parts |= dict(v=None if self.v is None else self.v[i])
@@ -163,14 +164,14 @@ def _describe(index: RaggedIndex | RaggedKV) -> str:
     )
 
 
-def _register(cls: type, static: tuple[str, ...]) -> None:
+def _register(cls: Any, static: tuple[str, ...]) -> None:
     """Makes a dataclass of tensors a pytree; `static` fields are part of the structure."""
-    moving = tuple(name for name in cls.__slots__ if name not in static)
+    moving = tuple(field.name for field in fields(cls) if field.name not in static)
 
     def flatten(value: object) -> tuple[list[object], tuple[object, ...]]:
         return [getattr(value, name) for name in moving], tuple(getattr(value, name) for name in static)
 
-    def unflatten(children: list[object], context: tuple[object, ...]) -> object:
+    def unflatten(children: Iterable[Any], context: Any) -> Any:
         return cls(**dict(zip(moving, children, strict=True)), **dict(zip(static, context, strict=True)))
 
     pytree.register_pytree_node(cls, flatten, unflatten, serialized_type_name=f"lkv_ext.{cls.__name__}")

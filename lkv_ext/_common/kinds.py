@@ -8,8 +8,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
+from typing import Any
 
-Kind = Callable[[object], bool]
+Kind = Callable[[Any], bool]
 
 PROTECTED = dict(lengths="integers?", starts="integers?", sink="count", window="count")
 RANK = PROTECTED | dict(budgets="integers", max_budget="count?")
@@ -53,27 +54,27 @@ FIELDS = dict(k="array", v="array?", companions="arrays", positions="array", len
 FIELDS |= dict(max_length="rows", overflow="array?")
 
 
-def described(value: object) -> str:
+def described(value: Any) -> str:
     """A value in one short line, for a message."""
     if _is_tensor(value):
         trouble = _trouble(value)
         shape = "" if trouble == "nested" else f" of shape {list(value.shape)}"
         return f"a {trouble + ' ' if trouble else ''}tensor{shape} and {value.dtype}"
-    if _is_numpy(value) and getattr(value, "shape", ()):
+    if _is_numpy(value) and getattr(value, "shape", None):
         return f"an array of shape {list(value.shape)} and {value.dtype}"
     text = " ".join(repr(value).split())
     return text if len(text) < 100 else f"{type(value).__name__} {text[:80]} ..."
 
 
-def _is_tensor(value: object) -> bool:
+def _is_tensor(value: Any) -> bool:
     return hasattr(type(value), "untyped_storage")
 
 
-def _is_numpy(value: object) -> bool:
+def _is_numpy(value: Any) -> bool:
     return type(value).__module__.split(".")[0] == "numpy"
 
 
-def _trouble(tensor: object) -> str:
+def _trouble(tensor: Any) -> str:
     """Why a tensor has no memory that its sizes and strides describe; "" if it has."""
     if tensor.is_nested:
         return "nested"
@@ -82,15 +83,15 @@ def _trouble(tensor: object) -> str:
     return "" if str(tensor.layout) == "torch.strided" else str(tensor.layout).removeprefix("torch.")
 
 
-def _tensor(value: object) -> bool:
+def _tensor(value: Any) -> bool:
     return _is_tensor(value) and not _trouble(value)
 
 
-def _ndarray(value: object) -> bool:
+def _ndarray(value: Any) -> bool:
     return _is_numpy(value) and hasattr(value, "strides")
 
 
-def _sequence(value: object) -> bool:
+def _sequence(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
 
@@ -102,18 +103,18 @@ def _either(one: Kind, other: Kind) -> Kind:
     return lambda value: one(value) or other(value)
 
 
-def _has(value: object, *kinds: str) -> bool:
+def _has(value: Any, *kinds: str) -> bool:
     return any(kind in str(getattr(value, "dtype", "")) for kind in kinds)
 
 
-def _count(value: object) -> bool:
+def _count(value: Any) -> bool:
     try:
         return not isinstance(value, bool) and not _has(value, "bool") and operator.index(value) is not None
     except (TypeError, RuntimeError):
         return False
 
 
-def _integers(value: object) -> bool:
+def _integers(value: Any) -> bool:
     if type(value).__name__ == "Plan":
         return True
     if _is_tensor(value) or _ndarray(value):
@@ -122,11 +123,11 @@ def _integers(value: object) -> bool:
     return all(map(_integers, value)) if _sequence(value) else _count(value)
 
 
-def _number(value: object) -> bool:
+def _number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _numbers(value: object) -> bool:
+def _numbers(value: Any) -> bool:
     if _is_tensor(value) or _ndarray(value):
         readable = _ndarray(value) or (not _trouble(value) and not value.is_meta)
         return readable and not _has(value, "complex", "bool", "object", "str", "<U")
@@ -158,7 +159,7 @@ for _one, _fits, _word, _a in (("array", _ndarray, "array", "an"), ("tensor", _t
     KINDS[f"lists of {_one}s"] = _all(_all(_fits)), f"as sequences of {_word}s, one per layer"
 
 
-def is_of(kind: str, value: object) -> bool:
+def is_of(kind: str, value: Any) -> bool:
     return KINDS[kind][0](value)
 
 
@@ -178,7 +179,7 @@ def fault(op: str, given: Mapping[str, object]) -> tuple[str, str] | None:
     return None
 
 
-def _misfit(name: str, value: object, kind: str, word: str) -> tuple[str, str] | None:
+def _misfit(name: str, value: Any, kind: str, word: str) -> tuple[str, str] | None:
     optional = kind.endswith("?")
     fits, form = KINDS[kind.rstrip("?").replace("array", word)]
     if fits(value) or (optional and value is None):
@@ -186,7 +187,7 @@ def _misfit(name: str, value: object, kind: str, word: str) -> tuple[str, str] |
     return name, f"expected {name} {form}{' or None' if optional else ''}, got {described(value)}"
 
 
-def guess(given: Mapping[str, object] | None) -> str:
+def guess(given: Mapping[str, Any] | None) -> str:
     """A hint where scores do not fit k: the axes of tokens and heads are easily confused."""
     if not given or given.get("cu_seqlens") is not None:
         return ""

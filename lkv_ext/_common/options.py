@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 from lkv_ext._common.kinds import described
 from lkv_ext._common.sizes import Segments
@@ -26,12 +26,12 @@ class Options(NamedTuple):
     align: int
 
 
-def index(value: object) -> int:
+def index(value: Any) -> int:
     """`operator.index`, but a symbolic size stays symbolic, where torch would make it the number of this trace."""
     return value if type(value).__name__ == "SymInt" else operator.index(value)
 
 
-def integer(value: object, name: str) -> int:
+def integer(value: Any, name: str) -> int:
     """An int, or a NumPy scalar or tensor of one; a bool is refused, as it was most likely meant for another one."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
@@ -72,6 +72,10 @@ def check_options(options: Options) -> Options:
     return Options(bounded(sink), bounded(window), layout, bounded(capacity), bounded(max_budget), reserve, align)
 
 
+@overload
+def bounded(value: int) -> int: ...
+@overload
+def bounded(value: int | None) -> int | None: ...
 def bounded(value: int | None) -> int | None:
     """Cut to 64 bits, which no number of rows exceeds."""
     if value is None or -(2**63) <= value < 2**63:
@@ -87,7 +91,7 @@ def integer_shapes(segments: Segments) -> tuple[Shapes, Shapes]:
     return [(heads,), (batch, heads)], [(batch,), (batch, heads)]
 
 
-def flatten(values: Sequence, name: str, *, trusted: bool = False) -> tuple[list[int], tuple[int, ...]]:
+def flatten(values: Any, name: str, *, trusted: bool = False) -> tuple[list[int], tuple[int, ...]]:
     """Integers of nested sequences or a NumPy array, and their shape. `trusted`: not checked, as a tracer's."""
     if hasattr(values, "ravel"):  # NumPy
         if "bool" in str(values.dtype):
@@ -108,7 +112,7 @@ def flatten(values: Sequence, name: str, *, trusted: bool = False) -> tuple[list
     return [x for flat, _ in parts for x in flat], (len(parts), *parts[0][1])
 
 
-def host_ints(values: int | Sequence, name: str, shapes: Shapes, *, trusted: bool = False) -> Sequence[int]:
+def host_ints(values: Any, name: str, shapes: Shapes, *, trusted: bool = False) -> Sequence[int]:
     """Integers on the host as a flat list, of one of these shapes or one for all."""
     if isinstance(values, int):
         return (bounded(integer(values, name)),)
@@ -135,7 +139,7 @@ def wrong_shape(name: str, shapes: Sequence[Sequence[int]], got: Sequence[int]) 
     return ValueError(f"expected {name} of shape {expected}, got {list(got)}")
 
 
-def shape_of(values: object) -> tuple[int, ...]:
+def shape_of(values: Any) -> tuple[int, ...]:
     """The shape of integers of the caller: of a tensor, an array, nested sequences, one int or None."""
     if values is None or isinstance(values, int):
         return ()

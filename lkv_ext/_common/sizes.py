@@ -22,7 +22,7 @@ class Segments(NamedTuple):
     stacked: bool = False  # the caller's integers have a layer axis, even for one layer
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]  # nobody counts the items of this tuple
         return self.layers * self.batch * self.heads
 
     def spread(self, values: Sequence[int]) -> Sequence[int]:
@@ -92,8 +92,10 @@ def size_output(
         raise ValueError(f"expected max_budget >= 0, got {max_budget}")
     count = segments.count
     known = budgets is not None
-    if not known:
-        budgets = [max_budget if max_budget is not None else capacity]
+    if budgets is None:
+        bound = max_budget if max_budget is not None else capacity
+        assert bound is not None
+        budgets = [bound]
     limits = segments.lengths(lengths, starts)
     if max_budget is not None:
         limits = [min(n, max_budget) for n in limits]

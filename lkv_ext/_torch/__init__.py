@@ -4,4 +4,5 @@ One file per op holds its public function, fake kernel and derivatives. An op im
 shared modules, never the package's users (`lkv_ext.cache`).
 """
 
+import lkv_ext._torch.library  # noqa: F401  (first: the others register what it has loaded)
 from lkv_ext._torch import append, attend, evict, gather, select, soft_topk  # noqa: F401  (each registers its ops)

@@ -27,7 +27,16 @@ def check_rows(rows: Sequence[Tensor], buffers: Sequence[Tensor], names: Sequenc
 
 
 @torch.library.register_fake("lkv_ext::append_")
-def fake_append_(cache, positions, lengths, cu_seqlens, rows, position, valid=None, valid_tensor=None):
+def fake_append_(
+    cache: list[Tensor],
+    positions: Tensor,
+    lengths: Tensor,
+    cu_seqlens: Tensor,
+    rows: list[Tensor],
+    position: int,
+    valid: list[int] | None = None,
+    valid_tensor: Tensor | None = None,
+) -> None:
     fake.check_rows(rows, [], cu_seqlens=cu_seqlens)
     named = {"cache.positions": positions, "cache.lengths": lengths, "valid": valid_tensor}
     fake.check_devices(rows[0].device, named | {f"cache[{i}]": t for i, t in enumerate(cache)})

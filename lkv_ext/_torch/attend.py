@@ -132,7 +132,7 @@ def _reader(call: Call, backend: str | None) -> Callable[[Call], Tensor] | None:
     if lack is not None:
         raise ValueError(
             f"expected {lack} for backend {backend!r}, got {call.queries.dtype}, D = {call.queries.shape[-1]}, "
-            f"Dv = {call.cache.v.shape[-1]}, softcap {call.softcap}, align {call.align}"
+            f"Dv = {call.v.shape[-1]}, softcap {call.softcap}, align {call.align}"
             f"{'' if call.sinks is None else ', sinks'}"
         )
     read = chosen.load()
@@ -142,7 +142,18 @@ def _reader(call: Call, backend: str | None) -> Callable[[Call], Tensor] | None:
 
 
 @torch.library.register_fake("lkv_ext::attend")
-def fake_attend(q, k, v, cu_seqlens, lengths, longest, causal, scale, softcap=0.0, sinks=None):
+def fake_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    lengths: Tensor,
+    longest: int,
+    causal: bool,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
     fake.check_devices(q.device, {"k": k, "v": v, "cu_seqlens": cu_seqlens, "lengths": lengths, "sinks": sinks})
     return q.new_empty([q.shape[0], q.shape[2], q.shape[1], v.shape[1]])
 

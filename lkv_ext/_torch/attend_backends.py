@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ class Call:
     sinks: Tensor | None = None
 
     @property
+    def v(self) -> Tensor:
+        assert self.cache.v is not None  # `attend` has checked it
+        return self.cache.v
+
+    @property
     def starts(self) -> Tensor:
         """int32 `[R + 1]`: where the queries of each segment begin."""
         rows = self.cache.lengths.numel()
@@ -66,7 +72,7 @@ class Call:
     def pages(self) -> tuple[Tensor, Tensor]:
         """K and V `[pages, align, 1, D]`."""
         whole = len(self.cache.k) // self.align * self.align
-        k, v = (t[:whole].unflatten(0, (-1, self.align))[:, :, None] for t in (self.cache.k, self.cache.v))
+        k, v = (t[:whole].unflatten(0, (-1, self.align))[:, :, None] for t in (self.cache.k, self.v))
         return k, v
 
     def finish(self, result: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -108,7 +114,7 @@ class Backend:
 
 
 def _lacks(call: Call, dims: range | tuple[int, ...], softcap: bool, sinks: bool = True) -> str | None:
-    q, k, v = call.queries, call.cache.k, call.cache.v
+    q, k, v = call.queries, call.cache.k, call.v
     fits = q.dtype == k.dtype == v.dtype in HALF and q.shape[-1] == k.shape[-1] == v.shape[-1] in dims
     if fits and (softcap or call.softcap is None) and (sinks or call.sinks is None):
         return None
@@ -137,7 +143,7 @@ def _flash_attn_3() -> Callable[[Call], Tensor] | None:
         result = module.flash_attn_varlen_func(
             call.queries,
             cache.k[:, None],
-            cache.v[:, None],
+            call.v[:, None],
             call.starts,
             cache.cu_seqlens,
             call.n,
@@ -162,7 +168,7 @@ def _flash_attn_2() -> Callable[[Call], Tensor] | None:
         """Spans with slack are read as pages, which is the only form that it has for them."""
         cache, options = call.cache, dict(softmax_scale=call.scale, causal=call.causal, softcap=call.softcap or 0.0)
         if call.is_tight:
-            k, v = cache.k[:, None], cache.v[:, None]
+            k, v = cache.k[:, None], call.v[:, None]
             sizes = (call.starts, cache.cu_seqlens, call.n, cache.max_length)
             if call.sinks is not None:
                 options["return_attn_probs"] = True
@@ -194,7 +200,7 @@ def _torch_varlen() -> Callable[[Call], Tensor] | None:
         if call.sinks is not None:
             options["return_aux"] = module.AuxRequest(lse=True)
         sizes = (call.starts, cache.cu_seqlens, call.n, cache.max_length)
-        return call.finish(module.varlen_attn(call.queries, cache.k[:, None], cache.v[:, None], *sizes, **options))
+        return call.finish(module.varlen_attn(call.queries, cache.k[:, None], call.v[:, None], *sizes, **options))
 
     return read
 
@@ -206,7 +212,7 @@ def _flashinfer() -> Callable[[Call], Tensor] | None:
         return None
     local = threading.local()  # its wrappers keep state between plan and run
 
-    def wrapper(device: torch.device) -> object:
+    def wrapper(device: torch.device) -> Any:
         made = vars(local).setdefault("made", {})
         if device not in made:
             space = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)

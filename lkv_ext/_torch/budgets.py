@@ -115,7 +115,8 @@ def _from_shares(
         raise ValueError("expected finite shares >= 0, got others")
     if (total is None) == (retention is None):
         raise ValueError("expected one of total and retention, got both or neither")
-    floor, cap = bounded(integer(floor, "floor")), None if cap is None else bounded(integer(cap, "cap"))
+    floor = bounded(integer(floor, "floor"))
+    cap = None if cap is None else bounded(integer(cap, "cap"))
     if floor < 0 or (cap is not None and cap < floor):
         raise ValueError(f"expected 0 <= floor <= cap, got {floor} and {cap}")
     tokens = _values(lengths, "lengths").cpu().clamp(min=0, max=MOST)
@@ -241,8 +242,7 @@ def _from_scores(
     sink, window = bounded(integer(sink, "sink")), bounded(integer(window, "window"))
     if sink < 0 or window < 0:
         raise ValueError(f"expected sink and window >= 0, got {sink} and {window}")
-    single = isinstance(scores, Tensor)
-    layers = [scores] if single else list(scores)
+    layers = [scores] if isinstance(scores, Tensor) else list(scores)
     for s in layers:
         if not is_of("tensor", s) or s.dtype not in SCORES:
             raise TypeError(f"expected scores of dtype float32, float16 or bfloat16, got {described(s)}")
@@ -254,13 +254,13 @@ def _from_scores(
     if not layers:
         raise ValueError("expected at least one layer of scores, got none")
     if across == "heads":
-        won = [
+        parts = [
             _compete([s], total, floor, _of_layer(lengths, n), _of_layer(starts, n), sink, window)[0]
             for n, s in enumerate(layers)
         ]
     else:
-        won = _compete(layers, total, floor, lengths, starts, sink, window)
-    return won[0] if single else torch.stack(list(won))
+        parts = list(_compete(layers, total, floor, lengths, starts, sink, window))
+    return parts[0] if isinstance(scores, Tensor) else torch.stack(parts)
 
 
 def _compete(
@@ -279,7 +279,7 @@ def _compete(
     if total.dim() > 1 or total.numel() not in (1, batch):
         raise ValueError(f"expected total as an int or of shape [B] = [{batch}], got {list(total.shape)}")
     total = total.broadcast_to(batch)
-    masks, protected, available = [], [], []
+    masks, at_ends, valid = [], [], []
     for n, s in enumerate(layers):
         begin = _per_head(_of_layer(starts, n), 0, s, "starts").clamp(0, s.shape[2])
         length = torch.minimum(
@@ -289,9 +289,9 @@ def _compete(
         last = (length - first).clamp(max=window)
         position = torch.arange(s.shape[2], device=device)
         masks.append((position >= (begin + first)[..., None]) & (position < (begin + length - last)[..., None]))
-        protected.append(first + last)
-        available.append(length)
-    protected, available = (torch.stack(x, 1).flatten(1) for x in (protected, available))  # [B, N * H]
+        at_ends.append(first + last)
+        valid.append(length)
+    protected, available = (torch.stack(x, 1).flatten(1) for x in (at_ends, valid))  # [B, N * H]
     owner = torch.cat([torch.arange(heads, device=device).repeat_interleave(s.shape[2]) + n * heads
                        for n, s in enumerate(layers)])  # fmt: skip
     flat = torch.cat([s.detach().flatten(1) for s in layers], 1)

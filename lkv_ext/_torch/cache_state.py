@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from os import PathLike
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,14 +53,14 @@ def check_counts(counts: dict[str, int], facts: spans.Facts, rows: int) -> None:
             raise ValueError(f"expected {name.lstrip('_')} in [{low}, {high}], got {counts[name]}")
 
 
-def state_of(cache: object) -> dict[str, object]:
+def state_of(cache: Any) -> dict[str, Any]:
     """The state of a cache, its tensors without the memory around them."""
-    state = {name: _compact(getattr(cache, name)) for name in PARTS}
+    state: dict[str, Any] = {name: _compact(getattr(cache, name)) for name in PARTS}
     state["companions"] = tuple(map(_compact, cache.companions))
     return state | {name: getattr(cache, name) for name in COUNTS}
 
 
-def check_state(state: dict[str, object]) -> None:
+def check_state(state: dict[str, Any]) -> None:
     """Raises unless `state` is that of a cache."""
     missing = {*PARTS, *COUNTS, "companions"} ^ state.keys()
     if missing:
@@ -71,7 +72,7 @@ def check_state(state: dict[str, object]) -> None:
     check_counts(counts, spans.read(parts, counts["align"], counts["seen"]), parts["k"].shape[0])
 
 
-def save(cache: object, path: str | PathLike[str]) -> None:
+def save(cache: Any, path: str | PathLike[str]) -> None:
     """Writes a cache as safetensors: tensors as they are, counts in the metadata."""
     tensors = {name: getattr(cache, name).contiguous() for name in PARTS}
     tensors |= {f"companions.{i}": c.contiguous() for i, c in enumerate(cache.companions)}

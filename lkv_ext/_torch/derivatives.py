@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,15 +40,15 @@ class _NoTangents(EachSample):
     """torch calls `jvp` where an input has a tangent, also one of an outer level."""
 
     @staticmethod
-    def forward(why, *tensors):
+    def forward(why: str, *tensors: Tensor) -> Tensor:
         return torch.empty(0)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.why = inputs[0]
 
     @staticmethod
-    def jvp(ctx, *tangents):
+    def jvp(ctx: Any, *tangents: Any) -> Any:
         raise ValueError(f"expected tensors without tangents, got some: {ctx.why}")
 
 

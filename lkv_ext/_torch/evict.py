@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,7 +151,7 @@ def evict_layers(
             counts = [len(part) for part in (*moved, scores)]
             raise ValueError(f"expected one tensor per layer in every list, got {counts} in {lists}")
         payload = [t for part in moved for t in part]
-        for k, v in zip(ks, vs or [None] * len(ks), strict=True):
+        for k, v in zip(ks, [None] * len(ks) if vs is None else vs, strict=True):
             _check_rank(k, v, 4)
         derivatives.refuse(payload, "use evict per layer")
         layers, (batch, heads) = len(ks), ks[0].shape[:2]
@@ -175,8 +176,8 @@ def evict_layers(
                 result.companions = tuple(c[None] for c in result.companions)
         return result
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        layers = range(len(ks)) if isinstance(ks, Sequence) else ()
-        names = [f"{name}[{layer}]" for name in _names("ks", "vs", vs, companions) for layer in layers]
+        every = range(len(ks)) if isinstance(ks, Sequence) else ()
+        names = [f"{name}[{layer}]" for name in _names("ks", "vs", vs, companions) for layer in every]
         errors.reraise("evict_layers", error, names, _names("k", "v", vs, companions), locals())
 
 
@@ -236,8 +237,8 @@ def _evict(
 ) -> RaggedKV:
     if out is None:
         if request.plain and has_v and len(payload) == 2:
-            k, v, *index = ops.evict_plain(*payload, *scores, *request.arguments)
-            return RaggedKV(k, v, (), *index, request.max_length)
+            k, v, positions, lengths, cu_seqlens = ops.evict_plain(*payload, *scores, *request.arguments)
+            return RaggedKV(k, v, (), positions, lengths, cu_seqlens, request.max_length)
         return _ragged(ops.evict(payload, scores, *request.arguments), has_v, request)
     moved = [out.k, *out.companions] if out.v is None else [out.k, out.v, *out.companions]
     derivatives.refuse(moved, "what is in out is overwritten")
@@ -264,8 +265,8 @@ def _select_and_gather(
     if scores.device != payload[0].device:
         raise ValueError(f"expected scores on {payload[0].device}, got {scores.device}")
     index = ops.select([scores.detach()], *request.arguments)
-    where = () if cu_seqlens is None else (cu_seqlens, request.segments.batch, request.segments.heads)
-    return _ragged(gather_rows(payload, index[0], index[2], *where) + index, has_v, request)
+    batch, heads = (0, 0) if cu_seqlens is None else (request.segments.batch, request.segments.heads)
+    return _ragged(gather_rows(payload, index[0], index[2], cu_seqlens, batch, heads) + index, has_v, request)
 
 
 def _ragged(result: list[Tensor], has_v: bool, request: Request) -> RaggedKV:
@@ -302,7 +303,7 @@ def _names(k: str, v: str, given_v: object, companions: object) -> list[str]:
 
 
 @torch.library.register_fake("lkv_ext::evict")
-def fake_evict(payload, scores, *args, **kwargs):
+def fake_evict(payload: list[Tensor], scores: list[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:
     given = Arguments(*args, **kwargs)
     fake.check_arguments(payload, scores, given)
     index = fake.index(payload, len(scores), given)
@@ -310,12 +311,12 @@ def fake_evict(payload, scores, *args, **kwargs):
 
 
 @torch.library.register_fake("lkv_ext::evict_plain")
-def fake_evict_plain(k, v, scores, budgets, total):
+def fake_evict_plain(k: Tensor, v: Tensor, scores: Tensor, budgets: list[int], total: int) -> tuple[Tensor, ...]:
     return tuple(fake_evict([k, v], [scores], budgets, total))
 
 
 @torch.library.register_fake("lkv_ext::evict_")
-def fake_evict_(payload, scores, *args, **kwargs):
+def fake_evict_(payload: list[Tensor], scores: list[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     given = Arguments(*args, **kwargs)
     fake.check_arguments(payload, scores, given)
     index = fake.index(payload, len(scores), given)
@@ -323,7 +324,7 @@ def fake_evict_(payload, scores, *args, **kwargs):
 
 
 @torch.library.register_fake("lkv_ext::evict_out")
-def fake_evict_out(out, payload, scores, *args, **kwargs):
+def fake_evict_out(out: list[Tensor], payload: list[Tensor], scores: list[Tensor], *args: Any, **kwargs: Any) -> None:
     fake.check_arguments(payload, scores, Arguments(*args, **kwargs))
     moved = [f"out[{i}]" for i in range(len(payload) // max(len(scores), 1))]
     names = [*moved, "out.positions", "out.lengths", "out.cu_seqlens", "out.overflow"]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lkv_ext._common.options import MOST
-from lkv_ext._torch.request import Arguments
 
 
-def index(tensors: list[Tensor], layers: int, given: Arguments) -> list[Tensor]:
+def index(tensors: list[Tensor], layers: int, given: Any) -> list[Tensor]:
     """positions, lengths, cu_seqlens and, where it is counted, overflow.
 
     Args:
+        given: the `Arguments` of the op.
         tensors: those that give B and H where they are dense, the first one also the device.
     """
     batch, heads = tensors[0].shape[:2] if given.cu_seqlens is None else (given.batch, given.heads)
@@ -37,12 +39,12 @@ def moved(payload: list[Tensor], layers: int, cu_seqlens: Tensor | None, leading
 
 def check_rows(payload: list[Tensor], scores: list[Tensor], **given: Tensor | None) -> None:
     """Raises unless all are on the device of the first tensor, as the kernels do."""
-    named = {f"payload[{i}]": t for i, t in enumerate(payload)}
+    named: dict[str, Tensor | None] = {f"payload[{i}]": t for i, t in enumerate(payload)}
     named |= {"scores" if len(scores) == 1 else f"scores[{i}]": t for i, t in enumerate(scores)}
     check_devices((payload or scores)[0].device, named | given)
 
 
-def check_arguments(payload: list[Tensor], scores: list[Tensor], given: Arguments) -> None:
+def check_arguments(payload: list[Tensor], scores: list[Tensor], given: Any) -> None:
     """`check_rows` with the tensors among the arguments that the ops share."""
     integers = {name: getattr(given, f"{name}_tensor") for name in ("budgets", "lengths", "starts")}
     check_rows(payload, scores, cu_seqlens=given.cu_seqlens, **integers)

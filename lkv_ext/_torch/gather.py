@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,18 +63,20 @@ class _Gather(EachSample):
     """The gather of tensors of one layer."""
 
     @staticmethod
-    def forward(positions, cu_seqlens, source, batch, heads, *tensors):
+    def forward(
+        positions: Tensor, cu_seqlens: Tensor, source: Tensor | None, batch: int, heads: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         return tuple(ops.gather(list(tensors), positions, cu_seqlens, 1, source, batch, heads))
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         positions, cu_seqlens, source, ctx.batch, ctx.heads, *tensors = inputs
         ctx.shapes = [t.shape for t in tensors]
         ctx.save_for_backward(positions, cu_seqlens, source)
         ctx.save_for_forward(positions, cu_seqlens, source)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         return *[None] * 5, *_scattered(grads, ctx.shapes, ctx.needs_input_grad[5:], *ctx.saved_tensors)
 
 
@@ -81,11 +84,12 @@ class _GatherInForwardMode(_Gather):
     """Tangents move as the tensors do. A class of its own, as torch.compile traces no function with a `jvp`."""
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        with derivatives.outer_levels(tangents[5:]) as tangents:
-            given = [t.contiguous() for t in tangents if t is not None]
-            moved = iter(gather_rows(given, *ctx.saved_tensors, ctx.batch, ctx.heads))
-            return tuple(None if t is None else next(moved) for t in tangents)
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        with derivatives.outer_levels(tangents[5:]) as inner:
+            given = [t.contiguous() for t in inner if t is not None]
+            positions, cu_seqlens, source = ctx.saved_tensors
+            moved = iter(gather_rows(given, positions, cu_seqlens, source, ctx.batch, ctx.heads))
+            return tuple(None if t is None else next(moved) for t in inner)
 
 
 def _scattered(
@@ -102,6 +106,9 @@ def _scattered(
     slots = torch.arange(positions.numel(), device=positions.device)
     segment = torch.searchsorted(cu_seqlens, slots, right=True).sub(1).clamp(0, cu_seqlens.numel() - 2)
     results: list[Tensor | None] = []
+    rows: int
+    limit: Tensor | int
+    mine: Tensor | bool
     for i, (shape, need) in enumerate(zip(shapes, needed, strict=True)):
         if not need:
             results.append(None)
@@ -111,7 +118,7 @@ def _scattered(
             limit = source[segment + 1].long() - origin
         else:
             layer, per_layer, limit = i % layers, shape[0] * shape[1], shape[2]
-            rows, origin = per_layer * limit, (segment - layer * per_layer) * limit
+            rows, origin = per_layer * shape[2], (segment - layer * per_layer) * shape[2]
             mine = segment // max(per_layer, 1) == layer
         valid = (positions >= 0) & (positions < limit) & mine
         target = torch.where(valid, origin + positions, 0)
@@ -121,14 +128,15 @@ def _scattered(
     return results
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     tensors, positions, cu_seqlens, ctx.layers, source, _, _ = inputs
     ctx.shapes = [t.shape for t in tensors]
     ctx.save_for_backward(positions, cu_seqlens, source)
 
 
-def _backward(ctx, grads: list[Tensor]):
-    results = _scattered(grads, ctx.shapes, ctx.needs_input_grad[0], *ctx.saved_tensors, ctx.layers)
+def _backward(ctx: Any, grads: list[Tensor]) -> Any:
+    positions, cu_seqlens, source = ctx.saved_tensors
+    results = _scattered(grads, ctx.shapes, ctx.needs_input_grad[0], positions, cu_seqlens, source, ctx.layers)
     return results, *(None for _ in ctx.needs_input_grad[1:])  # arguments left at their defaults are not counted
 
 
@@ -137,7 +145,14 @@ torch.library.register_autograd("lkv_ext::gather", _backward, setup_context=_set
 
 
 @torch.library.register_fake("lkv_ext::gather")
-def fake_gather(tensors, positions, cu_seqlens, layers=1, source_cu_seqlens=None, *_):
+def fake_gather(
+    tensors: list[Tensor],
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    layers: int = 1,
+    source_cu_seqlens: Tensor | None = None,
+    *_: Any,
+) -> list[Tensor]:
     fake.check_rows(tensors, [], cu_seqlens=source_cu_seqlens)
     fake.check_devices(tensors[0].device, {"index.positions": positions, "index.cu_seqlens": cu_seqlens})
     return fake.moved(tensors, layers, source_cu_seqlens, list(positions.shape))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lkv_ext._common import errors
 from lkv_ext._common.kinds import described, is_of
-from lkv_ext._common.options import flatten, host_ints, is_one_of, wrong_shape
+from lkv_ext._common.options import Shapes, flatten, host_ints, is_one_of, wrong_shape
 from lkv_ext._torch.modes import traced
 
 Ints = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
@@ -34,7 +34,7 @@ class Plan:
     lengths: list[int]
     lengths_tensor: Tensor | None
 
-    def read(self, name: str, shapes: Sequence[Sequence[int]]) -> tuple[list[int], Tensor | None]:
+    def read(self, name: str, shapes: Shapes) -> tuple[list[int], Tensor | None]:
         """The host copy and, where the kernels cannot read that, the device copy of `name`."""
         values, tensor = getattr(self, name), getattr(self, f"{name}_tensor")
         if tensor is not None and tensor.dim() and not is_one_of(tuple(tensor.shape), shapes):
@@ -121,7 +121,8 @@ def split(
     if values is None:
         return (), None
     if isinstance(values, torch.SymInt):
-        return (values,), None
+        symbolic: Any = values
+        return (symbolic,), None
     if isinstance(values, HostInts):
         if values.shape and values.shape not in shapes:
             raise wrong_shape(name, shapes, values.shape)

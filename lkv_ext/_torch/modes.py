@@ -10,7 +10,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def keeps_tensors(method: Callable[P, T]) -> Callable[P, T]:

@@ -6,6 +6,7 @@ from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ Known = int | tuple[int, ...] | HostInts
 # The arguments that the ops share, by name. csrc/host/arguments.h declares them, and the schema has them from there.
 _declared = ops.select.default._schema.arguments[1:]
 _DEFAULTS = tuple(argument.default_value for argument in _declared if argument.has_default_value())
-Arguments = namedtuple("Arguments", [argument.name for argument in _declared], defaults=_DEFAULTS)  # type: ignore[misc]
+_named: Any = namedtuple  # a type checker cannot read the schema
+Arguments: Any = _named("Arguments", [argument.name for argument in _declared], defaults=_DEFAULTS)
 
 
 def find_segments(
@@ -40,7 +42,10 @@ def find_segments(
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or tensor.dim() < 1:
         raise ValueError(f"expected cu_seqlens of shape [B * H + 1], got {list(cu_seqlens.shape)}")
     count, tokens = cu_seqlens.numel() - 1, tensor.shape[0]
-    lengths, budgets = (t.flatten(0, 1) if isinstance(t, Tensor) and t.dim() == 3 else t for t in (lengths, budgets))
+    if isinstance(lengths, Tensor) and lengths.dim() == 3:
+        lengths = lengths.flatten(0, 1)
+    if isinstance(budgets, Tensor) and budgets.dim() == 3:
+        budgets = budgets.flatten(0, 1)
     of_budgets = budgets.budgets_tensor if isinstance(budgets, Plan) else budgets
     batch, heads = ragged_heads(count, shape_of(of_budgets), shape_of(lengths))
     if not cu_seqlens.is_cpu or traced(cu_seqlens):
@@ -53,7 +58,7 @@ class Request:
     """The arguments of an op after its tensors, and what the caller needs to know of the result."""
 
     segments: Segments
-    arguments: Arguments | tuple[Sequence[int], int]
+    arguments: Sequence[Any]  # Arguments, or budgets and total alone
     plain: bool  # the arguments are budgets and total alone: all others have their defaults
     max_length: int
     counted: bool  # overflow is counted on the device
@@ -67,7 +72,7 @@ def make_request(
     budgets: Ints | Plan,
     lengths: Ints | None,
     starts: Ints | None,
-    options: tuple,
+    options: tuple[Any, ...],
 ) -> Request:
     """Checks the integers of a call on the segments of `tensor`, and sizes its output.
 
@@ -89,7 +94,7 @@ def make_request(
 
 
 @lru_cache(maxsize=1024, typed=True)  # 1.0 and True are equal to 1, and refused
-def _cached(shape: torch.Size, budgets: Known, lengths: Known | None, starts: Known | None, *options) -> Request:
+def _cached(shape: torch.Size, budgets: Known, lengths: Known | None, starts: Known | None, *options: Any) -> Request:
     """Engines evict with the same sizes again and again: at decode time this memo saves most of the wrapper's cost."""
     if len(shape) < 3:
         raise ValueError(f"expected scores of shape [B, H, L], got {list(shape)}")
@@ -113,6 +118,8 @@ def request_for(
         raise ValueError("expected no starts with cu_seqlens: ragged rows begin at their offsets")
     layers, batch, heads = segments.layers, segments.batch, segments.heads
     per_head, per_sequence = integer_shapes(segments)
+    budget_list: Sequence[int]
+    length_list: Sequence[int]
     if isinstance(budgets, Plan):
         if lengths is not None:
             raise ValueError("expected no lengths beside a plan, which has its own, got both")
@@ -175,8 +182,7 @@ def request_for(
         align=align,
     )
     plain = cu_seqlens is budget_tensor is length_tensor is start_tensor is None and arguments[2:] == _DEFAULTS
-    arguments = arguments[:2] if plain else arguments
-    return Request(segments, arguments, plain, size.max_length, counted, reserve, align)
+    return Request(segments, arguments[:2] if plain else arguments, plain, size.max_length, counted, reserve, align)
 
 
 def _read(budgets: Tensor) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,11 +63,12 @@ def select(
 
 def new_index(result: Sequence[Tensor], request: Request) -> RaggedIndex:
     """From what select and evict_ return: positions, lengths, cu_seqlens and, where counted, overflow."""
-    return RaggedIndex(*result[:3], request.max_length, result[3] if request.counted else None)
+    positions, lengths, cu_seqlens, *overflow = result
+    return RaggedIndex(positions, lengths, cu_seqlens, request.max_length, overflow[0] if request.counted else None)
 
 
 @torch.library.register_fake("lkv_ext::select")
-def fake_select(scores, *args, **kwargs):
+def fake_select(scores: list[Tensor], *args: Any, **kwargs: Any) -> list[Tensor]:
     given = Arguments(*args, **kwargs)
     fake.check_arguments([], scores, given)
     return fake.index(scores, len(scores), given)

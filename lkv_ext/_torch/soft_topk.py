@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def _number(given: float | Tensor, name: str, dtype: torch.dtype) -> tuple[Tenso
     return None, float(given)
 
 
-def _flattened(scores: Tensor, k: Tensor | None, k_value: float, t: Tensor | None, *rest) -> Tensor:
+def _flattened(scores: Tensor, k: Tensor | None, k_value: float, t: Tensor | None, *rest: Any) -> Tensor:
     """More leading axes than the kernels count: as one."""
     leading = scores.shape[:-1]
     t_value, lengths, log = rest
@@ -110,7 +111,7 @@ def _flattened(scores: Tensor, k: Tensor | None, k_value: float, t: Tensor | Non
     return _run(scores.reshape(-1, scores.shape[-1]), k, k_value, t, t_value, lengths, log).view(scores.shape)
 
 
-def _run(scores: Tensor, k: Tensor | None, k_value: float, t: Tensor | None, *rest) -> Tensor:
+def _run(scores: Tensor, k: Tensor | None, k_value: float, t: Tensor | None, *rest: Any) -> Tensor:
     if derivatives.wanted([x for x in (scores, k, t) if x is not None]):
         op = _SoftTopkInForwardMode if derivatives.in_forward_mode() else _SoftTopk
         return call(op, scores, k, k_value, t, *rest)[0]
@@ -123,11 +124,19 @@ def _summed(grad: Tensor, shape: torch.Size) -> Tensor:
 
 class _SoftTopk(EachSample):
     @staticmethod
-    def forward(scores, k, k_value, temperature, t_value, lengths, log):
+    def forward(
+        scores: Tensor,
+        k: Tensor | None,
+        k_value: float,
+        temperature: Tensor | None,
+        t_value: float,
+        lengths: Tensor | None,
+        log: bool,
+    ) -> Any:
         return ops.soft_topk(scores, k, k_value, temperature, t_value, lengths, log)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         scores, k, _, temperature, ctx.t_value, lengths, ctx.log = inputs
         mask, weights = output
         ctx.mark_non_differentiable(weights)
@@ -136,7 +145,7 @@ class _SoftTopk(EachSample):
         ctx.shapes = [None if x is None else x.shape for x in (k, temperature)]
 
     @staticmethod
-    def backward(ctx, grad, _weights):
+    def backward(ctx: Any, grad: Tensor, _weights: Tensor) -> Any:
         mask, weights, temperature, lengths = ctx.saved_tensors
         to_scores, to_k, to_temperature = (ctx.needs_input_grad[i] for i in (0, 1, 3))
         if derivatives.wanted((grad, mask)):  # the kernel has no derivative of its own
@@ -164,18 +173,28 @@ class _SoftTopkInForwardMode(_SoftTopk):
     """A class of its own, as torch.compile traces no function with a `jvp`."""
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _SoftTopk.setup_context(ctx, inputs, output)
         ctx.save_for_forward(*output, inputs[3])
 
     @staticmethod
-    def jvp(ctx, scores, k, _k_value, temperature, *_rest):
-        with derivatives.outer_levels((*ctx.saved_tensors, scores, k, temperature)) as (mask, weights, at, *tangents):
+    def jvp(ctx: Any, scores: Any, k: Any, _k_value: Any, temperature: Any, *_rest: Any) -> Any:
+        with derivatives.outer_levels((*ctx.saved_tensors, scores, k, temperature)) as given:
+            mask, weights, at, *tangents = given
+            assert mask is not None and weights is not None
             return Slopes(mask, weights, ctx.t_value if at is None else at, ctx.log).forward(*tangents), None
 
 
 @torch.library.register_fake("lkv_ext::soft_topk")
-def fake_soft_topk(scores, k, k_value, temperature, temperature_value, lengths, log):
+def fake_soft_topk(
+    scores: Tensor,
+    k: Tensor | None,
+    k_value: float,
+    temperature: Tensor | None,
+    temperature_value: float,
+    lengths: Tensor | None,
+    log: bool,
+) -> tuple[Tensor, Tensor]:
     fake.check_devices(scores.device, {"k": k, "temperature": temperature, "lengths": lengths})
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     return scores.new_empty(scores.shape, dtype=dtype), scores.new_empty(scores.shape[:-1], dtype=dtype)
@@ -183,8 +202,17 @@ def fake_soft_topk(scores, k, k_value, temperature, temperature_value, lengths, 
 
 @torch.library.register_fake("lkv_ext::soft_topk_backward")
 def fake_soft_topk_backward(
-    grad, mask, weights, temperature, temperature_value, lengths, element, log, to_scores, to_temperature
-):
+    grad: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    temperature: Tensor | None,
+    temperature_value: float,
+    lengths: Tensor | None,
+    element: int,
+    log: bool,
+    to_scores: bool,
+    to_temperature: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = next(dtype for dtype, number in _ELEMENTS.items() if number == element)
     return (
         mask.new_empty(mask.shape if to_scores else [0], dtype=dtype),

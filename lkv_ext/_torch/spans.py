@@ -82,8 +82,8 @@ def read(parts: dict[str, Tensor], align: int, seen: int) -> Facts:
         in_use = (place >= 0) & (place < used[segment])
         behind, tokens = (used[segment] - place)[in_use], positions[in_use].long()  # 1: the last row of its span
         if tokens.numel():
-            recent = torch.where(seen - tokens == behind, MOST, behind - 1).min()
-            ends += [torch.where(tokens < 0, tokens, 0).sum(), tokens.max(), recent]
+            in_place = torch.where(seen - tokens == behind, MOST, behind - 1).min()
+            ends += [torch.where(tokens < 0, tokens, 0).sum(), tokens.max(), in_place]
     first, end, misplaced, *sizes = torch.stack(ends).tolist()
     narrowest, shortest, longest, slack, *places = sizes or (0, seen, 0, MOST)
     negative, last, recent = places or (0, -1, MOST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch._functorch.utils import unwrap_dead_wrappers
@@ -12,10 +13,10 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from lkv_ext._torch.library import ops
 
 
-def each(op: Callable) -> Callable:
+def each(op: Callable[..., Any]) -> Callable[..., Any]:
     """The rule of `op` for torch.vmap."""
 
-    def rule(info, in_dims, *args):
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         leaves, spec = tree_flatten(args)
         dims = tree_flatten(in_dims, is_leaf=lambda x: x is None)[0]
 
@@ -35,14 +36,14 @@ class EachSample(Function):
     """A function with this rule. It stays right when it is itself differentiated, which a generated rule does not."""
 
     def __init_subclass__(cls) -> None:
-        cls.vmap = staticmethod(each(cls.apply))
+        cls.vmap = staticmethod(each(cls.apply))  # type: ignore[method-assign]  # how torch is given a rule
 
 
-def call(function: type[EachSample], *args: object) -> object:
+def call(function: type[EachSample], *args: Any) -> Any:
     """`function.apply(*args)`; eager, without reading the signature of `forward` at every call, as that does."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(Function, function).apply(*unwrap_dead_wrappers(args))
+    return super(Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]  # of its C base
 
 
 def register(name: str) -> None:
