@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -48,12 +48,13 @@ def _program(name: str) -> str | None:
     return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
 
 
-ROOMS = ("cli", "evaluate", "hf", "learn", "policies", "reference", "retriever", "tasks")
-
 setup(
-    packages=["lkv_ext", "lkv_ext._common", "lkv_ext._torch", "lkv", *(f"lkv.{room}" for room in ROOMS)],
+    packages=find_packages(include=["lkv_ext*"]) + find_packages("python"),
     package_dir={"lkv_ext": "lkv_ext", "lkv": "python/lkv"},
-    package_data={"lkv_ext": ["py.typed"], "lkv": ["tasks/*.json", "retriever/weights/*", "retriever/weights/lkv/*"]},
+    package_data={
+        "lkv_ext": ["py.typed", "_C.pyi"],
+        "lkv": ["py.typed", "tasks/*.json", "retriever/weights/*", "retriever/weights/lkv/*"],
+    },
     ext_modules=[Extension("lkv_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,

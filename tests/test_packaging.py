@@ -1,0 +1,92 @@
+"""The wheel and the sdist are whole: every file is in them, and a wheel works where there is no compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EVICT = """
+import sys
+import {module} as lkv_ext, {arrays}
+k = {arrays}.arange(2 * 8 * 4).reshape(1, 2, 8, 4)
+out = lkv_ext.evict(k, k, {arrays}.arange(16, dtype={arrays}.float32).reshape(1, 2, 8), [3, 1])
+assert out.positions.tolist() == [5, 6, 7, 7], out.positions
+assert out.k[:3].tolist() == k[0, 0, 5:].tolist()
+print(lkv_ext.__file__, "torch" in sys.modules)
+"""
+
+pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository")
+
+
+def tracked(*folders: str) -> set[str]:
+    names = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return set(names.split())
+
+
+def build(kind: str, folder: Path) -> Path:
+    """By setup.py, whose CMake folder has been built already; beside the sources nothing is written."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(folder)]
+    command += ["build", "--build-base", str(folder / "build")] if kind == "bdist_wheel" else []
+    result = subprocess.run([*command, kind, "-d", str(folder)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    (path,) = [path for path in folder.iterdir() if path.suffix in (".whl", ".gz")]
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("bdist_wheel", tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path) -> Path:
+    folder = wheel.parent / "site"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(folder),
+        str(wheel),
+    ]
+    subprocess.run(command, check=True)
+    return folder
+
+
+def test_the_wheel_has_all_of_both_packages(wheel: Path) -> None:
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    libraries = {name for name in names if name.endswith(".so")}
+    expected = {name.removeprefix("python/") for name in tracked("lkv_ext", "python")}
+    assert names - libraries == expected
+    assert {name.split(".")[0] for name in libraries} == {"lkv_ext/_C", "lkv_ext/_torch"}
+
+
+@pytest.mark.parametrize("torch", [True, False], ids=["torch", "numpy"])
+def test_the_wheel_evicts_without_a_compiler(installed: Path, torch: bool, tmp_path: Path) -> None:
+    code = EVICT.format(module="lkv_ext", arrays="torch")
+    if not torch:
+        code = EVICT.format(module="lkv_ext.numpy", arrays="numpy")
+    environment = {"PYTHONPATH": str(installed), "PATH": str(tmp_path)}
+    environment |= {name: os.environ[name] for name in ("HOME", "LD_LIBRARY_PATH") if name in os.environ}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    file, loaded = result.stdout.split()
+    assert Path(file).is_relative_to(installed) and loaded == str(torch)
+
+
+def test_the_sdist_has_every_file(tmp_path: Path) -> None:
+    with tarfile.open(build("sdist", tmp_path)) as archive:
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    made = {name for name in names if name == "PKG-INFO" or ".egg-info/" in name or name == "setup.cfg"}
+    assert names - made == tracked()
