@@ -83,7 +83,7 @@ def reason(error: BaseException) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what the rivals are made of, where it is installed."""
+    """The versions of the packages behind the rivals, if installed."""
     found = {}
     for package in ("triton", "flashinfer-python", "nvidia-cuda-cccl"):
         try:

@@ -94,7 +94,7 @@ class Kernel:
         return round_up(self.shared, 128) + gpu.shared_reserved
 
 
-# Of csrc/cuda: gather_tile.cuh and upload.cuh; registers as bench/resources.py finds them for sm_90.
+# Constants of csrc/cuda, gather_tile.cuh and spans.cu; registers as bench/resources.py finds them for sm_90.
 SELECT_THREADS, SELECT_REGISTERS = 512, 55
 GATHER = Kernel(threads=512, registers=52, shared=4192)
 TILE_ROWS, CHUNK_BYTES = 64, 3456

@@ -120,7 +120,7 @@ def library() -> ctypes.CDLL:
 
 
 def cub_version() -> str:
-    """Of the CUB inside the library, e.g. "3.5"."""
+    """The version of the CUB inside the library, e.g. "3.5"."""
     return "{}.{}".format(*_parts(library().rivals_cub_version()))
 
 

@@ -224,7 +224,7 @@ def _worst(found: Iterable[Measured]) -> Measured | None:
 
 
 def _share_of_ceiling(run: Run) -> Measured | None:
-    """Of the rate of a gather of random rows that are about as dense."""
+    """The rate over that of a gather of random rows that are about as dense."""
     ceilings = [r for r in run.results if r.op == "ceiling random" and r.mode == "graph" and r.gbps]
     found = []
     for result, work in _evictions(run):

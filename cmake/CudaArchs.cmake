@@ -1,4 +1,4 @@
-# Of the architectures that are built where no GPU is visible, those that a compiler knows: before 12.8 it does not know
+# The architectures that are built where no GPU is visible, as far as the compiler knows them: before 12.8 it does not know
 # 100 and 120, whose GPUs then run code that is translated from the PTX for 90.
 function(lkv_default_archs nvcc out)
   execute_process(COMMAND ${nvcc} --list-gpu-code OUTPUT_VARIABLE known ERROR_QUIET RESULT_VARIABLE failed)

@@ -27,7 +27,7 @@ def _spread(values: Tensor, counts: Tensor) -> Tensor:
 
 
 def rows_in_use(cache: RaggedCache) -> tuple[Tensor, Tensor]:
-    """Of all rows in use, in order: the segment of each (b * H + h), and where in the buffers it lies."""
+    """For all rows in use, in order: the segment of each (b * H + h), and where in the buffers it lies."""
     used, begins = cache.lengths.flatten().long(), cache.cu_seqlens[:-1].long()
     places = torch.arange(int(used.sum()), device=used.device) + _spread(begins - used.cumsum(0) + used, used)
     return _spread(torch.arange(used.numel(), device=used.device), used), places

@@ -121,7 +121,7 @@ with warnings.catch_warnings():
 
 MOST = 2**63 - 1
 
-# Of what an int also is, the int.
+# What counts as an int as well, and that int.
 SAME = {
     "NumPy scalar": (np.int64(3), 3),
     "0-d tensor": (torch.tensor(3), 3),
@@ -292,7 +292,7 @@ def test_kinds_are_those_of_the_signatures(module: ModuleType) -> None:
 
 
 def test_defaults_are_the_same_everywhere() -> None:
-    """Of the public functions of torch and NumPy, and of the specification."""
+    """Defaults of the public functions of torch and NumPy, and of the specification."""
     functions = [lkv_ext.evict, lkv_ext.evict_, lkv_ext.evict_layers, lkv_ext.select]
     functions += [lkv_numpy.evict, lkv_numpy.evict_, lkv_numpy.select, reference.evict, reference.evict_layers]
     seen: dict[str, object] = {}

@@ -46,7 +46,7 @@ class Run:
         return k, v, [rows_of([*shape, *dtypes[i][1]], dtypes[i][0], self.seed + 2 + i) for i in range(self.companions)]
 
     def evicted(self, tokens: int, reserve: int, *, joint: bool) -> RaggedCache:
-        """Of one layer, or the middle one of three that share their buffers."""
+        """A cache of one layer, or the middle one of three that share their buffers."""
         budgets = self.draw(st.lists(st.integers(0, tokens), min_size=HEADS, max_size=HEADS))
         k, v, companions = self.rows(tokens)
         scores = scores_of("ties", [self.batch, HEADS, tokens], self.seed)

@@ -52,7 +52,7 @@ def test_integers_in_a_tensor(call: Callable, shape: tuple[int, ...], dtype: tor
 
 
 def test_derivatives_need_no_signature(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a function with a `setup_context` torch reads it at every `apply`, which takes longer than a small op."""
+    """torch reads the signature of such a function at every `apply`, which takes longer than a small op."""
     scores, k = SCORES.clone().requires_grad_(), K.float().requires_grad_()
 
     def refuse(*_: object) -> None:

@@ -24,7 +24,7 @@ def tensors(batch: int, heads: int, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def integers(kind: str, batch: int, heads: int, first: int, *, of_sequences: bool = False) -> object:
-    """Of one kind and shape, other values for every `first`; none below 2, as torch.compile sets 0 and 1 apart."""
+    """One kind and shape, other values for every `first`; none below 2, as torch.compile sets 0 and 1 apart."""
     nested = first + torch.arange(batch * heads).view(batch, heads) % 3
     flat = nested[:, 0] if of_sequences else nested[0]
     return {

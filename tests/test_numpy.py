@@ -163,7 +163,7 @@ def test_ragged_goes_in_again() -> None:
 
 
 def test_pages_behind_a_room_are_pages() -> None:
-    """Of spans of 12, 4 and 0 rows, in pages of 4: what is behind a span's last page repeats one that there is."""
+    """Spans of 12, 4 and 0 rows, in pages of 4: behind the last page of a span its block table repeats one."""
     k, _, scores = cache(1, 3, 20, 4, seed=7)
     out = lkv_np.evict(k, None, scores, [9, 1, 0], align=4)
     assert out.block_table.tolist() == [[0, 1, 2], [3, 3, 3], [3, 3, 3]] and out.block_table.dtype == np.int32

@@ -15,7 +15,7 @@ import lkv_ext.numpy as lkv_numpy
 from lkv_ext._torch.library import ops
 
 B, H, L, ROW = 2, 3, 21, 32  # bytes of a token of one head, all payloads and gaps
-# Of every payload the type and, of its row, the first byte and the elements. Neighbours touch.
+# For every payload its type and, in its row, the first byte and the elements. Neighbours touch.
 LAYOUTS = {
     "float32, uint8": [(torch.float32, 0, 4), (torch.uint8, 16, 7)],
     "uint8, float32": [(torch.uint8, 0, 4), (torch.float32, 4, 3)],

@@ -29,7 +29,7 @@ def rows(*shape: int) -> Tensor:
 
 
 def good() -> dict[str, dict]:
-    """Of every op, the arguments of a call that is right, in the order of its schema."""
+    """For every op, the arguments of a call that is right, in the order of its schema."""
     scores, index = torch.randn(B, H, L), lkv_ext.select(torch.zeros(B, H, L), 5)
     out = lkv_ext.evict(rows(), rows(), scores, 5)
     ragged = dict(cu_seqlens=offsets(), batch=B, heads=H)

@@ -115,7 +115,7 @@ def test_the_gradient_of_a_share_reaches_the_loss_through_k() -> None:
 @pytest.mark.parametrize("again", [False, True], ids=["kernel", "differentiated again"])
 @pytest.mark.parametrize("cold", [1e-9, torch.tensor(1e-9), torch.tensor(-1.0)], ids=["number", "tensor", "negative"])
 def test_the_least_temperature_holds_for_slopes(cold: float | Tensor, again: bool) -> None:
-    """Of equal scores: w (g - mean g) / T, T being 1e-6."""
+    """Slopes of equal scores: w (g - mean g) / T, T being 1e-6."""
     scores = torch.ones(1, 4, dtype=torch.float64, requires_grad=True)
     upstream = torch.tensor([[1.0, 2.0, 3.0, 6.0]], dtype=torch.float64)
     mask = lkv_ext.soft_topk(scores, 1.0, cold)

@@ -91,7 +91,7 @@ def test_models_of_one_config():
 
 
 def test_copies(model):
-    """Of the config and of the model, also while a forward runs: a copied model takes caches of ours at once."""
+    """Copies of the config and of the model, also while a forward runs: a copied model takes caches of ours at once."""
     cache, copies = lkv.Cache(model, retention=0.5), []
     model.model.layers[1].register_forward_pre_hook(lambda *_: copies.append(copy.deepcopy(model.config)))
     twin = copy.deepcopy(model)

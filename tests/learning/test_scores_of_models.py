@@ -31,7 +31,7 @@ class Noted(SnapKV):
 @pytest.mark.parametrize("around", [lambda scorer: scorer, AdaKV], ids=["snapkv", "adakv"])
 @pytest.mark.parametrize("name", MODELS)
 def test_scores_are_the_models_weights(name: str, around: type[Policy]) -> None:
-    """Of texts side by side, padded in front, each as the model weighs its rows where it reads the text alone."""
+    """Texts side by side, padded in front, each as the model weighs its rows where it reads the text alone."""
     model, scorer = build(name), Noted()
     texts = [tokens(1, n, seed=n)[0] for n in LENGTHS]
     ids = torch.stack([torch.nn.functional.pad(text, (LENGTHS[0] - len(text), 0)) for text in texts])

@@ -4,7 +4,7 @@
 area, `--files 'lkv_ext/_torch/*.py'` some files, `--survivors` only what survived last time, `--list` prints them.
 
 A mutant is killed when a test of its file fails (guards.py says which tests those are) or when one takes several times
-as long as without it. Whoever finds a survivor writes the test that was missing; where no test can tell, because the
+as long as without it. A survivor needs the test that was missing; where no test can tell, because the
 mutant behaves as the original, the mutant goes into a file of equivalent/ with the reason. Less than 95 % of the others
 killed is a failure.
 

@@ -33,7 +33,7 @@ MUTATIONS = (*CPU, *OPS)
 
 _SELECT = ("test_parity.py", "test_planted.py", "test_properties.py", "test_numpy.py", "test_isa.py")
 _APPEND = ("test_cache.py", "test_cache_steps.py", "test_raw_ops.py")
-# Of every suite the tests, the most telling ones first: the first failure ends a mutant's run.
+# For every suite its tests, the most telling ones first: the first failure ends a mutant's run.
 SUITES = {
     "planted": ("test_planted.py",),
     "select": _SELECT,
@@ -129,7 +129,7 @@ class Build:
         return shlex.split(done.splitlines()[-1])
 
     def _command(self, target: str | Path) -> list[str]:
-        """Of these, that of the compiler or linker."""
+        """The one of the compiler or linker among these."""
         groups = (list(group) for is_end, group in groupby(self._words(target), "&&".__eq__) if not is_end)
         return next(words for words in groups if "-o" in words)
 

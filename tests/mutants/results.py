@@ -55,7 +55,7 @@ class Store:
 
 
 def digest(root: Path, source: str, tests: Iterable[str]) -> str:
-    """Of all that decides a mutant's fate save the rest of the package: where it is unchanged, so is the result."""
+    """A digest of what decides a mutant's fate, except the rest of the package: the same digest, the same result."""
     both = hashlib.sha256()
     for file in (source, *tests):
         both.update((root / file).read_bytes())

@@ -18,7 +18,7 @@ SAMPLE = ("--count", "32", "--seed", "1", "--workers", "1", "--minutes", "4", "-
 
 
 def test_a_sample_is_noticed() -> None:
-    """Whoever meets a survivor here has changed its lines: a test is missing, or an entry of equivalent/."""
+    """A survivor here is in lines that were changed: a test is missing, or an entry of equivalent/."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *filter(None, sys.path)])}
     command = [sys.executable, "-m", "mutants", *SAMPLE]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
