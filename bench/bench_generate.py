@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from statistics import median
+
 import pytest
 import torch
 from conftest import Bench
@@ -19,6 +22,7 @@ import lkv
 LENGTH = 16384
 SHAPE = Shape(LENGTH, heads=decoder.HEADS, dim=decoder.DIM, retention=decoder.RETENTION, dtype=torch.float32)
 OP = f"generate {decoder.LAYERS}"
+ROUNDS = 300
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -50,6 +54,32 @@ def test_decoding(bench: Bench) -> None:
 def attention_share(ratios: dict[str, float]) -> str:
     share = 1 - ratios["without rows"] / ratios["dense cache"]
     return f"attention: {share:.0%} of a step over the dense cache"
+
+
+def test_step_beside_a_dense_cache(bench: Bench) -> None:
+    """What a step costs beyond one with transformers' `DynamicCache`, per layer: a tiny model on one thread."""
+    model = decoder.build_tiny(bench.device)
+    prompt = decoder.prompt(64, bench.device)
+    ours, dense = lkv.Cache(model, "snapkv", retention=0.5, reserve=4096), DynamicCache(config=model.config)
+    model(prompt, past_key_values=ours)
+    model(prompt[:, :32], past_key_values=dense)
+
+    def step(cache: object) -> float:
+        start = time.perf_counter()
+        model(prompt[:, :1], past_key_values=cache)
+        if bench.device == "cuda":
+            torch.cuda.synchronize()
+        return 1e6 * (time.perf_counter() - start)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        pairs = bench.once(lambda: [(step(ours), step(dense)) for _ in range(ROUNDS)])[ROUNDS // 10 :]
+    finally:
+        torch.set_num_threads(threads)
+    more = median(a - b for a, b in pairs) / decoder.LAYERS
+    shape = Shape(64, heads=2, dim=8, retention=0.5, dtype=torch.float32)
+    bench.report(Result(f"{OP} more", "", str(shape), us=more, rounds=len(pairs), note="per layer, than DynamicCache"))
 
 
 def test_peak(bench: Bench) -> None:

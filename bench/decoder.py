@@ -38,6 +38,21 @@ def build(length: int, device: str) -> LlamaForCausalLM:
     return model.to(device).eval()
 
 
+def build_tiny(device: str) -> LlamaForCausalLM:
+    """As many layers, and next to nothing in them."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    return LlamaForCausalLM(config).to(device).eval()
+
+
 def prompt(length: int, device: str) -> Tensor:
     return torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(1)).to(device)
 

@@ -7,6 +7,7 @@ from os import PathLike
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lkv_ext._common import errors
 from lkv_ext._common.kinds import described, is_of
@@ -187,21 +188,32 @@ class RaggedCache:
         try:
             rows = [k, v, *companions]
             check_rows(rows, [self.k, self.v, *self.companions], names, self.batch, self.heads)
-            derivatives.refuse_tangents((*rows, self.k, self.v, *self.companions), "a cache has no derivative")
             counts = (None, None) if valid is None else split(valid, "valid", [(self.batch,)])
-            count = k.shape[2]
-            if count > self._free:
-                self._grow(count)
-            buffers = [self.k, self.v, *self.companions]
-            valid_host, valid_tensor = counts
-            column = None if valid_tensor is None else valid_tensor.view(-1, 1)
-            ops.append_(
-                buffers, self.positions, self.lengths, self.cu_seqlens, rows, self.seen, valid_host or None, column
-            )
+            self.append_unchecked(k, v, companions, counts)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             errors.reraise("RaggedCache.append", error, names, given=locals())
+        if valid is not None:
+            self._tail = 0
+
+    def append_unchecked(
+        self,
+        k: Tensor,
+        v: Tensor,
+        companions: Sequence[Tensor] = (),
+        valid: tuple[Sequence[int] | None, Tensor | None] = (None, None),
+    ) -> None:
+        """`append` for callers that have made its checks; `valid` as a list or as a tensor, whichever is there."""
+        rows, count = [k, v, *companions], k.shape[2]
+        if forward_ad._current_level >= 0:
+            derivatives.refuse_tangents((*rows, self.k, self.v, *self.companions), "a cache has no derivative")
+        if count > self._free:
+            self._grow(count)
+        buffers = [self.k, self.v, *self.companions]
+        on_host, on_device = valid
+        column = None if on_device is None else on_device.view(-1, 1)
+        ops.append_(buffers, self.positions, self.lengths, self.cu_seqlens, rows, self.seen, on_host or None, column)
         self._free -= count
-        self._tail = self._tail + count if valid is None else 0
+        self._tail += count
         self.max_length += count
         self.seen += count
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lkv_ext._common import errors
 from lkv_ext._common.kinds import described, is_of
@@ -63,7 +64,8 @@ def attend(
         if sinks is not None and not isinstance(sinks, Tensor):
             raise TypeError(f"expected sinks in a tensor of shape [Hq], got {_shape(sinks)}")
         tensors = (q, cache.k, cache.v) if sinks is None else (q, cache.k, cache.v, sinks)
-        derivatives.refuse(tensors, "attend has no derivative")
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            derivatives.refuse(tensors, "attend has no derivative")
         if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype in FLOATS:
             q = q.to(torch.get_autocast_dtype(q.device.type))
         if causal is not True and causal is not False:

@@ -45,7 +45,7 @@ WITHOUT_WINDOWS = {name: family for name, family in FAMILIES.items() if "sliding
     "mistral": FAMILIES["mistral"],
     "nondefault, full": ("Nondefault", "Gemma2Config", {**nondefault.OPTIONS, "layer_types": ["full_attention"] * 2}),
 }
-# Those of which something is unlike: layers without keys of their own, sinks, a recurrent state, experts, a wrapper.
+# Models with something special: layers without keys of their own, sinks, a recurrent state, experts, a wrapper.
 # Whole conversations with them are in test_families.py alone.
 SHARING = dict(
     head_dim=8, num_kv_shared_layers=2, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8, **SLIDING
@@ -55,7 +55,7 @@ HYBRID = dict(num_hidden_layers=4, head_dim=8, layer_types=["linear_attention", 
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
 ALTUP = dict(laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4, intermediate_size=[48] * 4)
 MAMBA = dict(use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4)
-UNLIKE = {
+SPECIAL = {
     "gemma3n": ("Gemma3n", "Gemma3nTextConfig", {**SHARING, **ALTUP}),
     "gemma4": ("Gemma4", "Gemma4TextConfig", {**SHARING, "global_head_dim": 16}),
     "gpt_oss": ("GptOss", "GptOssConfig", dict(head_dim=8, num_local_experts=4, num_experts_per_tok=2, **SLIDING)),
@@ -95,7 +95,7 @@ def build(family: str) -> transformers.PreTrainedModel:
 
 def variant(family: str, **options: object) -> transformers.PreTrainedModel:
     """With other options of its config."""
-    name, config, own = {**FAMILIES, **WITHOUT_WINDOWS, **UNLIKE}[family]
+    name, config, own = {**FAMILIES, **WITHOUT_WINDOWS, **SPECIAL}[family]
     torch.manual_seed(0)
     kind = name if name.endswith("Model") else f"{name}ForCausalLM"
     made = getattr(nondefault if name == "Nondefault" else transformers, kind)

@@ -70,7 +70,7 @@ def masked_logits(
     visible: dict[int, Tensor],
     weights: dict[int, Tensor] | None = None,
 ) -> Tensor:
-    """Logits `[B, L, V]` of all tokens; `mask` `[B, L]` says which are no padding.
+    """Logits `[B, L, V]` of all tokens; `mask` `[B, L]` is 1 for those that are no padding.
 
     `weights` is given those of eager attention, by layer: `[B, Hq, L, L]`.
     """

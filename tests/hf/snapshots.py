@@ -68,7 +68,7 @@ def _contents(value: object) -> dict[str, object]:
         return {"length": log.length, "all": log.read() if log.length else None}
     if isinstance(value, LastQueries):
         results = {"window": value.window, "seen": value.seen}
-        if value._queries is None or value.seen == 0:
+        if value.seen == 0:
             return results
         queries, places, there = copy.copy(value).read()
         kept = [[t[b][:, i] if t.dim() == 4 else t[b][i] for t in (queries, places)] for b, i in enumerate(there)]

@@ -30,7 +30,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 class Past:
-    """A cache and what it was told: calls go on with the mask of all tokens so far."""
+    """A cache and the mask of its tokens: calls go on with the mask of all tokens so far."""
 
     def __init__(self, model: PreTrainedModel, **options: object) -> None:
         self.model, self.cache = model, lkv.Cache(model, **{**OPTIONS, **options})
@@ -173,8 +173,8 @@ def test_reset_is_a_new_cache(model, past):
     made = past(model)
     made.cache.reset()
     fresh = lkv.Cache(model, **{**OPTIONS})
-    session = made.cache.lkv_session
-    session.settings = fresh.lkv_session.settings
+    for part in (made.cache, *made.cache.ragged):
+        part.settings = fresh.settings
     assert differences(snapshot(made.cache), snapshot(fresh)) == []
 
 
@@ -190,7 +190,7 @@ COPIES = {"fork": lkv.Cache.fork, "copy": copy.copy, "deepcopy": copy.deepcopy, 
 def test_copies_hold_the_same(model, past, way, tmp_path):
     cache = past.__wrapped__(model).cache
     before = snapshot(cache)
-    assert len(cache.lkv_session.rotaries) == {empty: 0, failed: 0, two_rotations: 2}.get(past, 1)
+    assert len(cache.history.rotations.all) == {empty: 0, failed: 0, two_rotations: 2}.get(past, 1)
     if way == "file":
         cache.save(tmp_path / "cache")
         assert [path.name for path in tmp_path.iterdir()] == ["cache"]
@@ -198,14 +198,14 @@ def test_copies_hold_the_same(model, past, way, tmp_path):
     else:
         twin = COPIES[way](cache)
     assert differences(snapshot(twin), before) == differences(snapshot(cache), before) == []
-    assert twin.settings == cache.settings and twin.lkv_session is not cache.lkv_session
+    assert twin.settings == cache.settings and twin.history is not cache.history
     shared = {id(part) for part in _parts(cache)} & {id(part) for part in _parts(twin)}
     assert not shared
 
 
 def _parts(cache: lkv.Cache) -> Iterator[object]:
     """Everything that is written to in place."""
-    yield from (cache.lkv_session, cache.lkv_session.rotaries, cache.layers, *cache.layers)
+    yield from (cache.history, cache.history.rotations, cache.history.rotations.all, cache.layers, *cache.layers)
     for layer in cache.ragged:
         observations = layer.observations
         yield from (layer.token_counts, layer.row_counts, observations)
@@ -259,7 +259,7 @@ def test_a_model_that_fails(past, new, place):
     model = build("nondefault")
     made = past(model)
     if past is not capped:
-        made.cache.lkv_session.settings = Past(model, chunks="last").cache.settings  # or rows would be gone
+        made.cache.settings = Past(model, chunks="last").cache.settings  # or rows would be gone
     before, mask = snapshot(made.cache), made.mask
     find, behind = PLACES[place]
     present = torch.ones(3, 1 if new == "token" or past is capped else 5, dtype=torch.long)
@@ -305,7 +305,7 @@ def test_a_prompt_is_attended_to_in_full_before_the_cap_is_kept():
         assert all((layer.evictions, layer.row_counts) == (turns, [2 * 16] * 3) for layer in past.cache.ragged)
 
 
-def test_several_tokens_that_are_no_prompt_make_room_below_the_cap():
+def test_several_tokens_that_are_no_prompt_stay_below_the_cap():
     past = Past(build("llama"), retention=None, cap=16, interval=3)
     with past.cache.prefill():
         past.feed(15)

@@ -35,7 +35,7 @@ class Together(SnapKV):
 
 @dataclass(frozen=True)
 class Hold:
-    """Nothing is asked of it while everything is kept."""
+    """It is not called while everything is kept."""
 
     needs = frozenset()
     scope = "layer"
@@ -251,7 +251,7 @@ def test_scope_model_chooses_as_the_competition_of_all_layers(model):
 @pytest.mark.parametrize("policy", [ADAKV, Together()], ids=["layer", "model"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_scores_from_elsewhere(model, policy, packed):
-    """Given what the policy would have said, the rows are the same, and nothing needs to be observed."""
+    """With the scores of the policy given, the rows are the same, and nothing needs to be observed."""
     prompt = turn([40, 26], 0)
     seeing = lkv.Cache(model, Hold(), retention=1.0, chunks="last", observe={"queries"}, observe_window=4)
     blind = lkv.Cache(model, Hold(), retention=1.0, chunks="last")
@@ -289,7 +289,7 @@ def test_scope_model_capped(model):
 @pytest.mark.parametrize(
     "options, policy, message",
     [
-        (dict(), "snapkv", "expected a policy that needs what is observed, nothing, got one that needs queries"),
+        (dict(), "snapkv", "expected a policy that needs only what is observed, nothing, got one that needs queries"),
         (dict(observe={"queries"}), "snapkv", "a window of at most the observed 1 queries, got 32: observe_window="),
         (dict(), 7, "expected a name or a policy, got 7"),
     ],

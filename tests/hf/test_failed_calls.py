@@ -1,4 +1,4 @@
-"""A call that fails somewhere has not been: all layers are as before it, or the cache says that they are not."""
+"""A call that fails somewhere has not been: all layers are as before it, or the cache refuses to go on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lkv.policies import SnapKV, StreamingLLM
 
 
 class Flaky:
-    """SnapKV, which fails in one layer as long as it is told to."""
+    """SnapKV, which fails in one layer as long as `fails` names it."""
 
     needs = frozenset({"queries"})
     sink, window = 0, 4
@@ -48,7 +48,7 @@ def lengths(cache: lkv.Cache) -> set[int]:
 @pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize("chunks", ["each", "last"])
 def test_a_policy_that_fails_in_the_last_layer(model, chunks, scope):
-    """At the prompt, at the first token behind it, and when asked by hand: everything is as before."""
+    """At the prompt, at the first token behind it, and in `evict`: everything is as before."""
     policy, prompt = Flaky(scope=scope), turn([30, 22], 0)
     with torch.no_grad(), lkv.Cache(model, policy, budget=9, chunks=chunks) as cache:
         policy.fails = 1
@@ -144,11 +144,10 @@ def test_settings_that_were_wrong_for_a_moment(model):
         call(model, tokens(1, 30), None, cache)
         for i in range(3):
             call(model, tokens(1, 1, seed=i), None, cache)
-        twin, session = copy.deepcopy(cache), cache.lkv_session
-        good = session.settings
-        session.settings = replace(good, policy=Flaky(fails=1))
+        twin, good = copy.deepcopy(cache), cache.settings
+        cache.settings = replace(good, policy=Flaky(fails=1))
         with pytest.raises(RuntimeError, match="no scores today"):
             call(model, tokens(1, 1, seed=9), None, cache)  # at the cap
         assert lengths(cache) == {33} and cache.ragged[0].rows.lengths.tolist() == [[12, 12]]
-        session.settings = good
+        cache.settings = good
         assert torch.equal(*(call(model, tokens(1, 1, seed=9), None, c) for c in (cache, twin)))

@@ -1,4 +1,4 @@
-"""Models that are unlike the rest: what works is right, and what cannot is refused with the reason before any token."""
+"""Models with something special: what works is right, and what cannot is refused with the reason before any token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conversation import talk, turn
-from families import SMALL, UNLIKE, build, call, places, tokens
+from families import SMALL, SPECIAL, build, call, places, tokens
 from masked import masked_logits, recorded
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -22,9 +22,9 @@ ONE, THREE = [41], [41, 29, 9]
 TURNS = {"one": [turn(ONE, 6), turn([13], 6, seed=1)], "padded": [turn(THREE, 6), turn([13] * 3, 6, seed=1)]}
 
 
-@pytest.fixture(params=UNLIKE)
+@pytest.fixture(params=SPECIAL)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    name, config, _ = UNLIKE[request.param]
+    name, config, _ = SPECIAL[request.param]
     if not hasattr(transformers, config):
         pytest.skip(f"no {name} in this transformers")
     if RecurrentLayer is None:  # an older transformers: right, or refused
@@ -70,7 +70,7 @@ def test_a_third_kept(model, shape, chunks):
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
 def test_layers_that_share_keys_with_the_last_logits_alone(family, keep):
     """Gemma 4 drops the other queries where it shares keys; whole and packed rows."""
-    if not hasattr(transformers, UNLIKE[family][1]):
+    if not hasattr(transformers, SPECIAL[family][1]):
         pytest.skip("not in this transformers")
     model, prompt, more = build(family), tokens(2, 40), tokens(2, 9, seed=1)
     outputs = []
@@ -84,7 +84,7 @@ def test_layers_that_share_keys_with_the_last_logits_alone(family, keep):
 @pytest.mark.parametrize("keep", [1, 3])
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
 def test_the_last_logits_alone_where_padding_is_between_tokens(family, keep):
-    if not hasattr(transformers, UNLIKE[family][1]):
+    if not hasattr(transformers, SPECIAL[family][1]):
         pytest.skip("not in this transformers")
     model, prompt, more = build(family), tokens(2, 40), tokens(2, 9, seed=1)
     mask = torch.ones(2, 49).long()
@@ -104,7 +104,7 @@ def test_a_layer_is_evicted_when_the_last_that_reads_it_has_attended():
         pytest.skip("not in this transformers")
     model = build("gemma4")
     cache, packed = lkv.Cache(model, "streaming_llm", retention=0.3), []
-    assert cache.lkv_session.readers == {1: (1, 3)}
+    assert cache.readers == {1: (1, 3)}
     hooks = [
         layer.register_forward_hook(lambda *_: packed.append(cache.ragged[0].rows is not None))
         for layer in model.model.layers

@@ -31,7 +31,7 @@ def reachable(*roots: object) -> tuple[int, int]:
 
 
 def counts(cache: lkv.Cache) -> tuple[int, int]:
-    return reachable([vars(layer) for layer in cache.layers], vars(cache.lkv_session))
+    return reachable([vars(layer) for layer in cache.layers], vars(cache.history))
 
 
 def test_capped_decoding_with_queries():
@@ -75,7 +75,7 @@ def test_hidden_states_and_rotations_are_those_of_the_tokens():
             call(model, tokens(2, count), None, cache)
     observations = cache.ragged[0].observations
     assert observations.hidden_states.read().shape == (2, 29, 32)
-    assert observations.rotary.cos.read().shape[1] == 29 and len(cache.lkv_session.rotaries) == 1
+    assert observations.rotary.cos.read().shape[1] == 29 and len(cache.history.rotations.all) == 1
 
 
 def test_forks_and_failed_calls_leave_nothing():
@@ -85,13 +85,13 @@ def test_forks_and_failed_calls_leave_nothing():
     mask, sizes = past.mask, []
     fork = past.cache.fork()
     past.feed(1, cache=fork)
-    kept = [weakref.ref(part) for part in (fork, fork.lkv_session, *fork.layers, fork.ragged[0].observations)]
+    kept = [weakref.ref(part) for part in (fork, fork.history, *fork.layers, fork.ragged[0].observations)]
     tensors = [weakref.ref(t) for layer in fork.ragged for t in (layer.rows.k, layer.rows.v)]
     del fork
     assert all(ref() is None for ref in kept + tensors)
     for _ in range(4):
         past.mask = mask
-        past.cache.lkv_session.settings = Past(past.model, chunks="last").cache.settings
+        past.cache.settings = Past(past.model, chunks="last").cache.settings
         with pytest.raises(Stop), stopping(past.model.model.norm):
             past.feed(5)
         sizes.append(counts(past.cache))

@@ -22,7 +22,7 @@ def model():
 
 @dataclass(frozen=True)
 class Wrong(SnapKV):
-    """A policy whose answers have another shape, from the second question on if asked so."""
+    """A policy whose answers have another shape, in what `what` names."""
 
     window: int = 4
     what: str = "scores"
@@ -172,16 +172,15 @@ def test_a_policy_that_fails_later_leaves_its_turn_out(model, reserve, left):
     with torch.no_grad(), lkv.Cache(model, SnapKV(window=4), budget=9, reserve=reserve) as cache:
         call(model, tokens(2, 30), None, cache)
         twin = copy.deepcopy(cache)
-        session = cache.lkv_session
-        session.settings = replace(session.settings, policy=Wrong())
+        cache.settings = replace(cache.settings, policy=Wrong())
         with pytest.raises(ValueError, match="expected scores of"):
             call(model, tokens(2, 5), mask, cache)
         assert untouched(cache, 30)
-        session.settings = replace(session.settings, policy=SnapKV(window=4))
+        cache.settings = replace(cache.settings, policy=SnapKV(window=4))
         assert torch.equal(call(model, tokens(2, 5), mask, cache), call(model, tokens(2, 5), mask, twin))
 
 
 @pytest.mark.parametrize("cap, interval", [(2, 1), (7, 1), (8, 1), (15, 1), (16, 2), (80, 10)])
 def test_the_interval_is_an_eighth_of_the_cap(model, cap, interval):
     with lkv.Cache(model, cap=cap) as cache:
-        assert cache.lkv_session.settings.interval == interval
+        assert cache.settings.interval == interval

@@ -201,7 +201,7 @@ def test_other_masks_on_packed_rows(model, make):
 
 @CHUNKS
 @pytest.mark.parametrize("additive", [False, True])
-def test_a_square_mask_that_says_what_a_flat_one_does(model, chunks, additive):
+def test_a_square_mask_that_hides_what_a_flat_one_does(model, chunks, additive):
     prompt, more = turn([30, 22], 0), tokens(2, 5, seed=1)
     flat = torch.cat([prompt.mask, torch.ones(2, 5).long()], 1)
     flat[1, 25:28] = 0

@@ -153,7 +153,7 @@ def test_hooks_are_added_once():
     )
 
 
-def test_what_is_held_follows_the_cache():
+def test_what_is_observed_follows_the_cache():
     """Beams, selection, cropping, copies, resetting: later observations are as those of a cache without all that."""
     model, policy = build("qwen2"), StreamingLLM()
     first, second = turn([30, 17, 25], 0), tokens(3, 6, seed=1)

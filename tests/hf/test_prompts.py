@@ -1,4 +1,4 @@
-"""What is a prompt, where it ends, and what can be asked behind it."""
+"""What is a prompt, where it ends, and what can follow it."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def test_a_mask_that_packed_rows_cannot_follow(past):
 def test_crop_goes_back_as_far_as_rows_are_there(family, past, least):
     """To the padding of the shortest sequence, the last eviction, or the last padding: one token less is refused."""
     made = past(build(family))
-    made.cache.lkv_session.settings = Past(made.model, chunks="last").cache.settings
+    made.cache.settings = Past(made.model, chunks="last").cache.settings
     for i in range(3):
         made.feed(1, i) if past is not whole else None
     before = snapshot(made.cache)
@@ -157,7 +157,7 @@ def test_crop_goes_back_as_far_as_rows_are_there(family, past, least):
 
 
 def test_settings_are_those_of_before():
-    """Also where evict was asked with others."""
+    """Also after evict with other settings."""
     past = whole(build("llama"))
     settings = past.cache.settings
     past.cache.evict("streaming_llm", budget=5)

@@ -24,7 +24,7 @@ SEEN = 47, 47 + 6 + 21  # tokens when rows are scored
 
 @dataclass(frozen=True)
 class Noting(SnapKV):
-    """SnapKV, which writes down what it was shown and what it said."""
+    """SnapKV, which records its observations and its scores."""
 
     window: int = WINDOW
     kernel_size: int = POOLED
@@ -43,7 +43,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 def talked(model: PreTrainedModel, policy: lkv.policies.Policy, **options: object) -> tuple[Talk, dict[int, Tensor]]:
-    """What was said, and the weights `[B, Hq, L, L]` that every query paid to the rows that it saw."""
+    """The conversation, and the weights `[B, Hq, L, L]` that every query paid to the rows that it saw."""
     weights = {}
     cache = lkv.Cache(model, policy, retention=0.4, **options)
     with torch.no_grad(), recorded(cache, 3, LENGTH) as recorder:

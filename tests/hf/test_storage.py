@@ -1,4 +1,4 @@
-"""A cache on disk, in a pickle, in another process: it goes on where it was, or says what is wrong."""
+"""A cache on disk, in a pickle, in another process: it goes on where it was, or the error names what is wrong."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from conversation import turn
-from families import FAMILIES, UNLIKE, build, call, tokens, variant
+from families import FAMILIES, SPECIAL, build, call, tokens, variant
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache, PreTrainedModel
@@ -65,7 +65,7 @@ def by_torch(cache: lkv.Cache, model: PreTrainedModel, folder: Path) -> lkv.Cach
     "family", ["llama", "gemma3", "nondefault", "gemma4", "gpt_oss", "qwen3_next", "jamba", "mixtral"]
 )
 def test_there_and_back(family, whole, way, tmp_path):
-    if not hasattr(__import__("transformers"), {**FAMILIES, **UNLIKE}[family][1]):
+    if not hasattr(__import__("transformers"), {**FAMILIES, **SPECIAL}[family][1]):
         pytest.skip("not in this transformers")
     if family in ("qwen3_next", "jamba") and RecurrentLayer is None:
         pytest.skip("refused in this transformers")
@@ -191,8 +191,8 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import lkv
 from test_storage import go_on
 model = transformers.LlamaForCausalLM.from_pretrained({str(tmp_path / "model")!r}).eval()
-held = torch.load({str(tmp_path / "pickle")!r}, weights_only=False)
-pickled, mask = held["cache"], held["mask"]
+stored = torch.load({str(tmp_path / "pickle")!r}, weights_only=False)
+pickled, mask = stored["cache"], stored["mask"]
 try: go_on(model, pickled.fork(), mask)
 except ValueError as error: assert "cache.attach(model) prepares a model" in str(error), error
 else: raise SystemExit("no error")

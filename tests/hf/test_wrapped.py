@@ -61,7 +61,7 @@ def test_wrappers(wrap):
 
 
 @pytest.mark.skipif(RecurrentLayer is None, reason="this transformers has breaks of its own in a graph")
-def test_a_graph_of_all_says_why_not():
+def test_a_graph_of_all_is_refused_with_the_reason():
     model = copy.deepcopy(build("llama"))
     whole = torch.compile(model, backend="eager", fullgraph=True)
     cache = lkv.Cache(model, "streaming_llm", retention=0.3)

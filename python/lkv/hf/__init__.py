@@ -1,4 +1,4 @@
-"""The Hugging Face side of lkv: `lkv.Cache` behind `generate`. Needs transformers from 4.56 on."""
+"""The Hugging Face side of lkv: `lkv.Cache` for `generate`. Needs transformers 4.56 or later."""
 
 from __future__ import annotations
 

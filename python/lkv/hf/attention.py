@@ -14,7 +14,8 @@ from lkv.hf.versions import outside_graphs
 # (module, query, key, value, mask, **kwargs) -> ([B, n, Hq, D], weights or None)
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
-LAYER = "_lkv_layer"  # on the keys that a layer of ours hands to the model: which layer that is
+NOTE = "_lkv_note"  # on the keys that a layer of ours hands to the model: the cache and the layer that they are of
+Logits = tuple[float, float | None, Tensor | None]  # scale, soft cap, and sinks [Hq]
 
 # What models pass along for others to read, or to say what holds here anyway.
 _HARMLESS = frozenset(
@@ -37,10 +38,11 @@ def make_attention(own: str) -> Attention:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
     ) -> tuple[Tensor, Tensor | None]:
-        layer = getattr(key, LAYER, None)
-        if layer is None:
+        note = getattr(key, NOTE, None)
+        if note is None:
             return own_attention(own, module, query, key, value, attention_mask, **kwargs)
-        return layer.attend(own, module, query, key, value, attention_mask, **kwargs)
+        cache, layer = note
+        return cache.attend(layer, own, module, (query, key, value), attention_mask, kwargs)
 
     return outside_graphs(attention)
 
@@ -63,7 +65,7 @@ def own_attention(
     return eager(module, query, key, value, mask, **kwargs)
 
 
-def logits_of(own: str, query: Tensor, kwargs: dict[str, object]) -> tuple[float, float | None, Tensor | None]:
+def logits_of(own: str, query: Tensor, kwargs: dict[str, object]) -> Logits:
     """Scale, soft cap and sinks `[Hq]` of the logits in a model's own attention: transformers' sdpa has the first."""
     scaling = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -74,7 +76,7 @@ def check_arguments(module: nn.Module, query: Tensor, mask: Tensor | None, kwarg
     """Refuses what attention over the rows of a cache would have to do otherwise.
 
     Raises:
-        ValueError: for a sliding window, dropout, weights as output, and arguments that nobody knows.
+        ValueError: for a sliding window, dropout, weights as output, and unknown arguments.
     """
     if kwargs.get("dropout"):
         raise ValueError("lkv.Cache: expected a model in eval mode, got one with dropout: call model.eval()")
@@ -94,8 +96,8 @@ def check_arguments(module: nn.Module, query: Tensor, mask: Tensor | None, kwarg
     ]
     if "output_attentions" in other:
         raise ValueError(
-            "lkv.Cache: expected attention without output_attentions: rows of every head are others, and no matrix "
-            "holds their weights. Look at them with transformers' own cache"
+            "lkv.Cache: expected attention without output_attentions: every head has rows of its own, and no "
+            "matrix holds their weights: use transformers' own cache to see them"
         )
     if other:
         raise ValueError(f"lkv.Cache: expected attention without {', '.join(sorted(other))}")

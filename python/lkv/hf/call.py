@@ -1,4 +1,4 @@
-"""One forward of a decoder with a cache of ours, and what its layers were before it."""
+"""One forward of a decoder with a cache of ours: its tokens, its masks, and what the layers were before it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import weakref
 from torch import Tensor
 
 from lkv.hf import masks
-from lkv.hf.layer import RaggedLayer
 from lkv.hf.routing import Route
 from lkv.hf.versions import CacheLayerMixin, is_appended_by_copy
 
@@ -17,24 +16,50 @@ class Call:
     """One forward of the decoder, from its beginning to its end.
 
     Attributes:
-        prompt: its tokens are of a prompt, which is evicted as the settings say.
-        token_by_token: see `Session`, with the token of this call.
-        draft: its tokens are to be verified, and may be cropped behind it: nothing is evicted before.
+        count: new tokens of every sequence. seen: tokens before them.
+        prompt: its tokens are of a prompt, which is evicted by the settings.
+        token_by_token: see `Calls`, with the token of this call.
+        draft: its tokens are to be verified, and may be cropped afterwards: nothing is evicted before.
         due: some layer has something to evict.
-        done: it has come to its end, and is not taken back any more.
-        visible, padding: what the mask says of all tokens, and of the new ones.
+        done: it has ended, and is not taken back any more.
+        visible, padding: what the mask shows of all tokens, and which of the new ones are padding.
         before: snapshots of the layers that it has reached.
-        waiting: of every layer whose keys are on their way, the layers that have to attend to them yet.
+        waiting: for every layer whose keys have come, the layers that have not attended to them yet.
     """
 
-    def __init__(self, route: Route, batch: int, count: int, visible: masks.Visible) -> None:
-        self.route, self.batch, self.count, self.visible = route, batch, count, visible
+    def __init__(self, route: Route, batch: int, count: int, seen: int, visible: masks.Visible) -> None:
+        self.route, self.batch, self.count, self.seen, self.visible = route, batch, count, seen, visible
         self.thread = threading.get_ident()
         self.prompt = self.token_by_token = self.draft = self.due = self.done = False
-        self.padding: masks.PaddingInfo | None = None
+        hidden = visible.hidden
+        self.padding = None if hidden is None else masks.PaddingInfo.of(hidden[:, seen:])
         self.before: dict[int, object] = {}
         self.waiting: dict[int, list[int]] = {}
         self._checked: weakref.ref[Tensor] | None = None
+
+    def classify(self, stage: str | None, within_prefill: bool | None, token_by_token: bool) -> None:
+        """Whether its tokens are of a prompt, a draft, or generated.
+
+        Args:
+            stage: of `generate`, see `stage_of_generate`.
+            within_prefill: of `lkv.Cache.prefill`; None where it was never used.
+            token_by_token: all tokens before came one by one, outside of both, or there are none.
+        """
+        self.draft = stage == "draft"
+        self.token_by_token = token_by_token and self.count == 1 and stage is None and within_prefill is None
+        if within_prefill is not None:
+            self.prompt = within_prefill
+        elif not self.draft:
+            self.prompt = self.count > 1 or stage == "prompt" or self.token_by_token
+
+    def check_complete(self, readers: dict[int, tuple[int, ...]], model: str) -> None:
+        """Raises ValueError where keys have not come, or were not attended to by all their readers."""
+        for index in readers:
+            if self.waiting.get(index) != []:
+                raise ValueError(
+                    f"lkv.Cache: expected layer {index} of {model} to hand its keys to the cache and to attend to them "
+                    "through transformers' AttentionInterface, got a call in which it did not"
+                )
 
     def check_mask(self, mask: Tensor | None) -> None:
         """Raises ValueError for a mask that packed rows cannot follow, looked at once for all layers of a call."""
@@ -46,27 +71,21 @@ class Call:
 
 
 NOT_CAUSAL = (
-    "lkv.Cache: expected a causal mask, but for hidden tokens, where rows are packed: every head has other rows. "
-    "Before the first eviction any mask is followed (chunks='last'; cache.prefill() says when the prompt ends)"
+    "lkv.Cache: expected a causal mask, but for hidden tokens, where rows are packed, as every head has rows of its "
+    "own: before the first eviction any mask is followed (chunks='last'; cache.prefill() marks the prompt)"
 )
 
 
-class Whole:
-    """Another layer before a call: transformers' own put new tensors in the place of the old ones."""
+class OtherSnapshot:
+    """A layer of transformers before a call: its attributes, if new tokens make new tensors there."""
 
     def __init__(self, layer: CacheLayerMixin) -> None:
         self.length = layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else None
         self.state = dict(vars(layer)) if is_appended_by_copy(layer) else None
 
-
-def snapshot(layer: CacheLayerMixin) -> object:
-    return layer.snapshot() if isinstance(layer, RaggedLayer) else Whole(layer)
-
-
-def restore(layer: CacheLayerMixin, before: object) -> bool:
-    if isinstance(layer, RaggedLayer):
-        return layer.restore(before)
-    if before.state is not None:
-        vars(layer).clear()
-        vars(layer).update(before.state)
-    return before.state is not None
+    def restore(self, layer: CacheLayerMixin) -> bool:
+        """Takes back what came since; False where that is gone."""
+        if self.state is not None:
+            vars(layer).clear()
+            vars(layer).update(self.state)
+        return self.state is not None

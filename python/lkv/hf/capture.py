@@ -38,7 +38,7 @@ def install_capture(decoder: nn.Module) -> None:
 
 def _capture(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     for name in CACHE_ARGUMENTS:
-        if getattr(kwargs.get(name), "lkv_session", None) is not None:
+        if getattr(kwargs.get(name), "is_lkv_cache", False):
             _note(module, kwargs[name].layers, kwargs.get("hidden_states", args[0] if args else None), kwargs)
 
 
@@ -46,5 +46,5 @@ def _capture(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, obje
 def _note(module: nn.Module, layers: Sequence[object], hidden: Tensor, kwargs: dict[str, object]) -> None:
     layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
     observations = getattr(layer, "observations", None)
-    if observations is not None and observations.hooked:  # one of our layers that asks for it
+    if observations is not None and observations.hooked:  # one of our layers that needs it
         observations.captured = Captured(module, hidden, kwargs.get("position_embeddings"))

@@ -1,4 +1,4 @@
-"""What `lkv.Cache` asks of a model, found by looking at its attention modules, before any token comes."""
+"""What `lkv.Cache` requires of a model, found by looking at its attention modules, before any token comes."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _readers(name: str, decoder: PreTrainedModel) -> dict[int, tuple[int, ...]]:
                 owners.append(i)
     for i in owners:
         if i not in modules:
-            raise _refusal(name, f"has no attention module that says layer_idx = {i}")
+            raise _refusal(name, f"has no attention module with layer_idx = {i}")
         reason = _unlike_ours(modules[i], decoder.config)
         if reason is not None:
             raise _refusal(name, f"has {type(modules[i]).__name__}, which {reason}")

@@ -1,4 +1,4 @@
-"""What the masks of a call say: which tokens are hidden from all others, and whether that is all that they say."""
+"""Reads the masks of a call: which tokens they hide from all others, and whether they are causal apart from that."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PaddingInfo:
-    """Which of the new tokens of a call are no padding, where some are.
+    """The padding among the new tokens of a call.
 
     Attributes:
-        counts: per sequence.
-        order: int64 `[B, n]`, the tokens with padding first and all else as it was; None: so they came.
+        counts: per sequence, new tokens that are no padding.
+        order: int64 `[B, n]`, the tokens with padding first and otherwise in their order; None: they came so.
     """
 
     counts: list[int]
@@ -23,7 +23,7 @@ class PaddingInfo:
 
     @classmethod
     def of(cls, hidden: Tensor) -> PaddingInfo | None:
-        """Of bool `[B, n]`; None: nothing is hidden."""
+        """From bool `[B, n]`, the hidden tokens; None: nothing is hidden."""
         count = hidden.shape[1]
         counts = (~hidden).sum(1)
         in_order = (hidden == (torch.arange(count, device=hidden.device) < count - counts[:, None])).all()
@@ -47,7 +47,7 @@ class Visible:
 
 
 def read(mask: object, outer: Tensor | None, known: Tensor | None, batch: int, seen: int, count: int) -> Visible:
-    """What is given to a decoder for `count` tokens behind the first `seen`.
+    """Reads the mask that a decoder is given for `count` tokens after the first `seen`.
 
     Args:
         mask: `[B, L]`; `[B or 1, H or 1, n, L]`, bool or additive; one of these by the kind of the layer; or None.
@@ -55,7 +55,7 @@ def read(mask: object, outer: Tensor | None, known: Tensor | None, batch: int, s
         known: bool `[B, seen]`, what was hidden before.
 
     Raises:
-        TypeError, ValueError: for something else than a mask, and one of another size.
+        TypeError, ValueError: for an object that is no mask, and a mask of another size.
     """
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention")
@@ -87,7 +87,7 @@ def read(mask: object, outer: Tensor | None, known: Tensor | None, batch: int, s
 def is_causal(mask: Tensor, batch: int, count: int) -> bool:
     """Whether a mask of new tokens among themselves, `[B or 1, H or 1, n, n]`, is causal but for hidden tokens.
 
-    Of fewer queries they are the last, as of models that ask for the last logits alone.
+    Fewer queries are the last ones: some models compute the last logits alone.
     """
     queries = min(mask.shape[-2], count)
     return mask.dim() == 2 or _read_square(mask, batch, mask.shape[-1] - queries, queries).causal

@@ -1,8 +1,8 @@
-"""What is held of one layer beside its rows, and what a policy is shown of it."""
+"""What is kept of a layer beside its rows, and what a policy sees of both."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,41 +10,37 @@ from torch import Tensor, nn
 from lkv.hf.capture import HOOKED, Captured
 from lkv.hf.masks import PaddingInfo
 from lkv.hf.queries import LastQueries
-from lkv.hf.token_log import Rotary, TokenLog
+from lkv.hf.settings import Settings
+from lkv.hf.token_log import Rotary, Rotations, TokenLog
 from lkv.policies import Observation
-
-if TYPE_CHECKING:
-    from lkv.hf.layer import RaggedLayer
-    from lkv.hf.session import Session
+from lkv_ext import RaggedCache
 
 
 class ObservationBuffer:
-    """What policies need beside the rows, as far as the settings say that it is held.
+    """What policies need beside the rows, as far as `Settings.observe` names it.
 
     Attributes:
-        captured: what the layer's attention module was called with, on the way from its hook.
+        queries: of the last tokens. hidden_states, rotary: of all tokens; the rotary embedding is shared with the other
+            layers that are given the same.
+        hooked: whether a hook has to hand over what the attention module is called with.
+        captured: what it was called with, on the way from its hook.
     """
 
-    def __init__(self, session: Session) -> None:
-        settings = session.settings
-        self.session = session
+    def __init__(self, settings: Settings, rotations: Rotations) -> None:
+        self.rotations = rotations
         self.hooked = bool(settings.observe & HOOKED)
         self.captured: Captured | None = None
         self.queries = LastQueries(settings.observe_window) if "queries" in settings.observe else None
         self.hidden_states = TokenLog() if "hidden_states" in settings.observe else None
-        self.rotary: Rotary | None = None  # shared with other layers
+        self.rotary: Rotary | None = None
         self.rotates = "pre_rope_keys" in settings.observe
 
-    def push(self, module: nn.Module, before: int, queries: Tensor, padding: PaddingInfo | None) -> None:
-        """Of the tokens behind the first `before`: queries `[B, Hq, n, D]`, padding first, and what was captured.
+    def push_captured(self, module: nn.Module, before: int, padding: PaddingInfo | None) -> None:
+        """Adds what a hook has captured of the tokens behind the first `before`.
 
         Raises:
             ValueError: where no hook of this module was called.
         """
-        if self.queries is not None:
-            self.queries.push(queries, padding)
-        if not self.hooked:
-            return
         captured, self.captured = self.captured, None
         if captured is None or captured.module is not module:
             raise ValueError(
@@ -57,7 +53,7 @@ class ObservationBuffer:
         if self.rotates:
             cos, sin = captured.rotary
             if self.rotary is None:
-                self.rotary = self.session.rotary(cos)
+                self.rotary = self.rotations.of(cos)
             self.rotary.push(before, cos, sin, order)
 
     def crop(self, tokens: int, length: int) -> None:
@@ -67,22 +63,21 @@ class ObservationBuffer:
         self._truncate(length)
 
     def hide(self, leaving: Tensor) -> None:
-        """Some tokens are none any more: bool `[B, L]`, by position."""
+        """Tokens that a mask hides from now on: bool `[B, L]`, by position."""
         if self.queries is not None:
             self.queries.hide(leaving)
 
     def select(self, indices: Tensor) -> None:
-        """Sequences `indices`, in that order. The rotations are the session's to select."""
+        """Keeps the sequences `indices`, in that order. `Rotations` selects for all layers."""
         for part in (self.queries, self.hidden_states):
             if part is not None:
                 part.select(indices)
 
-    def snapshot(self) -> LastQueries | None:
-        """For `restore`."""
-        return None if self.queries is None else self.queries.snapshot()
-
-    def restore(self, snapshot: LastQueries | None, length: int) -> None:
-        self.queries = snapshot
+    def restore(self, queries: object, length: int) -> None:
+        """Takes back what was pushed since `queries.snapshot()`; `length` tokens are left."""
+        if self.queries is not None:
+            self.queries.restore(queries)
+        self.captured = None
         self._truncate(length)
 
     def _truncate(self, length: int) -> None:
@@ -90,11 +85,29 @@ class ObservationBuffer:
             if part is not None:
                 part.truncate(length)
         if length == 0:
-            self.rotary = None  # the session's are gone, too
+            self.rotary = None  # that of the cache is forgotten, too
 
 
-def observe(layer: RaggedLayer, needs: frozenset[str], window: int) -> Observation:
-    """The rows of a layer, whole or packed, and what is needed beside them, as many queries as the window says."""
+class ObservedLayer(Protocol):
+    """A layer as `observe` and a plan of its eviction see it: whole rows in `keys` and `values`, or packed ones."""
+
+    index: int
+    keys: Tensor | None
+    values: Tensor | None
+    rows: RaggedCache | None
+    token_counts: list[int]
+    row_counts: list[int]
+    observations: ObservationBuffer
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+
+    @property
+    def heads(self) -> int: ...
+
+
+def observe(layer: ObservedLayer, needs: frozenset[str], window: int) -> Observation:
+    """The rows of a layer, whole or packed, and what is needed beside them, the queries of a window."""
     if layer.rows is None:
         keys, values = layer.keys, layer.values
         batch, heads, length = keys.shape[:3]

@@ -3,8 +3,8 @@
 transformers looks attention and mask functions up by the name in a config. For every attention that a model may have
 of its own there is one name of ours, `lkv_sdpa` for `sdpa`. Hooks on the decoder, which know nothing but the arguments
 of its forward, put the name in when a forward begins with a cache of ours, and take it out when the last such forward
-of any thread ends. Outside of it a config, its copies and other models of it have their own attention; within, our
-function calls the model's own one wherever the keys are not those of a cache of ours.
+of any thread ends. Outside of it a config, its copies and other models of it have their own attention. During it, our
+function calls the model's own attention for all keys that are not of a cache of ours.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -26,13 +26,20 @@ from lkv.hf.attention import make_attention
 from lkv.hf.compat import Decoder
 from lkv.hf.versions import CACHE_ARGUMENTS, outside_graphs
 
-if TYPE_CHECKING:
-    from lkv.hf.session import Session
-
 PREFIX = "lkv_"
 _lock = threading.Lock()
 _configs: WeakKeyDictionary[nn.Module, list[PretrainedConfig]] = WeakKeyDictionary()
 _routed: dict[int, _Routed] = {}  # by id of a config, while forwards run
+
+
+class CallOwner(Protocol):
+    """The cache of ours that a forward was given."""
+
+    outer_mask: Tensor | None
+
+    def repeated(self, count: int, positions: Tensor | None) -> int: ...
+    def begin_call(self, route: Route, batch: int, count: int, mask: object) -> None: ...
+    def end_call(self, done: bool) -> None: ...
 
 
 @dataclass
@@ -73,7 +80,7 @@ class Route:
 
 
 def check_attention(decoder: nn.Module) -> None:
-    """Raises ValueError for an attention that cannot be stood for."""
+    """Raises ValueError for an attention that cannot be replaced."""
     for config in _configs_of(decoder):
         _register(config._attn_implementation.removeprefix(PREFIX))
 
@@ -91,15 +98,15 @@ def install(decoder: Decoder) -> None:
 
 
 def _begin(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-    session = _session(module, args, kwargs)
-    if session is None:
+    cache = _cache_of(module, args, kwargs)
+    if cache is None:
         return None
     names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
     ids, embeds, mask, positions = (_argument(module, args, kwargs, name) for name in names)
     tokens = embeds if ids is None else ids
     if tokens is None:
-        return None  # the model says what is wrong
-    skip = _begin_call(session, module, tokens, mask, positions)
+        return None  # the model raises
+    skip = _begin_call(cache, module, tokens, mask, positions)
     if skip == 0:
         return None
     new = {name: kwargs[name][:, skip:] for name in (*names[:2], "position_ids") if kwargs.get(name) is not None}
@@ -107,33 +114,33 @@ def _begin(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object
 
 
 def _end(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
-    session = _session(module, args, kwargs)
-    if session is not None:
-        _end_call(session, output is not None)  # a forward that raised has none
+    cache = _cache_of(module, args, kwargs)
+    if cache is not None:
+        _end_call(cache, output is not None)  # a forward that raised has none
 
 
 def _begin_outer(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    session = _session(module, args, kwargs)
-    if session is not None:
+    cache = _cache_of(module, args, kwargs)
+    if cache is not None:
         mask = _argument(module, args, kwargs, "attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            session.outer_mask = mask
+            cache.outer_mask = mask
 
 
 def _end_outer(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
-    session = _session(module, args, kwargs)
-    if session is not None:
-        session.outer_mask = None
+    cache = _cache_of(module, args, kwargs)
+    if cache is not None:
+        cache.outer_mask = None
 
 
 @outside_graphs
-def _begin_call(session: Session, decoder: nn.Module, tokens: Tensor, mask: object, positions: Tensor | None) -> int:
+def _begin_call(cache: CallOwner, decoder: nn.Module, tokens: Tensor, mask: object, positions: Tensor | None) -> int:
     """How many of the first tokens are left out, as the cache has them."""
     batch, count = tokens.shape[:2]
-    skip = session.repeated(count, positions)
+    skip = cache.repeated(count, positions)
     route = Route(decoder)
     try:
-        session.begin(route, batch, count - skip, mask)
+        cache.begin_call(route, batch, count - skip, mask)
     except BaseException:
         route.close()
         raise
@@ -141,16 +148,16 @@ def _begin_call(session: Session, decoder: nn.Module, tokens: Tensor, mask: obje
 
 
 @outside_graphs
-def _end_call(session: Session, done: bool) -> None:
-    session.end(done)
+def _end_call(cache: CallOwner, done: bool) -> None:
+    cache.end_call(done)
 
 
-def _session(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Session | None:
-    """Of the cache of ours that a forward was given, if any."""
+def _cache_of(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> CallOwner | None:
+    """The cache of ours that a forward was given, if any."""
     for name in CACHE_ARGUMENTS:
-        session = getattr(_argument(module, args, kwargs, name), "lkv_session", None)
-        if session is not None:
-            return session
+        cache = _argument(module, args, kwargs, name)
+        if getattr(cache, "is_lkv_cache", False):
+            return cache
     return None
 
 
@@ -165,7 +172,7 @@ def _argument(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, obj
 
 @lru_cache(maxsize=64)
 def _places(kind: type[nn.Module]) -> dict[str, int]:
-    """Of the arguments of a forward."""
+    """Positions of the arguments of a forward, by name."""
     names: Sequence[str] = list(inspect.signature(kind.forward).parameters)
     return {name: place - 1 for place, name in enumerate(names)}
 

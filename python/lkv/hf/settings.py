@@ -47,14 +47,15 @@ class Settings:
         """Raises ValueError where the policy cannot score, as something that it needs is not observed."""
         missing = self.policy.needs - self.observe
         if missing:
+            way = f"make the cache with observe={sorted(missing)}" if missing <= OBSERVED else "pass scores= to evict"
             raise ValueError(
-                f"lkv.Cache: expected a policy that needs what is observed, {_names(self.observe) or 'nothing'}, got "
-                f"one that needs {_names(missing)}: observe= of lkv.Cache says what to hold"
+                f"lkv.Cache: expected a policy that needs only what is observed, {_names(self.observe) or 'nothing'}, "
+                f"got one that needs {_names(missing)}: {way}"
             )
         if "queries" in self.policy.needs and self.policy.window > self.observe_window:
             raise ValueError(
                 f"lkv.Cache: expected a policy of a window of at most the observed {self.observe_window} queries, got "
-                f"{self.policy.window}: observe_window= of lkv.Cache says how many to hold"
+                f"{self.policy.window}: make the cache with observe_window={self.policy.window}"
             )
 
     def target(self, length: int) -> int:

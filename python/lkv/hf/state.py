@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from os import PathLike
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,13 +16,10 @@ from transformers import PretrainedConfig
 
 import lkv_ext
 from lkv import policies
+from lkv.hf.calls import Calls
 from lkv.hf.layer import RaggedLayer
 from lkv.hf.settings import Settings
 from lkv.hf.versions import own_layers
-
-if TYPE_CHECKING:
-    from lkv.hf.cache import Cache
-    from lkv.hf.session import Session
 
 FORMAT = 1
 COUNTS = ("evicted", "evictions", "due", "scaling", "softcap", "sinks")
@@ -32,15 +28,15 @@ State = dict[str, object]
 _PLAIN = {name: name for name in (*COUNTS, "keys", "values")} | {"token_counts": "real", "row_counts": "held"}
 
 
-def state_of(cache: Cache) -> State:
+def state_of(cache: Calls) -> State:
     """Nested dicts and lists of tensors, numbers and texts: all of a cache but its model and settings."""
-    session = cache.lkv_session
-    rotaries = session.rotaries
+    history = cache.history
+    rotaries = history.rotations.all
     return {
-        "explicit": session.explicit,
-        "token_by_token": session.token_by_token,
-        "hidden": session.hidden,
-        "places": session.places,
+        "explicit": cache.explicit,
+        "token_by_token": cache.token_by_token,
+        "hidden": history.hidden,
+        "places": history.places,
         "rotaries": [{"cos": r.cos.read(), "sin": r.sin.read()} for r in rotaries],
         "layers": [
             _of_ragged(layer, rotaries) if isinstance(layer, RaggedLayer) else _of_other(layer)
@@ -49,22 +45,22 @@ def state_of(cache: Cache) -> State:
     }
 
 
-def restore(cache: Cache, state: State, device: torch.device | None = None) -> None:
+def restore(cache: Calls, state: State, device: torch.device | None = None) -> None:
     """Makes an empty cache what `state_of` gave.
 
     Raises:
         ValueError, TypeError: where it does not fit the model, or itself; the cache must not be used then.
     """
-    session, state = cache.lkv_session, _moved(state, device)
+    history, state = cache.history, _moved(state, device)
     try:
-        session.explicit, session.token_by_token = bool(state["explicit"]), bool(state["token_by_token"])
-        session.hidden, session.places = state["hidden"], state["places"]
-        session.load_rotaries([(r["cos"], r["sin"]) for r in state["rotaries"]])
+        cache.explicit, cache.token_by_token = bool(state["explicit"]), bool(state["token_by_token"])
+        history.hidden, history.places = state["hidden"], state["places"]
+        history.rotations.load([(r["cos"], r["sin"]) for r in state["rotaries"]])
         layers = state["layers"]
         _expect(len(layers) == len(cache.layers), f"{len(cache.layers)} layers", len(layers))
         for layer, given in zip(cache.layers, layers, strict=True):
             if isinstance(layer, RaggedLayer):
-                _into_ragged(layer, given, session)
+                _into_ragged(layer, given)
             else:
                 _into_other(layer, given)
         _check_together(cache)
@@ -72,7 +68,7 @@ def restore(cache: Cache, state: State, device: torch.device | None = None) -> N
         raise ValueError(f"lkv.Cache.load: expected the state of a cache, got one without {error}") from None
 
 
-def save(cache: Cache, path: str | PathLike[str]) -> None:
+def save(cache: Calls, path: str | PathLike[str]) -> None:
     """One safetensors file; all that is no tensor is JSON in its metadata."""
     tensors: dict[str, Tensor] = {}
     record = {
@@ -139,7 +135,7 @@ def _of_ragged(layer: RaggedLayer, rotaries: list[object]) -> State:
     }
 
 
-def _into_ragged(layer: RaggedLayer, state: State, session: Session) -> None:
+def _into_ragged(layer: RaggedLayer, state: State) -> None:
     for name, key in _PLAIN.items():
         setattr(layer, name, state[key])
     tokens, rows_now = layer.token_counts, layer.row_counts
@@ -171,7 +167,7 @@ def _into_ragged(layer: RaggedLayer, state: State, session: Session) -> None:
         )
         observations.hidden_states.push(state["hidden_states"])
     if state["rotary"] is not None:
-        observations.rotary = session.rotaries[state["rotary"]]
+        observations.rotary = layer.rotations.all[state["rotary"]]
 
 
 def _of_other(layer: object) -> State:
@@ -192,17 +188,17 @@ def _into_other(layer: object, state: State) -> None:
         layer.device, layer.dtype = first.device, first.dtype
 
 
-def _check_together(cache: Cache) -> None:
-    session = cache.lkv_session
+def _check_together(cache: Calls) -> None:
+    history = cache.history
     lengths = {layer.get_seq_length() for layer in cache.ragged}
     batches = {len(layer.token_counts) for layer in cache.ragged}
     _expect(len(lengths) == 1 and len(batches) == 1, "layers of one length and batch", [lengths, batches])
     (length,), (batch,) = lengths, batches
-    for name, t, dtype in (("hidden", session.hidden, torch.bool), ("places", session.places, torch.int64)):
+    for name, t, dtype in (("hidden", history.hidden, torch.bool), ("places", history.places, torch.int64)):
         right = t is None or (t.dtype == dtype and tuple(t.shape) == (batch, length))
         _expect(right, f"{name} as {dtype} {[batch, length]}", t)
-    if session.places is not None and length:
-        low, high = int(session.places.min()), int(session.places.max())
+    if history.places is not None and length:
+        low, high = int(history.places.min()), int(history.places.max())
         _expect(low >= 0 and high < length, f"places in [0, {length})", [low, high])
 
 

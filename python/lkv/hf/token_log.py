@@ -1,8 +1,9 @@
-"""What is held of every token beside its rows, for policies that need it: `[B, L, ...]`, evicted tokens included."""
+"""What is kept of every token beside its rows, where policies need it: `[B, L, ...]`, evicted tokens included."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from lkv_ext.shared import keeps_tensors
 class TokenLog:
     """Grows by the tokens of every call; put together when it is read, not at every step.
 
-    Tensors are never written to, so that copies of a tape share them. A batch of 1 may stand for any batch.
+    Tensors are never written to, so that copies of a log share them. A batch of 1 may stand for any batch.
     """
 
     def __init__(self) -> None:
@@ -68,7 +69,7 @@ class Rotary:
             self.sin.push(sin, order)
             self.last = weakref.ref(cos)
         elif self.last is None or self.last() is not cos:
-            known = [tape.read()[:, before:] for tape in (self.cos, self.sin)]  # a copy for each layer, perhaps
+            known = [log.read()[:, before:] for log in (self.cos, self.sin)]  # a copy for each layer, perhaps
             given = [_ordered(t, order).expand_as(k) for t, k in zip((cos, sin), known, strict=True)]
             if not all(map(torch.equal, known, given)):
                 raise ValueError(
@@ -107,6 +108,39 @@ class Rotary:
             back = turned * c - torch.cat([-second, first], -1) * s
             out[:, head, :, :rotated] = back / (c * c + s * s)
         return out
+
+
+class Rotations:
+    """The different rotations of a cache: one where all layers are given the same, one for each device, and so on."""
+
+    def __init__(self) -> None:
+        self.all: list[Rotary] = []
+
+    def of(self, cos: Tensor) -> Rotary:
+        """The one of the layers that have come with these very rotations, or a new one."""
+        for rotary in self.all:
+            if rotary.last is not None and rotary.last() is cos:
+                return rotary
+        self.all.append(Rotary())
+        return self.all[-1]
+
+    def load(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Cos and sin of each, `[B or 1, L, R]`."""
+        self.clear()
+        for cos, sin in parts:
+            self.all.append(Rotary())
+            self.all[-1].push(0, cos, sin, None)
+
+    def select(self, indices: Tensor) -> None:
+        for rotary in self.all:
+            rotary.select(indices)
+
+    def drop_empty(self) -> None:
+        """Forgets those of a call that was taken back."""
+        self.all[:] = [rotary for rotary in self.all if rotary.cos.length]
+
+    def clear(self) -> None:
+        self.all.clear()
 
 
 def _ordered(part: Tensor, order: Tensor | None) -> Tensor:

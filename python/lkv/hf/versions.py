@@ -25,7 +25,7 @@ CACHE_ARGUMENTS = ("past_key_values", "cache")  # of a model's forward
 
 
 def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
-    """A compiled model leaves its graph for the call, and goes on behind it."""
+    """A compiled model leaves its graph for the call and resumes after it."""
     reason = "lkv.Cache holds rows of a number that only it knows: compile without fullgraph=True"
     return torch.compiler.disable(function, reason=reason)
 
@@ -51,7 +51,7 @@ def is_full_attention(layer: CacheLayerMixin) -> bool:
 
 
 def is_appended_by_copy(layer: CacheLayerMixin) -> bool:
-    """Whether new tokens make new tensors, so that whoever holds the old ones still has what was there."""
+    """Whether new tokens make new tensors, so that the old ones still hold the earlier tokens."""
     return isinstance(layer, DynamicLayer) and not is_recurrent(layer)
 
 
