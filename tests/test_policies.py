@@ -1,4 +1,4 @@
-"""Policies by name and by what they look at: those that score without queries, and what an observation says."""
+"""Policies by name and by what they look at: those that score without queries, and the masks of an observation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from observations import HIDDEN, B, D, H, observe, pad
 
 import lkv_ext
 from lkv import policies
-from lkv.learn.head_budget import HeadBudget
-from lkv.learn.token_scorer import TokenScorer
 from lkv.policies import AdaKV, KVzip, Random, SnapKV, StreamingLLM
 from lkv.policies.lkv import LKV, Learned
+from lkv.policies.lkv.head_budget import HeadBudget
+from lkv.policies.lkv.token_scorer import TokenScorer
 
 
 def test_valid_rows_of_an_observation() -> None:
@@ -135,7 +135,7 @@ def test_scopes_and_needs_that_nobody_knows(policy: SnapKV) -> None:
         policies.get(policy)
 
 
-def test_budgets_are_asked_for_or_known_ahead() -> None:
+def test_budgets_are_computed_or_known_ahead() -> None:
     """Known ahead they are of one layer: with another scope `budgets` is called."""
     static = LKV(Random(), HeadBudget(2, H))
     assert policies.get(static) is static and not hasattr(static, "budgets")

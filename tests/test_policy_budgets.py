@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lkv import policies, reference
-from lkv.learn.head_budget import HeadBudget
-from lkv.learn.token_scorer import TokenScorer
 from lkv.policies import AdaKV, Ahead, KVzip, Policy, Random, SnapKV, StreamingLLM
 from lkv.policies.lkv import LKV, Learned, LKVThreshold, learned
+from lkv.policies.lkv.head_budget import HeadBudget
+from lkv.policies.lkv.token_scorer import TokenScorer
 
 LAYERS = 2
 

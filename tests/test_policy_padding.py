@@ -8,10 +8,10 @@ from observations import HIDDEN, SINKS, D, H, beside, observe, pad
 from torch import Tensor
 
 import lkv_ext
-from lkv.learn.head_budget import HeadBudget
-from lkv.learn.token_scorer import TokenScorer
 from lkv.policies import AdaKV, Ahead, KVzip, Observation, Policy, Random, SnapKV, StreamingLLM
 from lkv.policies.lkv import Learned, learned
+from lkv.policies.lkv.head_budget import HeadBudget
+from lkv.policies.lkv.token_scorer import TokenScorer
 
 LAYERS, LENGTHS = 2, [23, 17, 9, 4, 1]
 TOTALS = torch.tensor([25, 31, 13, 7, 2])  # of a layer's heads; for the last ones less than is protected

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lkv.hf.cache import Cache
-    from lkv.learn.checkpoint import load
+    from lkv.policies.lkv.checkpoint import load
 
 __all__ = ["Cache", "load"]
-_HOMES = {"Cache": "lkv.hf.cache", "load": "lkv.learn.checkpoint"}
+_HOMES = {"Cache": "lkv.hf.cache", "load": "lkv.policies.lkv.checkpoint"}
 
 
 def __getattr__(name: str) -> object:

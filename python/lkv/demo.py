@@ -1,7 +1,7 @@
 """The main job on real input: read a long text, keep 15 % of it, answer. Run `python -m lkv.demo --help`.
 
 The retriever that comes with the package reads texts in which a few facts stand among filler and decoys, without
-knowing what it will be asked. Then `lkv_ext` evicts its cache, and it answers from what is left: as LKV has learned to
+knowing the question. Then `lkv_ext` evicts its cache, and it answers from what is left: as LKV has learned to
 keep it, as two heuristics keep it, and from the whole cache.
 """
 
@@ -27,12 +27,12 @@ try:
     from lkv.evaluate.kept import kept_positions
     from lkv.evaluate.methods import FULL, Method, heuristics
     from lkv.evaluate.run import Result, Setting, evaluate
-    from lkv.learn.checkpoint import load
     from lkv.policies.lkv import Learned
+    from lkv.policies.lkv.checkpoint import load
 except ModuleNotFoundError as error:
     raise SystemExit(f"lkv.demo: {error}; the demo needs: pip install 'lkv-ext[lkv]'") from error
 
-HEURISTICS = ("snapkv", "streaming")
+HEURISTICS = ("snapkv", "streaming_llm")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,15 +16,17 @@ _CACHE = [
 ]
 _MODELS = [_HF + x for x in ("scores", "observed", "families", "rope", "wrapped", "routing", "generation")]
 _LEARN = {
-    "checkpoint": ["checkpoint"],
     "config": ["schedule"],
     "distill": ["hard_masks", "passes", "distill", "padded_batches", "updates"],
-    "head_budget": ["head_budget", "hard_masks"],
     "passes": ["passes", "distill", "padded_batches"],
     "second_pass": ["second_pass"],
     "source": ["source", "schedule"],
-    "token_scorer": ["token_scorer", "hard_masks", "lkv_policy"],
     "train": ["updates", "resume", "train"],
+}
+_LKV = {
+    "checkpoint": ["checkpoint"],
+    "head_budget": ["head_budget", "hard_masks"],
+    "token_scorer": ["token_scorer", "hard_masks", "lkv_policy"],
 }
 _RETRIEVER = ["learning/test_retriever_training", "learning/test_padded_batches"]
 _TASKS = ["learning/test_" + x for x in ("task_texts", "languages", "tasks", "task_files", "metrics", "eval_files")]
@@ -41,8 +43,11 @@ GUARDS: dict[str, list[str]] = {
         for name, first in {
             "attention": "routing",
             "call": "routing",
+            "calls": "failed_calls",
             "capture": "observed",
             "compat": "families",
+            "copies": "storage",
+            "history": "masks",
             "masks": "masks",
             "observation": "observed",
             "queries": "evict_now",
@@ -52,7 +57,9 @@ GUARDS: dict[str, list[str]] = {
         }.items()
     },
     "python/lkv/hf/*": [*_CACHE, *_MODELS],
-    "python/lkv/policies/lkv.py": [*_POLICIES, "learning/test_lkv_policy", "learning/test_checkpoint"],
+    **{f"python/lkv/policies/lkv/{name}.py": [f"learning/test_{x}" for x in tests] for name, tests in _LKV.items()},
+    "python/lkv/policies/lkv/*": [*_POLICIES, "learning/test_lkv_policy", "learning/test_checkpoint"],
+    "python/lkv/policies/registry.py": ["test_registry", *_POLICIES, "learning/test_methods"],
     "python/lkv/policies/*": [
         *_POLICIES,
         "learning/test_scores_of_models",

@@ -21,13 +21,13 @@ from lkv.evaluate.kept import kept_positions
 from lkv.evaluate.methods import FLOOR, FULL, choose, heuristics, learned
 from lkv.evaluate.run import Setting, evaluate
 from lkv.evaluate.soft import soft_accuracy
-from lkv.learn.checkpoint import load
 from lkv.models import RETRIEVER
-from lkv.policies import Policy
+from lkv.policies import POLICIES, Policy
 from lkv.policies.lkv import Learned
+from lkv.policies.lkv.checkpoint import load
 from lkv.tasks import Language, Sample, files
 
-METHODS = [FULL, FLOOR, "random", "streaming", "snapkv", "adakv", "kvzip", "lkv"]
+METHODS = [FULL, FLOOR, *POLICIES, "lkv"]
 GRID = ["uniform+kvzip", "uniform+lkv-t", "lkv-h+snapkv", "lkv-h+kvzip"]
 
 

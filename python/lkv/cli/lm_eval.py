@@ -8,8 +8,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from lkv import policies as registry
 from lkv.cli import models
-from lkv.evaluate.methods import FULL, heuristics
+from lkv.evaluate.methods import ALIASES, FULL, heuristics
 from lkv.extras import need
 from lkv.policies import Policy
 
@@ -62,7 +63,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", required=True, help="as lm-eval names them")
     parser.add_argument("--include-path", help="folder with more tasks, in YAML")
     parser.add_argument(
-        "--policies", nargs="+", default=[FULL, "snapkv"], help=f"{FULL}, {', '.join(heuristics())}, lkv"
+        "--policies", nargs="+", default=[FULL, "snapkv"], help=f"{FULL}, {', '.join(registry.names())}, lkv"
     )
     parser.add_argument("--checkpoint", type=Path, help="of lkv")
     parser.add_argument("--retentions", nargs="+", type=float, default=[0.15])
@@ -88,14 +89,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         name for name, there in {**ways, "--question-marker": options.question_marker is not None}.items() if there
     ]
     if len(given) > 1:
-        raise ValueError(f"lkv lm-eval: expected one way to say what is compressed, got {' and '.join(given)}")
+        raise ValueError(f"lkv lm-eval: expected one way to choose what is compressed, got {' and '.join(given)}")
     if options.question_tokens is None:
         options.question_tokens = 64
     if options.question_tokens < 1:
         raise ValueError(f"lkv lm-eval: expected question tokens >= 1, got {options.question_tokens}")
     if options.question_marker == "":
         raise ValueError("lkv lm-eval: expected a question marker with at least one letter, got ''")
-    names = [FULL, *heuristics(), *(["lkv"] if options.checkpoint else [])]
+    names = [FULL, *registry.names(), *(["lkv"] if options.checkpoint else [])]
+    options.policies = [ALIASES.get(name, name) for name in options.policies]
     for name in options.policies:
         if name == "lkv" and not options.checkpoint:
             raise ValueError("lkv lm-eval: expected --checkpoint for the policy lkv, got none")
@@ -108,7 +110,7 @@ def known(options: argparse.Namespace, model: object) -> dict[str, Policy | None
     """All policies by name; that of the full cache is None."""
     policies: dict[str, Policy | None] = {FULL: None, **heuristics()}
     if options.checkpoint:
-        from lkv.learn.checkpoint import load
+        from lkv.policies.lkv.checkpoint import load
 
         policies["lkv"] = load(options.checkpoint, model)
     return policies

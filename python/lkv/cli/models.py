@@ -1,4 +1,4 @@
-"""The arguments that say which model, tokenizer and language."""
+"""The arguments that choose model, tokenizer and language."""
 
 from __future__ import annotations
 

@@ -12,12 +12,12 @@ from lkv import tasks
 from lkv.cli import models
 from lkv.evaluate.methods import Method
 from lkv.evaluate.run import Setting, by_method, evaluate
-from lkv.learn.checkpoint import Design
 from lkv.learn.config import TrainConfig
-from lkv.learn.head_budget import KINDS
-from lkv.learn.token_scorer import INPUTS
 from lkv.learn.train import BEST, Trainer, Validate
 from lkv.policies.lkv import Learned
+from lkv.policies.lkv.checkpoint import Design
+from lkv.policies.lkv.head_budget import KINDS
+from lkv.policies.lkv.token_scorer import INPUTS
 
 CHOICES = {"budget": KINDS, "input": INPUTS}
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from lkv.learn.head_budget import HeadBudget
+from lkv import policies
 from lkv.policies import Policy
-from lkv.policies.adakv import AdaKV
 from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv import Learned
 from lkv.policies.lkv import learned as with_budget
-from lkv.policies.random import Random
+from lkv.policies.lkv.head_budget import HeadBudget
 from lkv.policies.snapkv import SnapKV
-from lkv.policies.streaming_llm import StreamingLLM
 
 FULL, FLOOR = "full", "floor"  # all rows; the protected ones alone
+ALIASES = {"streaming": "streaming_llm"}  # names that reports had before
 
 
 @dataclass(frozen=True)
@@ -37,14 +36,8 @@ class Method:
 
 
 def heuristics() -> dict[str, Policy]:
-    """The methods that nobody trained."""
-    return {
-        "random": Random(),
-        "streaming": StreamingLLM(),
-        "snapkv": SnapKV(),
-        "adakv": AdaKV(SnapKV()),
-        "kvzip": KVzip(),
-    }
+    """The methods that need no training, by their names in `lkv.policies`, those of other packages included."""
+    return {name: policies.get(name) for name in policies.names()}
 
 
 def learned(lkv: Learned, variants: Mapping[str, Learned] | None = None) -> dict[str, Policy]:
@@ -66,12 +59,13 @@ def learned(lkv: Learned, variants: Mapping[str, Learned] | None = None) -> dict
 
 
 def choose(names: list[str], known: Mapping[str, Policy]) -> list[Method]:
-    """
+    """Methods by their names.
+
     Raises:
         ValueError: for a name that is not known, or a learned method without a checkpoint.
     """
     methods = []
-    for name in names:
+    for name in (ALIASES.get(name, name) for name in names):
         if name not in known and name not in (FULL, FLOOR):
             raise ValueError(f"lkv eval: expected methods of {', '.join([FULL, FLOOR, *known])}, got {name!r}")
         methods.append(Method(name, known.get(name)))

@@ -1,4 +1,4 @@
-"""What a training run is told, checked before it begins."""
+"""The settings of a training run, checked before it begins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from lkv import tasks
-from lkv.learn.checkpoint import Design
+from lkv.policies.lkv.checkpoint import Design
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class TrainConfig:
     Attributes:
         steps: of distillation. warm_steps: of the regression of LKV-T before; 0 for none.
         batch: texts of a step, over all processes and accumulated parts together. accumulate: parts of a step.
-        questions: asked about every text, each by itself.
+        questions: per text, each by itself.
         length: tokens of a text.
         retention: lowest and highest, drawn anew for every step, evenly in its logarithm.
         temperature: first and last, in deviations of a head's scores; falls as a cosine until the hard part.
@@ -73,6 +73,6 @@ class TrainConfig:
         return last + (first - last) * 0.5 * (1 + math.cos(math.pi * step / self.soft_steps))
 
     def rate_at(self, step: int, steps: int) -> float:
-        """Of the learning rates."""
+        """The factor of the learning rates at a step."""
         rise = max(steps // 20, 1)
         return min((step + 1) / rise, 1.0) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))

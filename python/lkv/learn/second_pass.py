@@ -37,7 +37,7 @@ def repeat_scores(
     for begin in range(0, size, CHUNK):
         first = max(begin - LEAD, 0)
         chunk = torch.cat([instruction, tokens[:, first : begin + CHUNK]], 1)
-        # A text that has ended before asks nothing, not even with the tokens that lead there.
+        # A text that has ended before has no queries, not even those of the instruction.
         asking = torch.where(context.lengths > begin, len(prompt) + context.lengths - first, 0)
 
         def watch(layer: int, query: Tensor, keys: Tensor, *settings: object, asking: Tensor = asking) -> None:

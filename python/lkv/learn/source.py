@@ -24,7 +24,7 @@ class Examples:
 
 
 class Source:
-    """Tasks told in one language, for one tokenizer."""
+    """Tasks in one language, for one tokenizer."""
 
     def __init__(self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, language: Language) -> None:
         self.config, self.tokenizer, self.language = config, tokenizer, language

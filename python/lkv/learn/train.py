@@ -15,14 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lkv.learn import checkpoint, distill
-from lkv.learn.checkpoint import Shape
+from lkv.learn import distill
 from lkv.learn.config import TrainConfig
 from lkv.learn.second_pass import repeat_scores
 from lkv.learn.source import Source
-from lkv.learn.token_scorer import moments, standardise
 from lkv.policies.kvzip import KVzip
-from lkv.policies.lkv import Learned
+from lkv.policies.lkv import Learned, checkpoint
+from lkv.policies.lkv.checkpoint import Shape
+from lkv.policies.lkv.token_scorer import moments, standardise
 from lkv.tasks import Language
 from lkv.text import pad_and_ends
 
@@ -102,7 +102,7 @@ class Trainer:
         return [list(range(part * size, (part + 1) * size)) for part in mine]
 
     def _warm(self) -> dict[str, float]:
-        """LKV-T learns what KVzip says, standardised, from the logarithm of its scores."""
+        """LKV-T learns the logarithm of KVzip's scores, standardised."""
         loss, tokens = torch.zeros((), device=self.accelerator.device), 0
         step, policy = self.step + self.config.warm_steps, KVzip()
         for rows in self._rows():

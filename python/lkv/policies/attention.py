@@ -26,7 +26,7 @@ def attention_weights(observation: Observation, head: int) -> Tensor:
         logits = logits.div_(observation.softcap).tanh_().mul_(observation.softcap)
     visible = observation.positions[:, head, None, :] <= observation.query_positions[..., None]
     visible = visible & observation.valid()[:, head, None] & observation.query_mask[..., None]
-    # Of a query that sees nothing a softmax would make NaN: it is counted out instead.
+    # For a query that sees nothing a softmax would give NaN: such queries are masked out instead.
     logits.masked_fill_(~visible[:, None], torch.finfo(torch.float32).min)
     if observation.sinks is not None:
         sinks = observation.sinks[head * group : (head + 1) * group].float().view(1, group, 1, 1)

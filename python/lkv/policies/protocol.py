@@ -4,9 +4,9 @@ A policy is an object with the attributes and methods of `Policy`. It holds its 
 that it may look at is the `Observation` of one layer, and the same `score` serves a prefill, a chunk, a later turn and
 a cap in the middle of decoding. Whoever calls it (`lkv.Cache`) owns the rows, the queries and the bookkeeping.
 
-How the methods to come fit:
+How other methods fit:
 
-- A cascade (LAVa, CAKE): scope "cascade". After layer l the caller asks `score` for that layer, and then `budgets` with
+- A cascade (LAVa, CAKE): scope "cascade". After layer l the caller calls `score` for it, and then `budgets` with
   the list of the scores of layers 0..l, those of earlier layers being what survived (they travel as companions of the
   rows); a layer whose budget shrank is evicted again. Entropies and shares are functions of these scores.
 - A second pass (KVzip): needs "second_pass". The caller feeds the repeated prompt through the model and gives the
@@ -15,8 +15,8 @@ How the methods to come fit:
 - A threshold for the whole model (KVzip, LKV-H): scope "model". When the last layer of a call has attended, `score` is
   called for every layer, and `budgets` once, with the list of their scores, `lengths` `[N, B, H]` and the total of all
   layers; it returns `[N, B, H]`. Before anything is evicted all layers are there in full: scope "layer" holds one.
-- Budgets that no score changes (LKV-H): with a method `ahead` in the place of `budgets` a policy of scope "layer" says
-  what the heads of a layer keep while later layers are still to come, as its share of what the whole model keeps.
+- Budgets that no score changes (LKV-H): a policy of scope "layer" with a method `ahead` instead of `budgets` knows
+  what the heads of a layer keep before later layers have run, as their share of what the whole model keeps.
 - Hidden states or keys before RoPE: named in `needs`, they arrive as further fields of the observation. Hidden states
   are of tokens, not of rows: `hidden_states[b, positions[b, h, i]]` is that of a row, and a policy that scores tokens
   does so once and gathers the scores by `positions`.
@@ -97,10 +97,17 @@ class Policy(Protocol):
         sink, window: the first and last rows of every head that are protected, inside its budget.
     """
 
-    needs: frozenset[str]
-    scope: str
-    sink: int
-    window: int
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    @property
+    def scope(self) -> str: ...
+
+    @property
+    def sink(self) -> int: ...
+
+    @property
+    def window(self) -> int: ...
 
     def score(self, layer: int, observation: Observation) -> Tensor:
         """float `[B, H, L]`, higher is kept. Outside the valid rows anything but NaN."""

@@ -14,7 +14,7 @@ from lkv.policies.uniform import uniform_budgets
 
 @dataclass(frozen=True)
 class Random:
-    """Every head draws its own rows, the same ones whenever it is asked about the same places.
+    """Every head draws its own rows, the same ones for the same positions.
 
     Attributes:
         seed: of the draw.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 INPUTS = ("kv", "hidden")
-CHUNK = 16384  # tokens whose hidden activations are in memory at once, where no gradient is asked for
+CHUNK = 16384  # tokens whose hidden activations are in memory at once, where no gradient is needed
 
 
 class TokenScorer(nn.Module):
@@ -44,7 +44,7 @@ class TokenScorer(nn.Module):
         return standardise(self.raw(layer, features), valid)
 
     def raw(self, layer: int, features: Tensor) -> Tensor:
-        """float32 `[B, H, n]`: what the MLP says."""
+        """float32 `[B, H, n]`: the output of the MLP."""
         if features.shape[-1] != self.features or features.shape[1] not in (1, self.heads):
             raise ValueError(
                 f"lkv.TokenScorer: expected features [B, {self.heads}, n, {self.features}], got {list(features.shape)}"
@@ -69,7 +69,7 @@ class TokenScorer(nn.Module):
 
 
 def moments(features: Tensor, valid: Tensor) -> Tensor:
-    """Of one layer, float64 `[H, 1 + 2 F]`: number of valid rows, their sum and the sum of their squares.
+    """For one layer, float64 `[H, 1 + 2 F]`: number of valid rows, their sum and the sum of their squares.
 
     Args:
         features: `[B, H, n, F]`, or with a single head for all. valid: bool `[B, H, n]`.

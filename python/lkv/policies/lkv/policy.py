@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import lkv_ext
-from lkv.learn.head_budget import HeadBudget
-from lkv.learn.token_scorer import TokenScorer, standardise
+from lkv.policies.lkv.head_budget import HeadBudget
+from lkv.policies.lkv.token_scorer import TokenScorer, standardise
 from lkv.policies.protocol import Observation, Policy
 
 
@@ -83,5 +83,5 @@ class LKVThreshold(Learned):
 
 
 def learned(scorer: TokenScorer | Policy, budget: HeadBudget, sink: int = 4, window: int = 8) -> Learned:
-    """The policy that a kind of budget asks for."""
+    """The policy that fits a kind of budget."""
     return (LKV if budget.static else LKVThreshold)(scorer, budget, sink, window)

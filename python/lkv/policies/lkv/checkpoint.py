@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lkv.learn.head_budget import HeadBudget
-from lkv.learn.token_scorer import TokenScorer
-from lkv.policies.lkv import Learned, learned
+from lkv.policies.lkv.head_budget import HeadBudget
+from lkv.policies.lkv.policy import Learned, learned
+from lkv.policies.lkv.token_scorer import TokenScorer
 
 WEIGHTS, CONFIG = "lkv.safetensors", "lkv.json"
 
