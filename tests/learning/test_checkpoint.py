@@ -1,4 +1,4 @@
-"""What was learned, on disk: a checkpoint says all that it was trained with, and the loader holds to it."""
+"""What was learned, on disk: a checkpoint records all that it was trained with, and the loader checks it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, PreTrainedMo
 import lkv
 from lkv import retriever
 from lkv.hf import Cache
-from lkv.learn import checkpoint
-from lkv.learn.checkpoint import Design, Shape
-from lkv.learn.head_budget import KINDS
-from lkv.policies.lkv import LKV, Learned, LKVThreshold
+from lkv.policies.lkv import LKV, Learned, LKVThreshold, checkpoint
+from lkv.policies.lkv.checkpoint import Design, Shape
+from lkv.policies.lkv.head_budget import KINDS
 
 # Nothing in it is a default, and no two numbers are the same.
 OTHER = Design(budget="softmax", floor=0.0625, input="hidden", hidden=9, sink=3, window=5)
@@ -70,7 +69,7 @@ def test_what_is_loaded_is_what_was_saved(model: PreTrainedModel, tmp_path: Path
 def test_rows_that_were_protected_in_training_are_protected(
     model: PreTrainedModel, tmp_path: Path, sink: int, window: int
 ) -> None:
-    """Where nothing else has room, what is left is the first and the last rows of every head."""
+    """Where nothing else fits, what is left is the first and the last rows of every head."""
     saved(tmp_path, model, replace(OTHER, budget="uniform", sink=sink, window=window))
     with Cache(model, lkv.load(tmp_path, model), budget=sink + window) as cache:
         model.model(torch.randint(4, 400, (1, 50)), past_key_values=cache, use_cache=True)
@@ -81,7 +80,7 @@ def test_rows_that_were_protected_in_training_are_protected(
 
 
 def test_the_shipped_checkpoint_protects_what_the_docs_say() -> None:
-    """One row at either end, as little as 0.1 % for a head; the file says so itself, and so does its training."""
+    """One row at either end, as little as 0.1 % for a head; so the file records, and so does its training."""
     policy = lkv.load(retriever.LKV)
     config = json.loads((retriever.LKV / checkpoint.CONFIG).read_text())
     assert (policy.sink, policy.window, policy.budget.floor) == (1, 1, 0.001)

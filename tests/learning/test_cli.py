@@ -56,7 +56,7 @@ def test_train_then_eval(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "question not seen by the compression; 4 texts of 96 tokens" in printed
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     methods = {row["method"] for row in report["rows"]}
-    assert {"full", "floor", "random", "streaming", "snapkv", "adakv", "kvzip", "lkv", "lkv-h+kvzip"} <= methods
+    assert {"full", "floor", "random", "streaming_llm", "snapkv", "adakv", "kvzip", "lkv", "lkv-h+kvzip"} <= methods
     assert {"uniform+kvzip", "uniform+lkv-t", "threshold"} <= methods
     assert report["facts"]["question_seen"] is False
     assert report["soft_to_hard"].keys() == {"0.3", "0.6"}

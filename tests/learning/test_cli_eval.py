@@ -1,4 +1,4 @@
-"""`lkv eval`: what is asked on the command line is what is evaluated, and what the report says was."""
+"""`lkv eval`: the options of the command line decide what is evaluated, and the report has it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lkv.cli import models
 from lkv.evaluate import metrics
 from lkv.evaluate.methods import FULL, Method
 from lkv.evaluate.run import Result, Setting
-from lkv.learn.checkpoint import Design, Shape, save
 from lkv.policies.lkv import Learned
+from lkv.policies.lkv.checkpoint import Design, Shape, save
 
-HEURISTICS = ["random", "streaming", "snapkv", "adakv", "kvzip"]
+HEURISTICS = ["random", "streaming_llm", "snapkv", "adakv", "kvzip"]
 GRID = ["uniform+kvzip", "uniform+lkv-t", "lkv-h+snapkv", "lkv-h+kvzip"]
 
 
 @dataclass
 class Requests:
-    """Of what `evaluate` was asked, call by call."""
+    """The arguments of `evaluate`, call by call."""
 
     samples: list[list[tasks.Sample]] = field(default_factory=list)
     settings: list[Setting] = field(default_factory=list)
@@ -129,7 +129,7 @@ def test_the_retriever_comes_with_its_checkpoint_and_other_models_without(
     requests.methods.clear()
     run("--samples", 1, "--length", 200, "--model", tmp_path / "model", "--device", "cpu")
     assert "lkv" not in requests.names
-    # They are asked in English, by their own tokenizer.
+    # Their questions are in English, by their own tokenizer.
     context = requests.samples[-1][0].context
     assert "The special number of" in context and 150 < len(tokenizer(context).input_ids) <= 200
 
@@ -152,7 +152,10 @@ def test_the_retriever_comes_with_its_checkpoint_and_other_models_without(
         (["--soft", "--see-question"], "made texts and a question not seen, got --see-question beside it"),
         (["--soft", "--file", "x", "--format", "ruler"], "made texts and a question not seen, got --file beside it"),
         (["--variants", "x"], "expected variants NAME=PATH, got 'x'"),
-        (["--methods", "lkv"], "expected methods of full, floor, random, streaming, snapkv, adakv, kvzip, got 'lkv'"),
+        (
+            ["--methods", "lkv"],
+            "methods of full, floor, random, streaming_llm, snapkv, adakv, kvzip, got 'lkv'",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_runs(
@@ -227,7 +230,7 @@ class TestFiles:
         assert "pip install 'lkv-ext[longbench]'" in capsys.readouterr().err and not requests.samples
 
 
-def test_report_says_what_was_run(requests: Requests, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_report_has_what_was_run(requests: Requests, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
     assert run(*SHORT, "--tasks", "single", "--see-question", "--out", out, "--split", "train", "--device", "cpu") == 0
     report = json.loads((out / "report.json").read_text())

@@ -1,4 +1,4 @@
-"""The demo: what it says of a model and of one question, and which options make sense. `test_retriever` runs it."""
+"""The demo: what it prints about a model and one question, and which options make sense. `test_retriever` runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lkv import demo, tasks
 from lkv.evaluate import plots
 from lkv.evaluate.run import Result
-from lkv.learn.checkpoint import Design, Shape
+from lkv.policies.lkv.checkpoint import Design, Shape
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_options_out_of_range_are_refused(option: str, message: str, capsys: pyt
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_example_is_a_question_of_two_values_and_says_bytes(
+def test_example_is_a_question_of_two_values_and_prints_bytes(
     samples: list[tasks.Sample], model: PreTrainedModel
 ) -> None:
     """3 layers of 2 KV heads of 16 numbers, 4 bytes each, for keys and values of 129 tokens: 96.75 KiB."""
@@ -55,9 +55,9 @@ def test_example_is_a_question_of_two_values_and_says_bytes(
     results = demo.example(
         [
             result(requests, "full", 1.0, 1.0, "both"),
-            result(other, "full", 1.0, 1.0, "not asked"),
+            result(other, "full", 1.0, 1.0, "of no interest"),
             result(requests, "lkv", 0.5, 0.25, "one of them"),
-            result(samples[0], "lkv", 1.0, 0.25, "not asked"),
+            result(samples[0], "lkv", 1.0, 0.25, "of no interest"),
         ],
         samples,
         model,
@@ -105,10 +105,10 @@ def test_it_evaluates_the_validation_split_and_draws(
     options = ["--samples=2", "--tokens=128", "--retention=0.2", "--device=cpu", f"--out={tmp_path / 'out'}"]
     assert demo.main(options) == 0
     assert [group for group, _, _ in requests] == [[s for s in samples if s.task == task] for task in tasks.RETRIEVAL]
-    assert all(names == ["full", "lkv", "snapkv", "streaming"] for _, names, _ in requests)
+    assert all(names == ["full", "lkv", "snapkv", "streaming_llm"] for _, names, _ in requests)
     assert all((tuple(s.retentions), s.batch, s.see_question) == ((0.2,), 8, False) for _, _, s in requests)
     printed = capsys.readouterr().out
-    assert "| streaming | 0.15 " in printed
+    assert "| streaming_llm | 0.15 " in printed
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["accuracy.png", "budgets.png", "kept.png"]
     shares = torch.tensor(drawn[0]["shares"]["0.2"])
     assert shares.shape == (3, 2) and shares.mean().item() == pytest.approx(round(0.2 * 128) / 128)

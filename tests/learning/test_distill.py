@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from lkv.evaluate.decode import answer
 from lkv.hf import Cache
 from lkv.learn import distill
-from lkv.learn.checkpoint import Design, Shape
 from lkv.learn.passes import follow
 from lkv.policies.lkv import Learned
+from lkv.policies.lkv.checkpoint import Design, Shape
 
 LENGTHS = [60, 47]
 

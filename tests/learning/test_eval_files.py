@@ -13,7 +13,7 @@ import tiny_folder
 
 from lkv import cli
 
-METHODS = ["--methods", "full", "streaming", "--retentions", "0.5", "--answer-tokens", "3", "--device", "cpu"]
+METHODS = ["--methods", "full", "streaming_llm", "--retentions", "0.5", "--answer-tokens", "3", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_ruler_and_longbench_files_are_evaluated(tmp_path, model, capsys):
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     assert f"question not seen by the compression; 2 texts of {path}\n" in printed
-    assert "niah_single" in printed and "| streaming | 0.5 " in printed
+    assert "niah_single" in printed and "| streaming_llm | 0.5 " in printed
 
     record = {"input": "Who?", "context": "Ann did it.", "answers": ["Ann"], "dataset": "hotpotqa"}
     path = write(tmp_path / "x.jsonl", [record])
@@ -44,7 +44,7 @@ def test_ruler_and_longbench_files_are_evaluated(tmp_path, model, capsys):
     assert report["facts"]["format"] == "longbench" and report["facts"]["tasks"] == [path]
 
 
-def test_own_prompts_are_said_and_others_may_be_given(tmp_path, model, capsys):
+def test_own_prompts_are_reported_and_others_may_be_given(tmp_path, model, capsys):
     record = {"input": "Who?", "context": "Ann did it.", "answers": ["Ann"], "dataset": "hotpotqa"}
     command = ["eval", "--model", model, "--file", write(tmp_path / "x.jsonl", [record]), "--format", "longbench"]
     assert cli.main([*command, *METHODS]) == 0

@@ -17,8 +17,8 @@ from lkv.evaluate import run
 from lkv.evaluate.methods import FLOOR, FULL, Method, choose, heuristics, learned
 from lkv.evaluate.run import Result, Setting, evaluate
 from lkv.hf import Cache
-from lkv.learn.checkpoint import Design, Shape
 from lkv.policies.kvzip import KVzip
+from lkv.policies.lkv.checkpoint import Design, Shape
 from lkv.policies.snapkv import SnapKV
 from lkv.policies.streaming_llm import StreamingLLM
 from lkv.text import encode
@@ -26,7 +26,7 @@ from lkv.text import encode
 SETTING = Setting(retentions=(0.5, 0.8), batch=2, limit=3)
 LENGTHS = (100, 128, 113, 90, 121)
 # Not LKV: the same word twice has one score in the first layer, and rounding decides which of the two is kept.
-METHODS = choose([FULL, FLOOR, "random", "streaming", "snapkv", "adakv", "kvzip"], heuristics())
+METHODS = choose([FULL, FLOOR, "random", "streaming_llm", "snapkv", "adakv", "kvzip"], heuristics())
 
 Evaluate = Callable[..., list[Result]]
 
@@ -83,7 +83,7 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, list[list[list
 
 
 @pytest.mark.parametrize("see", [False, True])
-def test_the_question_is_read_once_and_compressed_only_if_asked(
+def test_the_question_is_read_once_and_compressed_only_on_demand(
     results: Evaluate, samples: list[tasks.Sample], tokenizer: PreTrainedTokenizerBase, calls: list, see: bool
 ) -> None:
     results(samples, choose([FULL, "streaming"], heuristics()), see_question=see, limit=1)
@@ -138,7 +138,7 @@ def facts(results: list[Result]) -> dict[tuple[object, ...], tuple[str, float]]:
 
 @pytest.mark.parametrize("see", [False, True])
 def test_batches_do_not_matter(results: Evaluate, samples: list[tasks.Sample], see: bool) -> None:
-    methods = [m for m in METHODS if m.name in (FULL, "streaming", "snapkv", "kvzip")]
+    methods = [m for m in METHODS if m.name in (FULL, "streaming_llm", "snapkv", "kvzip")]
     alone = facts(results(samples, methods, see_question=see, batch=1, retentions=(0.5,)))
     assert len(alone) == 5 * 4
     for batch in (2, 16):
@@ -167,7 +167,7 @@ def test_nor_do_learned_ones(results: Evaluate, samples: list[tasks.Sample], mod
 
 def test_rows_that_are_answered_from(results: Evaluate, samples: list[tasks.Sample], caches: list) -> None:
     """The floor is the first 4 and the last 32 tokens of a text; streaming keeps as many as it may."""
-    got = results(samples[:2], choose([FLOOR, "streaming"], heuristics()))
+    got = results(samples[:2], choose([FLOOR, "streaming_llm"], heuristics()))
     assert len(caches) == 2 + 2
     for k, (present, rows) in enumerate(caches):
         for b, there in enumerate(present.tolist()):
@@ -183,7 +183,7 @@ def test_rows_that_are_answered_from(results: Evaluate, samples: list[tasks.Samp
 def test_kept_is_counted_in_the_cache(
     results: Evaluate, samples: list[tasks.Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not what was asked for: where a method keeps other numbers of rows, the result says so, text by text."""
+    """Where a method keeps other numbers of rows than the retention, the result has them, text by text."""
     monkeypatch.setattr(run, "_evict", lambda cache, method, *rest: cache.evict(StreamingLLM(2), budget=20))
     for result in results(samples, choose(["snapkv"], heuristics())):
         length = LENGTHS[(result.index - 7) // 3] + 1
@@ -214,7 +214,7 @@ class TestTimes:
             assert result.evict_seconds == (1.0 if result.index == samples[-1].index else 0.5)
             assert result.second_pass_seconds == 0.0
 
-    def test_of_a_second_pass_are_said_of_each_method_that_uses_it(
+    def test_of_a_second_pass_are_reported_for_each_method_that_uses_it(
         self, results: Evaluate, samples: list[tasks.Sample], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         passes = []

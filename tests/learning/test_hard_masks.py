@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lkv import reference
 from lkv.learn import distill
-from lkv.learn.checkpoint import Design, Shape
-from lkv.learn.head_budget import KINDS
 from lkv.learn.passes import Context
 from lkv.policies.lkv import Learned
+from lkv.policies.lkv.checkpoint import Design, Shape
+from lkv.policies.lkv.head_budget import KINDS
 
 LAYERS, HEADS, DIM = 3, 2, 4
 LENGTHS = [50, 29, 50]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lkv import reference
-from lkv.learn.head_budget import KINDS, HeadBudget, pour
+from lkv.policies.lkv.head_budget import KINDS, HeadBudget, pour
 
 STATIC = [kind for kind in KINDS if kind != "threshold"]
 RETENTIONS = [0.004, 0.05, 0.15, 0.5, 0.97, 1.0]

@@ -1,4 +1,4 @@
-"""What tasks are told in: every sentence says what it should, no word is part of another, and values are as drawn."""
+"""The languages of tasks: every sentence means what it should, no word is part of another, and values are as drawn."""
 
 from __future__ import annotations
 

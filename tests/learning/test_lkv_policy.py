@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from lkv.hf import Cache
-from lkv.learn.checkpoint import Design, Shape
 from lkv.policies.lkv import LKV, Learned, LKVThreshold
+from lkv.policies.lkv.checkpoint import Design, Shape
 
 
 def make(model: PreTrainedModel, spread: float = 2, **design: object) -> Learned:

@@ -1,4 +1,4 @@
-"""lm-eval's tasks on evicted caches: the full cache gives the harness' own numbers, and what is compressed is said."""
+"""lm-eval's tasks on evicted caches: the full cache gives the harness' own numbers, and compression is reported."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def test_question_begins_with_the_last_marker(loaded, text, marker):
             model.cut(tokens)
 
 
-def test_what_was_done_is_said():
+def test_what_was_done_is_reported():
     assert str(Compression(None, see_question=True)) == (
         "question seen by the compression: all of a prompt is compressed but its last token"
     )

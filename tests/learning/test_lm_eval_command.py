@@ -1,4 +1,4 @@
-"""`lkv lm-eval`: its options reach the harness, every policy is judged at every retention, and the report says how."""
+"""`lkv lm-eval`: its options reach the harness, each policy is judged at each retention, and the report has it all."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ import torch
 from lkv import cli
 from lkv.cli import lm_eval as command
 from lkv.evaluate import harness
-from lkv.learn.checkpoint import Design, Shape, save
 from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv import Learned
+from lkv.policies.lkv.checkpoint import Design, Shape, save
 from lkv.policies.snapkv import SnapKV
 from lkv.policies.streaming_llm import StreamingLLM
 
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def judged(folder, monkeypatch):
-    """What the harness was asked, model by model, and whether the model was closed; nothing is evaluated."""
+    """The calls of the harness, model by model, and whether the model was closed; nothing is evaluated."""
     seen = []
 
     def evaluate(model, **options):
@@ -89,7 +89,7 @@ def test_options_reach_the_harness(judged):
         (["--question-marker", "Q:"], {"marker": "Q:"}),
     ],
 )
-def test_what_is_compressed_is_as_asked(judged, options, wanted):
+def test_what_is_compressed_follows_the_options(judged, options, wanted):
     for requests in judged(*options):
         how = requests.model.compression
         assert how == harness.Compression(how.policy, how.retention, **wanted)
@@ -103,7 +103,7 @@ def test_every_policy_at_every_retention_and_the_full_cache_once(judged, tmp_pat
     report = json.loads(out.read_text())
     assert report["facts"]["tasks"] == ["any"] and report["facts"]["lm_eval"] == lm_eval.__version__
     assert [(x["policy"], x["retention"]) for x in report["reports"]] == [
-        ("kvzip", 0.5), ("kvzip", 0.25), ("full", 1.0), ("streaming", 0.5), ("streaming", 0.25),
+        ("kvzip", 0.5), ("kvzip", 0.25), ("full", 1.0), ("streaming_llm", 0.5), ("streaming_llm", 0.25),
     ]  # fmt: skip
     assert [x["prompts"] for x in report["reports"]] == [1, 2, 3, 4, 5]
     assert all(x["question_seen"] and x["results"] == {"any": {"acc": 0.5}} for x in report["reports"])
@@ -182,7 +182,7 @@ def local_tasks(tmp_path_factory):
     return str(folder)
 
 
-def test_command_runs_tasks_and_says_what_was_compressed(tmp_path, folder, local_tasks, capsys):
+def test_command_runs_tasks_and_reports_what_was_compressed(tmp_path, folder, local_tasks, capsys):
     out = tmp_path / "results" / "report.json"
     command = ["lm-eval", "--model", str(folder), "--device", "cpu", "--include-path", local_tasks]
     command += ["--tasks", "local_generate", "local_choice", "--policies", "full", "snapkv", "--retentions", "0.25"]
@@ -197,7 +197,7 @@ def test_command_runs_tasks_and_says_what_was_compressed(tmp_path, folder, local
     assert full["kept"] == full["rows"] and snapkv["rows"] == full["rows"]
     assert snapkv["kept"] / snapkv["rows"] == pytest.approx(0.25, abs=0.02)
     assert not snapkv["question_seen"] and 0 <= snapkv["results"]["local_choice"]["acc,none"] <= 1
-    assert cli.main([*command, "--policies", "streaming", "--see-question", "--limit", "1"]) == 0
+    assert cli.main([*command, "--policies", "streaming_llm", "--see-question", "--limit", "1"]) == 0
     assert (
         "question seen by the compression: all of a prompt is compressed but its last token" in capsys.readouterr().out
     )

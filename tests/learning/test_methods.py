@@ -12,11 +12,11 @@ from lkv import tasks
 from lkv.evaluate.methods import FLOOR, FULL, Method, choose, heuristics, learned
 from lkv.evaluate.run import Setting, evaluate
 from lkv.hf import Cache
-from lkv.learn.checkpoint import Design, Shape
-from lkv.learn.head_budget import KINDS
 from lkv.policies.adakv import AdaKV
 from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv import LKV, Learned
+from lkv.policies.lkv.checkpoint import Design, Shape
+from lkv.policies.lkv.head_budget import KINDS
 from lkv.policies.random import Random
 from lkv.policies.snapkv import SnapKV
 from lkv.policies.streaming_llm import StreamingLLM
@@ -36,7 +36,7 @@ def lkv(model: PreTrainedModel) -> Learned:
 def test_heuristics_are_what_their_names_say() -> None:
     assert heuristics() == {
         "random": Random(),
-        "streaming": StreamingLLM(),
+        "streaming_llm": StreamingLLM(),
         "snapkv": SnapKV(),
         "adakv": AdaKV(SnapKV()),
         "kvzip": KVzip(across="layers"),
@@ -49,6 +49,7 @@ def test_methods_come_in_the_order_of_their_names() -> None:
         Method("snapkv", SnapKV()), Method(FULL, None), Method("random", Random()), Method(FLOOR, None),
     ]  # fmt: skip
     assert choose([], known) == []
+    assert choose(["streaming"], known) == [Method("streaming_llm", StreamingLLM())]  # as reports had it before
 
 
 def test_unknown_methods_are_refused(lkv: Learned) -> None:

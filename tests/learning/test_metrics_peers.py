@@ -39,14 +39,14 @@ def test_similarity_of_code_is_twice_what_is_common_over_both(text: str, expecte
     st.lists(st.sampled_from("abcdefgh"), min_size=1, unique=True),
     st.lists(st.sampled_from("abcdefgh"), min_size=1, unique=True),
 )
-def test_rouge_l_of_a_sentence_is_what_the_package_rouge_says(text: list[str], expected: list[str]) -> None:
+def test_rouge_l_of_a_sentence_is_that_of_the_package_rouge(text: list[str], expected: list[str]) -> None:
     """Exact where every word stands once: then all longest subsequences have as many words."""
     rouge = pytest.importorskip("rouge")
     wanted = rouge.Rouge(metrics=["rouge-l"]).get_scores(" ".join(text), " ".join(expected))[0]["rouge-l"]["f"]
     assert metrics.rouge_l(" ".join(text), " ".join(expected)) == pytest.approx(wanted, abs=1e-7)
 
 
-def test_rouge_l_of_texts_is_near_what_the_package_rouge_says() -> None:
+def test_rouge_l_of_texts_is_near_that_of_the_package_rouge() -> None:
     """Which of several longest subsequences is taken is left to the implementation."""
     rouge = pytest.importorskip("rouge")
     rng = random.Random(0)

@@ -1,4 +1,4 @@
-"""Models by name: a GGUF file gives the weights and the tokens that went into it, and what is missing is said."""
+"""Models by name: a GGUF file gives the weights and the tokens that went into it, and what is missing is named."""
 
 from __future__ import annotations
 

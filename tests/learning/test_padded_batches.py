@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lkv.evaluate.run import _second_pass
 from lkv.hf import Cache
 from lkv.learn import distill
-from lkv.learn.checkpoint import Design, Shape
 from lkv.learn.passes import Context, follow
 from lkv.learn.second_pass import repeat_scores
-from lkv.learn.token_scorer import moments
 from lkv.policies import KVzip, StreamingLLM
 from lkv.policies.lkv import Learned
+from lkv.policies.lkv.checkpoint import Design, Shape
+from lkv.policies.lkv.token_scorer import moments
 from lkv.retriever.data import IGNORE, Stage, texts
 from lkv.retriever.train import loss_of
 from lkv.tasks import Words

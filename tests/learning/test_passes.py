@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from lkv.learn import distill, passes
-from lkv.learn.checkpoint import Design, Shape
 from lkv.learn.passes import Context, attention, follow
+from lkv.policies.lkv.checkpoint import Design, Shape
 
 B, HQ, H, N, M, D = 2, 6, 2, 7, 4, 5
 LENGTHS = [7, 3]

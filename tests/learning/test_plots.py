@@ -60,7 +60,7 @@ def test_accuracy_over_kept_rows_in_percent(drawn: dict[str, Figure], tmp_path: 
     assert {text.get_text() for text in axes.get_legend().get_texts()} == set(lines)
 
 
-def test_shares_are_told_per_layer_and_head(drawn: dict[str, Figure], tmp_path: Path) -> None:
+def test_shares_are_drawn_per_layer_and_head(drawn: dict[str, Figure], tmp_path: Path) -> None:
     table = [[0.1, 0.2, 0.7], [0.05, 0.25, 0.6]]
     plots.draw({"rows": ROWS, "shares": {"0.15": table, "0.3": [[1, 1, 1], [0, 0, 0]]}}, tmp_path)
     first, second, _ = drawn["budgets.png"].axes

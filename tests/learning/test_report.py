@@ -1,4 +1,4 @@
-"""The report: which results a row is made of, what stands in the table, and what a file says when it is read again."""
+"""The report: which results a row is made of, what stands in the table, and what a file gives when it is read again."""
 
 from __future__ import annotations
 
@@ -131,11 +131,11 @@ def test_table() -> None:
     assert snapkv[3:6] == ["41.7", "100.0", "56.2"]
     assert snapkv[7:] == [f"+6.2 ({100 * ahead.low:+.1f} to {100 * ahead.high:+.1f})", "1.8", "187.5"]
     assert ahead.low < 0 < ahead.high
-    assert best[3:6] == ["", "66.7", "66.7"]  # of a task that it was not asked, nothing
+    assert best[3:6] == ["", "66.7", "66.7"]  # nothing for a task that it did not run
     assert len({len(line) for line in text.splitlines()}) == 1
 
 
-def test_a_tie_with_the_reference_is_said() -> None:
+def test_a_tie_with_the_reference_is_marked() -> None:
     same = {"lkv": {"a": [1, 0]}, "other": {"a": [1, 0]}}
     *_, other = cells(report.table(report.rows(results(same))))
     assert other[6] == "+0.0 (+0.0 to +0.0)"

@@ -11,11 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lkv.learn import checkpoint
-from lkv.learn.checkpoint import Design
 from lkv.learn.config import TrainConfig
 from lkv.learn.train import BEST, LAST, METRICS, STATE, Trainer
-from lkv.policies.lkv import Learned
+from lkv.policies.lkv import Learned, checkpoint
+from lkv.policies.lkv.checkpoint import Design
 from lkv.tasks import Words
 
 CONFIG = TrainConfig(

@@ -18,7 +18,7 @@ from lkv.tasks import Words
 def test_the_model_that_is_shipped_is_built_here(words: Words) -> None:
     shipped, _ = retriever.load()
     made = build(words)
-    # What is told apart by a model's weights is theirs, the rest is said by the configuration.
+    # The weights tell these sizes, the configuration the rest.
     assert {k: v.shape for k, v in made.state_dict().items()} == {k: v.shape for k, v in shipped.state_dict().items()}
     for name in ("max_position_embeddings", "tie_word_embeddings", "num_attention_heads", "num_key_value_heads",
                  "head_dim", "pad_token_id", "bos_token_id", "eos_token_id"):  # fmt: skip
@@ -83,11 +83,11 @@ def test_texts_ask_for_what_they_hold(task: str, words: Words, monkeypatch: pyte
         answers = {(*words.encode(q.text), *words.encode(q.answer)): words.encode(q.answer) for q in scene.questions}
         at, count = len(text), 0
         while at < len(row) and row[at] != 0:
-            asks = next(x for x in answers if tuple(row[at : at + len(x)]) == x)
-            answer = answers[asks]
-            silent = len(asks) - len(answer)
-            assert marks[at : at + len(asks)] == [IGNORE] * silent + answer
-            at, count = at + len(asks), count + 1
+            question = next(x for x in answers if tuple(row[at : at + len(x)]) == x)
+            answer = answers[question]
+            silent = len(question) - len(answer)
+            assert marks[at : at + len(question)] == [IGNORE] * silent + answer
+            at, count = at + len(question), count + 1
         assert count == min(2, len(scene.questions))
         assert row[at:] == [0] * (len(row) - at) and marks[at:] == [IGNORE] * (len(row) - at)
     assert any(row[-1] != 0 for row in tokens.tolist())

@@ -16,7 +16,7 @@ from lkv.retriever.data import IGNORE, MIX, Stage, repeated, size
 from lkv.tasks import Words
 
 
-def test_every_task_can_be_told_in_every_stage() -> None:
+def test_every_task_can_be_made_in_every_stage() -> None:
     for stage in (*train.GROW[1:], *train.SETTLE):
         for task in MIX:
             assert tasks.scene(task, 0, stage.length, split="train", **size(task, stage)).questions

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lkv.learn.checkpoint import Design
 from lkv.learn.config import TrainConfig
 from lkv.learn.source import Source
+from lkv.policies.lkv.checkpoint import Design
 
 CONFIG = TrainConfig(steps=100, hard=0.3, temperature=(1.5, 0.05), retention=(0.05, 0.5))
 

@@ -88,7 +88,7 @@ def test_a_text_beside_longer_ones_is_scored_as_it_is_alone(name: str, prompt: l
 
 
 def test_the_best_of_all_chunks_counts(chunks: None) -> None:
-    """Any policy that scores by queries is asked once for a chunk, and gets the queries of the text alone."""
+    """Any policy that scores by queries is called once per chunk, and gets the queries of the text alone."""
     requests = []
 
     class Noted(SnapKV):
@@ -118,7 +118,7 @@ def test_what_cannot_be_repeated() -> None:
 
 
 def test_scores_have_no_gradients() -> None:
-    """Of a model that is being trained: nothing of the pass is kept for a backward that nobody asks for."""
+    """Of a model that is being trained: nothing of the pass is kept for a backward that never comes."""
     model, text = build("norm of keys").requires_grad_(), tokens(1, 20)[0]
     with torch.enable_grad():
         scores = repeat_scores(model, context_of(model, [text]), text[None], KVzip())

@@ -14,8 +14,8 @@ from lkv.evaluate.methods import FULL, Method
 from lkv.evaluate.run import Setting, evaluate
 from lkv.evaluate.soft import soft_accuracy
 from lkv.learn import distill
-from lkv.learn.checkpoint import Design, Shape
 from lkv.policies.lkv import Learned
+from lkv.policies.lkv.checkpoint import Design, Shape
 
 
 @pytest.fixture
@@ -26,11 +26,11 @@ def policy(model: PreTrainedModel) -> Learned:
 
 @pytest.fixture
 def samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[tasks.Sample]:
-    """What is expected is what the full cache says, three tokens of it, and half of that in the last sample."""
+    """What is expected is the answer of the full cache, three tokens of it, and half of that in the last sample."""
     made = [tasks.make("multi_key", i, length) for i, length in enumerate((100, 120, 110))]
     results = evaluate(model, tokenizer, made, [Method(FULL, None)], Setting(batch=1, limit=3))
     answers_now = [replace(s, expected=(r.text,)) for s, r in zip(made, results, strict=True)]
-    return [*answers_now[:-1], replace(answers_now[-1], expected=(answers_now[-1].expected[0], "nobody says this"))]
+    return [*answers_now[:-1], replace(answers_now[-1], expected=(answers_now[-1].expected[0], "never an answer"))]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 16])

@@ -1,4 +1,4 @@
-"""What training reads: its own split, told by seed, step and row alone, in the tokens of the model."""
+"""What training reads: its own split, chosen by seed, step and row alone, in the tokens of the model."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_questions_are_different_as_long_as_there_are_enough(tokenizer: PreTrain
 
 
 def test_lengths_are_counted_in_tokens_of_the_model(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A tokenizer that makes two tokens of a word, and adds special ones unless it is told not to."""
+    """A tokenizer that makes two tokens of a word, and adds special ones unless an option forbids it."""
 
     class Halves:
         bos_token_id = 10**6

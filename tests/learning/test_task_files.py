@@ -1,4 +1,4 @@
-"""Files of RULER and LongBench become samples, and what is wrong with one is said with its line and field."""
+"""Files of RULER and LongBench become samples, and errors name their line and field."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_no_file_no_format_no_context_in_a_prompt(tmp_path):
 
 @pytest.fixture
 def library(monkeypatch):
-    """In the place of `datasets`: what is asked of it, and what becomes of its errors."""
+    """In the place of `datasets`: the requests to it, and what becomes of its errors."""
     requests = []
 
     def load_dataset(name, configuration, split):

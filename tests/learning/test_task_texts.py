@@ -94,7 +94,7 @@ def test_keys_of_two_words_share_both(index: int, split: str, length: int) -> No
 
 
 @pytest.mark.parametrize("task", tasks.RETRIEVAL)
-def test_values_that_are_asked_for_hardly_stand_elsewhere(task: str) -> None:
+def test_wanted_values_hardly_stand_elsewhere(task: str) -> None:
     """Two numbers out of 10 000 pairs: by chance, in less than one text of a hundred, and then behind another key."""
     elsewhere = 0
     for index in range(100):

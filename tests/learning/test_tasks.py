@@ -1,4 +1,4 @@
-"""Tasks: the same everywhere, of the length asked for, with one right answer."""
+"""Tasks: the same everywhere, of the wanted length, with one right answer."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_tasks_of_a_number_share_no_facts() -> None:
 
 
 @pytest.mark.parametrize("task", [*tasks.RETRIEVAL[1:], "variable_tracking"])
-def test_which_question_is_asked_depends_on_all_that_names_a_sample(task: str) -> None:
+def test_which_question_is_chosen_depends_on_all_that_names_a_sample(task: str) -> None:
     """Every question of a scene comes up, and not the same one in all splits or tasks of a number."""
     places = {
         split: [
@@ -83,8 +83,8 @@ def test_which_question_is_asked_depends_on_all_that_names_a_sample(task: str) -
         for split in tasks.SPLITS
     }
     count = len(tasks.scene(task, 0, 150).questions)
-    assert all(set(asked) == set(range(count)) for asked in places.values())
-    assert len({tuple(asked) for asked in places.values()}) == 3
+    assert all(set(found) == set(range(count)) for found in places.values())
+    assert len({tuple(found) for found in places.values()}) == 3
     other = "multi_query" if task == "multi_key" else "multi_key"
     theirs = [
         [q.text for q in tasks.scene(other, i, 150).questions].index(tasks.make(other, i, 150).question)
@@ -114,7 +114,7 @@ def test_options_are_those_of_the_task() -> None:
 
 
 @pytest.mark.parametrize("task", ALL)
-def test_tokens_are_counted_as_told(task: str) -> None:
+def test_tokens_are_counted_by_the_given_function(task: str) -> None:
     """Where a word is two tokens, a text has half as many words."""
     sample = tasks.make(task, 0, 900, count=lambda text: 2 * tasks.words(text))
     assert tasks.words(sample.context) == 450

@@ -28,7 +28,7 @@ def test_only_the_first_text_begins(tokenizer: PreTrainedTokenizerBase, words: W
 
 
 def test_special_tokens_of_the_tokenizer_stay_out() -> None:
-    """Some put tokens around every text unless told not to."""
+    """Some put tokens around every text unless an option forbids it."""
 
     class Tokenizer:
         bos_token_id = None

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lkv.learn import token_scorer
-from lkv.learn.token_scorer import TokenScorer, moments, standardise
+from lkv.policies.lkv import token_scorer
+from lkv.policies.lkv.token_scorer import TokenScorer, moments, standardise
 
 
 def make(input: str = "kv") -> TokenScorer:

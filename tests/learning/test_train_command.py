@@ -13,14 +13,14 @@ from lkv import cli, retriever, tasks
 from lkv.cli import train as command
 from lkv.evaluate.methods import Method
 from lkv.evaluate.run import Result, Setting
-from lkv.learn.checkpoint import Design
 from lkv.learn.config import TrainConfig
 from lkv.learn.source import Source
 from lkv.policies.lkv import LKV, Learned
+from lkv.policies.lkv.checkpoint import Design
 
 
 class Trainer:
-    """Takes what the command says, and trains nothing."""
+    """Takes the options of the command, and trains nothing."""
 
     made: Trainer
 
@@ -81,7 +81,7 @@ def test_options_of_another_kind_are_refused(trained, options: list[str], capsys
 def test_validation_is_on_the_validation_split(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: tasks.Words, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many texts per task as the configuration says; per retention, the mean score over all of them."""
+    """As many texts per task as the configuration has; per retention, the mean score over all of them."""
     requests = []
 
     def evaluate(

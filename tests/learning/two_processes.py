@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lkv.learn.checkpoint import Design
 from lkv.learn.config import TrainConfig
 from lkv.learn.train import Trainer
+from lkv.policies.lkv.checkpoint import Design
 from lkv.retriever.tokenizer import build_tokenizer
 from lkv.tasks import Words
 

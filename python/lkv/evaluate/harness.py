@@ -1,7 +1,7 @@
 """EleutherAI's lm-eval harness on a cache that was evicted: its model class for Hugging Face, with `lkv.Cache`.
 
-A prompt of the harness is one string, so what is its question has to be said: see `Compression`. What is in front of it
-is read, evicted for good, and the rest of the prompt, the continuation or the answer come after, from the rows that are
+A prompt of the harness is one string, so the caller has to define its question: see `Compression`. What comes before is
+read, evicted for good, and the rest of the prompt, the continuation or the answer come after, from the rows that are
 left. Prompts are run one at a time, as each has its own cut; continuations of one prompt share its eviction.
 """
 
@@ -32,7 +32,7 @@ class Compression:
         policy: None for the full cache.
         retention: rows to keep of what is compressed, in (0, 1].
         see_question: compress the whole prompt, but for its last token, from which the answer is decoded.
-        question_tokens: else: the last tokens of a prompt, taken for its question, are not compressed; or
+        question_tokens: otherwise the last tokens of a prompt, taken for its question, are not compressed; or
         marker: the question begins at the last occurrence of this text.
     """
 
@@ -106,16 +106,16 @@ class HarnessModel(HFLM):
         if how.marker is None:
             return max(0, len(prompt) - how.question_tokens)
 
-        def asks(begin: int) -> bool:
+        def ends_with_question(begin: int) -> bool:
             return how.marker in self.tokenizer.decode(prompt[begin:])
 
-        if not asks(0):
+        if not ends_with_question(0):
             end = self.tokenizer.decode(prompt[-20:])
             raise ValueError(f"lkv lm-eval: expected {how.marker!r} in every prompt, got one that ends with {end!r}")
         low, high = 0, len(prompt)  # the marker is in prompt[low:], and no longer in prompt[high:]
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if asks(middle) else (low, middle)
+            low, high = (middle, high) if ends_with_question(middle) else (low, middle)
         return low
 
     def evicted(self, tokens: list[int]) -> Cache:

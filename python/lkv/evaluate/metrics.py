@@ -1,12 +1,12 @@
 """How RULER (arXiv 2404.06654) and LongBench (arXiv 2308.14508) score an answer.
 
-All scores are 0 to 1. What differs from LongBench's own `metrics.py`, apart from that it says percent:
+All scores are 0 to 1. What differs from LongBench's own `metrics.py`, apart from its percent:
 
 - ROUGE-L on the subsequences that `rapidfuzz` finds, in the place of `rouge`, which is no longer kept. As there, a word
-  counts once, however often it stands in a text (`rouge-score` counts every one, and so says more: 0.13 for 0.11 on
+  counts once, however often it stands in a text (`rouge-score` counts every one, and so gives more: 0.13 for 0.11 on
   prose). Which of several longest subsequences is taken may differ: 0.076 for 0.076 over 300 pairs of paragraphs.
 - Edit distance by `rapidfuzz` in the place of `fuzzywuzzy`: the same ratio as that with python-Levenshtein.
-- Classification drops all classes that are part of the expected one; LongBench skips the class behind a dropped one.
+- Classification drops all classes that are part of the expected one; LongBench skips the class after a dropped one.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def count(text: str, expected: str) -> float:
 
 
 def code_similarity(text: str, expected: str) -> float:
-    """Of the first line that is no comment and no fence: 1 - (insertions + deletions) / (length of both)."""
+    """1 - (insertions + deletions) / (length of both), for the first line that is no comment and no fence."""
     fuzz = need("rapidfuzz.fuzz", EXTRA, "the similarity of code")
     lines = text.lstrip("\n").split("\n")
     line = next((x for x in lines if not any(mark in x for mark in ("`", "#", "//"))), "")

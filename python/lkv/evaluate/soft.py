@@ -13,7 +13,7 @@ from lkv.policies.lkv import Learned
 from lkv.tasks import Sample
 from lkv.text import encode, pad_and_ends
 
-TEMPERATURE = 0.05  # the last of the training, unless told otherwise
+TEMPERATURE = 0.05  # default: the last of the training
 
 
 @torch.no_grad()

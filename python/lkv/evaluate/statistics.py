@@ -27,7 +27,7 @@ def interval(scores: Sequence[float], seed: int = 0) -> Interval:
 
 
 def difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Interval:
-    """Of two methods on the same samples: the samples are drawn, with both of their scores."""
+    """The same for two methods on the same samples: a sample is drawn with both of its scores."""
     return interval(np.subtract(first, second, dtype=np.float64), seed)
 
 

@@ -245,12 +245,9 @@ class Calls(HFCache):
     def _evict_for_cap(self, count: int) -> None:
         """Makes space below the cap for `count` tokens that were generated."""
         settings = self.settings
-        layers = [layer for layer in self.ragged if layer.rows is not None]
-        groups = [layers] if planning.one_total(settings.policy) else [[layer] for layer in layers]
-        full = [g for g in groups if g and _rows_after(g, count) > settings.cap * _heads(g)]
+        full = planning.over_cap([layer for layer in self.ragged if layer.rows is not None], settings, count)
         if full:
-            rows = max(settings.cap - max(settings.interval, count), 1)
-            self._evict([layer for group in full for layer in group], settings, rows)
+            self._evict(full, settings, max(settings.cap - max(settings.interval, count), 1))
 
     def _evict(
         self,
@@ -310,12 +307,3 @@ class Calls(HFCache):
                 f"lkv.Cache: expected a cache that has all its rows, got one of which layer "
                 f"{self.broken} had been evicted when its last call failed: reset it"
             )
-
-
-def _heads(layers: Sequence[RaggedLayer]) -> int:
-    return sum(layer.heads for layer in layers)
-
-
-def _rows_after(layers: Sequence[RaggedLayer], count: int) -> int:
-    """Rows of the fullest sequence with `count` tokens more."""
-    return max(map(sum, zip(*(layer.row_counts for layer in layers), strict=True))) + count * _heads(layers)

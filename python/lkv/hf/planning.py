@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from lkv.hf.observation import ObservedLayer, observe
 from lkv.hf.settings import Settings
 from lkv.policies import Ahead, Observation, Policy
 from lkv_ext.shared import keeps_tensors
+
+L = TypeVar("L", bound=ObservedLayer)
 
 
 @dataclass
@@ -81,6 +84,22 @@ def _score(layer: ObservedLayer, policy: Policy, given: Tensor | None) -> tuple[
 def one_total(policy: Policy) -> bool:
     """Whether all layers share what is kept, rather than each having its own total."""
     return policy.scope == "model" or isinstance(policy, Ahead)
+
+
+def over_cap(layers: Sequence[L], settings: Settings, count: int) -> list[L]:
+    """The layers that `count` more tokens would take over the cap; all or none of them where they share one total."""
+    groups = [list(layers)] if one_total(settings.policy) else [[layer] for layer in layers]
+    full = [group for group in groups if group and _rows_after(group, count) > settings.cap * _heads(group)]
+    return [layer for group in full for layer in group]
+
+
+def _heads(layers: Sequence[ObservedLayer]) -> int:
+    return sum(layer.heads for layer in layers)
+
+
+def _rows_after(layers: Sequence[ObservedLayer], count: int) -> int:
+    """Rows of the fullest sequence with `count` tokens more."""
+    return max(map(sum, zip(*(layer.row_counts for layer in layers), strict=True))) + count * _heads(layers)
 
 
 def _plan(layer: ObservedLayer, settings: Settings, rows: int | None, given: Tensor | None) -> EvictionPlan:

@@ -1,4 +1,4 @@
-"""What tasks are told in."""
+"""The languages in which tasks are written."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Language(Protocol):
         ...
 
     def fact(self, key: str, value: str) -> str:
-        """A sentence that says which value a key has."""
+        """A sentence that gives a key its value."""
         ...
 
     def decoy(self, rng: random.Random, key: str, value: str) -> str:
-        """A sentence of the same key and value words that says nothing of the sort."""
+        """A sentence of the same key and value words that gives no key a value."""
         ...
 
     def key(self, name: str, attribute: str) -> str: ...

@@ -1,4 +1,4 @@
-"""What the subsets of LongBench (arXiv 2308.14508) are asked, and how long an answer may be; see `longbench.json`.
+"""The prompts of the subsets of LongBench (arXiv 2308.14508), and how long an answer may be; see `longbench.json`.
 
 The lengths are LongBench's (config/dataset2maxlen.json), and so is the order of instruction, context, repeated
 instruction and input, and what an answer must look like for the metrics to see it ("unanswerable", "Paragraph 3"). The

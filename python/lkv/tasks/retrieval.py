@@ -1,7 +1,7 @@
 """Needles in a haystack after RULER (arXiv 2404.06654), and records with two-word keys.
 
 Beside its facts a text has decoys: sentences with the same keys and values that answer nothing. They take `DECOYS` of
-the tokens, more than an eviction to 15 % has room for, so that whoever keeps all that looks like an answer loses some.
+the tokens, more than fits into 15 %, so that a method that keeps all that looks like an answer loses some.
 """
 
 from __future__ import annotations
@@ -80,17 +80,17 @@ def _scene(
 ) -> Scene:
     evidence = [language.fact(key, value) for key, value in facts]
     decoys: list[str] = []
-    room = min(DECOYS * length, length - sum(map(count, evidence)))
-    asked = [key for key, _ in facts]
+    space = min(DECOYS * length, length - sum(map(count, evidence)))
+    wanted = [key for key, _ in facts]
     while True:
-        # Some have the keys of the facts, so that neither key nor value alone says which sentence it is in.
-        key = rng.choice(asked) if rng.random() < 0.3 else language.names(rng, 1)[0]
+        # Some have the keys of the facts, so that neither key nor value alone identifies a sentence.
+        key = rng.choice(wanted) if rng.random() < 0.3 else language.names(rng, 1)[0]
         decoys.append(language.decoy(rng, key, language.values(rng, 1)[0]))
-        room -= count(decoys[-1])
-        if room < 0:
+        space -= count(decoys[-1])
+        if space < 0:
             decoys.pop()
             break
-    # The facts keep their order, which answers of several values are told in.
+    # The facts keep their order; answers of several values follow it.
     order = [True] * len(evidence) + [False] * len(decoys)
     rng.shuffle(order)
     left = {True: iter(evidence), False: iter(decoys)}

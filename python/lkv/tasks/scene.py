@@ -1,4 +1,4 @@
-"""What a synthetic task is made of: a text, all questions that may be asked about it, and where the answers stand."""
+"""What a synthetic task is made of: a text, all questions about it, and where the answers stand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Scene:
 
     Attributes:
         context: the text.
-        questions: all that may be asked. Who compresses the text without knowing which must keep the answers to all.
+        questions: all possible ones. A method that does not see the question has to keep the answers to all.
         evidence: the sentences that hold the answers.
     """
 
@@ -64,16 +64,16 @@ def weave(rng: random.Random, sentences: Sequence[str], filler: Callable[[], str
     Raises:
         ValueError: where the sentences alone are longer.
     """
-    room = length - sum(map(count, sentences))
-    if room < 0:
+    space = length - sum(map(count, sentences))
+    if space < 0:
         raise ValueError(
-            f"lkv.tasks: expected a context of at least {length - room} tokens, which its sentences need, got {length}"
+            f"lkv.tasks: expected a context of at least {length - space} tokens, which its sentences need, got {length}"
         )
     hay: list[str] = []
-    while room > 0:
+    while space > 0:
         straw = filler()
-        room -= count(straw)
-        if room >= 0:
+        space -= count(straw)
+        if space >= 0:
             hay.append(straw)
     places = sorted(rng.randrange(len(hay) + 1) for _ in sentences)
     text: list[str] = []
