@@ -99,7 +99,7 @@ def test_no_circle_among_modules() -> None:
     TopologicalSorter(GRAPH).prepare()
 
 
-@pytest.mark.parametrize("package", ["lkv_ext"])
+@pytest.mark.parametrize("package", ["lkv", "lkv.hf", "lkv_ext"])
 def test_packages_import_downwards(package: str) -> None:
     check(documented(package), arrows(package))
 
