@@ -31,10 +31,10 @@ def test_a_prompt_is_evicted_layer_by_layer_to_the_table(model: PreTrainedModel,
     with Cache(model, lkv, retention=0.3) as cache:
         whole = []
         for layer in cache.ragged:
-            keep = layer.keep
-            layer.keep = lambda *a, keep=keep: (
+            apply = layer.apply
+            layer.apply = lambda *a, apply=apply: (
                 whole.append(sum(x.keys is not None for x in cache.ragged)),
-                keep(*a),
+                apply(*a),
             )
         model.model(torch.randint(4, 400, (2, 100)), past_key_values=cache, use_cache=True)
         assert whole == [1, 1, 1]  # never two layers in full
