@@ -29,6 +29,11 @@ def again(k: Tensor, scores: Tensor, budgets: Tensor, lengths: Tensor) -> Tensor
     return lkv_ext.evict(kv.k, kv.v, kv.k[:, 0], budgets, **rest).k
 
 
+def ragged_by_size(k: Tensor, scores: Tensor, budgets: Tensor, lengths: Tensor) -> Tensor:
+    kv = lkv_ext.evict(k, k, scores, 7)
+    return lkv_ext.evict(kv.k, kv.v, kv.k[:, 0], k.shape[2] // 3, cu_seqlens=kv.cu_seqlens, lengths=kv.lengths).k
+
+
 def cached(k: Tensor, scores: Tensor, budgets: Tensor, lengths: Tensor) -> Tensor:
     cache = lkv_ext.RaggedCache.empty(k.shape[0], k.shape[1], D, reserve=64)
     cache.append(k, k, valid=lengths)
@@ -49,6 +54,7 @@ OPS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
         lkv_ext.evict_layers([k, -k], None, [s, s], b[None] + b[:2, None], capacity=200).k
     ),
     "ragged": again,
+    "ragged by size": ragged_by_size,
     "gather": lambda k, s, b, n: lkv_ext.gather([k], lkv_ext.select(s, b, capacity=80))[0],
     "attend": lambda k, s, b, n: lkv_ext.attend(k[:, :, :2], lkv_ext.evict(k, k, s, b, capacity=80)),
     "soft_topk": lambda k, s, b, n: lkv_ext.soft_topk(s, b.float(), 0.5, lengths=n[:, None]),

@@ -102,7 +102,7 @@ def _scattered(
     layers: int = 1,
 ) -> list[Tensor | None]:
     """Every kept row sends its gradient back to where it came from; slack rows add zero to row 0."""
-    positions = positions.reshape(-1).long()
+    positions = positions.reshape(-1)
     slots = torch.arange(positions.numel(), device=positions.device)
     segment = torch.searchsorted(cu_seqlens, slots, right=True).sub(1).clamp(0, cu_seqlens.numel() - 2)
     results: list[Tensor | None] = []

@@ -13,7 +13,7 @@ from lkv_ext._common.options import MOST
 def padded(rows: Tensor, cu_seqlens: Tensor, batch: int, columns: int) -> Tensor:
     """`[T, ...]` as `[B, H, columns, ...]`, every span from its beginning; behind its rows there is any content."""
     steps = torch.arange(columns, device=rows.device)
-    index = cu_seqlens[:-1].long().view(batch, (cu_seqlens.numel() - 1) // max(batch, 1), 1) + steps
+    index = cu_seqlens[:-1].view(batch, (cu_seqlens.numel() - 1) // max(batch, 1), 1) + steps
     return rows[index.clamp_(max=max(rows.shape[0] - 1, 0))]
 
 

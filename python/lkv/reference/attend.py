@@ -48,6 +48,6 @@ def attend(
                 weights = (logits - highest).exp()
                 total = weights.sum()
                 if sinks is not None:
-                    total += (sinks[head].double() - highest).exp()
+                    total += (sinks[head] - highest).exp()
                 out[b, head, i] = weights / total @ v[rows][:seen].double()
     return out
