@@ -27,7 +27,7 @@ try:
     from lkv.evaluate.kept import kept_positions
     from lkv.evaluate.methods import FULL, Method, heuristics
     from lkv.evaluate.run import Result, Setting, evaluate
-    from lkv.policies.lkv import Learned
+    from lkv.policies.lkv import LKV, Learned
     from lkv.policies.lkv.checkpoint import load
 except ModuleNotFoundError as error:
     raise SystemExit(f"lkv.demo: {error}; the demo needs: pip install 'lkv-ext[lkv]'") from error
@@ -118,6 +118,7 @@ def pictures(
     from lkv.evaluate.plots import draw
 
     sample = next(s for s in samples if s.task == "multi_query")
+    assert isinstance(lkv, LKV)  # as the packaged checkpoint is
     table = lkv.table(round(options.retention * options.tokens), options.tokens)
     extra = {
         "shares": {f"{options.retention:g}": (table / options.tokens).tolist()},

@@ -46,7 +46,7 @@ def load(
     """
     if name == RETRIEVER:
         model, tokenizer = retriever.load()
-        return model.to(device, model.dtype if dtype is None else _dtype(dtype)), tokenizer
+        return model.to(device, model.dtype if dtype is None else _dtype(dtype)), tokenizer  # type: ignore[arg-type]  # a wrapped Module.to
     if name in PACKAGED:
         name = convert(_packaged(str(name)))
     elif str(name).endswith(".gguf"):
@@ -94,7 +94,7 @@ def cache_folder() -> Path:
 def _packaged(name: str) -> Path:
     requirement, file = PACKAGED[name]
     try:
-        path = Path(importlib.metadata.distribution(requirement.partition("==")[0]).locate_file(file))
+        path: Path | None = Path(str(importlib.metadata.distribution(requirement.partition("==")[0]).locate_file(file)))
     except importlib.metadata.PackageNotFoundError:
         path = None
     if path is None or not path.exists():

@@ -11,6 +11,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool = False) 
     return [tokenizer.bos_token_id, *tokens] if begins and tokenizer.bos_token_id is not None else tokens
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    """The text of tokens, without special ones."""
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert isinstance(text, str)  # a list of texts belongs to a list of lists
+    return text
+
+
 def pad_and_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, list[int]]:
     """A token for padding, and those that end a text."""
     ends = model.generation_config.eos_token_id

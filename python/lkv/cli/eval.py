@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -23,7 +24,7 @@ from lkv.evaluate.run import Setting, evaluate
 from lkv.evaluate.soft import soft_accuracy
 from lkv.models import RETRIEVER
 from lkv.policies import POLICIES, Policy
-from lkv.policies.lkv import Learned
+from lkv.policies.lkv import LKV, Learned
 from lkv.policies.lkv.checkpoint import load
 from lkv.tasks import Language, Sample, files
 
@@ -47,14 +48,14 @@ def run(argv: Sequence[str]) -> int:
     with tqdm(total=len(samples), desc="lkv eval", unit="sample") as bar:
         for task in dict.fromkeys(s.task for s in samples):
             group = [s for s in samples if s.task == task]
-            if options.file:
+            if isinstance(group[0], files.FileSample):
                 setting = replace(setting, limit=options.answer_tokens or group[0].limit, metric=metrics.score)
             for result in evaluate(model, tokenizer, group, methods, setting):
                 results.append(result)
                 bar.update((result.method, result.retention) == last)
     rows = report.rows(results)
     print(report.table(rows))
-    extra: dict[str, object] = {}
+    extra: dict[str, Any] = {}
     if lkv is not None and options.out:
         extra = seen(model, tokenizer, lkv, samples[len(samples) // 2], setting.retentions)
     write(options, setting, rows, extra)
@@ -70,10 +71,10 @@ def seen(
     lkv: Learned,
     sample: Sample,
     retentions: Sequence[float],
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """What the pictures show beside accuracy: shares of the heads, and what is kept of one text."""
-    extra: dict[str, object] = {"kept_positions": kept_positions(model, tokenizer, lkv, sample, 0.15)}
-    if lkv.budget.static:
+    extra: dict[str, Any] = {"kept_positions": kept_positions(model, tokenizer, lkv, sample, 0.15)}
+    if isinstance(lkv, LKV):
         length = extra["kept_positions"]["length"]
         tables = (lkv.table(round(retention * length), length) / length for retention in retentions)
         extra["shares"] = {f"{r:g}": table.tolist() for r, table in zip(retentions, tables, strict=True)}
@@ -198,7 +199,7 @@ def describe(samples: Sequence[Sample], options: argparse.Namespace) -> str:
     return f"{len(samples)} texts of {options.length} tokens, evidence of at most {evidence}"
 
 
-def write(options: argparse.Namespace, setting: Setting, rows: list[report.Row], extra: dict[str, object]) -> None:
+def write(options: argparse.Namespace, setting: Setting, rows: list[report.Row], extra: dict[str, Any]) -> None:
     """report.json and the pictures, where a folder was named."""
     if options.out is None:
         return

@@ -7,6 +7,9 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from lkv import policies as registry
 from lkv.cli import models
@@ -106,7 +109,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def known(options: argparse.Namespace, model: object) -> dict[str, Policy | None]:
+def known(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Policy | None]:
     """All policies by name; that of the full cache is None."""
     policies: dict[str, Policy | None] = {FULL: None, **heuristics()}
     if options.checkpoint:
@@ -116,7 +119,7 @@ def known(options: argparse.Namespace, model: object) -> dict[str, Policy | None
     return policies
 
 
-def _tasks(options: argparse.Namespace) -> object:
+def _tasks(options: argparse.Namespace) -> Any:
     """The harness' task manager. Its own tasks are thousands of files, read only if a name is not among the included.
 
     Raises:
@@ -124,7 +127,7 @@ def _tasks(options: argparse.Namespace) -> object:
     """
     manager = need("lm_eval.tasks", EXTRA, "its tasks").TaskManager
 
-    def unknown(tasks: object) -> list[str]:
+    def unknown(tasks: Any) -> list[str]:
         return [name for name in options.tasks if not tasks.match_tasks([name])]
 
     if options.include_path:

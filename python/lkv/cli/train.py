@@ -7,6 +7,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from lkv import tasks
 from lkv.cli import models
@@ -35,8 +38,9 @@ def run(argv: Sequence[str]) -> int:
                 _add(section, field.name, field.default)
     options = parser.parse_args(argv)
     design = Design(**{f.name: getattr(options, f.name) for f in fields(Design)})
-    given = {f.name: getattr(options, f.name) for f in fields(TrainConfig) if f.name != "design"}
-    config = TrainConfig(design=design, **{n: tuple(x) if isinstance(x, list) else x for n, x in given.items()})
+    given: dict[str, Any] = {f.name: getattr(options, f.name) for f in fields(TrainConfig) if f.name != "design"}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    config = TrainConfig(design=design, **given)
     model, tokenizer, language = models.load(options)
     trainer = Trainer(model, tokenizer, language, config, options.out)
     trainer.validate = validation(trainer, tokenizer)
@@ -45,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def validation(trainer: Trainer, tokenizer: object) -> Validate:
+def validation(trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> Validate:
     """Accuracy after physical eviction, per retention, on the validation split."""
     config, source = trainer.config, trainer.source
     samples = [

@@ -168,7 +168,7 @@ class HarnessModel(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Of every continuation: the logarithm of its probability after its prompt, and whether it is the likeliest.
+        """For every continuation: the logarithm of its probability after its prompt, and whether it is the likeliest.
 
         Raises:
             ValueError: for a continuation that is longer than what the model reads, and see `cut`.

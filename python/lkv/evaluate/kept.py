@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,7 +16,7 @@ from lkv.text import encode
 @torch.no_grad()
 def kept_positions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, policy: Policy, sample: Sample, retention: float
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """`heads` with their name and positions, `evidence` as ranges of positions, `length`, `title`."""
     tokens = encode(tokenizer, sample.context, begins=True)
     with Cache(model, policy, retention=retention) as cache:
@@ -22,6 +24,7 @@ def kept_positions(
         heads = []
         for layer in cache.ragged:
             rows = layer.rows
+            assert rows is not None  # evicted by the call above
             begins, lengths = rows.cu_seqlens.tolist(), rows.lengths.flatten().tolist()
             heads += [
                 {

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 
-def draw(report: Mapping[str, object], folder: Path) -> list[Path]:
+def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
     """`accuracy.png`, and `budgets.png` and `kept.png` where the report has what they show."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [_accuracy(report["rows"], folder / "accuracy.png")]
@@ -59,7 +61,7 @@ def _budgets(shares: Mapping[str, Sequence], path: Path) -> Path:
     return _save(figure, path)
 
 
-def _kept(kept: Mapping[str, object], path: Path) -> Path:
+def _kept(kept: Mapping[str, Any], path: Path) -> Path:
     """Every row of dots is a head; marked are the tokens of the evidence."""
     heads = kept["heads"]
     figure, axes = plt.subplots(figsize=(9, 0.16 * len(heads) + 1.3), layout="constrained")
@@ -74,7 +76,7 @@ def _kept(kept: Mapping[str, object], path: Path) -> Path:
     return _save(figure, path)
 
 
-def _save(figure: plt.Figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path

@@ -6,11 +6,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lkv.evaluate.run import Result
 from lkv.evaluate.statistics import difference, interval
 
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 def rows(results: Iterable[Result], reference: str = "lkv") -> list[Row]:

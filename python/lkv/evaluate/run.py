@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from lkv.learn.second_pass import repeat_scores
 from lkv.policies import Policy
 from lkv.policies.streaming_llm import StreamingLLM
 from lkv.tasks import Sample
-from lkv.text import encode, pad_and_ends
+from lkv.text import decode, encode, pad_and_ends
 
 SINK, WINDOW = 4, 32  # rows that the floor keeps
 OBSERVED_WINDOW = 32
@@ -61,7 +62,7 @@ class Setting:
     see_question: bool = False
     batch: int = 16
     limit: int = 24
-    metric: Callable[[str, Sample], float] = field(default=lambda text, sample: found(text, sample.expected))
+    metric: Callable[[str, Any], float] = field(default=lambda text, sample: found(text, sample.expected))
 
 
 def found(text: str, expected: Sequence[str]) -> float:
@@ -119,11 +120,13 @@ def _batch(
         for method in methods:
             scores, second = None, 0.0
             if method.second_pass:
-                if type(method.scorer) not in passes:
+                scorer = method.scorer
+                assert scorer is not None  # the full cache has no second pass
+                if type(scorer) not in passes:
                     clock = time.perf_counter()
-                    repeated = _second_pass(model, whole, tokens, mask, method.scorer)
-                    passes[type(method.scorer)] = repeated, time.perf_counter() - clock
-                scores, second = passes[type(method.scorer)]
+                    repeated = _second_pass(model, whole, tokens, mask, scorer)
+                    passes[type(scorer)] = repeated, time.perf_counter() - clock
+                scores, second = passes[type(scorer)]
             for retention in [1.0] if method.policy is None and method.name == FULL else setting.retentions:
                 with whole.fork() as cache:
                     clock = time.perf_counter()
@@ -132,7 +135,7 @@ def _batch(
                     kept = _kept(cache, mask)
                     rows = answer(model, cache, mask, questions, setting.limit, pad, ends)
                 for b, (sample, row) in enumerate(zip(samples, rows, strict=True)):
-                    text = tokenizer.decode(row, skip_special_tokens=True)
+                    text = decode(tokenizer, row)
                     yield Result(
                         sample.task, sample.index, method.name, retention, setting.metric(text, sample),
                         kept[b], text, seconds, second / len(samples),

@@ -11,7 +11,7 @@ from lkv.evaluate.run import found
 from lkv.learn import distill
 from lkv.policies.lkv import Learned
 from lkv.tasks import Sample
-from lkv.text import encode, pad_and_ends
+from lkv.text import decode, encode, pad_and_ends
 
 TEMPERATURE = 0.05  # default: the last of the training
 
@@ -37,6 +37,6 @@ def soft_accuracy(
         masks = distill.log_masks(policy, reading, rates, temperature, hard=False)
         questions = [encode(tokenizer, s.question) for s in part]
         replies = distill.answers(model, reading.context, questions, limit, ends, log_masks=masks)
-        texts = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in replies)
+        texts = (decode(tokenizer, tokens) for tokens in replies)
         scores += [found(text, s.expected) for text, s in zip(texts, part, strict=True)]
     return sum(scores) / len(scores)

@@ -19,7 +19,7 @@ class Interval:
     high: float
 
 
-def interval(scores: Sequence[float], seed: int = 0) -> Interval:
+def interval(scores: Sequence[float] | np.ndarray, seed: int = 0) -> Interval:
     values = np.asarray(scores, dtype=np.float64)
     means = _resampled(values, seed)
     low, high = np.quantile(means, (0.025, 0.975))

@@ -153,7 +153,9 @@ class Calls(HFCache):
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     @outside_graphs
-    def update_recurrent_state(self, states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> Tensor:
+    def update_recurrent_state(  # type: ignore[override]  # for every version of transformers
+        self, states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> Tensor:
         """As transformers': of layers with a recurrent state, which are its own."""
         self._begin_layer(layer_idx)
         return super().update_recurrent_state(states, layer_idx, *args, **kwargs)

@@ -45,7 +45,9 @@ class Storage(CacheLayerMixin):
         self.row_counts: list[int] = []
         self.evicted = self.evictions = 0
         self.due = False
-        self.scaling, self.softcap, self.sinks = 1.0, None, None
+        self.scaling = 1.0
+        self.softcap: float | None = None
+        self.sinks: Tensor | None = None
         self._home: torch.device | None = None
         self.observations = ObservationBuffer(self.settings, self.rotations)
 

@@ -20,7 +20,8 @@ from transformers import DynamicCache, PretrainedConfig, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 RecurrentLayer: type | None = getattr(cache_utils, "LinearAttentionCacheLayerMixin", None)
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 CACHE_ARGUMENTS = ("past_key_values", "cache")  # of a model's forward
 
 

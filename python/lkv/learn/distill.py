@@ -72,7 +72,7 @@ def read(model: PreTrainedModel, policy: Learned, contexts: Sequence[Sequence[in
                 for parts, new in (
                     (keys, observed.keys),
                     (values, observed.values),
-                    (seen, features(policy.scorer.input, observed)),
+                    (seen, features(policy.token_scorer.input, observed)),
                 ):
                     if len(parts) <= i:
                         parts.append(new.new_zeros(len(contexts), new.shape[1], size, new.shape[3]))
@@ -84,8 +84,8 @@ def read(model: PreTrainedModel, policy: Learned, contexts: Sequence[Sequence[in
 def features(input: str, observation: Observation) -> Tensor:
     """What LKV-T reads of a layer: `[B, H, n, D + Dv]`, or `[B, 1, n, hidden]`."""
     if input == "kv":
-        return torch.cat([observation.pre_rope_keys, observation.values], -1)
-    return observation.hidden_states[:, None]
+        return torch.cat([observation.part("pre_rope_keys"), observation.values], -1)
+    return observation.part("hidden_states")[:, None]
 
 
 def log_masks(policy: Learned, reading: Reading, retention: Tensor, temperature: float, hard: bool) -> Tensor:
@@ -97,9 +97,9 @@ def log_masks(policy: Learned, reading: Reading, retention: Tensor, temperature:
         retention: `[B]`.
         hard: whether the student sees what eviction would leave; gradients are those of the relaxation all the same.
     """
-    valid = reading.valid
+    valid, scorer = reading.valid, policy.token_scorer
     scores = torch.stack(
-        [policy.scorer(layer, x, valid.expand(-1, policy.scorer.heads, -1)) for layer, x in enumerate(reading.features)]
+        [scorer(layer, x, valid.expand(-1, scorer.heads, -1)) for layer, x in enumerate(reading.features)]
     )
     lengths = reading.context.lengths
     size, sink, window = scores.shape[3], policy.sink, policy.window

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,7 @@ def attention(
             "lkv.learn: expected a model whose decoder hands keyword arguments on to its attention, got "
             f"{type(module).__name__} without them"
         )
-    layer, (batch, heads, count, dim) = module.layer_idx, query.shape
+    layer, (batch, heads, count, dim) = cast(int, module.layer_idx), query.shape
     groups, size = key.shape[1], lkv_context.size
     if sliding_window is not None:
         raise ValueError(f"lkv.learn: expected full attention in layer {layer}, got a window of {sliding_window}")

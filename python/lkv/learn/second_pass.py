@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def repeat_scores(
         # A text that has ended before has no queries, not even those of the instruction.
         asking = torch.where(context.lengths > begin, len(prompt) + context.lengths - first, 0)
 
-        def watch(layer: int, query: Tensor, keys: Tensor, *settings: object, asking: Tensor = asking) -> None:
+        def watch(layer: int, query: Tensor, keys: Tensor, *settings: Any, asking: Tensor = asking) -> None:
             scores = policy.score(layer, _observe(context, asking, query, keys, *settings))
             torch.maximum(best[layer], scores[..., :size], out=best[layer])
 

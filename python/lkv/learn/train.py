@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,15 +61,17 @@ class Trainer:
         self.shape = Shape.of(model)
         torch.manual_seed(config.seed)
         self.lkv = config.design.build(self.shape)
-        modules = {"scorer": self.lkv.scorer, "budget": self.lkv.budget}
+        modules: dict[str, nn.Module] = {"scorer": self.lkv.token_scorer, "budget": self.lkv.budget}
         for module in modules.values():
             module.to(self.accelerator.device)
         rates = {"scorer": config.lr_scorer, "budget": config.lr_budget}
-        groups = [dict(params=list(m.parameters()), lr=rates[n], peak=rates[n]) for n, m in modules.items()]
+        groups: list[dict[str, Any]] = [
+            {"params": list(m.parameters()), "lr": rates[n], "peak": rates[n]} for n, m in modules.items()
+        ]
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=0.0)
         self.step, self.best = -config.warm_steps, -1.0
-        self._board: object = None
+        self._board: Any = None
 
     def run(self, until: int | None = None) -> Learned:
         """Trains to the last step (or to step `until`); returns the policy."""
@@ -113,12 +116,11 @@ class Trainer:
             part = torch.zeros_like(loss)
             for layer, x in enumerate(reading.features):
                 target = standardise(wanted[layer].clamp(min=1e-4).log(), valid)
-                part = part + ((self.lkv.scorer(layer, x, valid) - target) ** 2).sum()  # both are 0 in padding
+                part = part + ((self.lkv.token_scorer(layer, x, valid) - target) ** 2).sum()  # both are 0 in padding
             part.backward()
             loss += part.detach()
             tokens += int(valid.sum()) * self.shape.layers
-        loss = self._update(loss, tokens, step, self.config.warm_steps)
-        return {"warm": loss}
+        return {"warm": self._update(loss, tokens, step, self.config.warm_steps)}
 
     def _fit_inputs(self) -> None:
         """Mean and deviation of what LKV-T reads, from the texts of the first step."""
@@ -128,13 +130,14 @@ class Trainer:
             reading = distill.read(self.model, self.lkv, self.source.examples(first, rows).contexts)
             valid = reading.valid.expand(-1, self.shape.heads, -1)
             total = total + torch.stack([moments(x, valid) for x in reading.features])
-        self.lkv.scorer.fit_input(self.accelerator.reduce(total, "sum"))
+        self.lkv.token_scorer.fit_input(self.accelerator.reduce(total, "sum"))
 
     def _distil(self) -> dict[str, float]:
         config, step = self.config, self.step
         hard = step >= config.soft_steps
         temperature, retention = config.temperature_at(step), self.source.retention(step)
-        loss, count, same = torch.zeros((), device=self.accelerator.device), 0, 0
+        loss, count = torch.zeros((), device=self.accelerator.device), 0
+        same = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
         for rows in self._rows():
             examples = self.source.examples(step, rows)
             reading = distill.read(self.model, self.lkv, examples.contexts)
@@ -150,9 +153,8 @@ class Trainer:
             part.backward()
             loss, count, same = loss + part.detach(), count + tokens, same + agreed
         fidelity = self.accelerator.reduce(torch.stack([same.float(), same.new_tensor(count).float()]), "sum")
-        loss = self._update(loss, count, step, config.steps)
         return {
-            "loss": loss,
+            "loss": self._update(loss, count, step, config.steps),
             "retention": retention,
             "fidelity": float(fidelity[0] / fidelity[1]),
             "temperature": temperature,
@@ -240,7 +242,7 @@ class _Nowhere:
         pass
 
 
-def _board(folder: Path) -> object:
+def _board(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

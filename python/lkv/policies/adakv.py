@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -58,7 +59,7 @@ class AdaKV:
     def budgets(
         self, scores: Tensor | Sequence[Tensor], lengths: Tensor, total: Tensor, *, starts: Tensor | None = None
     ) -> Tensor:
-        options = dict(lengths=lengths, starts=starts, sink=self.sink, window=self.window)
+        options: dict[str, Any] = dict(lengths=lengths, starts=starts, sink=self.sink, window=self.window)
         if self.floor == "blend":
             return lkv_ext.budgets_from_scores(scores, total, floor=lkv_ext.Blend(self.alpha), **options)
         # The guaranteed rows depend on the total, which may differ between the sequences of a padded batch.
@@ -68,7 +69,7 @@ class AdaKV:
             return lkv_ext.budgets_from_scores(scores, total, floor=floor, **options)
         budgets = lengths.new_empty(lengths.shape)
         for b, rows in enumerate(sure):
-            one = {name: x[b : b + 1] if isinstance(x, Tensor) else x for name, x in options.items()}
+            one: dict[str, Any] = {name: x[b : b + 1] if isinstance(x, Tensor) else x for name, x in options.items()}
             budgets[b] = lkv_ext.budgets_from_scores(
                 scores[b : b + 1], total[b : b + 1], floor=lkv_ext.Minimum(rows), **one
             )[0]

@@ -16,16 +16,17 @@ def attention_weights(observation: Observation, head: int) -> Tensor:
     """
     keys = observation.keys[:, head]
     batch, length, dim = keys.shape
-    group = observation.queries.shape[1] // observation.keys.shape[1]
-    queries = observation.queries[:, head * group : (head + 1) * group]
+    queries = observation.part("queries")
+    group = queries.shape[1] // observation.keys.shape[1]
+    queries = queries[:, head * group : (head + 1) * group]
     count = queries.shape[2]
 
     logits = torch.bmm(queries.reshape(batch, group * count, dim), keys.transpose(1, 2)).float()
     logits = logits.mul_(observation.scaling).view(batch, group, count, length)
     if observation.softcap is not None:
         logits = logits.div_(observation.softcap).tanh_().mul_(observation.softcap)
-    visible = observation.positions[:, head, None, :] <= observation.query_positions[..., None]
-    visible = visible & observation.valid()[:, head, None] & observation.query_mask[..., None]
+    visible = observation.positions[:, head, None, :] <= observation.part("query_positions")[..., None]
+    visible = visible & observation.valid()[:, head, None] & observation.part("query_mask")[..., None]
     # For a query that sees nothing a softmax would give NaN: such queries are masked out instead.
     logits.masked_fill_(~visible[:, None], torch.finfo(torch.float32).min)
     if observation.sinks is not None:

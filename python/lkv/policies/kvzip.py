@@ -50,5 +50,6 @@ class KVzip:
     ) -> Tensor:
         if self.across is None:
             return uniform_budgets(lengths, total)
-        options = dict(lengths=lengths, starts=starts, sink=self.sink)
-        return lkv_ext.budgets_from_scores(scores, total, across=self.across, **options)
+        return lkv_ext.budgets_from_scores(
+            scores, total, across=self.across, lengths=lengths, starts=starts, sink=self.sink
+        )

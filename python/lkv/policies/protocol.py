@@ -2,7 +2,7 @@
 
 A policy is an object with the attributes and methods of `Policy`. It holds its settings and nothing of a request: all
 that it may look at is the `Observation` of one layer, and the same `score` serves a prefill, a chunk, a later turn and
-a cap in the middle of decoding. Whoever calls it (`lkv.Cache`) owns the rows, the queries and the bookkeeping.
+a cap in the middle of decoding. The caller (`lkv.Cache`) owns the rows, the queries and the bookkeeping.
 
 How other methods fit:
 
@@ -73,6 +73,15 @@ class Observation:
     hidden_states: Tensor | None = None
     pre_rope_keys: Tensor | None = None
     sinks: Tensor | None = None
+
+    def part(self, name: str) -> Tensor:
+        """A field that is there because the policy needs it. Raises ValueError where it is not."""
+        found = getattr(self, name)
+        if found is None:
+            raise ValueError(
+                f"lkv: expected an observation with {name}, got none: name what the policy needs in `needs`"
+            )
+        return found
 
     def ranks(self) -> Tensor:
         """int64 `[B, H, L]`: 0 for the first valid row of its head; negative, or at least `lengths`, outside."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Random:
     sink: int = 4
     window: int = 32
 
-    needs = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
     scope = "layer"
 
     def score(self, layer: int, observation: Observation) -> Tensor:

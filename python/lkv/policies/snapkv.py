@@ -75,5 +75,5 @@ def window_attention(observation: Observation, head: int) -> Tensor:
 
     Queries that are not there do not count; a sequence without any real query has zeros.
     """
-    count = observation.query_mask.sum(1).clamp(min=1)
+    count = observation.part("query_mask").sum(1).clamp(min=1)
     return attention_weights(observation, head).sum(2) / count[:, None, None]

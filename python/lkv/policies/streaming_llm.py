@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ class StreamingLLM:
 
     sink: int = 4
 
-    needs = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
     scope = "layer"
     window = 0
 

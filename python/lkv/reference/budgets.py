@@ -21,7 +21,8 @@ def apportion(wishes: Sequence[Fraction], total: int, lower: Sequence[int], uppe
         base = exact
 
         def filled(t: Fraction, group: list[Fraction] = group, base: list[Fraction] = base) -> list[Fraction]:
-            return [min(max(t * w, b), up) if w else b for w, b, up in zip(group, base, upper, strict=True)]
+            ends = zip(group, base, map(Fraction, upper), strict=True)
+            return [min(max(t * w, b), up) if w else b for w, b, up in ends]
 
         at = next((i for i, t in enumerate(corners) if sum(filled(t)) >= total), None)
         if at is None:

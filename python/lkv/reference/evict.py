@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def evict_layers(
     sink: int = 0,
     window: int = 0,
     total: int | None = None,
-    **span_options: object,
+    **span_options: Any,
 ) -> Evicted:
     """`lkv_ext.evict_layers`: `tensors[p][n]` is payload p of layer n; budgets, lengths, starts `[N, B, H]`.
 
@@ -105,9 +106,9 @@ def evict_layers(
     """
     rows = [[row for t in layers for row in _segments(t, cu_seqlens)] for layers in tensors]
     score_rows = [row for s in scores for row in _segments(s, cu_seqlens)]
-    flat = [None if values is None else values.flatten().tolist() for values in (budgets, starts, lengths)]
-    ranges = _valid_ranges(score_rows, flat[1], flat[2])
-    where: Spans = spans(flat[0], [length for _, length in ranges], total=total, **span_options)
+    first, valid = (None if values is None else values.flatten().tolist() for values in (starts, lengths))
+    ranges = _valid_ranges(score_rows, first, valid)
+    where: Spans = spans(budgets.flatten().tolist(), [length for _, length in ranges], total=total, **span_options)
     positions = select(score_rows, ranges, where, sink=sink, window=window)
     moved = [gather(payload, positions, where.offsets) for payload in rows]
 
@@ -125,7 +126,7 @@ def evict_layers(
     )
 
 
-def evict_(tensors: Sequence[Tensor], scores: Tensor, budgets: Tensor, **options: object) -> Evicted:
+def evict_(tensors: Sequence[Tensor], scores: Tensor, budgets: Tensor, **options: Any) -> Evicted:
     """`lkv_ext.evict_`: kept rows move to the front of their segment, the rest stays as it is."""
     result = evict(tensors, scores, budgets, **options)
     cu_seqlens = options.get("cu_seqlens")

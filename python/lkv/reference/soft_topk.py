@@ -25,7 +25,7 @@ def soft_topk_row(scores: Tensor, k: Tensor, temperature: Tensor, log: bool) -> 
     tau = threshold(s.detach(), kept.detach(), temperature.detach())
     u = (s.detach() - tau) / temperature.detach()
     w = torch.sigmoid(u) * torch.sigmoid(-u)
-    weight = max(w.sum(), 1e-6 * len(s))
+    weight = w.sum().clamp(min=1e-6 * len(s))
     # As tau is a function of all three: its slopes, on a value that is right already.
     slope = (w * s).sum() / weight - kept * temperature.detach() / weight - temperature * (w * u).sum() / weight
     tau = tau + slope - slope.detach()

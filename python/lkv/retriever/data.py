@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def _text(rng: random.Random, words: Words, stage: Stage, questions: int) -> tup
     return tokens, labels
 
 
-def size(task: str, stage: Stage) -> dict[str, int]:
+def size(task: str, stage: Stage) -> dict[str, Any]:
     """As many facts as the stage has; the tasks' own numbers at the end."""
     facts = stage.facts
     if task in ("multi_key", "multi_query"):

@@ -49,7 +49,7 @@ class Run:
     def __init__(self, out: Path, device: str, lr: float, seed: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.lr, self.words = out, lr, Words()
-        self.model = build(self.words, seed).to(device)
+        self.model = build(self.words, seed).to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
         self.model.config._attn_implementation = ATTENTION
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01)
         self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lkv.policies.lkv.head_budget import HeadBudget
@@ -17,6 +18,7 @@ from lkv.policies.lkv.policy import Learned, learned
 from lkv.policies.lkv.token_scorer import TokenScorer
 
 WEIGHTS, CONFIG = "lkv.safetensors", "lkv.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -101,18 +103,18 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> 
     lkv = design.build(shape)
     put(lkv, load_file(folder / WEIGHTS), folder)
     if model is not None:
-        for module in (lkv.scorer, lkv.budget):
+        for module in (lkv.token_scorer, lkv.budget):
             module.to(model.device)
     return lkv
 
 
-def _all_of(kind: type, values: Mapping[str, object]) -> Shape | Design:
+def _all_of(kind: Callable[..., T], values: Mapping[str, Any]) -> T:
     """Made of values for all of its fields: a default of today is not what the checkpoint was trained with.
 
     Raises:
         ValueError: naming those that are missing.
     """
-    missing = [field.name for field in fields(kind) if field.name not in values]
+    missing = [field.name for field in fields(cast(Any, kind)) if field.name not in values]
     if missing:
         raise ValueError(f"expected a value of {', '.join(missing)}, found none")
     return kind(**values)
@@ -133,7 +135,7 @@ def check(expected: Shape, got: Shape) -> None:
 
 
 def weights(lkv: Learned) -> dict[str, Tensor]:
-    parts = (("scorer", lkv.scorer), ("budget", lkv.budget))
+    parts: tuple[tuple[str, nn.Module], ...] = (("scorer", lkv.token_scorer), ("budget", lkv.budget))
     return {f"{name}.{key}": t.contiguous() for name, module in parts for key, t in module.state_dict().items()}
 
 
@@ -148,11 +150,12 @@ def put(lkv: Learned, tensors: Mapping[str, Tensor], source: object) -> None:
     if expected != got:
         names = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
         raise ValueError(f"lkv.load: expected weights of the design in {source}, got others: {', '.join(names)}")
-    for name, module in (("scorer", lkv.scorer), ("budget", lkv.budget)):
+    parts: tuple[tuple[str, nn.Module], ...] = (("scorer", lkv.token_scorer), ("budget", lkv.budget))
+    for name, module in parts:
         module.load_state_dict({key.partition(".")[2]: t for key, t in tensors.items() if key.startswith(name + ".")})
 
 
-def _replace(path: Path, write: object) -> None:
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(path.name + ".part")
     write(temporary)
     os.replace(temporary, path)

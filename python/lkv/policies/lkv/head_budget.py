@@ -22,8 +22,9 @@ class HeadLogits(nn.Module):
         self.shape = (layers, heads)
         self.embedding = nn.Embedding(layers * heads, dim)
         # A number added to all logits changes nothing: there is no last bias.
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, 1, bias=False))
-        nn.init.zeros_(self.mlp[2].weight)
+        first, last = nn.Linear(dim, hidden), nn.Linear(hidden, 1, bias=False)
+        nn.init.zeros_(last.weight)
+        self.mlp = nn.Sequential(first, nn.SiLU(), last)
 
     def forward(self) -> Tensor:
         """float32 `[N, H]`."""
@@ -70,6 +71,8 @@ class HeadBudget(nn.Module):
 
     def bias(self) -> Tensor:
         """float32 `[N, H]`: what "threshold" adds to the scores."""
+        if self.logits is None:
+            raise ValueError("lkv.HeadBudget: expected a kind that is learned, got 'uniform'")
         return self.logits()
 
     def forward(self, retention: Tensor | float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,15 @@ from lkv.policies.lkv.head_budget import HeadBudget
 from lkv.policies.lkv.token_scorer import TokenScorer, standardise
 from lkv.policies.protocol import Observation, Policy
 
+# The protocol allows `ahead` in the place of `budgets`, which a type cannot express.
+if TYPE_CHECKING:
+    Base = Policy
+else:
+    Base = object
+
 
 @dataclass(frozen=True)
-class Learned:
+class Learned(Base):
     """A head's rows are scored by its own small MLP, and its budget follows from what was learned of the head.
 
     Either half may be exchanged: any policy as `scorer` gives LKV-H over other scores, a budget of kind "uniform" gives
@@ -38,15 +45,22 @@ class Learned:
             return frozenset({"pre_rope_keys"} if self.scorer.input == "kv" else {"hidden_states"})
         return self.scorer.needs
 
+    @property
+    def token_scorer(self) -> TokenScorer:
+        """LKV-T. Raises TypeError where a policy scores in its place."""
+        if not isinstance(self.scorer, TokenScorer):
+            raise TypeError(f"lkv: expected a scorer that is learned, got {type(self.scorer).__name__}")
+        return self.scorer
+
     @torch.no_grad()
     def score(self, layer: int, observation: Observation) -> Tensor:
         """float32 `[B, H, L]`, standardised for every head where LKV-T scores."""
         if not isinstance(self.scorer, TokenScorer):
             return self.scorer.score(layer, observation)
         if self.scorer.input == "kv":
-            raw = self.scorer.raw(layer, torch.cat([observation.pre_rope_keys, observation.values], -1))
+            raw = self.scorer.raw(layer, torch.cat([observation.part("pre_rope_keys"), observation.values], -1))
         else:  # of tokens, those included whose rows are gone
-            raw = self.scorer.raw(layer, observation.hidden_states[:, None])
+            raw = self.scorer.raw(layer, observation.part("hidden_states")[:, None])
             raw = raw.gather(2, observation.positions.long().clamp(0, raw.shape[2] - 1))
         return standardise(raw, observation.valid())
 
@@ -77,10 +91,11 @@ class LKVThreshold(Learned):
     ) -> Tensor:
         """int64 `[N, B, H]`."""
         biased = [s + bias[:, None] for s, bias in zip(scores, self.budget.bias(), strict=True)]
-        options = dict(lengths=lengths, starts=starts, sink=self.sink, window=self.window)
+        options: dict[str, Any] = dict(lengths=lengths, starts=starts, sink=self.sink, window=self.window)
         return lkv_ext.budgets_from_scores(biased, total, across="layers", **options)
 
 
 def learned(scorer: TokenScorer | Policy, budget: HeadBudget, sink: int = 4, window: int = 8) -> Learned:
     """The policy that fits a kind of budget."""
-    return (LKV if budget.static else LKVThreshold)(scorer, budget, sink, window)
+    kind: type[Learned] = LKV if budget.static else LKVThreshold
+    return kind(scorer, budget, sink, window)

@@ -20,6 +20,9 @@ class TokenScorer(nn.Module):
         hidden: width of the MLP.
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, layers: int, heads: int, features: int, input: str = "kv", hidden: int = 64) -> None:
         super().__init__()
         if input not in INPUTS:
