@@ -62,7 +62,7 @@ def _leaves(value: object, path: str) -> Iterator[tuple[str, object]]:
 
 
 def _contents(value: object) -> dict[str, object]:
-    """Of what may hold the same in several forms; reading must not change it."""
+    """The state in one form, whatever form it is held in; reading must not change it."""
     if isinstance(value, TokenLog):
         log = copy.deepcopy(value)
         return {"length": log.length, "all": log.read() if log.length else None}

@@ -279,10 +279,10 @@ def test_sequences_of_which_nothing_is_hidden_need_no_mask(model):
 
 
 def test_reading():
-    """Of new tokens among themselves, as models make them where rows are packed."""
+    """Masks of new tokens among themselves, as models make them where rows are packed."""
     causal = torch.ones(1, 1, 4, 4).bool().tril()
     blocks = causal.clone()
-    blocks[..., 1, 2] = True  # as of two tokens of one picture
+    blocks[..., 1, 2] = True  # like two tokens of one picture
     assert masks.is_causal(causal, 2, 4) and not masks.is_causal(blocks, 2, 4)
     assert not masks.is_causal(causal.roll(1, 2), 2, 4)
     assert masks.is_causal(causal[:, :, 2:], 2, 4) and not masks.is_causal(causal[:, :, 2:].roll(1, 3), 2, 4)

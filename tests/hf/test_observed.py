@@ -48,7 +48,7 @@ def watched(model: PreTrainedModel) -> Iterator[tuple[dict[int, list[Tensor]], d
     keys, hidden, handles = {}, {}, []
 
     def note(index: int, first: int, dim: int, transposed: bool = False):
-        """Of the projection or the norm of keys, whose heads begin at `first` of its output."""
+        """A hook on the projection or the norm of keys, whose heads begin at `first` of its output."""
 
         def hook(module, args, out):
             out = out.unflatten(-1, (-1, dim))[:, :, first : first + 2] if out.dim() == 3 else out

@@ -24,7 +24,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 def positions(cache: lkv.Cache) -> list[list[int]]:
-    """Of the rows of every head."""
+    """The positions of the rows of every head."""
     kept = []
     for layer in cache.ragged:
         padded = layer.rows.padded(layer.rows.positions).flatten(0, 1)

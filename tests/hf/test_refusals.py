@@ -131,7 +131,7 @@ def test_a_mask_that_packed_rows_cannot_follow(past):
     before = snapshot(made.cache)
     block = torch.ones(5, made.mask.shape[1] + 5).bool().tril(made.mask.shape[1])[None, None]
     block = block & ones(made).bool()[:, None, None]
-    block[:, :, 1, -2] = True  # as of two tokens of one picture
+    block[:, :, 1, -2] = True  # like two tokens of one picture
     with pytest.raises(ValueError, match="lkv.Cache: expected a causal mask"):
         run(made, block)
     assert differences(snapshot(made.cache), before) == []

@@ -77,7 +77,7 @@ def pooled(weights: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["snapkv", "adakv"])
 def test_what_the_last_queries_pay(model, wrapped):
-    """Of whole rows behind the first turn, of packed ones behind the second; with padding."""
+    """Scores of whole rows after the first turn, of packed ones after the second; with padding."""
     noting = Noting()
     outputs, weights = talked(model, AdaKV(noting) if wrapped else noting)
     assert [int(observed.query_positions.max()) + 1 for _, observed, _ in noting.noted] == sorted(SEEN * 2)

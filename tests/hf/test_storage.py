@@ -217,7 +217,7 @@ def test_attach_refuses_other_models():
 
 
 def test_what_other_code_asks_of_a_cache():
-    """Iterating, device, dtype, offloading, as of transformers' own."""
+    """Iterating, device, dtype, offloading, like transformers' own."""
     model = build("gemma3")
     dense = DynamicCache(config=model.config)
     cache = lkv.Cache(model, "streaming_llm", retention=1.0)

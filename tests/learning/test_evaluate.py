@@ -48,7 +48,7 @@ def results(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evalu
 
 @pytest.fixture
 def calls(model: PreTrainedModel) -> Iterator[list[list[list[int]]]]:
-    """Of every call of the decoder the tokens that are not padding, row by row."""
+    """For every call of the decoder the tokens that are not padding, row by row."""
     seen: list[list[list[int]]] = []
 
     def record(module: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -64,7 +64,7 @@ def calls(model: PreTrainedModel) -> Iterator[list[list[list[int]]]]:
 
 @pytest.fixture
 def caches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, list[list[list[int]]]]]:
-    """Of every cache that is answered from: what was real, and the positions of each head, sequence by sequence."""
+    """For every cache that is answered from: which tokens are not padding, and the positions of each head."""
     seen = []
     own = run.answer
 

@@ -46,7 +46,7 @@ def reading(lengths: list[int], words: int | None = None) -> distill.Reading:
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_kept_makes_the_retention(kind: str, temperature: float, retention: float) -> None:
-    """Of every text by itself, over all heads and layers, protected rows counted in; padding is never kept."""
+    """Every text by itself, over all heads and layers, protected rows counted in; padding is never kept."""
     lkv = policy(kind)
     rates = torch.tensor([retention, retention / 1.2, 1.0])
     masks = distill.log_masks(lkv, reading(LENGTHS), rates, temperature, hard=False)

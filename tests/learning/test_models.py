@@ -21,7 +21,7 @@ MERGES = ["h e", "l l"]
 
 @pytest.fixture
 def llama() -> LlamaForCausalLM:
-    """Of more query heads than KV heads, as their weights lie in another order in a GGUF file."""
+    """A model of more query heads than KV heads, as their weights lie in another order in a GGUF file."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(WORDS), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

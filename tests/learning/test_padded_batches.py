@@ -65,7 +65,7 @@ def test_what_follows_a_text_is_the_model_itself(name: str) -> None:
 
 
 def together(model: PreTrainedModel, contexts: list[list[int]]) -> Context:
-    """Of several texts, whatever `distill.read` can read."""
+    """For several texts, whatever `distill.read` can read."""
     rows = [model(torch.tensor([text]), use_cache=True).past_key_values.layers for text in contexts]
     size = max(map(len, contexts))
 

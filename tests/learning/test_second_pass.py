@@ -25,7 +25,7 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def context_of(model: PreTrainedModel, texts: list[Tensor], filled: float = 0.0) -> Context:
-    """Of texts `[n]` of several lengths, what pads the shorter ones being `filled`."""
+    """The scores of texts `[n]` of several lengths, what pads the shorter ones being `filled`."""
     lengths = torch.tensor([len(text) for text in texts])
     parts: dict[str, list[list[Tensor]]] = {"keys": [], "values": []}
     for text in texts:
@@ -118,7 +118,7 @@ def test_what_cannot_be_repeated() -> None:
 
 
 def test_scores_have_no_gradients() -> None:
-    """Of a model that is being trained: nothing of the pass is kept for a backward that never comes."""
+    """For a model that is being trained: nothing of the pass is kept for a backward that never comes."""
     model, text = build("norm of keys").requires_grad_(), tokens(1, 20)[0]
     with torch.enable_grad():
         scores = repeat_scores(model, context_of(model, [text]), text[None], KVzip())

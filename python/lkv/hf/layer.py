@@ -82,7 +82,7 @@ class RaggedLayer(Storage):
             return out
         if count > 1:
             call.check_mask(mask)
-        if torch.is_grad_enabled():  # of queries alone, as of keys none is required
+        if torch.is_grad_enabled():  # of queries alone: none of keys is required
             with torch.no_grad():
                 return self._append(call, module, query, key, value, logits)
         return self._append(call, module, query, key, value, logits)
