@@ -147,6 +147,9 @@ def apply(mutation: Mutation, kernels: Path) -> None:
         copy.parent.mkdir(exist_ok=True)
         if not copy.exists() or copy.read_text() != text:
             copy.write_text(text)
+    for path in kernels.rglob("*"):  # of an earlier state of the sources
+        if path.is_file() and str(path.relative_to(kernels)) not in originals:
+            path.unlink()
 
 
 def caught_by(mutation: Mutation, cases: int = 60) -> str | None:
