@@ -55,8 +55,8 @@ def batches(draw: st.DrawFn) -> Batch:
 def by_sorting(x: Batch, layers: list[int], b: int, **rule: object) -> list[int]:
     heads = x.starts.shape[1]
     rows = [x.scores[n][b, h] for n in layers for h in range(heads)]
-    spans = [(int(x.starts[b, h]), int(x.lengths[n, b, h])) for n in layers for h in range(heads)]
-    return reference.budgets_from_scores(rows, int(x.total[b]), spans=spans, **rule)
+    ranges = [(int(x.starts[b, h]), int(x.lengths[n, b, h])) for n in layers for h in range(heads)]
+    return reference.budgets_from_scores(rows, int(x.total[b]), ranges=ranges, **rule)
 
 
 @given(batches(), st.integers(0, 3), st.integers(0, 3), st.integers(0, 10))

@@ -141,9 +141,11 @@ def wrong_shape(name: str, shapes: Sequence[Sequence[int]], got: Sequence[int]) 
 
 def shape_of(values: Any) -> tuple[int, ...]:
     """The shape of integers of the caller: of a tensor, an array, nested sequences, one int or None."""
+    if values is None or isinstance(values, int):
+        return ()
     if hasattr(values, "shape"):
         return tuple(values.shape)
-    if not hasattr(values, "__len__"):  # None, or an integer, which a tracer may have in a form of its own
+    if not hasattr(values, "__len__"):  # an integer in the form of a tracer
         return ()
     nested = len(values) > 0 and not isinstance(values[0], int) and hasattr(values[0], "__len__")
     return (len(values), len(values[0])) if nested else (len(values),)
