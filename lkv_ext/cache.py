@@ -133,9 +133,9 @@ class RaggedCache:
             for name, given in (("dtype", dtype), ("dtype_v", dtype_v)):
                 if not isinstance(given, torch.dtype):
                     raise TypeError(f"expected {name} as a torch.dtype, got {described(given)}")
-            target = device_of(device)
+            device = device_of(device)
         except (RuntimeError, ValueError, TypeError) as error:
-            errors.reraise("RaggedCache.empty", error, given=locals())
+            errors.reraise("RaggedCache.empty", error)
         k = torch.zeros(rows * reserve, dim, dtype=dtype, device=device)
         v = k.new_zeros(rows * reserve, dim_v, dtype=dtype_v)
         positions = torch.full((rows * reserve,), -1, dtype=torch.int32, device=device)

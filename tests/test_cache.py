@@ -251,6 +251,9 @@ def test_select_batch_and_reorder(device: str) -> None:
     assert cache.batch == 1 and cache.lengths.flatten().tolist() == [len(rows) for rows in model.rows[HEADS:]]
     with pytest.raises(ValueError, match=r"expected indices of sequences in \[0, 1\)"):
         cache.select_batch([1])
+    for nested in ([[0]], torch.tensor([[0]], device=device)):
+        with pytest.raises(ValueError, match=r"expected indices as a list of integers, got shape \[1, 1\]"):
+            cache.select_batch(nested)
 
 
 @pytest.mark.parametrize("align", [4, 16])

@@ -47,22 +47,32 @@ class Hold:
     budgets = score
 
 
-@dataclass(frozen=True)
-class Table:
-    """Budgets that are known before the scores: of layer 0 a few rows, of layer 1 more than there are, and none."""
+class Earliest:
+    """Of layer 0 a few rows of each head, of layer 1 more than there are, and none."""
 
     needs = frozenset()
-    scope = "layer"
     sink, window = 1, 2
+    table = torch.tensor([[3, 5], [10**6, -1]])
 
     def score(self, layer, observation):
         return -observation.ranks().float()
 
+
+class KnownAhead(Earliest):
+    scope = "layer"
+
     def ahead(self, layer, rows, lengths):
-        return torch.tensor([[3, 5], [10**6, -1]])[layer].expand(len(rows), 2)
+        return self.table[layer].expand(len(rows), 2)
 
     def budgets(self, scores, lengths, total, *, starts=None):
         raise AssertionError
+
+
+class KnownTogether(Earliest):
+    scope = "model"
+
+    def budgets(self, scores, lengths, total, *, starts=None):
+        return self.table[:, None].expand(lengths.shape)
 
 
 @pytest.fixture
@@ -70,11 +80,12 @@ def model():
     return build("llama")
 
 
+@pytest.mark.parametrize("policy", [KnownAhead(), KnownTogether()], ids=lambda p: p.scope)
 @pytest.mark.parametrize("packed", [False, True])
-def test_budgets_that_are_known_ahead(model, packed):
+def test_budgets_of_no_row_and_of_more_than_there_are(model, packed, policy):
     """The first row, the last two and the earliest between; packed rows are fewer than the tokens."""
     prompt = turn([20, 11], 0)
-    cache = lkv.Cache(model, Table(), retention=0.9, chunks="last")
+    cache = lkv.Cache(model, policy, retention=0.9, chunks="last")
     talk(model, cache, [prompt])
     there = [[*range(20)], [*range(9, 20)]]
     if packed:
