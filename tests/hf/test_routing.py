@@ -12,6 +12,7 @@ from families import FAMILIES, build, call, tokens
 from transformers import DynamicCache, PreTrainedModel
 
 import lkv
+from lkv.hf import routing
 from lkv.hf.versions import RecurrentLayer
 
 
@@ -230,3 +231,13 @@ def test_continuous_batching_beside_a_cache(model):
     out = model.generate_batch(inputs=[ids[0].tolist()], generation_config=options, progress_bar=False)
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)[0, 20:].tolist()
     assert [each.generated_tokens for each in out.values()] == [expected]
+
+
+def test_a_route_may_be_collected_where_another_is_made_or_closed():
+    model = build("llama")
+    config = model.config
+    own, route = config._attn_implementation, routing.Route(model.get_decoder())
+    assert config._attn_implementation == f"lkv_{own}"
+    with routing._locked():
+        route.__del__()  # as the collector does, in the midst of it
+    assert config._attn_implementation == own and not routing._routed

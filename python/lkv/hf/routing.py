@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Protocol
@@ -30,6 +32,7 @@ PREFIX = "lkv_"
 _lock = threading.Lock()
 _configs: WeakKeyDictionary[nn.Module, list[PretrainedConfig]] = WeakKeyDictionary()
 _routed: dict[int, _Routed] = {}  # by id of a config, while forwards run
+_abandoned: deque[list[_Routed]] = deque()
 
 
 class CallOwner(Protocol):
@@ -53,8 +56,8 @@ class Route:
     """Our attention in the configs of a decoder, from now until `close`."""
 
     def __init__(self, decoder: nn.Module) -> None:
-        with _lock:
-            self._open: list[_Routed] = []
+        self._open: list[_Routed] = []
+        with _locked():
             for config in _configs_of(decoder):
                 now = config._attn_implementation
                 own = now.removeprefix(PREFIX)
@@ -67,16 +70,39 @@ class Route:
                 self._open.append(entry)
 
     def close(self) -> None:
-        with _lock:
-            for entry in self._open:
-                entry.forwards -= 1
-                if entry.forwards == 0:
-                    del _routed[id(entry.config)]
-                    if entry.config._attn_implementation == PREFIX + entry.own:
-                        entry.config._attn_implementation = {"": entry.own}
-            self._open = []
+        with _locked():
+            _restore(self._open)
 
-    __del__ = close  # of a forward that was interrupted
+    def __del__(self) -> None:
+        """Of a forward that was interrupted. The collector may call it anywhere, even while this thread has the lock."""
+        _abandoned.append(self._open)
+        _restore_abandoned()
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    with _lock:
+        yield
+    _restore_abandoned()
+
+
+def _restore_abandoned() -> None:
+    """Does not wait: who has the lock looks again after its release."""
+    while _abandoned and _lock.acquire(blocking=False):
+        try:
+            _restore(_abandoned.popleft())
+        finally:
+            _lock.release()
+
+
+def _restore(entries: list[_Routed]) -> None:
+    while entries:
+        entry = entries.pop()
+        entry.forwards -= 1
+        if entry.forwards == 0:
+            del _routed[id(entry.config)]
+            if entry.config._attn_implementation == PREFIX + entry.own:
+                entry.config._attn_implementation = {"": entry.own}
 
 
 def check_attention(decoder: nn.Module) -> None:
@@ -87,7 +113,7 @@ def check_attention(decoder: nn.Module) -> None:
 
 def install(decoder: Decoder) -> None:
     """Hooks on a decoder and the models around it, once; they do nothing for other caches."""
-    with _lock:
+    with _locked():
         for module, before, after in (
             (decoder.module, _begin, _end),
             *((outer, _begin_outer, _end_outer) for outer in decoder.outer),
