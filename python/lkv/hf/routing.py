@@ -74,7 +74,7 @@ class Route:
             _restore(self._open)
 
     def __del__(self) -> None:
-        """Of a forward that was interrupted. The collector may call it anywhere, even while this thread has the lock."""
+        """Of a forward that was interrupted. The collector may call it anywhere, where the lock is held too."""
         _abandoned.append(self._open)
         _restore_abandoned()
 
