@@ -192,8 +192,6 @@ class RaggedCache:
             self.append_unchecked(k, v, companions, counts)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             errors.reraise("RaggedCache.append", error, names, given=locals())
-        if valid is not None:
-            self._tail = 0
 
     def append_unchecked(
         self,
@@ -202,7 +200,7 @@ class RaggedCache:
         companions: Sequence[Tensor] = (),
         valid: tuple[Sequence[int] | None, Tensor | None] = (None, None),
     ) -> None:
-        """`append` for callers that have made its checks; `valid` as a list or as a tensor, whichever is there."""
+        """`append` for callers that made its checks; `valid` as `split` returns it, (None, None) for all tokens."""
         rows, count = [k, v, *companions], k.shape[2]
         if forward_ad._current_level >= 0:
             derivatives.refuse_tangents((*rows, self.k, self.v, *self.companions), "a cache has no derivative")
@@ -213,7 +211,7 @@ class RaggedCache:
         column = None if on_device is None else on_device.view(-1, 1)
         ops.append_(buffers, self.positions, self.lengths, self.cu_seqlens, rows, self.seen, on_host or None, column)
         self._free -= count
-        self._tail += count
+        self._tail = self._tail + count if on_host is None else 0
         self.max_length += count
         self.seen += count
 

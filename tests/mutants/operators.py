@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 
 import parso
@@ -56,8 +57,8 @@ BOUND_CALLS = frozenset(("range", "narrow", "arange"))
 class Replacement(Operator):
     """An operator that says what stands in a node's place: `codes(node)`, one mutant each."""
 
-    def codes(self, node: NodeOrLeaf) -> Iterator[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def codes(self, node: NodeOrLeaf) -> Iterator[str]: ...
 
     def mutation_positions(self, node: NodeOrLeaf) -> Iterable[tuple]:
         return ((node.start_pos, node.end_pos) for _ in self.codes(node))

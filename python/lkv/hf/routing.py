@@ -74,20 +74,22 @@ class Route:
             _restore(self._open)
 
     def __del__(self) -> None:
-        """Of a forward that was interrupted. The collector may call it anywhere, where the lock is held too."""
+        """For a forward that was interrupted. The collector may call this while its own thread has the lock."""
         _abandoned.append(self._open)
         _restore_abandoned()
 
 
 @contextmanager
 def _locked() -> Iterator[None]:
-    with _lock:
-        yield
-    _restore_abandoned()
+    try:
+        with _lock:
+            yield
+    finally:
+        _restore_abandoned()
 
 
 def _restore_abandoned() -> None:
-    """Does not wait: who has the lock looks again after its release."""
+    """Does not wait for the lock: its holder calls this after its release."""
     while _abandoned and _lock.acquire(blocking=False):
         try:
             _restore(_abandoned.popleft())
