@@ -259,7 +259,7 @@ def test_the_memo_tells_1_from_its_equals(call: str, name: str) -> None:
 def test_a_tensor_of_each_name_is_known() -> None:
     """The table of kinds has every argument of every public function."""
     public = {name: getattr(lkv_ext, name) for name in lkv_ext.__all__ if name != "build_info"}
-    methods = {f"RaggedCache.{name}": method for name, method in vars(RaggedCache).items() if callable(method)}
+    methods = {f"RaggedCache.{name}": method for name, method in inspect.getmembers(RaggedCache, callable)}
     for name, function in (public | methods).items():
         if name in SIGNATURES:
             arguments = set(inspect.signature(function).parameters) - {"self"}

@@ -8,10 +8,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from cache_model import filled, tokens
 from cases import generator, rows_of, scores_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cache import filled, tokens
 from torch import Tensor
 
 import lkv_ext

@@ -43,7 +43,7 @@ def op_calls() -> list[tuple[str, tuple]]:
     flat = [t.flatten(0, 2) for t in (k, v, scores)]
     budgets = torch.tensor([[1, 2, 3], [40, 0, 5]])
     patch = pytest.MonkeyPatch()
-    for module in ("_torch.evict", "_torch.select", "_torch.gather", "_torch.attend", "cache"):
+    for module in ("_torch.evict", "_torch.select", "_torch.gather", "_torch.attend", "_torch.cache_rows"):
         patch.setattr(f"lkv_ext.{module}.ops", Recorder())
     try:
         for span in SPANS:

@@ -141,3 +141,13 @@ def split(
     if not values.is_cpu or traced(values):
         return (), values
     return values.flatten().tolist(), None
+
+
+def int_list(values: Tensor | Sequence[int], name: str) -> list[int]:
+    """Integers of one dimension as a list; a tensor on a device is read."""
+    if isinstance(values, Tensor):
+        values = values.cpu()  # other dtypes are refused below
+    flat, shape = flatten(values, name)
+    if len(shape) != 1:
+        raise ValueError(f"expected {name} as a list of integers, got shape {list(shape)}")
+    return flat

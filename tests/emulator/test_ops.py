@@ -17,6 +17,7 @@ pytest.importorskip("torch")
 SUITES = {
     "test_parity.py": "",
     "test_cache.py": "",
+    "test_whole_cache.py": "",
     "test_soft_topk.py": "nothing_to_decide or not_there or largest or least or lengths or strides or empty or errors",
 }
 

@@ -32,7 +32,7 @@ FOLDER = ROOT / "build/mutants/built"
 MUTATIONS = (*CPU, *OPS)
 
 _SELECT = ("test_parity.py", "test_planted.py", "test_properties.py", "test_numpy.py", "test_isa.py")
-_APPEND = ("test_cache.py", "test_cache_steps.py", "test_raw_ops.py")
+_APPEND = ("test_cache.py", "test_whole_cache.py", "test_cache_steps.py", "test_raw_ops.py")
 # For every suite its tests, the most telling ones first: the first failure ends a mutant's run.
 SUITES = {
     "planted": ("test_planted.py",),
@@ -40,7 +40,7 @@ SUITES = {
     "isa": ("test_isa.py", "test_planted.py"),
     "threads": ("test_threads.py", "test_numpy.py", "test_torch.py"),
     "scale": ("test_scale.py", "test_overlap.py"),
-    "numpy": ("test_numpy.py", "test_overlap.py"),
+    "numpy": ("test_numpy.py", "test_numpy_errors.py", "test_overlap.py"),
     "append": _APPEND,
     "cpu/append*": _APPEND,
     "cpu/attend*": ("test_attend.py",),
@@ -49,11 +49,12 @@ SUITES = {
     "*soft_t*": ("test_soft_topk.py", "test_derivatives.py", "test_raw_ops.py", "test_planted.py", "test_fake.py"),
     "cpu/*": _SELECT,
     "include/*": ("test_parity.py", "test_properties.py", "test_numpy.py", "test_scale.py"),
-    "host/overlap.cpp": ("test_overlap.py", "test_payloads.py", "test_numpy.py"),
+    "host/overlap.cpp": ("test_overlap.py", "test_payloads.py", "test_numpy.py", "test_numpy_errors.py"),
     "host/*": ("test_overlap.py", "test_parity.py", "test_errors.py", "test_raw_ops.py", "test_properties.py",
-               "test_attend.py", "test_cache.py", "test_payloads.py", "test_numpy.py"),
-    "torch/*": ("test_parity.py", "test_overlap.py", "test_raw_ops.py", "test_cache.py", "test_attend.py",
-                "test_fake.py", "test_derivatives.py", "test_torch.py", "test_properties.py"),
+               "test_attend.py", "test_cache.py", "test_whole_cache.py", "test_payloads.py", "test_numpy.py",
+               "test_numpy_errors.py"),
+    "torch/*": ("test_parity.py", "test_overlap.py", "test_raw_ops.py", "test_cache.py", "test_whole_cache.py",
+                "test_attend.py", "test_fake.py", "test_derivatives.py", "test_torch.py", "test_properties.py"),
 }  # fmt: skip
 
 

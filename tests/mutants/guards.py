@@ -33,9 +33,10 @@ _TASKS = ["learning/test_" + x for x in ("task_texts", "languages", "tasks", "ta
 _BUDGETS = ["test_budgets", "test_budget_competition"]
 _POLICIES = ["test_policies", "test_attention_scores", "test_policy_budgets", "test_policy_padding"]
 _PARITY = ["test_parity", "test_errors", "test_properties", "test_arguments"]
-_TORCH = ["test_torch", "test_derivatives", "test_cache"]
-_RAGGED = ["test_cache", "test_cache_steps", "test_cache_files", "test_shared_buffers", "test_errors", "test_arguments"]
-_RAGGED += ["test_tracing"]
+_TORCH = ["test_torch", "test_derivatives", "test_cache", "test_whole_cache"]
+_NUMPY = ["test_numpy", "test_numpy_errors"]
+_RAGGED = ["test_cache", "test_whole_cache", "test_cache_steps", "test_cache_files", "test_shared_buffers"]
+_RAGGED += ["test_errors", "test_arguments", "test_tracing"]
 
 GUARDS: dict[str, list[str]] = {
     **{
@@ -99,6 +100,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/*": ["learning/test_retriever", "learning/test_cli", "learning/test_evaluate"],
     "lkv_ext/_torch/budgets.py": [*_BUDGETS, "test_policy_budgets", "test_errors", "test_arguments"],
     "lkv_ext/cache.py": _RAGGED,
+    "lkv_ext/_torch/cache_rows.py": _RAGGED,
     "lkv_ext/_torch/cache_state.py": _RAGGED,
     "lkv_ext/_torch/append.py": [*_RAGGED, "test_fake"],
     "lkv_ext/_torch/attend_backends.py": ["test_attend_backends"],
@@ -122,11 +124,11 @@ GUARDS: dict[str, list[str]] = {
     "lkv_ext/_torch/vmap.py": ["test_derivatives"],
     "lkv_ext/_torch/derivatives.py": ["test_derivatives", "test_torch"],
     "lkv_ext/_torch/gather.py": ["test_derivatives", "test_torch", *_PARITY, "test_fake"],
-    "lkv_ext/_torch/modes.py": ["test_derivatives", "test_calls", "test_torch", "test_cache"],
+    "lkv_ext/_torch/modes.py": ["test_derivatives", "test_calls", "test_torch", "test_cache", "test_whole_cache"],
     "lkv_ext/_torch/fake.py": ["test_fake", "test_torch", "test_tracing", "test_layouts"],
-    "lkv_ext/_torch/ints.py": ["test_calls", *_PARITY, "test_tracing", "test_torch"],
+    "lkv_ext/_torch/ints.py": ["test_calls", *_PARITY, "test_tracing", "test_torch", "test_whole_cache"],
     "lkv_ext/_torch/spans.py": ["test_spans", *_RAGGED, *_PARITY],
-    "lkv_ext/ragged.py": ["test_spans", *_PARITY, "test_layouts", "test_torch", "test_cache"],
+    "lkv_ext/ragged.py": ["test_spans", *_PARITY, "test_layouts", "test_torch", "test_cache", "test_whole_cache"],
     "lkv_ext/_torch/*": [
         "test_reraise",
         *_PARITY,
@@ -139,12 +141,12 @@ GUARDS: dict[str, list[str]] = {
     ]
     + _TORCH,
     "lkv_ext/_common/errors.py": ["test_reraise", "test_errors", "test_arguments"],
-    "lkv_ext/_common/sizes.py": ["test_sizes", "test_numpy", *_PARITY],
-    "lkv_ext/_common/kinds.py": ["test_kinds", "test_errors", "test_arguments", "test_numpy"],
-    "lkv_ext/_common/options.py": ["test_host_arguments", "test_numpy", "test_reraise", *_PARITY, "test_cache"],
-    "lkv_ext/numpy.py": ["test_numpy", "test_errors", "test_arguments"],
-    "lkv_ext/_numpy.py": ["test_numpy", "test_errors", "test_arguments", "test_overlap"],
-    "lkv_ext/*": ["test_numpy", *_PARITY, "test_calls"],
+    "lkv_ext/_common/sizes.py": ["test_sizes", *_NUMPY, *_PARITY],
+    "lkv_ext/_common/kinds.py": ["test_kinds", "test_errors", "test_arguments", *_NUMPY],
+    "lkv_ext/_common/options.py": ["test_host_arguments", *_NUMPY, "test_reraise", *_PARITY, *_RAGGED[:2]],
+    "lkv_ext/numpy.py": [*_NUMPY, "test_errors", "test_arguments"],
+    "lkv_ext/_numpy.py": [*_NUMPY, "test_errors", "test_arguments", "test_overlap"],
+    "lkv_ext/*": [*_NUMPY, *_PARITY, "test_calls"],
 }
 
 # Guard nothing that the others do not, or cannot run twice at a time.

@@ -18,7 +18,10 @@ pytest.importorskip("pybind11")
 FLAGS = "-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 KERNELS = ("test_properties.py", "test_concurrent_writes.py")
 SUITES = {
-    "best": (*KERNELS, "test_raw_ops.py", "test_numpy.py", "test_cache.py", "test_attend.py"),
+    "best": (
+        *(*KERNELS, "test_raw_ops.py", "test_numpy.py", "test_numpy_errors.py"),
+        *("test_cache.py", "test_whole_cache.py", "test_attend.py"),
+    ),
     "avx2": KERNELS,
     "portable": KERNELS,
 }
