@@ -5,7 +5,9 @@
 
     cache = lkv.Cache(model, lkv.load("folder of lkv train", model), retention=0.15)
 
-transformers is loaded with these two, and nothing before.
+    cache = lkv.compress(model, document, "kvzip", retention=0.15)  # read once, asked often
+
+transformers is loaded with these, and nothing before.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lkv.compression import compress
     from lkv.hf.cache import Cache
     from lkv.policies.lkv.checkpoint import load
 
-__all__ = ["Cache", "load"]
-_HOMES = {"Cache": "lkv.hf.cache", "load": "lkv.policies.lkv.checkpoint"}
+__all__ = ["Cache", "compress", "load"]
+_HOMES = {"Cache": "lkv.hf.cache", "compress": "lkv.compression", "load": "lkv.policies.lkv.checkpoint"}
 
 
 def __getattr__(name: str) -> object:

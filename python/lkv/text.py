@@ -6,9 +6,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool = False) -> list[int]:
-    """Tokens of a text; before the first one of all comes the model's beginning token, if it has one."""
-    tokens = tokenizer(text, add_special_tokens=False).input_ids
-    return [tokenizer.bos_token_id, *tokens] if begins and tokenizer.bos_token_id is not None else tokens
+    """Tokens of a text; before the first one of all comes the model's beginning token, if it has one.
+
+    The beginning token of some chat models opens a message of their template. Their tokenizers put none before a text.
+    """
+    tokens, first = tokenizer(text, add_special_tokens=False).input_ids, tokenizer.bos_token_id
+    if begins and first is not None and getattr(tokenizer, "chat_template", None) is not None:
+        begins = first in tokenizer("").input_ids
+    return [first, *tokens] if begins and first is not None else tokens
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
@@ -25,3 +30,15 @@ def pad_and_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     pad = tokenizer.pad_token_id
     return (ends[0] if ends else 0) if pad is None else pad, ends
+
+
+def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Tokens before what a user writes, and after it up to the answer; two empty lists without a chat template."""
+    if tokenizer.chat_template is None:
+        return [], []
+    content = "x\n~~~~\nx"
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, enable_thinking=False
+    )
+    before, _, after = str(text).partition(content)
+    return encode(tokenizer, before), encode(tokenizer, after)

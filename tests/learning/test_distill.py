@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lkv.evaluate.decode import answer
 from lkv.hf import Cache
 from lkv.learn import distill
-from lkv.learn.passes import follow
+from lkv.passes import follow
 from lkv.policies.lkv import Learned
 from lkv.policies.lkv.checkpoint import Design, Shape
 

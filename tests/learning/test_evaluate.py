@@ -218,8 +218,8 @@ class TestTimes:
         self, results: Evaluate, samples: list[tasks.Sample], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         passes = []
-        own = run._second_pass
-        monkeypatch.setattr(run, "_second_pass", lambda *args: passes.append(args[-1]) or own(*args))
+        own = run.second_pass_scores
+        monkeypatch.setattr(run, "second_pass_scores", lambda *args: passes.append(args[-1]) or own(*args))
         methods = [Method("kvzip", KVzip()), Method("snapkv", SnapKV()), Method("equal", KVzip(across=None))]
         for result in results(samples, methods):
             share = 1.0 if result.index == samples[-1].index else 0.5

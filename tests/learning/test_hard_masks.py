@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lkv import reference
 from lkv.learn import distill
-from lkv.learn.passes import Context
+from lkv.passes import Context
 from lkv.policies.lkv import Learned
 from lkv.policies.lkv.checkpoint import Design, Shape
 from lkv.policies.lkv.head_budget import KINDS

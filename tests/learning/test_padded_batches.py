@@ -11,17 +11,17 @@ from own_settings import build
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lkv.evaluate.run import _second_pass
+from lkv.compression import second_pass_scores
 from lkv.hf import Cache
 from lkv.learn import distill
-from lkv.learn.passes import Context, follow
-from lkv.learn.second_pass import repeat_scores
+from lkv.passes import Context, follow
 from lkv.policies import KVzip, StreamingLLM
 from lkv.policies.lkv import Learned
 from lkv.policies.lkv.checkpoint import Design, Shape
 from lkv.policies.lkv.token_scorer import moments
 from lkv.retriever.data import IGNORE, Stage, texts
 from lkv.retriever.train import loss_of
+from lkv.second_pass import repeat_scores
 from lkv.tasks import Words
 
 LENGTHS = [41, 23, 16, 41]
@@ -152,7 +152,7 @@ def test_second_pass_over_texts_that_are_padded_in_front(model: PreTrainedModel)
     places = (present.cumsum(1) - 1).clamp(min=0)
     with Cache(model, StreamingLLM(), retention=1.0, chunks="last") as whole:
         model.model(tokens, attention_mask=present, position_ids=places, past_key_values=whole, use_cache=True)
-        scores = _second_pass(model, whole, tokens, present, KVzip())
+        scores = second_pass_scores(model, whole, tokens, KVzip())
     for b, text in enumerate(contexts):
         alone = repeat_scores(model, together(model, [text]), torch.tensor([text]), KVzip())
         for layer in range(3):

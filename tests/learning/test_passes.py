@@ -19,8 +19,9 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from lkv.learn import distill, passes
-from lkv.learn.passes import Context, attention, follow
+from lkv import passes
+from lkv.learn import distill
+from lkv.passes import Context, Masked, attention, follow
 from lkv.policies.lkv.checkpoint import Design, Shape
 
 B, HQ, H, N, M, D = 2, 6, 2, 7, 4, 5
@@ -71,11 +72,11 @@ def test_attention_is_that_of_every_query_by_itself(layer: int, own: str, softca
     logits = normal(HQ, seed=7) if sinks else None
     module, context = SimpleNamespace(layer_idx=layer), some_context()
     given = dict(scaling=0.7, softcap=softcap, s_aux=logits, lkv_own=own)
-    out, _ = attention(module, query, key, value, None, lkv_context=context, lkv_masks=masks, **given)
+    out, _ = attention(module, query, key, value, None, lkv_attend=Masked(context, masks), **given)
     softcap, logits = (None, None) if own == "sdpa" else (softcap, logits)
     wanted = one_by_one(query, key, value, masks[layer], 0.7, softcap, logits)
     torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-6)
-    plain, _ = attention(module, query, key, value, None, lkv_context=context, **given)
+    plain, _ = attention(module, query, key, value, None, lkv_attend=Masked(context), **given)
     wanted = one_by_one(query, key, value, torch.zeros(B, H, N), 0.7, softcap, logits)
     torch.testing.assert_close(plain.double(), wanted, rtol=1e-5, atol=1e-6)
 
@@ -86,7 +87,7 @@ def test_gradients_of_the_mask_are_summed_over_the_group() -> None:
     upstream, grads = normal(B, M, HQ, D, seed=9), []
     for op in (
         lambda m: attention(
-            SimpleNamespace(layer_idx=0), query, key, value, None, lkv_context=some_context(), lkv_masks=[m]
+            SimpleNamespace(layer_idx=0), query, key, value, None, lkv_attend=Masked(some_context(), [m])
         )[0],
         lambda m: one_by_one(query, key, value, m, D**-0.5, None, None),
     ):
@@ -106,9 +107,7 @@ def test_masks_stay_float32_beside_bfloat16() -> None:
     value = torch.zeros(B, H, N + M, D, **half)
     masks.requires_grad_()
     value[:, :, 0], value[:, :, N:] = 1.0, 0.0
-    out, _ = attention(
-        SimpleNamespace(layer_idx=0), query, key, value, None, lkv_context=some_context(), lkv_masks=masks
-    )
+    out, _ = attention(SimpleNamespace(layer_idx=0), query, key, value, None, lkv_attend=Masked(some_context(), masks))
     assert out.dtype == torch.bfloat16
     (grad,) = torch.autograd.grad(out[:, 0].float().sum(), masks)
     weight = math.exp(-10.02) / (1 + math.exp(-10.02) + 6 * math.exp(-10))
@@ -124,7 +123,7 @@ def test_logits_are_float32_beside_bfloat16() -> None:
     key[..., 0] = 1 - torch.arange(N + M) / 64  # logits 32 - j / 2: exact in bfloat16
     value = normal(B, H, N + M, D, seed=4).abs()
     half = (t.bfloat16() for t in (query, key, value))
-    given = dict(lkv_context=some_context(), scaling=1.0, softcap=50.0)
+    given = dict(lkv_attend=Masked(some_context()), scaling=1.0, softcap=50.0)
     out, _ = attention(SimpleNamespace(layer_idx=0), *half, None, **given)
     wanted = one_by_one(query, key, value.bfloat16(), torch.zeros(B, H, N), 1.0, 50.0, None)
     torch.testing.assert_close(out.double(), wanted, rtol=8e-3, atol=0)
@@ -183,7 +182,7 @@ def test_what_cannot_be_followed_is_refused() -> None:
     silent = StableLmForCausalLM(StableLmConfig(**SMALL)).eval()
     shape = (1, 2, 4, 8)
     context = Context((torch.zeros(shape),) * 2, (torch.zeros(shape),) * 2, torch.tensor([4]))
-    with pytest.raises(ValueError, match=r"^lkv.learn: expected a model whose decoder hands keyword arguments on"):
+    with pytest.raises(ValueError, match=r"^lkv: expected a model whose decoder hands keyword arguments on"):
         follow(silent, context, torch.tensor([[3]]))
 
 

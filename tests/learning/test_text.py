@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lkv.extras import MissingPackage, need
 from lkv.tasks import Words
-from lkv.text import encode, pad_and_ends
+from lkv.text import chat_frame, encode, pad_and_ends
 
 
 def ends_of(model: object, tokenizer: object, pad: object) -> tuple[int, list[int]]:
@@ -25,6 +25,39 @@ def test_only_the_first_text_begins(tokenizer: PreTrainedTokenizerBase, words: W
     assert encode(tokenizer, text) == words.encode(text)
     assert encode(tokenizer, text, begins=True) == [tokenizer.bos_token_id, *words.encode(text)]
     assert encode(tokenizer, "", begins=True) == [tokenizer.bos_token_id] and encode(tokenizer, "") == []
+
+
+@pytest.mark.parametrize(("template", "own", "begins"), [(None, [], True), ("any", [], False), ("any", [1], True)])
+def test_a_token_that_opens_messages_does_not_begin_a_text(template: str | None, own: list[int], begins: bool) -> None:
+    """A chat model whose tokenizer puts its `bos_token` before no text has it for the roles of a chat."""
+
+    class Tokenizer:
+        bos_token_id, chat_template = 1, template
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> SimpleNamespace:
+            return SimpleNamespace(input_ids=[*(own if add_special_tokens else []), *map(ord, text)])
+
+    assert encode(Tokenizer(), "ab", begins=True) == ([1, 97, 98] if begins else [97, 98])
+    assert encode(Tokenizer(), "ab") == [97, 98]
+
+
+def test_the_frame_of_a_chat() -> None:
+    class Tokenizer:
+        chat_template: str | None = "any"
+        bos_token_id = None
+
+        def __call__(self, text: str, add_special_tokens: bool) -> SimpleNamespace:
+            assert not add_special_tokens
+            return SimpleNamespace(input_ids=[*map(ord, text)])
+
+        def apply_chat_template(self, messages: list[dict[str, str]], **options: object) -> str:
+            assert options["add_generation_prompt"] and not options["tokenize"]
+            return f"<s>{messages[0]['content']}</s><a>"
+
+    before, after = chat_frame(Tokenizer())
+    assert ("".join(map(chr, before)), "".join(map(chr, after))) == ("<s>", "</s><a>")
+    Tokenizer.chat_template = None
+    assert chat_frame(Tokenizer()) == ([], [])
 
 
 def test_special_tokens_of_the_tokenizer_stay_out() -> None:

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkv.learn import distill
 from lkv.learn.config import TrainConfig
-from lkv.learn.second_pass import repeat_scores
 from lkv.learn.source import Examples
 from lkv.learn.train import Trainer
 from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv import checkpoint
 from lkv.policies.lkv.checkpoint import Design
+from lkv.second_pass import repeat_scores
 from lkv.tasks import Words
 
 CONFIG = TrainConfig(

@@ -18,8 +18,6 @@ _MODELS = [_HF + x for x in ("scores", "observed", "families", "rope", "wrapped"
 _LEARN = {
     "config": ["schedule"],
     "distill": ["hard_masks", "passes", "distill", "padded_batches", "updates"],
-    "passes": ["passes", "distill", "padded_batches"],
-    "second_pass": ["second_pass"],
     "source": ["source", "schedule"],
     "train": ["updates", "resume", "train"],
 }
@@ -93,6 +91,9 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/cli/models.py": ["learning/test_cli_eval", "learning/test_cli"],
     "python/lkv/cli/train.py": ["learning/test_train_command", "learning/test_cli"],
     "python/lkv/cli/*": ["learning/test_cli", "learning/test_train"],
+    "python/lkv/compression.py": ["hf/test_compression"],
+    "python/lkv/passes.py": [f"learning/test_{x}" for x in ("passes", "distill", "padded_batches")],
+    "python/lkv/second_pass.py": ["learning/test_second_pass"],
     "python/lkv/models.py": ["learning/test_models", "learning/test_cli_eval"],
     "python/lkv/text.py": ["learning/test_text", "learning/test_evaluate"],
     "python/lkv/extras.py": ["learning/test_text", "learning/test_metrics"],

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lkv.hf import Cache
+from lkv.hf.versions import with_cache
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -43,10 +44,10 @@ def answer(
     stops = torch.tensor(list(ends), device=model.device)
     done = torch.zeros(len(questions), dtype=torch.bool, device=model.device)
     written: list[Tensor] = []
+    decoder = model.get_decoder()
     for _ in range(limit):
-        hidden = model.get_decoder()(
-            tokens, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1:]
+        output = decoder(tokens, attention_mask=mask, position_ids=places, **with_cache(decoder, cache))
+        hidden = output.last_hidden_state[:, -1:]
         tokens = model.get_output_embeddings()(hidden).argmax(-1)
         done |= torch.isin(tokens[:, 0], stops)
         written.append(torch.where(done[:, None], -1, tokens))

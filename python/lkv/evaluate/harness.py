@@ -17,9 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lkv.compression import compress, prefill
 from lkv.hf import Cache
-from lkv.learn.passes import Context
-from lkv.learn.second_pass import repeat_scores
 from lkv.policies import Policy
 from lkv.policies.streaming_llm import StreamingLLM
 
@@ -125,28 +124,19 @@ class HarnessModel(HFLM):
             self._cache, self._read = self._evict(tokens), tokens
         return self._cache.fork()
 
-    @torch.no_grad()
     def _evict(self, tokens: list[int]) -> Cache:
-        policy, retention = self.compression.policy, self.compression.retention
-        window = 1 if policy is None else max(policy.window, 1)
-        needs = frozenset() if policy is None else policy.needs - {"second_pass"}
-        # Its own settings keep all: neither the question nor the answer is evicted later.
-        cache = Cache(self.model, StreamingLLM(), retention=1.0, chunks="last", observe=needs, observe_window=window)
+        policy = self.compression.policy
         self.totals.prompts += 1
-        if not tokens:
+        if not tokens:  # a cache that keeps all of what comes
             self.totals.short += 1
-            return cache
+            return Cache(self.model, StreamingLLM(), retention=1.0, chunks="last")
         ids = self._tensor(tokens)
-        self.model.get_decoder()(ids, past_key_values=cache, use_cache=True)
-        rows = sum(layer.row_counts[0] for layer in cache.ragged)
-        if policy is not None:
-            scores = None
-            if "second_pass" in policy.needs:
-                keys, values = (tuple(getattr(x, name) for x in cache.ragged) for name in ("keys", "values"))
-                lengths = torch.tensor([len(tokens)], device=self.device)
-                scores = repeat_scores(self.model, Context(keys, values, lengths), ids, policy)
-            cache.evict(policy, retention=retention, scores=scores)
-        self.totals.rows += rows
+        if policy is None:
+            cache = prefill(self.model, ids)
+        else:
+            retention = self.compression.retention
+            cache = compress(self.model, ids, policy, retention=retention, tokenizer=self.tokenizer)
+        self.totals.rows += len(tokens) * sum(layer.heads for layer in cache.ragged)
         self.totals.kept += sum(layer.row_counts[0] for layer in cache.ragged)
         return cache
 

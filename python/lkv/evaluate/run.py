@@ -10,17 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lkv.compression import prefill, second_pass_scores
 from lkv.evaluate.decode import answer, pad_left
 from lkv.evaluate.methods import FLOOR, FULL, Method
 from lkv.hf import Cache
-from lkv.learn.passes import Context
-from lkv.learn.second_pass import repeat_scores
-from lkv.policies import Policy
 from lkv.policies.streaming_llm import StreamingLLM
+from lkv.second_pass import in_words
 from lkv.tasks import Sample
 from lkv.text import decode, encode, pad_and_ends
 
@@ -107,15 +105,8 @@ def _batch(
         contexts = [c + q[:-1] for c, q in zip(contexts, questions, strict=True)]
         questions = [q[-1:] for q in questions]
     tokens, mask = (t.to(model.device) for t in pad_left(contexts, pad))
-    needs = frozenset().union(*(m.policy.needs for m in methods if m.policy is not None)) - {"second_pass"}
-    with (
-        Cache(
-            model, StreamingLLM(), retention=1.0, chunks="last", observe=needs, observe_window=OBSERVED_WINDOW
-        ) as whole,
-        torch.no_grad(),
-    ):
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        model.get_decoder()(tokens, attention_mask=mask, position_ids=places, past_key_values=whole, use_cache=True)
+    needs = frozenset().union(*(m.policy.needs for m in methods if m.policy is not None))
+    with prefill(model, tokens, mask, needs, OBSERVED_WINDOW) as whole:
         passes: dict[type, tuple[list[Tensor], float]] = {}  # methods that differ in their budgets share one
         for method in methods:
             scores, second = None, 0.0
@@ -124,7 +115,7 @@ def _batch(
                 assert scorer is not None  # the full cache has no second pass
                 if type(scorer) not in passes:
                     clock = time.perf_counter()
-                    repeated = _second_pass(model, whole, tokens, mask, scorer)
+                    repeated = second_pass_scores(model, whole, tokens, in_words(scorer, tokenizer))
                     passes[type(scorer)] = repeated, time.perf_counter() - clock
                 scores, second = passes[type(scorer)]
             for retention in [1.0] if method.policy is None and method.name == FULL else setting.retentions:
@@ -149,23 +140,6 @@ def _evict(cache: Cache, method: Method, retention: float, scores: Sequence[Tens
         cache.evict(StreamingLLM(SINK), budget=SINK + WINDOW)
     else:
         cache.evict(method.policy, retention=retention, scores=scores)
-
-
-def _second_pass(model: PreTrainedModel, whole: Cache, tokens: Tensor, mask: Tensor, policy: Policy) -> list[Tensor]:
-    """Per layer `[B, H, n]`; one sequence at a time where they are padded, as the rows of a context come first."""
-    keys, values = ([getattr(layer, name) for layer in whole.ragged] for name in ("keys", "values"))
-    lengths, size = mask.sum(1), tokens.shape[1]
-    if bool((lengths == size).all()):
-        return repeat_scores(model, Context(tuple(keys), tuple(values), lengths), tokens, policy)
-    out = [k.new_zeros(k.shape[:3], dtype=torch.float32) for k in keys]
-    for b, length in enumerate(lengths.tolist()):
-        cut = slice(size - length, size)
-        one = Context(
-            tuple(k[b : b + 1, :, cut] for k in keys), tuple(v[b : b + 1, :, cut] for v in values), lengths[b : b + 1]
-        )
-        for layer, scores in enumerate(repeat_scores(model, one, tokens[b : b + 1, cut], policy)):
-            out[layer][b, :, cut] = scores[0]
-    return out
 
 
 def _kept(cache: Cache, mask: Tensor) -> list[float]:

@@ -87,6 +87,11 @@ class Cache(Copies):
         if interval is None:
             interval = max(1, (cap or 0) // 8)
         policy = policies.get(policy)
+        if "second_pass" in policy.needs:
+            raise ValueError(
+                f"lkv.Cache: expected a policy that scores while a text is read, got {policy}, which needs a "
+                "second pass over its text: lkv.compress(model, ids, policy, retention=...) makes a cache of both"
+            )
         observe = frozenset(observe) | policy.needs
         window = max(policy.window, 1) if observe_window is None else observe_window
         settings = Settings(policy, retention, budget, chunks, cap, interval, reserve, observe, window)

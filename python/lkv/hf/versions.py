@@ -9,12 +9,13 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache as HFCache
 from transformers import DynamicCache, PretrainedConfig, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
@@ -99,3 +100,9 @@ __all__ = [
     "stage_of_generate",
     "tokens_to_drop",
 ]
+
+
+def with_cache(decoder: nn.Module, cache: HFCache) -> dict[str, object]:
+    """The keyword arguments by which the forward of a decoder is given its cache."""
+    known = inspect.signature(type(decoder).forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache, "use_cache": True}

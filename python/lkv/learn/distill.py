@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lkv.hf import Cache
 from lkv.hf.observation import observe
-from lkv.learn.passes import Context, follow
+from lkv.passes import Context, follow
 from lkv.policies import Observation
 from lkv.policies.lkv import Learned
 

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkv.learn import distill
 from lkv.learn.config import TrainConfig
-from lkv.learn.second_pass import repeat_scores
 from lkv.learn.source import Source
 from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv import Learned, checkpoint
 from lkv.policies.lkv.checkpoint import Shape
 from lkv.policies.lkv.token_scorer import moments, standardise
+from lkv.second_pass import repeat_scores
 from lkv.tasks import Language
 from lkv.text import pad_and_ends
 

@@ -6,7 +6,7 @@ policy = lkv.policies.get("adakv")        # or AdaKV(SnapKV(window=64), alpha=0.
 from __future__ import annotations
 
 from lkv.policies.adakv import AdaKV
-from lkv.policies.kvzip import KVzip
+from lkv.policies.kvzip import KVzip, Repetition
 from lkv.policies.protocol import NEEDS, SCOPES, Ahead, Observation, Policy
 from lkv.policies.random import Random
 from lkv.policies.registry import POLICIES, get, names
@@ -23,6 +23,7 @@ __all__ = [
     "Observation",
     "Policy",
     "Random",
+    "Repetition",
     "SnapKV",
     "StreamingLLM",
     "get",

@@ -15,19 +15,48 @@ from lkv.policies.uniform import uniform_budgets
 
 
 @dataclass(frozen=True)
+class Repetition:
+    """How a text is repeated in a second pass.
+
+    Attributes:
+        chunk: tokens that are repeated at a time.
+        lead: tokens before a chunk, from the second one on, that tell the model where it is.
+        first, later: tokens that ask for the first chunk, and for a later one, before its lead. Models that go on with
+            what they have seen need none. suffix: tokens between the request and the chunk.
+        sink: the first rows, which take part in the softmax of every chunk.
+    """
+
+    chunk: int = 2000
+    lead: int = 8
+    first: tuple[int, ...] = ()
+    later: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+    sink: int = 4
+
+    def __post_init__(self) -> None:
+        for name, least in (("chunk", 1), ("lead", 0), ("sink", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"lkv.KVzip: expected {name} >= {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class KVzip:
     """The largest attention that any query of a second pass over the same text pays to a row, over a head's group.
 
-    All heads of all layers compete for one total, by these scores. The second pass costs about as much as the first
-    one: `lkv.learn.second_pass` runs it.
+    The text is repeated in chunks. The softmax of a chunk is over its rows, the first rows of the text and the tokens
+    of the repetition up to the query, as in the authors' code. All heads of all layers compete for one total, by these
+    scores. `lkv.compress` runs the second pass, which costs more than the first one.
 
     Attributes:
         sink: rows at the beginning that every head keeps.
         across: "layers" for the competition of all heads, "heads" within a layer, None for equal budgets.
+        repetition: how the text is repeated. The authors' words for it are those of a tokenizer: give one to
+            `lkv.compress`.
     """
 
     sink: int = 4
     across: str | None = "layers"
+    repetition: Repetition = Repetition()
 
     needs = frozenset({"queries", "second_pass"})
     window = 0
@@ -41,7 +70,7 @@ class KVzip:
         return "model" if self.across == "layers" else "layer"
 
     def score(self, layer: int, observation: Observation) -> Tensor:
-        """float32 `[B, H, L]`: in [0, 1]; 0 for rows that no query sees."""
+        """float32 `[B, H, L]`: in [0, 1]; 0 for rows that no query sees. What `lkv.second_pass` computes faster."""
         heads = observation.keys.shape[1]
         return torch.stack([attention_weights(observation, head).amax((1, 2)) for head in range(heads)], 1)
 

@@ -9,9 +9,9 @@ How other methods fit:
 - A cascade (LAVa, CAKE): scope "cascade". After layer l the caller calls `score` for it, and then `budgets` with
   the list of the scores of layers 0..l, those of earlier layers being what survived (they travel as companions of the
   rows); a layer whose budget shrank is evicted again. Entropies and shares are functions of these scores.
-- A second pass (KVzip): needs "second_pass". The caller feeds the repeated prompt through the model and gives the
-  queries of that pass as `queries`, at the `query_positions` of that pass; `score` is called once per chunk and the
-  caller takes the maximum. Budgets follow when all scores are there, with scope "model".
+- A second pass (KVzip): needs "second_pass", and has a `repetition` that tells how the text comes again. `score` says
+  what a chunk's queries make of the rows that they read: `lkv.second_pass` computes it, and takes the maximum over
+  chunks. Budgets follow when all scores are there, with scope "model".
 - A threshold for the whole model (KVzip, LKV-H): scope "model". When the last layer of a call has attended, `score` is
   called for every layer, and `budgets` once, with the list of their scores, `lengths` `[N, B, H]` and the total of all
   layers; it returns `[N, B, H]`. Before anything is evicted all layers are there in full: scope "layer" holds one.

@@ -30,17 +30,20 @@ class SnapKV:
         window: queries that score, and rows that are kept whatever they score.
         kernel_size: odd width of the pooling; 1 for none.
         pooling: "avg" or "max".
+        sink: first rows that are kept whatever they score.
     """
 
     window: int = 32
     kernel_size: int = 5
     pooling: str = "avg"
+    sink: int = 0
 
     needs = frozenset({"queries"})
     scope = "layer"
-    sink = 0
 
     def __post_init__(self) -> None:
+        if self.sink < 0:
+            raise ValueError(f"lkv.SnapKV: expected sink >= 0, got {self.sink}")
         if self.window < 1 or self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(
                 "lkv.SnapKV: expected window >= 1 and an odd kernel_size >= 1, "
