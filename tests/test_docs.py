@@ -45,7 +45,7 @@ def test_the_quickstart_runs():
     k, v = torch.randn(2, 1, 2, 64, 8)
     scores = torch.rand(1, 2, 64)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "quickstart.md").read_text(), re.DOTALL)
-    blocks = [block for block in blocks if "model" not in block]
+    blocks = [block for block in blocks if "lkv." not in block]
     assert len(blocks) == 5
     names: dict = {}
     exec(blocks[0], names)
