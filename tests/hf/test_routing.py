@@ -228,7 +228,10 @@ def test_continuous_batching_beside_a_cache(model):
     cache = lkv.Cache(model, retention=0.5)
     with torch.no_grad():
         call(model, ids, None, cache)
-    out = model.generate_batch(inputs=[ids[0].tolist()], generation_config=options, progress_bar=False)
+    small = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # else it fills the memory
+    out = model.generate_batch(
+        inputs=[ids[0].tolist()], generation_config=options, continuous_batching_config=small, progress_bar=False
+    )
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)[0, 20:].tolist()
     assert [each.generated_tokens for each in out.values()] == [expected]
 
