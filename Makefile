@@ -25,7 +25,7 @@ COSMIC_RAY_NEEDS := parso attrs
 STYLE := ruff==0.17.6 clang-format==23.1.5
 TYPES := mypy==2.4.1
 
-.PHONY: build demo test test-hf mutants mutants-python mutants-csrc fuzz retriever lkv lkv-variants lkv-eval bench docs style types clean
+.PHONY: build demo test test-hf test-kvpress mutants mutants-python mutants-csrc fuzz retriever lkv lkv-variants lkv-eval bench docs style types clean
 
 # Without isolation, so that the op library is built against the torch just installed.
 $(VENV)/ready: pyproject.toml Makefile
@@ -46,7 +46,7 @@ demo: build
 # else takes long begins first.
 test: build
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-	$(MAKE) test-hf
+	$(MAKE) test-hf test-kvpress
 
 test-hf: build $(HF_VERSIONS:%=build/transformers-%/ready)
 	$(MAKE) -j2 -Otarget $(HF_VERSIONS:%=run-hf-%)
@@ -57,6 +57,15 @@ run-hf-%:
 build/transformers-%/ready: $(VENV)/ready
 	rm -rf $(@D)
 	$(RUN) -m pip install -q --no-deps --target $(@D) transformers==$* $(HF_NEEDS_$*)
+	touch $@
+
+# What NVIDIA's kvpress keeps. It needs an older transformers.
+test-kvpress: build build/transformers-5.2.0/ready build/kvpress/ready
+	PYTHONPATH=build/kvpress:build/transformers-5.2.0 $(RUN) -m pytest -q -p no:cacheprovider tests/kvpress
+
+build/kvpress/ready: $(VENV)/ready
+	rm -rf $(@D)
+	$(RUN) -m pip install -q --no-deps --target $(@D) kvpress==0.5.5 "cachetools<6" "fire<0.7" termcolor
 	touch $@
 
 # Sources with a careless mistake in them: do the tests notice? About an hour each; see tests/mutants.
