@@ -296,12 +296,14 @@ def test_errors(changes: dict[str, object], message: str) -> None:
     "options, message",
     [
         (dict(softcap=0), "softcap above 0"),
+        (dict(causal=1), "expected causal as a bool, got 1"),
+        (dict(causal=None), "expected causal as a bool, got None"),
         (dict(backend="cudnn"), "expected backend 'lkv'"),
         (dict(backend="torch"), "expected float16 or bfloat16"),
     ],
 )
 def test_wrong_options(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         lkv_ext.attend(torch.zeros(1, 1, 1, 8), lkv_ext.RaggedCache.empty(1, 1, 8), **options)
 
 

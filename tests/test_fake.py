@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import lkv_ext
+from lkv_ext._torch.fake import MOST
 from lkv_ext._torch.library import ops
 
 
@@ -150,6 +151,32 @@ def test_float64_in_every_mode(op: str) -> None:
 
 def function_without_grad(op: str, *leaves: Tensor) -> Tensor:
     return lkv_ext.soft_topk(*leaves) if op == "soft_topk" else lkv_ext.evict(leaves[0], leaves[0], leaves[1], 3).k
+
+
+@pytest.mark.parametrize(
+    ("total", "padded", "right"),
+    [(MOST, -1, True), (MOST + 1, -1, False), (0, -1, True), (-1, -1, False), (12, 2, True), (11, 2, False)],
+)
+def test_sizes_are_those_that_the_op_takes(total: int, padded: int, right: bool) -> None:
+    """Up to as many rows as int32 counts, and padded ones as many as their shape has."""
+    with FakeTensorMode() as mode:
+        given = dict(scores=[mode.from_tensor(torch.randn(2, 3, 7))], budgets=[2], total=total, padded=padded)
+        if right:
+            assert ops.select(**given)[0].numel() == total
+            return
+        with pytest.raises(RuntimeError, match=rf"at most 2\*\*31 - 1 rows, 6 spans of {padded}, got {total}"):
+            ops.select(**given)
+
+
+@pytest.mark.parametrize("device_knows", ["lengths", "starts", "neither"])
+def test_overflow_is_counted_where_the_device_alone_knows_a_size(device_knows: str) -> None:
+    there = dict(device="meta")
+    options = {} if device_knows == "neither" else {device_knows: torch.empty(1, dtype=torch.int32, **there)}
+    for others in ({}, dict(lengths=[5])):
+        if device_knows != "lengths" or not others:
+            k, scores = torch.empty(1, 2, 8, 4, **there), torch.empty(1, 2, 8, **there)
+            out = lkv_ext.evict(k, k, scores, [3, 3], **options, **others)
+            assert (out.overflow is None) == (device_knows == "neither")
 
 
 def test_gather_of_layers() -> None:

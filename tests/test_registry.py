@@ -80,6 +80,17 @@ def test_what_a_package_outside_adds_is_checked(outside: Path) -> None:
         policies.get("newest")
 
 
+def test_a_policy_may_need_everything() -> None:
+    class Everything(policies.SnapKV):
+        needs = policies.NEEDS
+
+    policy = Everything()
+    assert policies.get(policy) is policy
+    Everything.needs = policies.NEEDS | {"luck"}
+    with pytest.raises(ValueError, match=r"needs of hidden_states, .*, got 'layer' and \['hidden_states', 'luck'"):
+        policies.get(policy)
+
+
 def test_the_policy_of_a_checkpoint_has_no_bare_name() -> None:
     with pytest.raises(ValueError, match=r"got 'lkv': lkv.load\(path, model\) makes the policy of a checkpoint"):
         policies.get("lkv")

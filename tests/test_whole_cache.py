@@ -8,6 +8,7 @@ import pytest
 import torch
 from cache_model import BATCH, DIM, DIM_V, HEADS, Model, evict, filled, tokens
 from cases import generator, scores_of
+from invariants import unwatched
 
 import lkv_ext
 from lkv import reference
@@ -205,3 +206,15 @@ def test_padded_spans_are_refused() -> None:
     k, v = tokens(5)
     with pytest.raises(ValueError, match="expected packed k and v of one layer"):
         RaggedCache(lkv_ext.evict(k, v, k[..., 0], 2, layout="padded"), 5)
+
+
+def test_everything_moves_to_another_device() -> None:
+    scores = torch.rand(1, 2, 8)
+    kept = lkv_ext.evict(
+        torch.randn(1, 2, 8, 4), torch.randn(1, 2, 8, 3), scores, 3, companions=(scores, scores.long())
+    )
+    cache = lkv_ext.RaggedCache(kept, 8)
+    with unwatched():  # by invariants that read the rows
+        cache.to("meta")
+    tensors = [cache.k, cache.v, cache.positions, cache.lengths, cache.cu_seqlens, *cache.companions]
+    assert len(cache.companions) == 2 and all(t.is_meta for t in tensors)

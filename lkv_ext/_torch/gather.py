@@ -114,8 +114,8 @@ def _scattered(
             results.append(None)
             continue
         if source is not None:
-            rows, origin, mine = shape[0], source[segment].long(), True
-            limit = source[segment + 1].long() - origin
+            rows, origin, mine = shape[0], source[segment], True
+            limit = source[segment + 1] - origin
         else:
             layer, per_layer, limit = i % layers, shape[0] * shape[1], shape[2]
             rows, origin = per_layer * shape[2], (segment - layer * per_layer) * shape[2]

@@ -180,6 +180,12 @@ def test_a_save_that_fails_leaves_the_old_one(
     assert torch.equal(again.scorer.up, policy.scorer.up) and again.sink == OTHER.sink
 
 
+def test_folders_are_made(model: PreTrainedModel, tmp_path: Path) -> None:
+    shape = Shape.of(model)
+    checkpoint.save(tmp_path / "a" / "b", Design().build(shape), Design(), shape, {})
+    checkpoint.load(tmp_path / "a" / "b", model)
+
+
 def test_facts_are_kept(model: PreTrainedModel, tmp_path: Path) -> None:
     saved(tmp_path, model)
     config = json.loads((tmp_path / checkpoint.CONFIG).read_text())

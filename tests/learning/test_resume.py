@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lkv.learn import train
 from lkv.learn.config import TrainConfig
 from lkv.learn.train import BEST, LAST, METRICS, STATE, Trainer
 from lkv.policies.lkv import Learned, checkpoint
@@ -53,6 +54,18 @@ def equal(a: object, b: object) -> bool:
 def facts(run: Trainer, name: str) -> tuple[int, float]:
     results = json.loads((run.folder / name / checkpoint.CONFIG).read_text())["facts"]
     return results["step"], results["validation"]
+
+
+def test_folders_are_made_and_numbers_are_shown(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On TensorBoard's board, which is not installed here, as in the lines of the file."""
+    shown: list[tuple[str, float, int]] = []
+    board = type("Board", (), {"add_scalar": lambda self, *given: shown.append(given)})
+    monkeypatch.setattr(train, "_board", lambda folder: board())
+    run = make("new/folders/run", steps=1, warm_steps=1)
+    run.run()
+    lines = [json.loads(line) for line in (run.folder / METRICS).read_text().splitlines()]
+    assert len(lines) == 2
+    assert shown == [(name, x, line["step"]) for line in lines for name, x in line.items() if name != "step"]
 
 
 @pytest.mark.parametrize("stops", [[2], [4], [3], [1, 2, 5], [6]], ids=str)

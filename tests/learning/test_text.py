@@ -51,7 +51,7 @@ def test_the_frame_of_a_chat() -> None:
             return SimpleNamespace(input_ids=[*map(ord, text)])
 
         def apply_chat_template(self, messages: list[dict[str, str]], **options: object) -> str:
-            assert options["add_generation_prompt"] and not options["tokenize"]
+            assert options["add_generation_prompt"] and not options["tokenize"] and not options["enable_thinking"]
             return f"<s>{messages[0]['content']}</s><a>"
 
     before, after = chat_frame(Tokenizer())

@@ -27,6 +27,17 @@ def test_heads_have_mlps_of_their_own_on_standardised_input() -> None:
         torch.testing.assert_close(scores[:, head], hidden @ scorer.down[1, head], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("features", [4, 64])
+@pytest.mark.parametrize("hidden", [8, 128])
+def test_scores_begin_at_one_scale_whatever_the_widths(features: int, hidden: int) -> None:
+    """sqrt(E silu(x)^2) = 0.6 for a normal x."""
+    torch.manual_seed(0)
+    scorer = TokenScorer(1, 64, features, hidden=hidden)
+    with torch.no_grad():
+        raw = scorer.raw(0, torch.randn(1, 64, 100, features))
+    assert 0.45 < raw.std() < 0.75
+
+
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer, features = make(), torch.randn(2, 3, 50, 10)
     whole = scorer.raw(0, features)
