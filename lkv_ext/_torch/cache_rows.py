@@ -175,7 +175,7 @@ class CacheRows:
         try:
             tokens = whole(tokens, "tokens")
         except (ValueError, TypeError) as error:
-            errors.reraise("RaggedCache.crop", error, given=locals())
+            errors.reraise("RaggedCache.crop", error)
         if not 0 <= tokens <= self._tail:
             raise ValueError(
                 f"lkv_ext.RaggedCache.crop: expected at most the {self._tail} tokens appended since the last eviction, "
