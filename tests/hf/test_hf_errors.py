@@ -12,6 +12,7 @@ from torch import nn
 
 import lkv
 from lkv.hf.attention import check_arguments
+from lkv.hf.observation import observe
 from lkv.policies import SnapKV
 
 
@@ -53,6 +54,22 @@ def test_policies_of_another_shape(model, what, message):
         with pytest.raises(ValueError, match=f"lkv.Cache: {message}"):
             call(model, tokens(2, 30), None, cache)
         assert untouched(cache)
+
+
+def test_parts_of_a_layer_that_are_not_there(model):
+    with torch.no_grad(), lkv.Cache(model, SnapKV(window=4), budget=9) as cache:
+        layer = cache.ragged[0]
+        for feed in (False, True):  # no tokens, then packed rows
+            if feed:
+                call(model, tokens(2, 30), None, cache)
+            with pytest.raises(ValueError, match="lkv.Cache: expected whole rows in layer 0, got packed ones or no t"):
+                layer.whole()
+        for name in ("hidden_states", "pre_rope_keys"):
+            with pytest.raises(ValueError, match=f"lkv.Cache: expected {name} to be observed, got none: make the cac"):
+                observe(layer, frozenset({name}), 4)
+        cache.reset()
+        with pytest.raises(ValueError, match="lkv.Cache: expected queries of tokens so far, got none: feed a prompt"):
+            layer.observations.queries.read()
 
 
 @pytest.mark.parametrize("seen", ["whole", "rows"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lkv.hf.versions import outside_graphs
+from lkv.hf.versions import AttentionModule, outside_graphs
 
 # (module, query, key, value, mask, **kwargs) -> ([B, n, Hq, D], weights or None)
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
@@ -36,7 +37,7 @@ def make_attention(own: str) -> Attention:
     """The function that stands for the attention `own` of a model, and is that attention for all caches but ours."""
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
+        module: AttentionModule, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         note = getattr(key, NOTE, None)
         if note is None:
@@ -48,7 +49,7 @@ def make_attention(own: str) -> Attention:
 
 
 def own_attention(
-    own: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object
+    own: str, module: AttentionModule, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention `own`, by name, of a module; eager attention is a function of the file that the model lives in."""
     count, total = query.shape[2], key.shape[2]
@@ -65,14 +66,14 @@ def own_attention(
     return eager(module, query, key, value, mask, **kwargs)
 
 
-def logits_of(own: str, query: Tensor, kwargs: dict[str, object]) -> Logits:
+def logits_of(own: str, query: Tensor, kwargs: dict[str, Any]) -> Logits:
     """Scale, soft cap and sinks `[Hq]` of the logits in a model's own attention: transformers' sdpa has the first."""
     scaling = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return (scale, None, None) if own == "sdpa" else (scale, kwargs.get("softcap"), kwargs.get("s_aux"))
 
 
-def check_arguments(module: nn.Module, query: Tensor, mask: Tensor | None, kwargs: dict[str, object]) -> None:
+def check_arguments(module: AttentionModule, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     """Refuses what attention over the rows of a cache would have to do otherwise.
 
     Raises:

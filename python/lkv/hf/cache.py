@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,7 +163,7 @@ class Cache(Copies):
 
     # What transformers calls.
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._select(beam_idx)
         super().reorder_cache(beam_idx)
 
@@ -186,7 +187,8 @@ class Cache(Copies):
         self._select(indices)
         for layer in self.layers:
             # A recurrent state knows this by another name alone.
-            (layer.reorder_cache if is_recurrent(layer) else layer.batch_select_indices)(indices)
+            select: Any = getattr(layer, "reorder_cache" if is_recurrent(layer) else "batch_select_indices")
+            select(indices)
 
     def crop(self, tokens: int) -> None:
         """Drops tokens at the end: `-n` drops n, a positive number is the length to keep.
@@ -253,8 +255,8 @@ class Cache(Copies):
         )
 
 
-def _cannot_crop(layer: object) -> bool:
-    """Whether transformers' own layer holds less than there was."""
+def _cannot_crop(layer: Any) -> bool:
+    """Whether transformers' own layer, of any version, holds less than there was."""
     if is_recurrent(layer):
         return not (getattr(layer, "record_past", False) and layer.is_croppable)
     window = getattr(layer, "sliding_window", None)

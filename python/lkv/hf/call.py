@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import threading
 import weakref
+from typing import Protocol
 
 from torch import Tensor
 
 from lkv.hf import masks
 from lkv.hf.routing import Route
-from lkv.hf.versions import CacheLayerMixin, is_appended_by_copy
+from lkv.hf.versions import CacheLayerMixin, HFLayer, is_appended_by_copy
+
+
+class LayerBefore(Protocol):
+    """A layer before a call."""
+
+    @property
+    def length(self) -> int | None:
+        """Tokens in it; None in a layer that counts none."""
+        ...
+
+    def restore(self) -> bool:
+        """Takes back what came since; False where that is gone."""
+        ...
 
 
 class Call:
@@ -33,7 +47,7 @@ class Call:
         self.prompt = self.token_by_token = self.draft = self.due = self.done = False
         hidden = visible.hidden
         self.padding = None if hidden is None else masks.PaddingInfo.of(hidden[:, seen:])
-        self.before: dict[int, object] = {}
+        self.before: dict[int, LayerBefore] = {}
         self.waiting: dict[int, list[int]] = {}
         self._checked: weakref.ref[Tensor] | None = None
 
@@ -79,13 +93,13 @@ NOT_CAUSAL = (
 class OtherSnapshot:
     """A layer of transformers before a call: its attributes, if new tokens make new tensors there."""
 
-    def __init__(self, layer: CacheLayerMixin) -> None:
+    def __init__(self, layer: HFLayer) -> None:
+        self.layer = layer
         self.length = layer.get_seq_length() if isinstance(layer, CacheLayerMixin) else None
         self.state = dict(vars(layer)) if is_appended_by_copy(layer) else None
 
-    def restore(self, layer: CacheLayerMixin) -> bool:
-        """Takes back what came since; False where that is gone."""
+    def restore(self) -> bool:
         if self.state is not None:
-            vars(layer).clear()
-            vars(layer).update(self.state)
+            vars(self.layer).clear()
+            vars(self.layer).update(self.state)
         return self.state is not None

@@ -6,8 +6,9 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from lkv.hf import masks, planning
@@ -17,7 +18,7 @@ from lkv.hf.history import History
 from lkv.hf.layer import RaggedLayer
 from lkv.hf.routing import Route
 from lkv.hf.settings import Settings
-from lkv.hf.versions import HFCache, outside_graphs, own_layers, stage_of_generate
+from lkv.hf.versions import AttentionModule, HFCache, outside_graphs, own_layers, stage_of_generate
 from lkv_ext.shared import keeps_tensors
 
 
@@ -72,7 +73,8 @@ class Calls(HFCache):
     @property
     def _length(self) -> int:
         """Tokens so far, hidden and evicted ones included."""
-        return self.layers[next(iter(self.readers))].get_seq_length()
+        layer = self.layers[next(iter(self.readers))]
+        return layer.get_seq_length() if isinstance(layer, RaggedLayer) else 0
 
     # A call, from the hooks of `lkv.hf.routing`.
 
@@ -87,7 +89,7 @@ class Calls(HFCache):
             return 0
         return seen if int(positions.min()) == 0 else 0
 
-    def begin_call(self, route: Route, batch: int, count: int, mask: object) -> None:
+    def begin_call(self, route: Route, batch: int, count: int, mask: masks.Mask) -> None:
         """Begins with `count` new tokens. What the mask hides of earlier ones leaves the rows for good.
 
         Raises:
@@ -114,8 +116,9 @@ class Calls(HFCache):
             )
         if leaving is not None:
             self._hide(leaving)
-        if not call.prompt and self.settings.cap is not None:
-            self._evict_for_cap(count)
+        cap = self.settings.cap
+        if not call.prompt and cap is not None:
+            self._evict_for_cap(cap, count)
         self.call = call
 
     def end_call(self, done: bool) -> None:
@@ -127,7 +130,7 @@ class Calls(HFCache):
             if done:
                 call.check_complete(self.readers, self.model)
                 if call.due:
-                    self._evict_due(self.ragged)
+                    self._evict_due(call, self.ragged)
                 self.token_by_token = call.token_by_token
                 self.history.extend(call.visible, call.padding, call.batch, call.seen, call.count)
                 call.done = True
@@ -136,25 +139,25 @@ class Calls(HFCache):
 
     @outside_graphs
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """New keys and values `[B, H, n, D]` of one layer; returned is what its attention shall be given."""
         layer = self._begin_layer(layer_idx)
-        if not isinstance(layer, RaggedLayer):
+        if layer is None:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         keys, values = layer.update(key_states, value_states)
         setattr(keys, NOTE, (self, layer))
         return keys, values
 
     @outside_graphs
-    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> Tensor:
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """As transformers': of layers with a recurrent state, which are its own."""
         self._begin_layer(layer_idx)
         return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     @outside_graphs
     def update_recurrent_state(  # type: ignore[override]  # for every version of transformers
-        self, states: Tensor, layer_idx: int, *args: object, **kwargs: object
+        self, states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Tensor:
         """As transformers': of layers with a recurrent state, which are its own."""
         self._begin_layer(layer_idx)
@@ -164,10 +167,10 @@ class Calls(HFCache):
         self,
         layer: RaggedLayer,
         own: str,
-        module: nn.Module,
+        module: AttentionModule,
         states: tuple[Tensor, Tensor, Tensor],
         mask: Tensor | None,
-        kwargs: dict[str, object],
+        kwargs: dict[str, Any],
     ) -> tuple[Tensor, None]:
         """Attention to a layer: `[B, n, Hq, Dv]`. Behind the last module that reads it, its eviction, if it is time.
 
@@ -179,8 +182,8 @@ class Calls(HFCache):
             ValueError: where that is not expected (any more).
         """
         call, reader = self.call, module.layer_idx
-        waiting = () if call is None else call.waiting.get(layer.index, ())
-        if reader not in waiting:
+        waiting = None if call is None else call.waiting.get(layer.index)
+        if call is None or waiting is None or reader not in waiting:
             raise ValueError(
                 f"lkv.Cache: expected layers {list(self.readers[layer.index])} of {self.model} to attend once each to "
                 f"the keys of layer {layer.index} in the call that they came in, got layer {reader} once more"
@@ -190,7 +193,7 @@ class Calls(HFCache):
         out = layer.attend(call, own, module, states, mask, logits_of(own, states[0], kwargs), kwargs)
         # All else is behind the call, when all layers are planned for before any is evicted.
         if call.prompt and not waiting and self.settings.policy.scope == "layer":
-            self._evict_due([layer])
+            self._evict_due(call, [layer])
         return out, None
 
     def settle(self) -> None:
@@ -203,9 +206,7 @@ class Calls(HFCache):
             return
         while call.before:
             index, before = call.before.popitem()
-            layer = self.layers[index]
-            restored = layer.restore(before) if isinstance(layer, RaggedLayer) else before.restore(layer)
-            if not restored:
+            if not before.restore():
                 self.broken = index
         for layer in self.ragged:
             layer.observations.captured = None
@@ -234,9 +235,8 @@ class Calls(HFCache):
         """Evicts what a prompt has left, with no token to follow yet."""
         self._evict([layer for layer in self.ragged if layer.due], self.settings)
 
-    def _evict_due(self, layers: Sequence[RaggedLayer]) -> None:
+    def _evict_due(self, call: Call, layers: Sequence[RaggedLayer]) -> None:
         """Behind a call, or a layer of it: what has come with it as a prompt, or was left before a token."""
-        call = self.call
         wait = self.settings.chunks == "last" and not call.token_by_token
         if call.draft or (call.prompt and wait) or (self.in_prefill and wait):
             return
@@ -244,12 +244,13 @@ class Calls(HFCache):
         if layers:
             self._evict(layers, self.settings)
 
-    def _evict_for_cap(self, count: int) -> None:
+    def _evict_for_cap(self, cap: int, count: int) -> None:
         """Makes space below the cap for `count` tokens that were generated."""
         settings = self.settings
-        full = planning.over_cap([layer for layer in self.ragged if layer.rows is not None], settings, count)
+        packed = [layer for layer in self.ragged if layer.rows is not None]
+        full = planning.over_cap(packed, settings.policy, cap, count)
         if full:
-            self._evict(full, settings, max(settings.cap - max(settings.interval, count), 1))
+            self._evict(full, settings, max(cap - max(settings.interval, count), 1))
 
     def _evict(
         self,
@@ -274,8 +275,8 @@ class Calls(HFCache):
 
     # Within a call.
 
-    def _begin_layer(self, index: int) -> object:
-        """The layer, to which new keys or a new recurrent state come.
+    def _begin_layer(self, index: int) -> RaggedLayer | None:
+        """The layer, to which new keys or a new recurrent state come; None: one of transformers' own.
 
         Raises:
             ValueError: outside of a call, and where the layer has come before in this one.
@@ -290,12 +291,13 @@ class Calls(HFCache):
         if index in call.waiting:
             raise ValueError(f"lkv.Cache: expected keys of layer {index} once in a call, got them twice")
         layer = self.layers[index]
-        if index in self.readers:
+        if isinstance(layer, RaggedLayer):
             call.before[index] = layer.snapshot()
             call.waiting[index] = list(self.readers[index])
-        elif index not in call.before:
+            return layer
+        if index not in call.before:
             call.before[index] = OtherSnapshot(layer)
-        return layer
+        return None
 
     def _expect_idle(self) -> None:
         if self.call is not None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from lkv.hf.compat import attention_modules
-from lkv.hf.versions import CACHE_ARGUMENTS, outside_graphs
+from lkv.hf.versions import CACHE_ARGUMENTS, AttentionModule, outside_graphs
 
 HOOKED = frozenset({"hidden_states", "pre_rope_keys"})  # needs for which there are hooks
 
@@ -24,9 +25,9 @@ ROTATED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "ge
 class Captured:
     """What a module was called with: hidden states `[B, n, hidden]`, and cos and sin, `[B or 1, n, R]` each."""
 
-    module: nn.Module
-    hidden_states: Tensor | None
-    rotary: tuple[Tensor, Tensor] | None
+    module: AttentionModule
+    hidden_states: Tensor
+    rotary: tuple[Tensor, Tensor]
 
 
 def install_capture(decoder: nn.Module) -> None:
@@ -36,15 +37,16 @@ def install_capture(decoder: nn.Module) -> None:
             module.register_forward_pre_hook(_capture, with_kwargs=True)
 
 
-def _capture(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+def _capture(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for name in CACHE_ARGUMENTS:
         if getattr(kwargs.get(name), "is_lkv_cache", False):
-            _note(module, kwargs[name].layers, kwargs.get("hidden_states", args[0] if args else None), kwargs)
+            hidden: Any = kwargs.get("hidden_states", args[0] if args else None)
+            _note(module, kwargs[name].layers, hidden, kwargs.get("position_embeddings"))
 
 
 @outside_graphs
-def _note(module: nn.Module, layers: Sequence[object], hidden: Tensor, kwargs: dict[str, object]) -> None:
+def _note(module: AttentionModule, layers: Sequence[object], hidden: Tensor, rotary: Any) -> None:
     layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
     observations = getattr(layer, "observations", None)
     if observations is not None and observations.hooked:  # one of our layers that needs it
-        observations.captured = Captured(module, hidden, kwargs.get("position_embeddings"))
+        observations.captured = Captured(module, hidden, rotary)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lkv.hf.versions import CacheLayerMixin, RecurrentLayer, is_full_attention, own_layers
+from lkv.hf.versions import HFLayer, RecurrentLayer, is_full_attention, own_layers
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model in a wrapper: `PeftModel`, `OptimizedModule` of torch.compile, `DistributedDataParallel`."""
     while not isinstance(model, PreTrainedModel):
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if inner is None and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()
+        base = getattr(model, "get_base_model", None)
+        if inner is None and base is not None:
+            inner = base()
         if not isinstance(inner, nn.Module):
             break
         model = inner
@@ -72,9 +73,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def attention_modules(decoder: nn.Module) -> dict[int, nn.Module]:
     """By layer: the innermost modules that know the index of their layer and attend."""
-    indexed = [m for m in decoder.modules() if isinstance(getattr(m, "layer_idx", None), int)]
-    outer = {id(m) for m in indexed for inner in m.modules() if inner is not m and hasattr(inner, "layer_idx")}
-    return {m.layer_idx: m for m in indexed if id(m) not in outer}
+    indexed = [(i, m) for m in decoder.modules() if isinstance(i := getattr(m, "layer_idx", None), int)]
+    outer = {id(m) for _, m in indexed for inner in m.modules() if inner is not m and hasattr(inner, "layer_idx")}
+    return {i: m for i, m in indexed if id(m) not in outer}
 
 
 def _readers(name: str, decoder: PreTrainedModel) -> dict[int, tuple[int, ...]]:
@@ -100,7 +101,7 @@ def _readers(name: str, decoder: PreTrainedModel) -> dict[int, tuple[int, ...]]:
     return {i: tuple(all_of) for i, all_of in readers.items()}
 
 
-def _owner(module: nn.Module, modules: dict[int, nn.Module], layers: list[CacheLayerMixin]) -> int | None:
+def _owner(module: nn.Module, modules: dict[int, nn.Module], layers: list[HFLayer]) -> int | None:
     """The layer whose keys a module attends to: the last of its kind that has some."""
     known = getattr(module, "kv_shared_layer_index", None)
     if known is not None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lkv import policies
 from lkv.hf import state
@@ -22,6 +22,10 @@ from lkv_ext.shared import keeps_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+C = TypeVar("C", bound="Copies")
+Facts = tuple[PretrainedConfig, Settings, str, dict[int, tuple[int, ...]]]  # the arguments of `Calls._make`
 
 
 class Copies(Calls):
@@ -128,9 +132,7 @@ class Copies(Calls):
 
 
 @keeps_tensors
-def _revived(
-    cls: type[Copies], facts: tuple[object, ...], stored: state.State, device: torch.device | str | None = None
-) -> Copies:
+def _revived(cls: type[C], facts: Facts, stored: state.State, device: torch.device | str | None = None) -> C:
     cache = object.__new__(cls)
     cache._make(*facts)
     state.restore(cache, stored, device)

@@ -69,12 +69,15 @@ class History:
     @keeps_tensors
     def _extend(self, visible: Visible, padding: PaddingInfo | None, batch: int, seen: int, count: int) -> None:
         self.hidden = None if visible.hidden is None else visible.hidden.clone()
-        order = None if padding is None else padding.order
-        if order is None and self.places is None:
+        order, old = None if padding is None else padding.order, self.places
+        if order is not None:
+            new = order.argsort(1)
+        elif old is not None:
+            new = torch.arange(count, device=old.device).expand(batch, -1)
+        else:
             return
-        device = (order if order is not None else self.places).device
-        new = torch.arange(count, device=device).expand(batch, -1) if order is None else order.argsort(1)
-        old = torch.arange(seen, device=device).expand(batch, -1) if self.places is None else self.places
+        if old is None:
+            old = torch.arange(seen, device=new.device).expand(batch, -1)
         self.places = torch.cat([old, new + seen], 1)
 
     @keeps_tensors

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import add, attrgetter, sub
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lkv.hf.attention import Logits, own_attention
 from lkv.hf.call import Call
 from lkv.hf.masks import PaddingInfo
 from lkv.hf.planning import EvictionPlan
+from lkv.hf.queries import QueriesSnapshot
 from lkv.hf.storage import Storage
+from lkv.hf.versions import AttentionModule
+from lkv_ext import RaggedCache
 from lkv_ext.shared import keeps_tensors
 
 COUNTS = ("token_counts", "row_counts", "evicted", "evictions", "due", "scaling", "softcap", "sinks", "is_initialized")
@@ -23,10 +27,15 @@ _COUNTS = attrgetter(*COUNTS)
 class Snapshot:
     """A layer before a call, as far as it is not the rows themselves: what a call appends lies behind them."""
 
+    layer: RaggedLayer
     length: int
-    counts: tuple[object, ...]
+    counts: tuple[Any, ...]
     rows: tuple[int, int, int] | None
-    queries: object
+    queries: QueriesSnapshot | None
+
+    def restore(self) -> bool:
+        """See `LayerBefore`."""
+        return self.layer.restore(self)
 
 
 class RaggedLayer(Storage):
@@ -47,7 +56,7 @@ class RaggedLayer(Storage):
             raise ValueError("lkv.Cache: expected a model run under torch.no_grad, got keys that require a gradient")
         if rows is not None:
             _check_tokens(keys, values, rows.lengths.shape, rows.k, rows.v)
-        elif self.keys is not None:
+        elif self.keys is not None and self.values is not None:
             _check_tokens(keys, values, self.keys.shape[:2], self.keys, self.values)
             keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
         self.is_initialized = True
@@ -56,8 +65,8 @@ class RaggedLayer(Storage):
     # What a cache calls.
 
     def attend(
-        self, call: Call, own: str, module: nn.Module, states: tuple[Tensor, Tensor, Tensor], mask: Tensor | None,
-        logits: Logits, kwargs: dict[str, object],
+        self, call: Call, own: str, module: AttentionModule, states: tuple[Tensor, Tensor, Tensor], mask: Tensor | None,
+        logits: Logits, kwargs: dict[str, Any],
     ) -> Tensor:  # fmt: skip
         """Attention of the new queries: `[B, n, Hq, Dv]`. In the layer whose keys they are, new tokens become rows.
 
@@ -65,18 +74,18 @@ class RaggedLayer(Storage):
             own: the model's own attention, which runs while the rows are whole.
             states: queries `[B, Hq, n, D]`, and the keys and values that `update` returned.
         """
-        query, key, value = states
+        (query, key, value), rows = states, self.rows
         if module.layer_idx != self.index:  # a layer that shares these keys, and may have the last queries alone
-            if self.rows is None:
+            if rows is None:
                 return own_attention(own, module, query, key, value, mask, **kwargs)[0]
             call.check_mask(mask)
-            return self._attend_rows(call, query, logits)
+            return self._attend_rows(rows, call, query, logits)
         self.scaling, self.softcap, self.sinks = logits
         padding, count = call.padding, call.count
-        if self.rows is None and padding is not None and self._leaves_gaps(padding, count):
+        if rows is None and padding is not None and self._leaves_gaps(padding, count):
             self.apply(EvictionPlan(None, None, self.row_counts))
-            key, value = key[:, :, -count:], value[:, :, -count:]
-        if self.rows is None:
+            key, value, rows = key[:, :, -count:], value[:, :, -count:], self.rows
+        if rows is None:
             out, _ = own_attention(own, module, query, key, value, mask, **kwargs)
             self._take(call, module, query, key, value)
             return out
@@ -84,11 +93,11 @@ class RaggedLayer(Storage):
             call.check_mask(mask)
         if torch.is_grad_enabled():  # of queries alone: none of keys is required
             with torch.no_grad():
-                return self._append(call, module, query, key, value, logits)
-        return self._append(call, module, query, key, value, logits)
+                return self._append(rows, call, module, query, key, value, logits)
+        return self._append(rows, call, module, query, key, value, logits)
 
     @keeps_tensors
-    def _take(self, call: Call, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def _take(self, call: Call, module: AttentionModule, query: Tensor, key: Tensor, value: Tensor) -> None:
         """New whole rows, and all earlier ones."""
         padding = call.padding
         self.keys, self.values = key.view_as(key), value
@@ -99,31 +108,32 @@ class RaggedLayer(Storage):
         self.due = call.due = True
 
     def _append(
-        self, call: Call, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, logits: Logits
-    ) -> Tensor:
+        self, rows: RaggedCache, call: Call, module: AttentionModule, query: Tensor, key: Tensor, value: Tensor,
+        logits: Logits,
+    ) -> Tensor:  # fmt: skip
         """New packed rows, and attention to all."""
         padding = call.padding
         if padding is None:
-            self.rows.append_unchecked(key, value)
+            rows.append_unchecked(key, value)
         else:
             if padding.order is not None:
                 key, value = _in_order(key, padding.order), _in_order(value, padding.order)
-            self.rows.append(key, value, valid=padding.counts)
-            self.evicted = self.rows.seen
+            rows.append(key, value, valid=padding.counts)
+            self.evicted = rows.seen
         self._count(call, module, query)
         self.due = self.due or call.prompt
         call.due = call.due or self.due
-        return self._attend_rows(call, query, logits)
+        return self._attend_rows(rows, call, query, logits)
 
-    def _attend_rows(self, call: Call, query: Tensor, logits: Logits) -> Tensor:
+    def _attend_rows(self, rows: RaggedCache, call: Call, query: Tensor, logits: Logits) -> Tensor:
         """The queries are of the last of the new tokens: of all of them, except in layers that share keys."""
         scale, softcap, sinks = logits
         order = None if call.padding is None else call.padding.order
         if order is None:
-            return self.rows.attend(query, scale=scale, softcap=softcap, sinks=sinks).transpose(1, 2).contiguous()
+            return rows.attend(query, scale=scale, softcap=softcap, sinks=sinks).transpose(1, 2).contiguous()
         left_out = call.count - query.shape[2]
         query = torch.nn.functional.pad(query, (0, 0, left_out, 0))
-        out = self.rows.attend(_in_order(query, order), scale=scale, softcap=softcap, sinks=sinks).transpose(1, 2)
+        out = rows.attend(_in_order(query, order), scale=scale, softcap=softcap, sinks=sinks).transpose(1, 2)
         out = torch.empty_like(out).scatter_(1, order.to(out.device)[:, :, None, None].expand_as(out), out)
         return out[:, left_out:].contiguous()
 
@@ -132,10 +142,10 @@ class RaggedLayer(Storage):
         earlier = self.token_counts or [0] * len(padding.counts)
         return any(before and new < count for before, new in zip(earlier, padding.counts, strict=True))
 
-    def _count(self, call: Call, module: nn.Module, query: Tensor) -> None:
+    def _count(self, call: Call, module: AttentionModule, query: Tensor) -> None:
         batch, padding = call.batch, call.padding
         new = [call.count] * batch if padding is None else padding.counts
-        heads = self.keys.shape[1] if self.rows is None else self.rows.lengths.shape[1]
+        heads = self.whole()[0].shape[1] if self.rows is None else self.rows.lengths.shape[1]
         self.token_counts = [*map(add, self.token_counts or [0] * batch, new)]
         self.row_counts = [*map(add, self.row_counts or [0] * batch, map(heads.__mul__, new))]
         observations = self.observations
@@ -151,7 +161,7 @@ class RaggedLayer(Storage):
             length, rows_before = 0 if self.keys is None else self.keys.shape[2], None
         else:
             length, rows_before = rows.seen, rows.mark()
-        return Snapshot(length, _COUNTS(self), rows_before, None if queries is None else queries.snapshot())
+        return Snapshot(self, length, _COUNTS(self), rows_before, None if queries is None else queries.snapshot())
 
     @keeps_tensors
     def restore(self, snapshot: Snapshot) -> bool:
@@ -166,7 +176,7 @@ class RaggedLayer(Storage):
             new = [*map(sub, self.token_counts, before["token_counts"])]
             self.rows.restore(snapshot.rows or (snapshot.length, 0, snapshot.length), new)
         else:
-            self.keys, self.values = self.keys[:, :, : snapshot.length], self.values[:, :, : snapshot.length]
+            self.keys, self.values = (t[:, :, : snapshot.length] for t in self.whole())
         vars(self).update(before)
         if packed:
             self.evicted = snapshot.length

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Mask = Tensor | Mapping[str, Tensor | None] | None  # what a decoder may be given, see `read`
+
 
 @dataclass(frozen=True)
 class PaddingInfo:
@@ -25,12 +27,12 @@ class PaddingInfo:
     def of(cls, hidden: Tensor) -> PaddingInfo | None:
         """From bool `[B, n]`, the hidden tokens; None: nothing is hidden."""
         count = hidden.shape[1]
-        counts = (~hidden).sum(1)
-        in_order = (hidden == (torch.arange(count, device=hidden.device) < count - counts[:, None])).all()
-        *counts, in_order = torch.cat([counts, in_order[None]]).tolist()  # one synchronisation on CUDA
+        visible = (~hidden).sum(1)
+        in_order = (hidden == (torch.arange(count, device=hidden.device) < count - visible[:, None])).all()
+        *counts, ordered = torch.cat([visible, in_order[None]]).tolist()  # one synchronisation on CUDA
         if all(n == count for n in counts):
             return None
-        return cls(counts, None if in_order else (~hidden).byte().argsort(dim=1, stable=True))
+        return cls(counts, None if ordered else (~hidden).byte().argsort(dim=1, stable=True))
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Visible:
     causal: bool
 
 
-def read(mask: object, outer: Tensor | None, known: Tensor | None, batch: int, seen: int, count: int) -> Visible:
+def read(mask: Mask, outer: Tensor | None, known: Tensor | None, batch: int, seen: int, count: int) -> Visible:
     """Reads the mask that a decoder is given for `count` tokens after the first `seen`.
 
     Args:
@@ -62,8 +64,8 @@ def read(mask: object, outer: Tensor | None, known: Tensor | None, batch: int, s
     total = seen + count
     outer = outer if outer is not None and tuple(outer.shape) == (batch, total) else None
     if outer is not None and (mask is None or mask.shape != outer.shape):
-        narrow = mask is None or mask.shape[-1] != total or mask.dim() == 2
-        causal = narrow or _read_square(mask, batch, seen, count).causal
+        square = None if mask is None or mask.shape[-1] != total or mask.dim() == 2 else mask
+        causal = square is None or _read_square(square, batch, seen, count).causal
         return Visible(_read_rows(outer, batch, total), causal)
     if mask is None:
         return Visible(None, True)

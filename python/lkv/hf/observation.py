@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lkv.hf.capture import HOOKED, Captured
 from lkv.hf.masks import PaddingInfo
-from lkv.hf.queries import LastQueries
+from lkv.hf.queries import LastQueries, QueriesSnapshot
 from lkv.hf.settings import Settings
 from lkv.hf.token_log import Rotary, Rotations, TokenLog
+from lkv.hf.versions import AttentionModule
 from lkv.policies import Observation
 from lkv_ext import RaggedCache
+
+T = TypeVar("T")
 
 
 class ObservationBuffer:
@@ -35,7 +38,7 @@ class ObservationBuffer:
         self.rotary: Rotary | None = None
         self.rotates = "pre_rope_keys" in settings.observe
 
-    def push_captured(self, module: nn.Module, before: int, padding: PaddingInfo | None) -> None:
+    def push_captured(self, module: AttentionModule, before: int, padding: PaddingInfo | None) -> None:
         """Adds what a hook has captured of the tokens behind the first `before`.
 
         Raises:
@@ -73,9 +76,9 @@ class ObservationBuffer:
             if part is not None:
                 part.select(indices)
 
-    def restore(self, queries: object, length: int) -> None:
+    def restore(self, queries: QueriesSnapshot | None, length: int) -> None:
         """Takes back what was pushed since `queries.snapshot()`; `length` tokens are left."""
-        if self.queries is not None:
+        if self.queries is not None and queries is not None:
             self.queries.restore(queries)
         self.captured = None
         self._truncate(length)
@@ -89,11 +92,9 @@ class ObservationBuffer:
 
 
 class ObservedLayer(Protocol):
-    """A layer as `observe` and a plan of its eviction see it: whole rows in `keys` and `values`, or packed ones."""
+    """A layer as `observe` and a plan of its eviction see it: whole rows, or packed ones in `rows`."""
 
     index: int
-    keys: Tensor | None
-    values: Tensor | None
     rows: RaggedCache | None
     token_counts: list[int]
     row_counts: list[int]
@@ -105,11 +106,13 @@ class ObservedLayer(Protocol):
     @property
     def heads(self) -> int: ...
 
+    def whole(self) -> tuple[Tensor, Tensor]: ...
+
 
 def observe(layer: ObservedLayer, needs: frozenset[str], window: int) -> Observation:
     """The rows of a layer, whole or packed, and what is needed beside them, the queries of a window."""
     if layer.rows is None:
-        keys, values = layer.keys, layer.values
+        keys, values = layer.whole()
         batch, heads, length = keys.shape[:3]
         lengths = torch.tensor(layer.token_counts, device=keys.device)[:, None].expand(batch, heads)
         starts = length - lengths
@@ -119,14 +122,23 @@ def observe(layer: ObservedLayer, needs: frozenset[str], window: int) -> Observa
         keys, values, positions = map(rows.padded, (rows.k, rows.v, rows.positions))
         lengths = rows.lengths.long()
         starts = torch.zeros_like(lengths)
-    observations, queries = layer.observations, (None, None, None)
+    observations = layer.observations
+    queries = places = filled = pre_rope = hidden = None
     if "queries" in needs:
-        queries = observations.queries.read(max(window, 1))
-    pre_rope = hidden = None
+        queries, places, filled = _observed(observations.queries, "queries").read(max(window, 1))
     if "pre_rope_keys" in needs:
-        pre_rope = observations.rotary.undo(keys, None if layer.rows is None else positions)
+        rotary = _observed(observations.rotary, "pre_rope_keys")
+        pre_rope = rotary.undo(keys, None if layer.rows is None else positions)
     if "hidden_states" in needs:
-        hidden = observations.hidden_states.read().expand(len(keys), -1, -1)
+        hidden = _observed(observations.hidden_states, "hidden_states").read().expand(len(keys), -1, -1)
     return Observation(
-        keys, values, positions, lengths, starts, *queries, layer.scaling, layer.softcap, hidden, pre_rope, layer.sinks
+        *(keys, values, positions, lengths, starts, queries, places, filled),
+        *(layer.scaling, layer.softcap, hidden, pre_rope, layer.sinks),
     )
+
+
+def _observed(part: T | None, name: str) -> T:
+    """What a policy needs. Raises ValueError where the cache does not observe it."""
+    if part is None:
+        raise ValueError(f"lkv.Cache: expected {name} to be observed, got none: make the cache with observe=[{name!r}]")
+    return part

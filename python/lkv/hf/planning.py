@@ -86,10 +86,10 @@ def one_total(policy: Policy) -> bool:
     return policy.scope == "model" or isinstance(policy, Ahead)
 
 
-def over_cap(layers: Sequence[L], settings: Settings, count: int) -> list[L]:
+def over_cap(layers: Sequence[L], policy: Policy, cap: int, count: int) -> list[L]:
     """The layers that `count` more tokens would take over the cap; all or none of them where they share one total."""
-    groups = [list(layers)] if one_total(settings.policy) else [[layer] for layer in layers]
-    full = [group for group in groups if group and _rows_after(group, count) > settings.cap * _heads(group)]
+    groups = [list(layers)] if one_total(policy) else [[layer] for layer in layers]
+    full = [group for group in groups if group and _rows_after(group, count) > cap * _heads(group)]
     return [layer for group in full for layer in group]
 
 
@@ -105,7 +105,7 @@ def _rows_after(layers: Sequence[ObservedLayer], count: int) -> int:
 def _plan(layer: ObservedLayer, settings: Settings, rows: int | None, given: Tensor | None) -> EvictionPlan:
     policy = settings.policy
     if isinstance(policy, Ahead):
-        return _plan_ahead(layer, settings, rows, given)
+        return _plan_ahead(layer, settings, policy, rows, given)
     totals = list(map(min, layer.row_counts, _wanted(layer, settings, rows)))
     if totals == layer.row_counts:
         return EvictionPlan(None, None, totals)
@@ -116,13 +116,15 @@ def _plan(layer: ObservedLayer, settings: Settings, rows: int | None, given: Ten
     return EvictionPlan(scores, budgets, totals, policy.sink, policy.window)
 
 
-def _plan_ahead(layer: ObservedLayer, settings: Settings, rows: int | None, given: Tensor | None) -> EvictionPlan:
+def _plan_ahead(
+    layer: ObservedLayer, settings: Settings, ahead: Ahead, rows: int | None, given: Tensor | None
+) -> EvictionPlan:
     policy, counts = settings.policy, layer.token_counts
     wanted = [min(n, settings.target(n) if rows is None else rows) for n in counts]
     if wanted == counts:
         return EvictionPlan(None, None, layer.row_counts)
     scores, observed = _score(layer, policy, given)
-    budgets = policy.ahead(layer.index, torch.tensor(wanted), torch.tensor(counts))
+    budgets = ahead.ahead(layer.index, torch.tensor(wanted), torch.tensor(counts))
     _check_budgets(policy, budgets, observed.lengths.shape)
     # Whole rows are as many as there are tokens; of packed ones only the device knows.
     there = torch.tensor(counts)[:, None] if layer.rows is None else observed.lengths.cpu()

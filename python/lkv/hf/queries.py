@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lkv.hf.masks import PaddingInfo
 from lkv_ext.shared import keeps_tensors
+
+
+class Slots(NamedTuple):
+    """Queries of the last tokens, in order.
+
+    Attributes:
+        queries: `[B, Hq, s, D]`.
+        places: int64 `[B, s]`, which tokens they are of.
+        filled: bool `[B, s]`, which slots hold a token.
+    """
+
+    queries: Tensor
+    places: Tensor
+    filled: Tensor
+
+
+QueriesSnapshot = tuple[int, list[Tensor], int, Slots | None]  # tokens, steps, how many of these, slots
 
 
 class LastQueries:
@@ -22,46 +40,49 @@ class LastQueries:
 
     def __init__(self, window: int) -> None:
         self.window = window
-        self._slots = window + 1
+        self._count = window + 1
         self.seen = 0  # tokens, padding included
         self._steps: list[Tensor] = []  # [B, Hq, 1, D], the last tokens
-        # Before these, in order: queries [B, Hq, s, D], places int64 [B, s], and which slots hold a token, bool [B, s].
-        self._queries: Tensor | None = None
-        self._places: Tensor | None = None
-        self._filled: Tensor | None = None
+        self._slots: Slots | None = None  # of the tokens before these
 
     def push(self, queries: Tensor, padding: PaddingInfo | None = None) -> None:
         """Adds the queries of the next n tokens, `[B, Hq, n, D]`."""
         count = queries.shape[2]
         if count == 1 and padding is None:
-            if len(self._steps) >= self._slots:
+            if len(self._steps) >= self._count:
                 self._put_together()
             self._steps.append(queries.detach())
         else:
             self._extend(queries, padding)
         self.seen += count
 
-    def read(self, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The last w queries `[B, Hq, w, D]`, their places `[B, w]`, which slots hold one, bool `[B, w]`; in order."""
-        self._put_together()
-        first = self._slots - (self.window if last is None else min(last, self.window))
-        return self._queries[:, :, first:], self._places[:, first:], self._filled[:, first:]
+    def read(self, last: int | None = None) -> Slots:
+        """The last w queries `[B, Hq, w, D]`, their places `[B, w]`, which slots hold one, bool `[B, w]`; in order.
+
+        Raises:
+            ValueError: before any token has come.
+        """
+        slots = self._put_together()
+        if slots is None:
+            raise ValueError("lkv.Cache: expected queries of tokens so far, got none: feed a prompt first")
+        first = self._count - (self.window if last is None else min(last, self.window))
+        return Slots(slots.queries[:, :, first:], slots.places[:, first:], slots.filled[:, first:])
 
     def state(self) -> dict[str, object]:
         """All of it, for `load`."""
-        self._put_together()
-        parts = {"queries": self._queries, "places": self._places, "real": self._filled}
+        queries, places, filled = self._put_together() or (None, None, None)
+        parts = {"queries": queries, "places": places, "real": filled}
         return {"window": self.window, "seen": self.seen, "oldest": 0, **parts}
 
-    def load(self, state: dict[str, object], batch: int, length: int) -> None:
+    def load(self, state: Mapping[str, Any], batch: int, length: int) -> None:
         """What `state` gave.
 
         Raises:
             ValueError: for another window, and what is not of `batch` sequences of `length` tokens.
         """
         queries, places, filled = state["queries"], state["places"], state["real"]
-        shape = (batch, self._slots)
-        right = (state["window"], state["seen"]) == (self.window, length) and 0 <= state["oldest"] < self._slots
+        shape = (batch, self._count)
+        right = (state["window"], state["seen"]) == (self.window, length) and 0 <= state["oldest"] < self._count
         if queries is not None:
             right &= tuple(places.shape) == tuple(filled.shape) == shape == (queries.shape[0], queries.shape[2])
             right = right and places.dtype == torch.int64 and filled.dtype == torch.bool
@@ -74,55 +95,54 @@ class LastQueries:
             queries, places, filled = queries.roll(back, 2), places.roll(back, 1), filled.roll(back, 1)
             filled = filled & (places < length)
         self.seen = state["seen"]
-        self._queries, self._places, self._filled = queries, places, filled
+        self._slots = None if queries is None else Slots(queries, places, filled)
 
-    def snapshot(self) -> tuple[object, ...]:
+    def snapshot(self) -> QueriesSnapshot:
         """For `restore`."""
-        return self.seen, self._steps, len(self._steps), self._queries, self._places, self._filled
+        return self.seen, self._steps, len(self._steps), self._slots
 
     def __deepcopy__(self, memo: dict[int, object]) -> LastQueries:
         other = copy.copy(self)
         other._steps = list(self._steps)
         return other
 
-    def restore(self, snapshot: tuple[object, ...]) -> None:
+    def restore(self, snapshot: QueriesSnapshot) -> None:
         """Takes back what was pushed since."""
-        self.seen, steps, count, self._queries, self._places, self._filled = snapshot
+        self.seen, steps, count, self._slots = snapshot
         self._steps = steps[:count]
 
     @keeps_tensors
     def crop(self, tokens: int) -> None:
         """Forgets the last tokens; those that they had pushed out do not come back."""
-        if self.seen == 0 or tokens == 0:
-            return
-        self._put_together()
-        self.seen -= tokens
-        self._filled = self._filled & (self._places < self.seen)
-        self._keep_last(self._queries, self._places, self._filled)
+        slots = self._put_together() if self.seen and tokens else None
+        if slots is not None:
+            self.seen -= tokens
+            self._keep_last(slots._replace(filled=slots.filled & (slots.places < self.seen)))
 
     @keeps_tensors
     def hide(self, leaving: Tensor) -> None:
         """The queries of some tokens do not count any more: bool `[B, L]`, by place."""
-        if self.seen:
-            self._put_together()
-            at = self._places.clamp(max=leaving.shape[1] - 1)
-            filled = self._filled & ~leaving.to(self._filled.device).gather(1, at)
-            self._keep_last(self._queries, self._places, filled)
+        slots = self._put_together() if self.seen else None
+        if slots is not None:
+            at = slots.places.clamp(max=leaving.shape[1] - 1)
+            hidden = leaving.to(slots.filled.device).gather(1, at)
+            self._keep_last(slots._replace(filled=slots.filled & ~hidden))
 
     @keeps_tensors
     def select(self, indices: Tensor) -> None:
         """Sequences `indices`, in that order."""
-        if self.seen:
-            self._put_together()
-            chosen = indices.to(self._queries.device).clone()
-            self._queries, self._places, self._filled = (t[chosen] for t in (self._queries, self._places, self._filled))
+        slots = self._put_together() if self.seen else None
+        if slots is not None:
+            chosen = indices.to(slots.queries.device).clone()
+            self._slots = Slots(*(t[chosen] for t in slots))
 
     @keeps_tensors
-    def _put_together(self) -> None:
-        """Moves the noted steps behind the others."""
+    def _put_together(self) -> Slots | None:
+        """Moves the noted steps behind the others; None before any token."""
         if self._steps:
             steps, self._steps = self._steps, []
             self._append(torch.cat(steps, 2), self.seen - len(steps), None)
+        return self._slots
 
     @keeps_tensors
     def _extend(self, queries: Tensor, padding: PaddingInfo | None) -> None:
@@ -135,26 +155,28 @@ class LastQueries:
         """Queries `[B, Hq, n, D]` of the tokens from `first` on, of which the last `valid` of a sequence count."""
         batch, heads, count, dim = queries.shape
         device = queries.device
-        if self._queries is None:
-            self._queries = queries.new_zeros(batch, heads, self._slots, dim)
-            self._places = torch.zeros(batch, self._slots, dtype=torch.int64, device=device)
-            self._filled = torch.zeros_like(self._places, dtype=torch.bool)
-        taken = min(count, self._slots)
+        old = self._slots
+        if old is None:
+            nowhere = torch.zeros(batch, self._count, dtype=torch.int64, device=device)
+            old = Slots(queries.new_zeros(batch, heads, self._count, dim), nowhere, nowhere.bool())
+        taken = min(count, self._count)
         places = torch.arange(first + count - taken, first + count, device=device).expand(batch, -1)
         filled = torch.ones_like(places, dtype=torch.bool)
         if valid is not None:
             filled = torch.arange(taken, 0, -1, device=device) <= torch.tensor([[n] for n in valid], device=device)
         self._keep_last(
-            torch.cat([self._queries, queries[:, :, count - taken :]], 2),
-            torch.cat([self._places, places], 1),
-            torch.cat([self._filled, filled], 1),
+            Slots(
+                torch.cat([old.queries, queries[:, :, count - taken :]], 2),
+                torch.cat([old.places, places], 1),
+                torch.cat([old.filled, filled], 1),
+            )
         )
 
-    def _keep_last(self, queries: Tensor, places: Tensor, filled: Tensor) -> None:
+    def _keep_last(self, slots: Slots) -> None:
         """The last slots that hold a token, behind those that hold none."""
-        order = filled.byte().argsort(dim=1, stable=True)[:, -self._slots :]
-        self._queries = _by_place(queries, order)
-        self._places, self._filled = places.gather(1, order), filled.gather(1, order)
+        queries, places, filled = slots
+        order = filled.byte().argsort(dim=1, stable=True)[:, -self._count :]
+        self._slots = Slots(_by_place(queries, order), places.gather(1, order), filled.gather(1, order))
 
 
 def _by_place(queries: Tensor, order: Tensor) -> Tensor:

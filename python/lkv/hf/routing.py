@@ -12,11 +12,11 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lkv.hf.attention import make_attention
 from lkv.hf.compat import Decoder
+from lkv.hf.masks import Mask
 from lkv.hf.versions import CACHE_ARGUMENTS, outside_graphs
 
 PREFIX = "lkv_"
@@ -41,7 +42,7 @@ class CallOwner(Protocol):
     outer_mask: Tensor | None
 
     def repeated(self, count: int, positions: Tensor | None) -> int: ...
-    def begin_call(self, route: Route, batch: int, count: int, mask: object) -> None: ...
+    def begin_call(self, route: Route, batch: int, count: int, mask: Mask) -> None: ...
     def end_call(self, done: bool) -> None: ...
 
 
@@ -125,7 +126,9 @@ def install(decoder: Decoder) -> None:
                 module.register_forward_hook(after, with_kwargs=True, always_call=True)
 
 
-def _begin(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+def _begin(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     cache = _cache_of(module, args, kwargs)
     if cache is None:
         return None
@@ -141,13 +144,13 @@ def _begin(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object
     return args, kwargs | new
 
 
-def _end(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+def _end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
     cache = _cache_of(module, args, kwargs)
     if cache is not None:
         _end_call(cache, output is not None)  # a forward that raised has none
 
 
-def _begin_outer(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+def _begin_outer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = _cache_of(module, args, kwargs)
     if cache is not None:
         mask = _argument(module, args, kwargs, "attention_mask")
@@ -155,14 +158,14 @@ def _begin_outer(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, 
             cache.outer_mask = mask
 
 
-def _end_outer(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+def _end_outer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
     cache = _cache_of(module, args, kwargs)
     if cache is not None:
         cache.outer_mask = None
 
 
 @outside_graphs
-def _begin_call(cache: CallOwner, decoder: nn.Module, tokens: Tensor, mask: object, positions: Tensor | None) -> int:
+def _begin_call(cache: CallOwner, decoder: nn.Module, tokens: Tensor, mask: Mask, positions: Tensor | None) -> int:
     """How many of the first tokens are left out, as the cache has them."""
     batch, count = tokens.shape[:2]
     skip = cache.repeated(count, positions)
@@ -180,7 +183,7 @@ def _end_call(cache: CallOwner, done: bool) -> None:
     cache.end_call(done)
 
 
-def _cache_of(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> CallOwner | None:
+def _cache_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallOwner | None:
     """The cache of ours that a forward was given, if any."""
     for name in CACHE_ARGUMENTS:
         cache = _argument(module, args, kwargs, name)
@@ -189,30 +192,28 @@ def _cache_of(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, obj
     return None
 
 
-def _argument(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], name: str) -> object:
+def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     if name in kwargs or not args:
         return kwargs.get(name)
     if len(args) == 1:  # what models are called with: the tokens, and all else by name
         return args[0] if name == "input_ids" else None
-    place = _places(type(module)).get(name, len(args))
+    place = _places(type(module).forward).get(name, len(args))
     return args[place] if place < len(args) else None
 
 
 @lru_cache(maxsize=64)
-def _places(kind: type[nn.Module]) -> dict[str, int]:
+def _places(forward: Callable[..., Any]) -> dict[str, int]:
     """Positions of the arguments of a forward, by name."""
-    names: Sequence[str] = list(inspect.signature(kind.forward).parameters)
+    names: Sequence[str] = list(inspect.signature(forward).parameters)
     return {name: place - 1 for place, name in enumerate(names)}
 
 
 def _configs_of(decoder: nn.Module) -> list[PretrainedConfig]:
     """Where the attention modules of a decoder read the name."""
     if decoder not in _configs:
-        all_of = [
-            decoder.config,
-            *(m.config for m in decoder.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")),
-        ]
-        _configs[decoder] = list({id(config): config for config in all_of}.values())
+        readers = (m for m in decoder.modules() if hasattr(m, "layer_idx") and hasattr(m, "config"))
+        configs: list[Any] = [decoder.config, *(m.config for m in readers)]
+        _configs[decoder] = list({id(config): config for config in configs}.values())
     return _configs[decoder]
 
 

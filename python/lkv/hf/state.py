@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from os import PathLike
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,11 +20,12 @@ from lkv import policies
 from lkv.hf.calls import Calls
 from lkv.hf.layer import RaggedLayer
 from lkv.hf.settings import Settings
-from lkv.hf.versions import own_layers
+from lkv.hf.token_log import Rotary
+from lkv.hf.versions import HFLayer, own_layers
 
 FORMAT = 1
 COUNTS = ("evicted", "evictions", "due", "scaling", "softcap", "sinks")
-State = dict[str, object]
+State = dict[str, Any]  # of tensors, numbers, texts, and dicts and lists of these
 # Attributes of a layer that are stored as they are, by their names in the file.
 _PLAIN = {name: name for name in (*COUNTS, "keys", "values")} | {"token_counts": "real", "row_counts": "held"}
 
@@ -45,7 +47,7 @@ def state_of(cache: Calls) -> State:
     }
 
 
-def restore(cache: Calls, state: State, device: torch.device | None = None) -> None:
+def restore(cache: Calls, state: State, device: torch.device | str | None = None) -> None:
     """Makes an empty cache what `state_of` gave.
 
     Raises:
@@ -125,7 +127,7 @@ def fingerprint(config: PretrainedConfig) -> State:
 # A layer.
 
 
-def _of_ragged(layer: RaggedLayer, rotaries: list[object]) -> State:
+def _of_ragged(layer: RaggedLayer, rotaries: list[Rotary]) -> State:
     observations, hidden = layer.observations, layer.observations.hidden_states
     return {key: getattr(layer, name) for name, key in _PLAIN.items()} | {
         "rows": None if layer.rows is None else layer.rows.__getstate__() | {"companions": list(layer.rows.companions)},
@@ -148,7 +150,7 @@ def _into_ragged(layer: RaggedLayer, state: State) -> None:
         _expect(rows.batch == len(tokens) and layer.keys is None, f"rows of {len(tokens)} sequences", rows.batch)
         _expect(rows.lengths.sum(1).tolist() == rows_now, f"{rows_now} rows", rows.lengths.sum(1).tolist())
     elif layer.keys is not None:
-        keys, values = layer.keys, layer.values
+        keys, values = layer.whole()
         _expect(keys.dim() == 4 == values.dim() and keys.shape[:3] == values.shape[:3], "keys as values", keys.shape)
         _expect(keys.shape[0] == len(tokens), f"keys of {len(tokens)} sequences", keys.shape[0])
         _expect(
@@ -170,13 +172,13 @@ def _into_ragged(layer: RaggedLayer, state: State) -> None:
         observations.rotary = layer.rotations.all[state["rotary"]]
 
 
-def _of_other(layer: object) -> State:
+def _of_other(layer: HFLayer) -> State:
     """transformers' own: its attributes, which are tensors, numbers, and dicts of both by number."""
     kept = {k: v for k, v in vars(layer).items() if not isinstance(v, (torch.device, torch.dtype))}
     return {name: list(value.values()) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
-def _into_other(layer: object, state: State) -> None:
+def _into_other(layer: HFLayer, state: State) -> None:
     tensors = [t for value in state.values() for t in (value if isinstance(value, list) else [value])]
     first = next((t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()), None)
     for name, value in state.items():
@@ -185,7 +187,7 @@ def _into_other(layer: object, state: State) -> None:
         old = vars(layer)[name]
         setattr(layer, name, dict(enumerate(value)) if isinstance(old, Mapping) else value)
     if first is not None:
-        layer.device, layer.dtype = first.device, first.dtype
+        vars(layer).update(device=first.device, dtype=first.dtype)
 
 
 def _check_together(cache: Calls) -> None:
@@ -235,7 +237,7 @@ def _policy(state: State) -> policies.Policy:
 # Tensors in and out of nested data.
 
 
-def _mapped(value: object, change: Callable[[str, object], object], name: str = "") -> object:
+def _mapped(value: Any, change: Callable[[str, Any], Any], name: str = "") -> Any:
     if isinstance(value, dict):
         return {k: _mapped(v, change, f"{name}.{k}") for k, v in value.items()}
     if isinstance(value, list):
@@ -243,8 +245,8 @@ def _mapped(value: object, change: Callable[[str, object], object], name: str = 
     return change(name, value)
 
 
-def _without_tensors(value: object, name: str, tensors: dict[str, Tensor]) -> object:
-    def change(path: str, leaf: object) -> object:
+def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    def change(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         tensors[path] = leaf.detach().clone(memory_format=torch.contiguous_format)
@@ -253,7 +255,7 @@ def _without_tensors(value: object, name: str, tensors: dict[str, Tensor]) -> ob
     return _mapped(value, change, name)
 
 
-def _with_tensors(value: object, tensors: Mapping[str, Tensor]) -> object:
+def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, dict):
         if value.keys() == {"tensor"}:
             return tensors[value["tensor"]]
@@ -261,7 +263,7 @@ def _with_tensors(value: object, tensors: Mapping[str, Tensor]) -> object:
     return [_with_tensors(v, tensors) for v in value] if isinstance(value, list) else value
 
 
-def _moved(value: State, device: torch.device | None) -> State:
+def _moved(value: State, device: torch.device | str | None) -> State:
     return _mapped(value, lambda _, leaf: leaf.to(device) if isinstance(leaf, Tensor) and device is not None else leaf)
 
 

@@ -54,10 +54,17 @@ class Storage(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         self.is_initialized = True
 
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values while the rows are whole, `[B, H, L, D]`. Raises ValueError where they are not."""
+        keys, values = self.keys, self.values
+        if keys is None or values is None:
+            raise ValueError(f"lkv.Cache: expected whole rows in layer {self.index}, got packed ones or no tokens")
+        return keys, values
+
     @property
     def heads(self) -> int:
         """KV heads."""
-        return self.keys.shape[1] if self.rows is None else self.rows.lengths.shape[1]
+        return self.whole()[0].shape[1] if self.rows is None else self.rows.lengths.shape[1]
 
     @property
     def device(self) -> torch.device | None:
@@ -109,7 +116,7 @@ class Storage(CacheLayerMixin):
         if self.rows is not None:
             self.rows.crop(tokens)
         else:
-            self.keys, self.values = self.keys[:, :, :-tokens], self.values[:, :, :-tokens]
+            self.keys, self.values = (t[:, :, :-tokens] for t in self.whole())
         self.token_counts = [count - tokens for count in self.token_counts]
         self.row_counts = [count - tokens * self.heads for count in self.row_counts]
         self.observations.crop(tokens, self.get_seq_length())
@@ -131,7 +138,7 @@ class Storage(CacheLayerMixin):
         if self.rows is not None:
             self.rows.to(device)
         else:
-            self.keys, self.values = self.keys.to(device), self.values.to(device)
+            self.keys, self.values = (t.to(device) for t in self.whole())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -142,7 +149,7 @@ class Storage(CacheLayerMixin):
             self.rows.select_batch(indices)
         elif self.keys is not None:
             chosen = indices.to(self.keys.device)
-            self.keys, self.values = self.keys[chosen], self.values[chosen]
+            self.keys, self.values = (t[chosen] for t in self.whole())
         else:
             return
         order = indices.tolist()  # one synchronisation on CUDA
@@ -154,18 +161,19 @@ class Storage(CacheLayerMixin):
     @keeps_tensors
     def apply(self, plan: EvictionPlan) -> None:
         """Evicts all rows but those of the plan; whole rows are packed, and the whole ones let go."""
-        reserve = self.settings.reserve
-        everything = plan.scores is None
+        reserve, scores, budgets = self.settings.reserve, plan.scores, plan.budgets
+        everything = scores is None
         if self.rows is None:
-            batch, heads, length = self.keys.shape[:3]
+            keys, values = self.whole()
+            batch, heads, length = keys.shape[:3]
             lengths = torch.tensor(self.token_counts)[:, None].expand(batch, heads)
-            scores = self.keys.new_zeros(self.keys.shape[:3], dtype=torch.float32) if everything else plan.scores
-            budgets = lengths if everything else plan.budgets
+            if scores is None or budgets is None:
+                scores, budgets = keys.new_zeros(keys.shape[:3], dtype=torch.float32), lengths
             # Budgets made on a GPU stay there: what they add up to is known here.
             capacity = None if budgets.is_cpu else sum(plan.row_counts) + budgets.numel() * reserve
             kept = lkv_ext.evict(
-                self.keys,
-                self.values,
+                keys,
+                values,
                 scores,
                 budgets,
                 lengths=lengths,
@@ -178,14 +186,9 @@ class Storage(CacheLayerMixin):
             tail = min(self.token_counts, default=0) if everything else 0
             self.rows = lkv_ext.RaggedCache(kept, length, free=reserve, tail=tail)
             self.keys = self.values = None
-        elif not everything:
-            self.rows.evict(
-                self.rows.packed(plan.scores),
-                plan.budgets,
-                sink=plan.sink,
-                window=plan.window,
-                reserve=reserve,
-            )
+        elif scores is not None and budgets is not None:
+            packed = self.rows.packed(scores)
+            self.rows.evict(packed, budgets, sink=plan.sink, window=plan.window, reserve=reserve)
         else:
             self.due = False
             return

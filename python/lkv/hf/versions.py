@@ -12,7 +12,8 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from types import FrameType
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,22 @@ from transformers import DynamicCache, PretrainedConfig, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 RecurrentLayer: type | None = getattr(cache_utils, "LinearAttentionCacheLayerMixin", None)
+if TYPE_CHECKING:
+    from transformers.cache_utils import DummyLayer, LinearAttentionCacheLayerMixin
+
+    HFLayer = CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer
+else:
+    HFLayer = CacheLayerMixin  # the others are not there in every version
 P = ParamSpec("P")
 T = TypeVar("T")
 CACHE_ARGUMENTS = ("past_key_values", "cache")  # of a model's forward
+
+
+class AttentionModule(Protocol):
+    """A module of a model that attends, as it comes to hooks and attention functions."""
+
+    @property
+    def layer_idx(self) -> int: ...
 
 
 def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
@@ -42,17 +56,17 @@ def tokens_to_drop(argument: int, length: int) -> int:
     return -argument if argument < 0 else max(length - argument, 0) if argument > 0 else 0
 
 
-def own_layers(config: PretrainedConfig) -> list[CacheLayerMixin]:
+def own_layers(config: PretrainedConfig) -> list[HFLayer]:
     """The layers that transformers would make for a decoder's config: full attention, sliding window and so on."""
     return DynamicCache(config=config).layers
 
 
-def is_full_attention(layer: CacheLayerMixin) -> bool:
+def is_full_attention(layer: HFLayer) -> bool:
     """Whether it is one that grows with the text and holds keys and values, nothing else."""
     return type(layer) is DynamicLayer
 
 
-def is_appended_by_copy(layer: CacheLayerMixin) -> bool:
+def is_appended_by_copy(layer: HFLayer) -> TypeGuard[DynamicLayer]:
     """Whether new tokens make new tensors, so that the old ones still hold the earlier tokens."""
     return isinstance(layer, DynamicLayer) and not is_recurrent(layer)
 
@@ -68,7 +82,7 @@ def stage_of_generate() -> str | None:
     A last chunk of one token and a token that was generated look alike, and so do a prompt and a draft that is to be
     verified (prompt lookup, assisted decoding). transformers tells a cache neither; only its stack does.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") == "transformers.generation.utils":
             stage = _STAGES.get(frame.f_code.co_name)
@@ -88,8 +102,10 @@ _STAGES = {
 
 __all__ = [
     "CACHE_ARGUMENTS",
+    "AttentionModule",
     "CacheLayerMixin",
     "HFCache",
+    "HFLayer",
     "RecurrentLayer",
     "is_appended_by_copy",
     "is_full_attention",
