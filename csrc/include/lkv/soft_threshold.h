@@ -5,34 +5,36 @@
 
 #include "lkv/keys.h"
 
-// The search for tau, from sums over the row that the kernels make: Halley's steps in a bracket. The same on CPU and
-// GPU, in double.
+// Finds tau with Halley's method inside a bracket, from sums over the row that the kernels compute. CPU and GPU run the
+// same code, in double.
 
 namespace lkv {
 
-// The finite scores of a row; moments are about `origin`. Scores of +inf are counted apart, all others are missing.
+// Statistics of the finite scores of a row; moments are about `origin`. Scores of +inf are counted separately, and -inf
+// and NaN are left out.
 struct SoftRange {
   double lowest, highest, sum, squares, origin;
   int64_t finite, infinite;
 };
 
-// Over a row at some tau, with w = m (1 - m).
+// Sums over a row at one tau, with w = m (1 - m).
 struct SoftSums {
   double m, rest;  // of m, and of 1 - m
   double w, tilt;  // of w, and of w (1 - 2 m)
-  bool finite;     // all scores are; set on the CPU alone
+  bool finite;     // all scores are finite; set on the CPU only
 };
 
-// Math: inverse, log and root of double. The device has its own, as a division there is a call.
+// Math has inverse, log and root of doubles. CUDA has its own, because a double division is a function call there.
 struct HostMath {
   static double inverse(double x) { return 1 / x; }
   static double log(double x) { return std::log(x); }
   static double root(double x) { return std::sqrt(x); }
 };
 
-// How exact a threshold must be. tolerance: of the sum, relative to k or to what is left of the row; resolution: the
-// least step, and close: one from which Halley's next lands within rounding, as its error is cubic; both in units of
-// the temperature.
+// How exact tau must be.
+//   tolerance: of the sum, relative to the smaller of k and what is left of the row.
+//   resolution: the smallest step that is taken, in units of the temperature.
+//   close: a step after which the next one of Halley's lands within rounding, as the error is cubic; in the same units.
 struct SoftPrecision {
   double tolerance, resolution, close;
 };
@@ -44,40 +46,40 @@ LKV_HD SoftPrecision soft_precision(bool wide) {
 template <class Math = HostMath>
 class SoftThreshold {
  public:
-  // The state of tau after a step. near: it has moved by `move` temperatures and needs no further step.
+  // What a step made of tau. near: it moved by `move` temperatures and needs no further step.
   enum State { far, near, good };
 
-  double tau, move, weight;  // weight: the sum of w at tau, as soon as it is near
+  double tau, move, weight;  // weight: the sum of w at tau, once tau is near or good
 
-  // Whether the row has a tau: without one, its finite scores are all kept or all left out.
+  // Whether k leaves nothing to decide: all finite scores are kept, or none. Such a row has no tau.
   LKV_HD static bool decided(const SoftRange& range, double k) {
     const double kept = k - static_cast<double>(range.infinite);
     return !(kept > 0 && kept < static_cast<double>(range.finite));
   }
 
-  // `count`: the scores that are summed over, missing ones included; these have m = 0.
+  // `count`: how many scores are summed over; those that are missing are included and have m = 0.
   LKV_HD void start(const SoftRange& range, int64_t count, double k, double temperature) {
     k_ = k;
     rest_ = static_cast<double>(count) - k;
     temperature_ = temperature;
     const double n = static_cast<double>(range.finite), kept = k - static_cast<double>(range.infinite);
     const double logit = Math::log(kept * Math::inverse(n - kept)), each = Math::inverse(n);
-    // At these all masks would be at least, or at most, the mean.
+    // At low_ every mask is at least the mean, kept / n; at high_ at most.
     low_ = range.lowest - temperature * logit;
     high_ = range.highest - temperature * logit;
     width_ = high_ - low_;
     steps_ = 0;
-    // Scores and the noise that the temperature adds, as one logistic distribution.
+    // The first guess treats scores, with the noise that the temperature adds, as one logistic distribution.
     const double mean = range.sum * each, variance = range.squares * each - mean * mean;
     const double spread =
         Math::root(temperature * temperature + 0.30396355 * (variance > 0 ? variance : 0.0));  // 3 / pi^2
     move_to(range.origin + mean - spread * logit);
   }
 
-  // Moves tau elsewhere within the bracket.
+  // Moves tau to a guess, or to the middle of the bracket if the guess lies outside.
   LKV_HD void move_to(double guess) { tau = guess >= low_ && guess <= high_ ? guess : middle(); }
 
-  // Takes the sums at tau, and moves it unless it is good.
+  // Narrows the bracket by the sums at tau, and moves tau unless it is good.
   LKV_HD State step(const SoftSums& sums, const SoftPrecision& precision) {
     const bool upper = k_ > rest_;
     const double excess = upper ? rest_ - sums.rest : sums.m - k_;
@@ -94,8 +96,8 @@ class SoftThreshold {
     if (bent > 0.5 && fabs(move) < 20) move /= bent;
     if (fabs(move) <= precision.resolution) return good;
     double next = tau + temperature_ * move;
-    // Where there are few scores, steps may crawl by two temperatures: every other one halves the bracket, or it is
-    // halved.
+    // With few scores, steps may crawl by two temperatures. If two steps have not halved the bracket, tau goes to its
+    // middle.
     const bool stalls = ++steps_ % 2 == 0 && fabs(move) > 1 && high_ - low_ > 0.5 * width_;
     if (steps_ % 2 == 0) width_ = high_ - low_;
     const bool inside = next > low_ && next < high_ && !stalls;
@@ -108,8 +110,8 @@ class SoftThreshold {
   }
 
  private:
-  // The middle of the bracket; by orders of magnitude where it is wide, as it is when masks have put the largest floats
-  // among the scores.
+  // The middle of the bracket. A wide bracket, as when masks have put the largest floats among the scores, is halved by
+  // orders of magnitude.
   LKV_HD double middle() const {
     const double linear = 0.5 * (low_ + high_);
     if (high_ - low_ <= 0x1p20 * temperature_) return linear;

@@ -2,7 +2,7 @@
 
 #include "lkv/params.h"
 
-// The arguments of the soft_topk kernels. Rows of n scores lie along up to four leading axes; missing ones have size 1.
+// Arguments of the soft_topk kernels. Rows of n scores have up to four leading axes; axes that are missing have size 1.
 
 namespace lkv {
 
@@ -11,9 +11,9 @@ using Place = int64_t[kLeading];
 
 enum class Number : int32_t { f32, f64, i32, i64 };
 
-// One number per row, broadcast by zero strides (in elements).
+// One number per row. Strides are in elements; zero strides broadcast.
 struct RowNumbers {
-  const void* data;  // nullptr: `fallback` everywhere
+  const void* data;  // nullptr: every row has `fallback`
   Place strides;
   double fallback;
   Number type;
@@ -35,14 +35,14 @@ struct RowNumbers {
   }
 };
 
-// The rows of one call, with k, temperature and length of each.
+// The rows of one call, and the k, temperature and length of each.
 struct SoftRows {
   Place sizes;
   int64_t length;  // n
   RowNumbers k, temperature, lengths;
   ScoreType type;  // of the scores
-  bool wide;       // all is float64 and `type` is not used, on the CPU alone; otherwise the mask is float32
-  bool log;        // the mask is that of logarithms
+  bool wide;       // all values are float64 (CPU only) and `type` is unused; otherwise the mask is float32
+  bool log;        // the mask is stored as its logarithm
 
   LKV_HD int64_t count() const { return sizes[0] * sizes[1] * sizes[2] * sizes[3]; }
   LKV_HD void find(int64_t row, Place& place) const {
@@ -52,15 +52,16 @@ struct SoftRows {
     const double n = lengths.at(place);
     return n < 0 ? 0 : n < static_cast<double>(length) ? static_cast<int64_t>(n) : length;
   }
-  // Contents of device tensors are not trusted: bounded below by the least temperature that scores tell apart.
+  // Values of device tensors cannot be checked, so they are clamped to [1e-6, 1e30], and NaN becomes 1e-6: the smallest
+  // temperature at which scores still differ.
   LKV_HD double temperature_of(const Place& place) const {
     const double t = temperature.at(place);
     return t > 1e-6 ? t < 1e30 ? t : 1e30 : 1e-6;
   }
 };
 
-// mask = sigmoid((score - tau) / temperature), tau such that the sum over a row is k. Scores that are -inf or NaN, and
-// what lies behind the length of a row, have mask 0. Rows in which k leaves no choice have weight 0.
+// mask = sigmoid((score - tau) / temperature), with tau such that every row sums to k. Scores of -inf or NaN, and
+// positions beyond the length of a row, have mask 0. Rows in which k leaves nothing to decide have weight 0.
 struct SoftTopkParams {
   SoftRows rows;
   const char* scores;
@@ -69,9 +70,9 @@ struct SoftTopkParams {
   void* weights;  // out [rows]: the sum of m (1 - m), at least kLeastWeight per score
 };
 
-// From the gradient of the mask to those of its inputs. Needs no scores: u = (score - tau) / T follows from the mask.
+// Gradients of the inputs from that of the mask. Scores are not needed: u = (score - tau) / T follows from the mask.
 struct SoftTopkGradParams {
-  SoftRows rows;  // k is not used; type is that of grad_scores
+  SoftRows rows;  // k is unused; type is that of grad_scores
   const void *grad, *mask;
   const void* weights;
   void* grad_scores;       // out [rows, n]; nullptr: not wanted
@@ -80,6 +81,6 @@ struct SoftTopkGradParams {
 };
 
 inline constexpr double kLeastWeight = 1e-6;
-inline constexpr double kLogFloor = -1e4;  // the logarithm of the mask of a row of which nothing is to be kept
+inline constexpr double kLogFloor = -1e4;  // logarithm of the mask of a row that keeps nothing
 
 }  // namespace lkv
