@@ -23,7 +23,7 @@ COUNTS = ("token_counts", "row_counts", "evicted", "evictions", "due", "scaling"
 _COUNTS = attrgetter(*COUNTS)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # frozen would take longer, in every layer and step
 class Snapshot:
     """A layer before a call, as far as it is not the rows themselves: what a call appends lies behind them."""
 
