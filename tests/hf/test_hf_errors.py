@@ -174,7 +174,7 @@ def test_policies_that_need_more_than_there_is(model):
 
     with pytest.raises(ValueError, match="lkv.Cache: expected a policy of scope 'layer' or 'model', got 'cascade'"):
         lkv.Cache(model, Cascade(), retention=0.5)
-    with pytest.raises(ValueError, match="expected observe of at most hidden_states, .*, got second_pass"):
+    with pytest.raises(ValueError, match=r"got .*Twice.*, which needs a second pass over its text: lkv.compress"):
         lkv.Cache(model, Twice(), retention=0.5)
     with pytest.raises(TypeError, match=r"expected a name or a policy"):
         lkv.Cache(model, 3, retention=0.5)
