@@ -12,7 +12,7 @@ _HF = "hf/test_"
 _CACHE = [
     _HF + x
     for x in ("bookkeeping", "masks", "refusals", "gaps", "prompts", "hf_errors", "failed_calls", "hf_cache")
-    + ("evict_now", "storage", "growth")
+    + ("evict_now", "storage", "growth", "compression")
 ]
 _MODELS = [_HF + x for x in ("scores", "observed", "families", "rope", "wrapped", "routing", "generation")]
 _LEARN = {
