@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
-import pytest
 import rivals
 import torch
 import torch.nn.functional as F
-from conftest import Bench
-from shapes import Shape, make_inputs
+from conftest import Bench, each
+from inputs import make_inputs
+from shapes import Shape
 from torch import Tensor
 
 import lkv_ext
@@ -17,22 +18,20 @@ import lkv_ext
 GROUP = 4  # query heads per KV head
 
 
-def query(shape: Shape, device: str) -> Tensor:
-    generator = torch.Generator(device).manual_seed(1)
-    sizes = (shape.batch, shape.heads * GROUP, 1, shape.dim)
-    return torch.randn(sizes, generator=generator, device=device).to(shape.dtype)
-
-
-@pytest.mark.parametrize(
+@each(
     "shape",
-    [Shape(8192, skewed=True), Shape(32768, skewed=True), Shape(32768), Shape(32768, skewed=True, dtype=torch.float32)],
-    ids=str,
+    Shape(8192, skewed=True),
+    Shape(32768, skewed=True),
+    Shape(32768),
+    Shape(32768, skewed=True, dtype=torch.float32),
 )
 def test_attend(bench: Bench, shape: Shape) -> None:
     inputs = make_inputs(replace(shape, skewed=False), bench.device)
     # Any bytes make rows that move; to be attended to they must be numbers.
     k, v = (torch.randn(t.shape, device=t.device).to(t.dtype) for t in inputs.payload)
-    q = query(shape, bench.device)
+    generator = torch.Generator(bench.device).manual_seed(1)
+    sizes = (shape.batch, shape.heads * GROUP, 1, shape.dim)
+    q = torch.randn(sizes, generator=generator, device=bench.device).to(shape.dtype)
     kept = lkv_ext.evict(k, v, inputs.scores, shape.budgets, reserve=64)
     padded = lkv_ext.evict(k, v, inputs.scores, shape.budgets, layout="padded")
     mask = (torch.arange(padded.k.shape[2], device=bench.device) < padded.lengths[..., None])[:, :, None]
@@ -40,11 +39,11 @@ def test_attend(bench: Bench, shape: Shape) -> None:
     grouped = q.view(shape.batch, shape.heads, GROUP, shape.dim)
     others = {
         "memcpy": rivals.copy_warm([kept.k, kept.v]),
-        "dense": lambda: F.scaled_dot_product_attention(grouped, k, v),
-        "padded": lambda: F.scaled_dot_product_attention(grouped, padded.k, padded.v, attn_mask=mask),
+        "dense": partial(F.scaled_dot_product_attention, grouped, k, v),
+        "padded": partial(F.scaled_dot_product_attention, grouped, padded.k, padded.v, attn_mask=mask),
     }
     torch.testing.assert_close(lkv_ext.attend(q, kept).view_as(grouped), others["padded"](), rtol=0.02, atol=0.02)
-    bench.time("attend", "warm", shape, lambda: lkv_ext.attend(q, kept), others, shape.output_bytes)
+    bench.time("attend", "warm", shape, partial(lkv_ext.attend, q, kept), others, shape.output_bytes)
 
 
 def test_append(bench: Bench) -> None:
@@ -61,6 +60,5 @@ def test_append(bench: Bench) -> None:
     def write() -> list[Tensor]:
         return [rows.index_copy_(0, ends, new) for rows, new in zip((cache.k, cache.v), fresh, strict=True)]
 
-    bench.time(
-        "append", "warm", shape, lambda: cache.append(k, v), {"bare write": write}, 2 * cache.heads * shape.row_bytes
-    )
+    moved = 2 * cache.heads * shape.row_bytes
+    bench.time("append", "warm", shape, partial(cache.append, k, v), {"bare write": write}, moved)

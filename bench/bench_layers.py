@@ -2,59 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import contenders
 import pytest
 import rivals
 import torch
-from bench_evict import MODES, evict, evict_warm
-from conftest import Bench
-from shapes import Inputs, Shape, make_inputs
+from conftest import MODES, Bench, each
+from inputs import Inputs, make_inputs
+from shapes import Shape
 
 import lkv_ext
 
-WHOLE_MODEL = 32  # layers
 RESULTS = 8  # of rivals, at the same time in memory
 
 
-def race(bench: Bench, mode: str, shape: Shape, count: int) -> None:
-    """`count` layers of one shape."""
-    one = make_inputs(shape, bench.device)
-    layers = [Inputs(shape, one.k.clone(), one.v.clone(), one.scores.clone()) for _ in range(count)]
+def race(bench: Bench, mode: str, shape: Shape) -> None:
+    one = make_inputs(replace(shape, layers=1), bench.device)
+    layers = [Inputs(one.shape, one.k.clone(), one.v.clone(), one.scores.clone()) for _ in range(shape.layers)]
     ks, vs, scores = ([getattr(layer, name) for layer in layers] for name in ("k", "v", "scores"))
-    budgets = one.budgets.repeat(count, 1)  # [N, H]
-    joint = lkv_ext.evict_layers(ks, vs, scores, budgets)
-    warm = mode == "warm"
-    singles = [(evict_warm if warm else evict)(layer) for layer in layers]
-    compositions = [(rivals.best_out if warm else rivals.best)(layer) for layer in layers]
+    subject = partial(lkv_ext.evict_layers, ks, vs, scores, one.budgets.repeat(shape.layers, 1))
+    joint, alone = subject(), one.evict()
+    if mode == "warm":
+        subject, singles = partial(subject, out=joint), [layer.evict_warm() for layer in layers]
+        memcpy, name, best = rivals.copy_warm, "best out=", rivals.best_out
+    else:
+        singles, memcpy, name, best = [layer.evict for layer in layers], rivals.clone, "best", rivals.best
     others = {
-        "memcpy": (rivals.copy_warm if warm else rivals.clone)([joint.k, joint.v]),
+        "memcpy": memcpy([joint.k, joint.v]),
         "evict per layer": lambda: [call() for call in singles],
-        "best out=" if warm else "best": lambda: [call() for call in compositions],
+        name: contenders.in_turn(best)(layers),
     }
-    one_out = lkv_ext.evict(one.k, one.v, one.scores, one.budgets)
-    others |= bench.admit(lambda: contenders.for_layers(layers, [one_out.k, one_out.v]))
-    out = joint if warm else None
-
-    def subject() -> lkv_ext.RaggedKV:
-        return lkv_ext.evict_layers(ks, vs, scores, budgets, out=out)
-
-    bench.time(f"evict_layers {count}", mode, shape, subject, others, count * shape.moved_bytes)
+    makers = {name: contenders.in_turn(make) for name, make in contenders.of_evict(one.shape).items()}
+    others |= bench.admit(makers, layers, contenders.keeps(shape, [alone.k, alone.v] * shape.layers))
+    bench.time(f"evict_layers {shape.layers}", mode, shape, subject, others, shape.moved_bytes)
 
 
-@pytest.mark.parametrize("length", [1024, 4096])
-@pytest.mark.parametrize("mode", MODES)
-def test_layers(bench: Bench, length: int, mode: str) -> None:
-    race(bench, mode, Shape(length), count=16)
+@each("shape", Shape(1024, layers=16), Shape(4096, layers=16))
+@each("mode", *MODES)
+def test_layers(bench: Bench, mode: str, shape: Shape) -> None:
+    race(bench, mode, shape)
 
 
-@pytest.mark.parametrize("length", [4096, 32768, 131072])
-@pytest.mark.parametrize("mode", ["graph"])
-def test_whole_model(bench: Bench, length: int, mode: str) -> None:
+@each("shape", *(Shape(length, layers=32) for length in (4096, 32768, 131072)))
+@each("mode", "graph")
+def test_whole_model(bench: Bench, mode: str, shape: Shape) -> None:
     """What a GPU is given: up to 17 GB of cache."""
-    shape = Shape(length)
     # Beside the cache, every rival's graph holds its result and as much again.
-    needed = WHOLE_MODEL * (shape.cache_bytes + 2 * RESULTS * shape.output_bytes)
+    needed = shape.cache_bytes + 2 * RESULTS * shape.output_bytes
     free = torch.cuda.mem_get_info()[0]
     if needed > free:
         pytest.skip(f"needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} are free")
-    race(bench, mode, shape, WHOLE_MODEL)
+    race(bench, mode, shape)

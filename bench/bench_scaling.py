@@ -6,18 +6,17 @@ The four share no memory that the one does not touch too, so that caches favour 
 from __future__ import annotations
 
 import peak
-import pytest
 import torch
-from bench_evict import evict_warm
-from conftest import Bench
+from conftest import Bench, each
+from inputs import Inputs, make_inputs
 from results import Result
-from shapes import LENGTHS, Inputs, Shape, make_inputs
+from shapes import Shape
 
 
 def race(bench: Bench, whole: Inputs, quarters: list[Inputs], name: str) -> None:
-    calls = [evict_warm(quarter) for quarter in quarters]
-    rivals = {name: lambda: [call() for call in calls]}
-    bench.time("evict scaling", "warm", whole.shape, evict_warm(whole), rivals, whole.shape.moved_bytes)
+    calls = [quarter.evict_warm() for quarter in quarters]
+    others = {name: lambda: [call() for call in calls]}
+    bench.time("evict scaling", "warm", whole.shape, whole.evict_warm(), others, whole.shape.moved_bytes)
 
 
 def test_linear_in_length(bench: Bench) -> None:
@@ -35,10 +34,10 @@ def test_linear_in_kept_rows(bench: Bench) -> None:
     race(bench, whole, [Inputs(shape, whole.k, whole.v, s) for s in scores], "4 x 15%")
 
 
-@pytest.mark.parametrize("length", LENGTHS[1::2])
-@pytest.mark.parametrize("op", ["evict", "evict_"])
-def test_scratch(bench: Bench, op: str, length: int) -> None:
+@each("shape", Shape(8192), Shape(131072))
+@each("op", "evict", "evict_")
+def test_scratch(bench: Bench, op: str, shape: Shape) -> None:
     """What a call allocates beside its result, over the bytes of the input cache."""
-    shape = Shape(length)
-    bytes_ = bench.once(lambda: peak.of_a_child("peak.py", op, length, bench.device))
-    bench.report(Result(f"{op} scratch", "", str(shape), share=bytes_ / shape.cache_bytes, length=length))
+    bytes_ = bench.once(lambda: peak.of_a_child("peak.py", op, shape.length, bench.device))
+    share = bytes_ / shape.cache_bytes
+    bench.report(Result(f"{op} scratch", "", str(shape), share=share, length=shape.length))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import Bench
+from conftest import Bench, each
 from timing import Call
 from torch import Tensor
 from torch.autograd import Function
@@ -31,9 +31,6 @@ class Rows:
 
     def __str__(self) -> str:
         return f"[{self.rows}, {self.length}] fp32 {100 * self.retention:g}% T={self.temperature:g}"
-
-
-ROWS = (Rows(32, 4096), Rows(32, 32768), Rows(8, 131072), Rows(8, 131072, temperature=0.01))
 
 
 class Composed(Function):
@@ -75,7 +72,7 @@ class Composed(Function):
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize("log", [False, True], ids=["mask", "log"])
-@pytest.mark.parametrize("shape", ROWS, ids=str)
+@each("shape", Rows(32, 4096), Rows(32, 32768), Rows(8, 131072), Rows(8, 131072, temperature=0.01))
 def test_soft_topk(bench: Bench, shape: Rows, log: bool, gradient: bool) -> None:
     def ours(scores: Tensor, k: Tensor) -> Tensor:
         return lkv_ext.soft_topk(scores, k, shape.temperature, log=log)

@@ -9,13 +9,18 @@ from typing import Any, TypeVar
 import contenders
 import pytest
 import torch
-from results import Result, Run, machine
+from results import Result, Run, machine, slug
 from shapes import Shape
 from timing import Call, Clock, CudaClock, WallClock, captured, take_turns
 
-HERE = Path(__file__).parent
+MODES = ("fresh", "warm", "graph")
 T = TypeVar("T")
 STATE = pytest.StashKey["State"]()
+
+
+def each(names: str, *values: object) -> pytest.MarkDecorator:
+    """A test for each of the values; shapes are named as in the results."""
+    return pytest.mark.parametrize(names, values, ids=str)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--warm-gigabytes", type=float, default=6.0, help="host memory touched before the first case")
     add("--rivals", choices=("torch", "all"), default="all", help="on CUDA: others than PyTorch too")
     where = "folder for cpu-<instruction set>.json or <gpu name>.json"
-    add("--results", type=Path, default=HERE / "results", help=where)
+    add("--results", type=Path, default=Path(__file__).with_name("results"), help=where)
     add("--keep", action="store_true", help="keep what the file has of the same code and machine")
 
 
@@ -68,10 +73,7 @@ class State:
     def open(self, device: str) -> None:
         if device in self.runs:
             return
-        found = machine(device)
-        isa = found.get("cpu_isa", "unknown")
-        name = f"cpu-{isa}" if device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
-        path, run = self.config.getoption("results") / f"{name}.json", Run(device, found, [])
+        path, run = self.config.getoption("results") / f"{slug(device)}.json", Run(device, machine(device), [])
         if self.config.getoption("keep") and path.exists() and run.goes_on_with(earlier := Run.read(path)):
             run.results = earlier.results
             self.skipped |= dict.fromkeys(earlier.machine.get("rivals skipped", ()))
@@ -148,14 +150,14 @@ class Bench:
         """The mode of shapes that are measured in one mode only."""
         return "graph" if self.device == "cuda" else "fresh"
 
-    def admit(self, field: Callable[[], contenders.Field]) -> dict[str, Call]:
+    def admit(self, makers: dict[str, contenders.Maker], inputs: Any, right: Callable[[Any], bool]) -> dict[str, Call]:
         """On CUDA the rivals that are there; names once those that are missing, and why."""
         if not self._everybody:
             return {}
-        found = field()
-        for name, why in found.skipped.items():
+        calls, missing = contenders.admit(makers, inputs, right)
+        for name, why in missing.items():
             self._state.skip(name, why)
-        return found.calls
+        return calls
 
     def _captured(self, calls: dict[str, Call]) -> dict[str, Call]:
         graphs = {}

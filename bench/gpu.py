@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # predictions ask the planner in lkv_ext
 
 from report import markdown  # noqa: E402
-from results import Run  # noqa: E402
+from results import Run, replace_text, slug  # noqa: E402
 
 SANITIZERS = ("memcheck", "synccheck", "racecheck")
 # What compute-sanitizer runs, as an expression of `pytest -k`; it slows kernels a hundredfold.
@@ -44,6 +44,7 @@ SANITIZED = "(parity and not test_scores) or test_every_size"
 # memcheck sees accesses out of bounds only where every tensor is an allocation of its own; graphs need torch's cache.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 EVICTIONS = ("bench_evict.py", "bench_gather.py")
+OTHERS = sorted({path.name for path in Path(__file__).parent.glob("bench_*.py")} - set(EVICTIONS))
 RACES = ("bench_select.py", "bench_evict.py", "bench_layers.py")  # that have rivals besides PyTorch
 SMALL = "4096 or 8192"  # of a dry run
 
@@ -65,12 +66,11 @@ class Report:
     """What became of the steps, in `<slug>-checks.json` and `<slug>.md`: whole at any time."""
 
     def __init__(self, results: Path, slug: str, gpu: str) -> None:
-        self.results, self.slug, self.gpu = results, slug, gpu
-        self.checks = results / f"{slug}-checks.json"
-        self.outcomes: dict[str, Outcome] = {}
-        if self.checks.exists():  # steps of earlier commands
-            known = json.loads(self.checks.read_text())["steps"]
-            self.outcomes = {each["step"]: Outcome(**each) for each in known}
+        self.gpu, self.results = gpu, results
+        self.measured, self.checks = results / f"{slug}.json", results / f"{slug}-checks.json"
+        # Steps of earlier commands stay.
+        known = json.loads(self.checks.read_text())["steps"] if self.checks.exists() else []
+        self.outcomes = {each["step"]: Outcome(**each) for each in known}
 
     def run(self, step: str, do: Callable[[], Outcome]) -> Outcome:
         self.note(Outcome(step, "cut off", 0.0, "did not end"))
@@ -82,22 +82,14 @@ class Report:
         self.outcomes[outcome.step] = outcome
         steps = [asdict(each) for each in self.outcomes.values()]
         checks = {"gpu": self.gpu, "date": time.strftime("%Y-%m-%d"), "steps": steps}
-        self.write(self.checks, json.dumps(checks, indent=1))
+        replace_text(self.checks, json.dumps(checks, indent=1) + "\n")
 
     def summary(self) -> str:
         lines = [str(outcome) for outcome in self.outcomes.values()]
-        measured = self.results / f"{self.slug}.json"
-        if measured.exists():
-            text = markdown(Run.read(measured))
-            self.write(self.results / f"{self.slug}.md", text)
-            lines += ["", text]
+        if self.measured.exists():
+            lines += ["", text := markdown(Run.read(self.measured))]
+            replace_text(self.measured.with_suffix(".md"), text + "\n")
         return "\n".join(lines)
-
-    def write(self, path: Path, text: str) -> None:
-        self.results.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(text + "\n")
-        part.replace(path)
 
 
 @dataclass
@@ -124,15 +116,6 @@ class Machine:
     def pytest(self, step: str, *arguments: str, limit: float = 0, under: Sequence[str] = (), **env: str) -> Outcome:
         command = [*under, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
         return self.run(step, command, limit or self.args.limit, **env)
-
-
-def slug_of(gpu: str, dry_run: bool) -> str:
-    """The name of the files of results, as bench/conftest.py makes it."""
-    if not dry_run:
-        return gpu.lower().replace(" ", "-")
-    import lkv_ext
-
-    return f"cpu-{lkv_ext.build_info()['cpu_isa']}"
 
 
 def skipped(step: str, why: str) -> Outcome:
@@ -192,9 +175,8 @@ def sanitizer(machine: Machine) -> Outcome:
         return skipped("sanitizer", f"compute-sanitizer has not started a program within {late.timeout:.0f} s")
     if trial.returncode != 0 or "probed" not in trial.stdout:
         refusals = (line for line in (trial.stdout + trial.stderr).splitlines() if "=====" in line)
-        return skipped(
-            "sanitizer", f"compute-sanitizer is refused here: {next(refusals, 'no reason given').strip('= ')}"
-        )
+        why = next(refusals, "no reason given").strip("= ")
+        return skipped("sanitizer", f"compute-sanitizer is refused here: {why}")
     found = {}
     for kind in machine.args.sanitizers:
         uncached = UNCACHED if kind == "memcheck" else {}
@@ -207,29 +189,22 @@ def sanitizer(machine: Machine) -> Outcome:
     return Outcome("sanitizer", state, sum(outcome.seconds for outcome in found.values()), detail)
 
 
-def bench(machine: Machine, files: Sequence[str], rivals: str) -> Outcome:
-    args = machine.args
-    if rivals == "all" and args.rivals != "all":
-        return skipped("bench", "--rivals torch")
-    options = ["--device", "cuda", "--seconds", str(args.seconds)]
-    if args.dry_run:
-        options = ["--device", "cpu", "--seconds", "0.01", "-k", SMALL]
-    options += ["--results", str(args.results), "--keep", "--rivals", rivals, *args.select]
-    paths = [f"bench/{name}" for name in files]
-    return machine.pytest("bench", *paths, "--benchmark-only", "--benchmark-quiet", "--warm-gigabytes", "0", *options)
+def bench(files: Sequence[str], rivals: str) -> Callable[[Machine], Outcome]:
+    """A step that runs these files, with PyTorch's compositions ("torch") or with all that is there."""
 
+    def measure(machine: Machine) -> Outcome:
+        args = machine.args
+        if rivals == "all" and args.rivals != "all":
+            return skipped("bench", "--rivals torch")
+        options = ["--device", "cuda", "--seconds", str(args.seconds)]
+        if args.dry_run:
+            options = ["--device", "cpu", "--seconds", "0.01", "-k", SMALL]
+        options += ["--results", str(args.results), "--keep", "--rivals", rivals, *args.select]
+        paths = [f"bench/{name}" for name in files]
+        fixed = ("--benchmark-only", "--benchmark-quiet", "--warm-gigabytes", "0")
+        return machine.pytest("bench", *paths, *fixed, *options)
 
-def bench_evict(machine: Machine) -> Outcome:
-    return bench(machine, EVICTIONS, "torch")
-
-
-def bench_others(machine: Machine) -> Outcome:
-    others = sorted(path.name for path in (ROOT / "bench").glob("bench_*.py") if path.name not in EVICTIONS)
-    return bench(machine, others, "torch")
-
-
-def bench_rivals(machine: Machine) -> Outcome:
-    return bench(machine, RACES, "all")
+    return measure
 
 
 class Step(NamedTuple):
@@ -243,9 +218,9 @@ STEPS = {
     "build": Step(build, 5, "the op library, for the GPU at hand"),
     "tests": Step(tests, 5, "pytest -m cuda"),
     "sanitizer": Step(sanitizer, 9, f"compute-sanitizer: {', '.join(SANITIZERS)}"),
-    "bench-evict": Step(bench_evict, 4, "evict and gather beside PyTorch, and the ceiling of a gather"),
-    "bench-others": Step(bench_others, 5, "all other ops beside PyTorch"),
-    "bench-rivals": Step(bench_rivals, 9, "evict and select beside torch.compile, Triton, CUB and FlashInfer"),
+    "bench-evict": Step(bench(EVICTIONS, "torch"), 4, "evict and gather beside PyTorch, and the ceiling of a gather"),
+    "bench-others": Step(bench(OTHERS, "torch"), 5, "all other ops beside PyTorch"),
+    "bench-rivals": Step(bench(RACES, "all"), 9, "evict and select beside torch.compile, Triton, CUB and FlashInfer"),
 }
 
 
@@ -292,7 +267,7 @@ def main() -> int:
     machine = Machine(args, environment)
     names = [name for name in STEPS if name in args.steps]
     print(plan(names), flush=True)
-    report = Report(args.results, slug_of(gpu, args.dry_run), gpu)
+    report = Report(args.results, slug("cpu" if args.dry_run else "cuda"), gpu)
     failed = False
     for name in names:
         if args.dry_run and not name.startswith("bench"):

@@ -10,44 +10,40 @@ import argparse
 import json
 from dataclasses import asdict, replace
 
-from prediction import GPUS, Gpu, Prediction, Work, predict
+from prediction import GPUS, Gpu, predict
+from report import table
 from shapes import Shape
-from targets import GPU_TARGETS, TIMED, microseconds
+from targets import GPU_TARGETS, TIMED, Target, microseconds
 
 
-def works() -> dict[str, Work]:
-    """The calls that have a prediction."""
-    skewed = {f"evict, L={length}, skewed": Work(Shape(length, skewed=True)) for length in (8192, 131072)}
-    return {**{target.name: target.work for target in TIMED}, **skewed}
+def works() -> dict[str, tuple[Shape, str]]:
+    """The calls that have a prediction: what and of which op."""
+    skewed = {f"evict, L={length}, skewed": (Shape(length, skewed=True), "evict") for length in (8192, 131072)}
+    return {**{target.name: (target.shape, target.op) for target in TIMED}, **skewed}
 
 
 def predictions(gpu: Gpu) -> str:
     """Markdown: the prediction of every target."""
-    lines = [
-        f"Predictions for one {gpu.name}, not measurements. Bounds are of an H200.",
-        "",
-        "| target | bound | predicted | rows at 95 to 80 % | floor | launches, select, gather | how | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for target in GPU_TARGETS:
-        value = target.predict(gpu)
-        if value is None:
-            lines.append(f"| {target.name} | {target.limit} | no model | | | | | |")
-            continue
+    head = ("target", "bound", "predicted", "rows at 95 to 80 %", "floor", "launches, select, gather", "how", "")
+    return f"Predictions for one {gpu.name}, not measurements. Bounds are of an H200.\n\n" + table(
+        head, (_row(gpu, target) for target in GPU_TARGETS)
+    )
+
+
+def _row(gpu: Gpu, target: Target) -> tuple[str, ...]:
+    value = target.predict(gpu)
+    if value is None:
+        return target.name, target.limit, "no model", "", "", "", "", ""
+    between = floor = parts = how = ""
+    if target.shape is not None:
         low, high = (target.predict(replace(gpu, row_share=share)) for share in (0.95, 0.8))
-        between = f"{microseconds(low)} to {microseconds(high)} us" if target.unit == "us" else ""
-        parts = _parts(predict(gpu, target.work)) if target.work else ("", "", "")
-        cells = [target.name, target.limit, target.show(value), between, *parts, target.verdict(value)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _parts(made: Prediction) -> tuple[str, str, str]:
-    plan = made.plan
-    waves = f", {plan.waves} waves" if plan.waves > 1 else ""
-    how = f"{plan.launches} launches, {plan.clusters} x {plan.cluster} blocks{waves}, keys in {plan.keys_in}"
-    parts = ", ".join(map(microseconds, (made.launch_us, made.select_us, made.gather_us)))
-    return f"{microseconds(made.floor_us)} us", parts, how
+        between = f"{microseconds(low)} to {microseconds(high)} us"
+        made = predict(gpu, target.shape, target.op)
+        plan, floor = made.plan, f"{microseconds(made.floor_us)} us"
+        parts = ", ".join(map(microseconds, (made.launch_us, made.select_us, made.gather_us)))
+        waves = f", {plan.waves} waves" if plan.waves > 1 else ""
+        how = f"{plan.launches} launches, {plan.clusters} x {plan.cluster} blocks{waves}, keys in {plan.keys_in}"
+    return target.name, target.limit, target.show(value), between, floor, parts, how, target.verdict(value)
 
 
 def main() -> None:
@@ -57,7 +53,7 @@ def main() -> None:
     args = parser.parse_args()
     gpu = GPUS[args.gpu]
     if args.json:
-        found = {name: asdict(predict(gpu, work)) for name, work in works().items()}
+        found = {name: asdict(predict(gpu, *work)) for name, work in works().items()}
         print(json.dumps({"gpu": asdict(gpu), "predictions": found}, indent=1))
     else:
         print(predictions(gpu))

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 import torch
-from shapes import Shape, make_inputs
+from inputs import make_inputs
+from shapes import Shape
 from timing import Call
 
 import lkv_ext

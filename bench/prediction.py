@@ -107,37 +107,10 @@ ROUND_CYCLES = 450  # clearing and searching the bins: six barriers and a scan b
 SPANS_US = 0.9  # the grid of one block that lays out spans: a scan between loads and stores
 
 
-@dataclass(frozen=True)
-class Work:
-    """One call: a shape, in how many layers, evict or only select."""
-
-    shape: Shape
-    layers: int = 1
-    op: str = "evict"
-
-    @property
-    def segments(self) -> int:
-        """Heads of all sequences and layers."""
-        return self.layers * self.shape.batch * self.shape.heads
-
-    @property
-    def score_bytes(self) -> int:
-        return self.layers * self.shape.score_bytes
-
-    @property
-    def output_bytes(self) -> int:
-        return self.layers * self.shape.output_bytes if self.op == "evict" else 0
-
-    @property
-    def moved_bytes(self) -> int:
-        """Scores once; kept rows once in and once out. Positions are left out, as they stay in L2."""
-        return self.score_bytes + 2 * self.output_bytes
-
-    @property
-    def uploads(self) -> int:
-        """Launches that carry arguments: strides of every layer, its tokens, ragged budgets."""
-        budgets = 8 * len(self.shape.per_segment) * self.layers if self.shape.skewed else 0
-        return ceil((self.layers * (8 + 3 * 32) + 32 + budgets) / CHUNK_BYTES)
+def uploads(shape: Shape) -> int:
+    """Launches that carry arguments: strides of every layer, its tokens, ragged budgets."""
+    budgets = 8 * len(shape.per_segment) if shape.skewed else 0
+    return ceil((shape.layers * (8 + 3 * 32) + 32 + budgets) / CHUNK_BYTES)
 
 
 @dataclass(frozen=True)
@@ -168,7 +141,7 @@ def has_planner() -> bool:
     return True
 
 
-def make_plan(gpu: Gpu, work: Work) -> Plan:
+def make_plan(gpu: Gpu, shape: Shape, op: str = "evict") -> Plan:
     """Asks the planner of the kernels; what a driver would tell it of a card's clusters is computed here."""
     from lkv_ext import _C
 
@@ -177,19 +150,19 @@ def make_plan(gpu: Gpu, work: Work) -> Plan:
         fit = Kernel(SELECT_THREADS, SELECT_REGISTERS, shared).per_multiprocessor(gpu)
         return sum(group * fit // cluster for group in gpu.groups)
 
-    length, moved = work.shape.length, work.output_bytes if work.op == "evict" else None
-    plan = _C.plan_select(work.segments, length, gpu.multiprocessors, gpu.shared_per_block, active, moved)
+    segments, moved = len(shape.per_segment), None if op == "select" else shape.output_bytes
+    plan = _C.plan_select(segments, shape.length, gpu.multiprocessors, gpu.shared_per_block, active, moved)
     select = Kernel(SELECT_THREADS, SELECT_REGISTERS, plan["shared"])
     return Plan(
         fused=plan["fused"],
         cluster=plan["cluster"],
         clusters=plan["clusters"],
-        waves=ceil(work.segments / plan["clusters"]),
-        keys=min(ceil(length / plan["cluster"]), plan["warp_keys"] * SELECT_THREADS // 32),
+        waves=ceil(segments / plan["clusters"]),
+        keys=min(ceil(shape.length / plan["cluster"]), plan["warp_keys"] * SELECT_THREADS // 32),
         keys_in=plan["keys_in"],
         per_multiprocessor=select.per_multiprocessor(gpu),
         gather_blocks=1 if plan["fused"] else GATHER.per_multiprocessor(gpu, beside=select),
-        launches=work.uploads + 1 + (work.op == "evict" and not plan["fused"]),
+        launches=uploads(shape) + 1 + (op != "select" and not plan["fused"]),
     )
 
 
@@ -209,25 +182,27 @@ class Prediction:
     plan: Plan
 
 
-def predict(gpu: Gpu, work: Work) -> Prediction:
-    plan = make_plan(gpu, work)
-    wave = _select_wave_us(gpu, work, plan)
+def predict(gpu: Gpu, shape: Shape, op: str = "evict") -> Prediction:
+    """Of one call for all layers of the shape: "evict", or "select" alone."""
+    plan = make_plan(gpu, shape, op)
+    wave = _select_wave_us(gpu, shape, plan)
     select = plan.waves * wave
-    launch = gpu.launch_us + SPANS_US + (work.uploads - 1) * gpu.gap_us + gpu.dependent_us
-    gather = 0.0
+    launch = gpu.launch_us + SPANS_US + (uploads(shape) - 1) * gpu.gap_us + gpu.dependent_us
+    gather, moved = 0.0, shape.score_bytes
     total = launch + select
-    if work.op == "evict":
-        gather = _fused_gather_us(gpu, work, plan) if plan.fused else _gather_us(gpu, work, plan)
+    if op != "select":
+        moved = shape.moved_bytes
+        gather = _fused_gather_us(gpu, shape, plan) if plan.fused else _gather_us(gpu, shape, plan)
         # The gather of a wave runs beside the selects of those behind it.
         total = launch + (select + gather if plan.fused else max(wave + gather, select + gather / plan.waves))
     parts = {"launches": launch, "select": select, "gather": gather}
-    floor = work.moved_bytes / gpu.copy_rate / 1e3
+    floor = moved / gpu.copy_rate / 1e3
     return Prediction(floor, select, gather, launch, total, max(parts, key=lambda part: parts[part]), plan)
 
 
-def _select_wave_us(gpu: Gpu, work: Work, plan: Plan) -> float:
+def _select_wave_us(gpu: Gpu, shape: Shape, plan: Plan) -> float:
     """One segment by one cluster, while as many as run at once do the same."""
-    itemsize = work.shape.score_dtype.itemsize
+    itemsize = shape.score_dtype.itemsize
     rounds = 3 if itemsize == 4 else 2
     beside = ceil(plan.blocks / gpu.multiprocessors)  # blocks that share a multiprocessor
     bandwidth = plan.blocks * plan.keys * itemsize / gpu.copy_rate / 1e3
@@ -254,17 +229,17 @@ def _tile_us(gpu: Gpu) -> float:
     return 5 * gpu.l2_us + gpu.memory_us
 
 
-def _gather_us(gpu: Gpu, work: Work, plan: Plan) -> float:
+def _gather_us(gpu: Gpu, shape: Shape, plan: Plan) -> float:
     """Tiles over all segments, however budgets are shared; at the end nothing is in flight but the last of them."""
-    scores = work.score_bytes * (plan.waves - 1) / plan.waves  # that are read meanwhile
-    tiles = ceil(work.layers * work.shape.kept / TILE_ROWS)
+    scores = shape.score_bytes * (plan.waves - 1) / plan.waves  # that are read meanwhile
+    tiles = ceil(shape.kept / TILE_ROWS)
     slots = gpu.multiprocessors * max(1, plan.gather_blocks)
-    bandwidth = (2 * work.output_bytes + scores) / gpu.row_rate + gpu.memory_us
+    bandwidth = (2 * shape.output_bytes + scores) / gpu.row_rate + gpu.memory_us
     return 2 * gpu.l2_us + max(bandwidth, ceil(tiles / slots) * _tile_us(gpu))  # a flag goes through L2
 
 
-def _fused_gather_us(gpu: Gpu, work: Work, plan: Plan) -> float:
+def _fused_gather_us(gpu: Gpu, shape: Shape, plan: Plan) -> float:
     """Every cluster moves the rows that it has selected: the longest segment is what all wait for."""
-    tiles = ceil(ceil(max(work.shape.per_segment) / TILE_ROWS) / plan.cluster)
-    bandwidth = 2 * work.output_bytes / gpu.row_rate
+    tiles = ceil(ceil(max(shape.per_segment) / TILE_ROWS) / plan.cluster)
+    bandwidth = 2 * shape.output_bytes / gpu.row_rate
     return max(bandwidth, plan.waves * tiles * _tile_us(gpu)) + gpu.barrier_us(plan.cluster)

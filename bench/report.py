@@ -9,11 +9,13 @@ python bench/report.py --page docs/benchmarks.md  the same with all tables and p
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import targets
+from prediction import GPUS, has_planner
 from results import Result, Run, merge
 from sets import SETS
+from targets import BEST, CPU_TARGETS, CUB, GPU_TARGETS, Target
 
 HERE = Path(__file__).parent
 SETS_CAPTION = (
@@ -23,15 +25,21 @@ SETS_CAPTION = (
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 # The rivals of each column; where a result has several of them, the fastest counts.
-COMPOSITIONS = (*targets.BEST, "best batched", "best out=", "best, copied back", "index_select", "unsorted, then sort")
 COLUMNS = {
     "naive PyTorch": ("naive", "torch.gather", "topk"),
-    "best PyTorch": COMPOSITIONS,
+    "best PyTorch": (
+        *BEST,
+        "best batched",
+        "best out=",
+        "best, copied back",
+        "index_select",
+        "unsorted, then sort",
+    ),
     "per-head loop": ("loop",),
     "torch.compile": ("torch.compile",),
     "FlashInfer": ("flashinfer",),
     "Triton": ("triton",),
-    "CUB": (*targets.CUB, *(name.removesuffix(", our gather") for name in targets.CUB)),
+    "CUB": (*CUB, *(name.removesuffix(", our gather") for name in CUB)),
     "one block per head": ("one block per head",),
     "evict, uniform": ("uniform",),
     "SDPA, all rows": ("dense",),
@@ -48,18 +56,76 @@ def headline(run: Run) -> list[Result]:
     return [r for r in usual if "[1, 8," in r.shape and "scores" not in r.shape] + soft
 
 
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Markdown."""
+    titles = list(head)
+    top = f"| {' | '.join(titles)} |".replace("|  |", "| |")
+    return "\n".join([top, "|---" * len(titles) + "|", *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
 def speed_table(run: Run, rows: list[Result]) -> str:
-    """Markdown: time, rate, share of memcpy, and the time of every rival over ours."""
+    """Time, rate, share of memcpy, and the time of every rival over ours."""
     columns = {name: keys for name, keys in COLUMNS.items() if any(key in r.ratios for r in rows for key in keys)}
-    lines = [f"| op | | shape | time | GB/s | of memcpy | {' | '.join(columns)} |", "|---" * (6 + len(columns)) + "|"]
-    for r in rows:
-        cells = [f"`{r.op}`", r.mode, r.shape, _time(r.us or 0), "" if r.gbps is None else f"{r.gbps:.1f}"]
-        cells.append(f"{100 * r.ratios['memcpy']:.0f} %" if "memcpy" in r.ratios else "")
-        for keys in columns.values():
-            found = [r.ratios[key] for key in keys if key in r.ratios]
-            cells.append(f"{min(found):.2f}x" if found else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+
+    def cells(r: Result) -> Iterator[str]:
+        yield from (f"`{r.op}`", r.mode, r.shape, _time(r.us or 0), "" if r.gbps is None else f"{r.gbps:.1f}")
+        yield _memcpy(r)
+        yield from (_fastest(r, keys) for keys in columns.values())
+
+    return table(("op", "", "shape", "time", "GB/s", "of memcpy", *columns), map(cells, rows))
+
+
+def ceilings(run: Run) -> str:
+    """How fast a gather alone moves rows, by how they lie."""
+    rows = [
+        (r.op.removeprefix("ceiling "), r.shape, f"{r.gbps:.0f}", _memcpy(r), _fastest(r, ("bulk copies",)))
+        for r in run.results
+        if r.op.startswith("ceiling ") and r.gbps
+    ]
+    return table(("rows of a gather", "", "GB/s", "of memcpy", "by bulk copies"), rows) if rows else ""
+
+
+def targets_table(run: Run) -> str:
+    """Every target, what was measured, met or missed; on a GPU beside the prediction."""
+    if run.device == "cpu":
+        rows = [(t.name, t.limit, *_verdict(t, run)) for t in CPU_TARGETS]
+        return table(("target", "bound", "measured", ""), rows)
+    name = str(run.machine.get("gpu", ""))
+    gpu = next((gpu for short, gpu in GPUS.items() if short.upper() in name and has_planner()), None)
+    rows = []
+    for t in GPU_TARGETS:
+        found = t.measure(run)
+        rows.append((t.name, t.limit, t.show(gpu and t.predict(gpu)), *_verdict(t, run), found.case if found else ""))
+    head = f"Targets are of an H200; this is one {name}. Predictions are of bench/model.py."
+    return f"{head}\n\n{table(('target', 'bound', 'predicted', 'measured', '', ''), rows)}"
+
+
+def sets_table(runs: Iterable[Run]) -> str:
+    """A row for each instruction set, where it was measured, and the targets that have a short name."""
+    named = [target for target in CPU_TARGETS if target.short]
+    rows = []
+    for run in runs:
+        m = run.machine
+        where = f"{m['cpu']}, {m['threads']} threads, {str(m['date']).split()[0]}"
+        found = (_verdict(target, run) for target in named)
+        rows.append((m["cpu_isa"], where, *(value + " (missed)" * ("missed" in word) for value, word in found)))
+    return table(("", "measured on", *(target.short for target in named)), rows)
+
+
+def _verdict(target: Target, run: Run) -> tuple[str, str]:
+    """What was measured, and what that says of the target."""
+    found = target.measure(run)
+    verdict = "not measured" if found is None else target.verdict(found.value)
+    return target.show(found and found.value), verdict if target.promised(run) else "no promise"
+
+
+def _fastest(result: Result, rivals: Iterable[str]) -> str:
+    found = [result.ratios[rival] for rival in rivals if rival in result.ratios]
+    return f"{min(found):.2f}x" if found else ""
+
+
+def _memcpy(result: Result) -> str:
+    return f"{100 * result.ratios['memcpy']:.0f} %" if "memcpy" in result.ratios else ""
 
 
 def caption(run: Run) -> str:
@@ -81,7 +147,7 @@ def caption(run: Run) -> str:
 
 
 def markdown(run: Run) -> str:
-    parts = [caption(run), speed_table(run, headline(run)), targets.ceilings(run), targets.table(run)]
+    parts = [caption(run), speed_table(run, headline(run)), ceilings(run), targets_table(run)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -133,7 +199,7 @@ def main() -> None:
             print(f"plot in {plot}\n")
         print(markdown(run))
     if args.readme:
-        replace_between_markers(args.readme, f"{SETS_CAPTION}\n\n{targets.sets_table(list(runs.values()))}")
+        replace_between_markers(args.readme, f"{SETS_CAPTION}\n\n{sets_table(runs.values())}")
     if args.page:
         replace_between_markers(args.page, page(runs))
 

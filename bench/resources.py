@@ -80,28 +80,23 @@ def limit_of(kernel: Kernel) -> Limit:
 
 
 def excesses(kernels: Iterable[Kernel]) -> list[str]:
-    """What ptxas reports beyond the limits, a line each."""
-    return [
-        f"{kernel.name} for sm_{kernel.arch}: {field} {has}, at most {most}"
-        for kernel in kernels
-        for field, has, most in (
-            ("registers", kernel.registers, limit_of(kernel).registers),
-            ("static shared memory", kernel.shared, 0),
-            ("stack", kernel.stack, 0),
-            ("spills", kernel.spills, 0),
-        )
-        if has > most
-    ]
+    """What ptxas reports beyond the limits, a line each; registers are all that a kernel may have some of."""
+    found = []
+    for kernel in kernels:
+        most = {"registers": limit_of(kernel).registers}
+        for field in ("registers", "shared", "stack", "spills"):
+            if (has := getattr(kernel, field)) > most.get(field, 0):
+                found.append(f"{kernel.name} for sm_{kernel.arch}: {field} {has}, at most {most.get(field, 0)}")
+    return found
 
 
 def defects(kernels: Iterable[Kernel]) -> list[str]:
     """What is wrong with their instructions, a line each."""
     found = []
     for kernel in kernels:
-        code, limit = kernel.code, limit_of(kernel)
+        code, limit, name = kernel.code, limit_of(kernel), f"{kernel.name} for sm_{kernel.arch}"
         if code is None:
             continue
-        name = f"{kernel.name} for sm_{kernel.arch}"
         if code.local:
             found.append(f"{name}: {code.local} instructions on local memory")
         if min(code.loads, code.stores) < limit.vectors:
@@ -119,13 +114,17 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=str(cuda_home() / "bin"))
 
 
+def package_folders(package: str) -> list[Path]:
+    """Where a package is installed, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    return [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+
+
 def find_disassembler() -> str | None:
-    """cuobjdump with nvdisasm beside it; the packages that may hold them are not imported."""
+    """cuobjdump with nvdisasm beside it."""
     folders = [*map(Path, os.get_exec_path()), cuda_home() / "bin"]
     for package, pattern in (("nvidia", "*/bin"), ("triton", "backends/nvidia/bin")):
-        spec = importlib.util.find_spec(package)
-        for location in (spec and spec.submodule_search_locations) or ():
-            folders += sorted(Path(location).glob(pattern))
+        folders += [path for folder in package_folders(package) for path in sorted(folder.glob(pattern))]
     for folder in folders:
         tools = [shutil.which(tool, path=str(folder)) for tool in ("cuobjdump", "nvdisasm")]
         if all(tools):
@@ -172,21 +171,12 @@ def parse_report(log: str) -> list[Kernel]:
     kernels = []
     for part in re.split(r"(?=Compiling entry function)", log):
         head = re.match(r"Compiling entry function '(\w+)' for 'sm_(\d+)", part)
-        used = re.search(r"Used (\d+) registers.*", part)
-        if not head or not used:
-            continue
-        shared = re.search(r"(\d+) bytes smem", used[0])
-        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
-        kernels.append(
-            Kernel(
-                name=head[1],
-                arch=int(head[2]),
-                registers=int(used[1]),
-                shared=int(shared[1]) if shared else 0,
-                stack=sum(int(stack) for stack, _, _ in frames),
-                spills=sum(int(stores) + int(loads) for _, stores, loads in frames),
-            )
-        )
+        used = re.search(r"Used (\d+) registers(?:.* (\d+) bytes smem)?", part)
+        if head and used:
+            pattern = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+            frames = [tuple(map(int, frame)) for frame in re.findall(pattern, part)]
+            stack, spills = sum(frame[0] for frame in frames), sum(sum(frame[1:]) for frame in frames)
+            kernels.append(Kernel(head[1], int(head[2]), int(used[1]), int(used[2] or 0), stack, spills))
     return kernels
 
 
@@ -262,16 +252,14 @@ def summary(kernels: Iterable[Kernel]) -> str:
     head += ["16-byte loads", "stores", "local"]
     rows = []
     for name, family in sorted(families.items()):
-        row: list[object] = [name]
-        row += [max((kernel.registers for kernel in family if kernel.arch == arch), default="") for arch in archs]
-        row += [max(limit_of(kernel).registers for kernel in family)]
-        row += [max(kernel.stack for kernel in family), max(kernel.spills for kernel in family)]
+        registers = (max((kernel.registers for kernel in family if kernel.arch == arch), default="") for arch in archs)
+        limit = max(limit_of(kernel).registers for kernel in family)
+        row = [name, *registers, limit, max(k.stack for k in family), max(k.spills for k in family)]
         codes = [kernel.code for kernel in family if kernel.code]
-        if codes:
-            row += [min(code.loads for code in codes), min(code.stores for code in codes)]
-            row += [max(code.local for code in codes)]
-        else:
-            row += ["", "", ""]
+        row += [
+            worst((getattr(code, field) for code in codes), default="")
+            for field, worst in (("loads", min), ("stores", min), ("local", max))
+        ]
         rows.append(row)
     return _table(head, rows)
 

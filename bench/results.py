@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -71,13 +72,9 @@ class Run:
     results: list[Result]
 
     def write(self, path: Path) -> None:
-        """The file is whole at any time, whenever the process ends."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         results = ",\n  ".join(json.dumps(_rounded(asdict(result))) for result in self.results)
         head = {"device": self.device, "machine": self.machine}
-        part = path.with_suffix(".part")
-        part.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "results": [\n  {results}\n ]\n}}\n')
-        part.replace(path)
+        replace_text(path, f'{json.dumps(head, indent=1)[:-2]},\n "results": [\n  {results}\n ]\n}}\n')
 
     @staticmethod
     def read(path: Path) -> Run:
@@ -97,6 +94,14 @@ class Run:
 
     def find(self, case: str) -> Result | None:
         return next((result for result in self.results if result.case == case), None)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """The file is whole at any time, whenever the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def merge(runs: list[Run]) -> Run:
@@ -120,16 +125,24 @@ def _median(same: list[Result]) -> Result:
         merged[name] = None if None in values else median(values)
     for name in ("ratios", "rival_us"):
         found = [getattr(result, name) for result in same]
-        merged[name] = {
-            key: median(each[key] for each in found if key in each) for key in {k: 0 for f in found for k in f}
-        }
+        rivals = dict.fromkeys(rival for each in found for rival in each)
+        merged[name] = {rival: median(each[rival] for each in found if rival in each) for rival in rivals}
     return Result(**merged)
+
+
+def slug(device: str) -> str:
+    """The name of the files of its results."""
+    if device == "cuda":
+        return torch.cuda.get_device_name().lower().replace(" ", "-")
+    return f"cpu-{machine(device).get('cpu_isa', 'unknown')}"
 
 
 def machine(device: str) -> dict[str, object]:
     """What a reader must know to judge the numbers."""
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"^model name\s*: (.+)", info.read_text() if info.exists() else "", re.MULTILINE)
     found: dict[str, object] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu[1] if cpu else platform.processor(),
         "threads": torch.get_num_threads(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
@@ -180,14 +193,6 @@ def _words(*command: str) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def _rounded(value: object) -> object:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-from shapes import Inputs, Shape
+from inputs import Inputs
+from shapes import Shape
 from timing import Call
 from torch import Tensor
 
@@ -166,17 +167,6 @@ def loop(inputs: Inputs) -> Call:
         return [torch.cat([t[row][kept] for row, kept in enumerate(index)]) for t in (k, v)]
 
     return call
-
-
-def topk(inputs: Inputs, sorted: bool = True) -> Call:
-    budget = inputs.shape.budgets
-    return lambda: inputs.scores.topk(budget, dim=-1, sorted=sorted)
-
-
-def topk_positions(inputs: Inputs) -> Call:
-    """What `select` returns: the positions in ascending order."""
-    budget = inputs.shape.budgets
-    return lambda: inputs.scores.topk(budget, dim=-1, sorted=False).indices.sort(dim=-1).values
 
 
 def topk_loop(inputs: Inputs) -> Call:

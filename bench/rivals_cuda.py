@@ -15,14 +15,12 @@ import hashlib
 import os
 import re
 import subprocess
-from collections.abc import Iterator
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from resources import cuda_home, find_nvcc
-from shapes import Inputs
+from inputs import Inputs
+from resources import cuda_home, find_nvcc, package_folders
 from timing import Call
 from torch import Tensor
 
@@ -37,38 +35,27 @@ VECTOR = 16  # bytes
 
 def include_folders() -> tuple[str, list[Path]]:
     """Version of the newest CUB to be found, e.g. "3.5", and the folders to include it from."""
-    found = [(version, folders) for root in _roots() if (version := _cub_version(folders := _layout(root)))]
+    roots = [cuda_home() / "include" / "cccl", cuda_home() / "include"]
+    for package, inside in (("nvidia", "cu13/include/cccl"), ("flashinfer", "data/cccl")):
+        roots = [*(folder / inside for folder in package_folders(package)), *roots]
+    if given := os.environ.get("LKV_CCCL"):
+        roots = [Path(given)]
+    found = {}
+    for root in roots:
+        # What is installed is in one folder; a checkout has three.
+        for folders in ([root], [root / "cub", root / "thrust", root / "libcudacxx" / "include"]):
+            header = folders[0] / "cub" / "version.cuh"
+            number = re.search(r"#define CUB_VERSION (\d+)", header.read_text()) if header.is_file() else None
+            if number:
+                found.setdefault(int(number[1]), folders)
     if not found:
         raise RuntimeError("no CUB headers: install nvidia-cuda-cccl or name some in LKV_CCCL")
-    version, folders = max(found, key=lambda pair: pair[0])
-    return "{}.{}".format(*version), folders
+    return dotted(max(found)), found[max(found)]
 
 
-def _roots() -> Iterator[Path]:
-    if given := os.environ.get("LKV_CCCL"):
-        yield Path(given)
-        return
-    for package, inside in (("flashinfer", "data/cccl"), ("nvidia", "cu13/include/cccl")):
-        spec = find_spec(package)
-        yield from (Path(folder) / inside for folder in (spec and spec.submodule_search_locations) or ())
-    yield from (cuda_home() / inside for inside in ("include/cccl", "include"))
-
-
-def _layout(root: Path) -> list[Path]:
-    """The folders to include of an installed CCCL, or of its sources."""
-    if (root / "cub" / "cub").is_dir():
-        return [root / "cub", root / "thrust", root / "libcudacxx" / "include"]
-    return [root]
-
-
-def _cub_version(folders: list[Path]) -> tuple[int, int] | None:
-    header = folders[0] / "cub" / "version.cuh"
-    match = re.search(r"#define CUB_VERSION (\d+)", header.read_text()) if header.is_file() else None
-    return _parts(int(match[1])) if match else None
-
-
-def _parts(number: int) -> tuple[int, int]:
-    return number // 100000, number // 100 % 1000
+def dotted(number: int) -> str:
+    """As people write it: 300500 is 3.5."""
+    return f"{number // 100000}.{number // 100 % 1000}"
 
 
 def build(arch: str) -> Path:
@@ -121,7 +108,7 @@ def library() -> ctypes.CDLL:
 
 def cub_version() -> str:
     """The version of the CUB inside the library, e.g. "3.5"."""
-    return "{}.{}".format(*_parts(library().rivals_cub_version()))
+    return dotted(library().rivals_cub_version())
 
 
 def form(length: int) -> str:
@@ -174,31 +161,21 @@ def evict(inputs: Inputs) -> Call:
     return call
 
 
-def one_block_per_head(inputs: Inputs) -> Call:
-    """Our select, then a compaction by one block for each payload and head."""
-    total = inputs.shape.kept
-
-    def call() -> list[Tensor]:
-        out = [t.new_empty(total, inputs.shape.dim) for t in inputs.payload]
-        _move(inputs, out, in_place=False)
-        return out
-
-    return call
-
-
-def one_block_in_place(inputs: Inputs) -> Call:
-    """The same to the front of every head's own buffer."""
-    return lambda: _move(inputs, list(inputs.payload), in_place=True)
-
-
-def _move(inputs: Inputs, out: list[Tensor], in_place: bool) -> None:
+def one_block_per_head(inputs: Inputs, in_place: bool = False) -> Call:
+    """Our select, then a compaction by one block for each payload and head, packed or to the front of its buffer."""
     shape = inputs.shape
     if shape.row_bytes % VECTOR:
         raise ValueError(f"expected rows of whole {VECTOR}-byte vectors, got {shape.row_bytes} bytes")
-    index = lkv_ext.select(inputs.scores, shape.budgets)
     sizes = (shape.batch * shape.heads, shape.length, shape.row_bytes // VECTOR)
-    move = _fields(*inputs.payload, *out, index.positions, index.cu_seqlens, *sizes, in_place)
-    _check(library().rivals_move(move, _stream()))
+
+    def call() -> list[Tensor]:
+        index = lkv_ext.select(inputs.scores, shape.budgets)
+        out = list(inputs.payload) if in_place else [t.new_empty(shape.kept, shape.dim) for t in inputs.payload]
+        move = _fields(*inputs.payload, *out, index.positions, index.cu_seqlens, *sizes, in_place)
+        _check(library().rivals_move(move, _stream()))
+        return out
+
+    return call
 
 
 def _fields(*values: Tensor | int) -> ctypes.Array[ctypes.c_int64]:

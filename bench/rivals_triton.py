@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from shapes import Inputs, Shape
+from inputs import Inputs
+from shapes import Shape
 from timing import Call
 from torch import Tensor
 

@@ -15,10 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import model  # noqa: E402
+import report  # noqa: E402
 import targets  # noqa: E402
-from prediction import GATHER, H100, H200, Kernel, Work, make_plan, predict  # noqa: E402
+from inputs import index_of, runs_of  # noqa: E402
+from prediction import GATHER, H100, H200, Kernel, make_plan, predict  # noqa: E402
 from results import Result, Run  # noqa: E402
-from shapes import Shape, index_of, runs_of  # noqa: E402
+from shapes import Shape  # noqa: E402
 
 import lkv_ext  # noqa: E402
 
@@ -38,16 +40,16 @@ import lkv_ext  # noqa: E402
 )
 def test_floors(length: int, batch: int, layers: int, retention: float, floor: float) -> None:
     """All bytes at 4.3 TB/s, in us."""
-    work = Work(Shape(length, batch=batch, retention=retention), layers)
-    assert predict(H200, work).floor_us == pytest.approx(floor, abs=0.06, rel=2e-4)
+    shape = Shape(length, batch=batch, retention=retention, layers=layers)
+    assert predict(H200, shape).floor_us == pytest.approx(floor, abs=0.06, rel=2e-4)
 
 
 def test_bytes() -> None:
-    work = Work(Shape(131072))
-    assert work.score_bytes == 8 * 131072 * 4
-    assert 2 * work.output_bytes == pytest.approx(161e6, rel=1e-3)
-    assert Work(Shape(131072), op="select").moved_bytes == work.score_bytes
-    assert Work(Shape(131072), layers=32).moved_bytes == 32 * work.moved_bytes
+    shape = Shape(131072)
+    assert shape.score_bytes == 8 * 131072 * 4
+    assert 2 * shape.output_bytes == pytest.approx(161e6, rel=1e-3)
+    assert predict(H200, shape, "select").floor_us == pytest.approx(shape.score_bytes / H200.copy_rate / 1e3)
+    assert Shape(131072, layers=32).moved_bytes == 32 * shape.moved_bytes
 
 
 @pytest.mark.parametrize(
@@ -76,33 +78,33 @@ def test_occupancy_beside_another_kernel() -> None:
 
 def test_plans() -> None:
     """What csrc/cuda/select_sizes.h comes to on 132 multiprocessors."""
-    tiny, short, middle, long = (make_plan(H200, Work(Shape(length))) for length in (256, 8192, 32768, 131072))
+    tiny, short, middle, long = (make_plan(H200, Shape(length)) for length in (256, 8192, 32768, 131072))
     assert (tiny.fused, tiny.cluster, tiny.keys_in, tiny.launches) == (True, 1, "registers", 2)
     assert (short.fused, short.cluster, short.keys_in, short.launches) == (False, 2, "registers", 3)
     assert (middle.fused, middle.cluster, middle.keys_in, middle.launches) == (False, 8, "registers", 3)
     assert (long.fused, long.cluster, long.keys_in, long.waves) == (False, 16, "shared", 1)
-    whole = make_plan(H200, Work(Shape(131072), layers=32))
+    whole = make_plan(H200, Shape(131072, layers=32))
     assert (whole.cluster, whole.keys, whole.per_multiprocessor) == (4, 32768, 1)
     assert whole.blocks <= H200.multiprocessors
-    huge = make_plan(H200, Work(Shape(1 << 21)))
+    huge = make_plan(H200, Shape(1 << 21))
     assert (huge.cluster, huge.keys_in, huge.waves) == (8, "memory", 1)  # of 16 blocks, seven run at once
 
 
 @pytest.mark.parametrize("gpu", [H200, H100], ids=lambda gpu: gpu.name)
 def test_time_grows_with_length_and_retention(gpu) -> None:
     for layers in (1, 32):
-        lengths = [predict(gpu, Work(Shape(1 << power), layers)).total_us for power in range(10, 18)]
+        lengths = [predict(gpu, Shape(1 << power, layers=layers)).total_us for power in range(10, 18)]
         assert lengths == sorted(lengths)
-        kept = [predict(gpu, Work(Shape(32768, retention=tenth / 10), layers)).total_us for tenth in range(1, 11)]
+        kept = [predict(gpu, Shape(32768, retention=t / 10, layers=layers)).total_us for t in range(1, 11)]
         assert kept == sorted(kept)
 
 
 def test_nothing_beats_its_floor_or_a_slower_card() -> None:
     for work in model.works().values():
-        found = predict(H200, work)
+        found = predict(H200, *work)
         assert found.floor_us < found.total_us <= found.launch_us + found.select_us + found.gather_us
-        assert found.total_us <= predict(H100, work).total_us
-        assert found.total_us <= predict(replace(H200, row_share=0.8), work).total_us
+        assert found.total_us <= predict(H100, *work).total_us
+        assert found.total_us <= predict(replace(H200, row_share=0.8), *work).total_us
 
 
 def run_of(*results: Result) -> Run:
@@ -110,14 +112,13 @@ def run_of(*results: Result) -> Run:
 
 
 def test_targets_are_found_in_a_run() -> None:
-    shape, whole = Shape(131072), Shape(131072)
-    bytes_moved = Work(whole, 32).moved_bytes
+    shape, whole = Shape(131072), Shape(131072, layers=32)
     run = run_of(
         Result("evict", "graph", str(shape), us=50.0, retention=0.15, ratios={"best": 4.0, "triton": 1.2}),
         Result("evict", "cold", str(Shape(8192, skewed=True)), us=9.0, retention=0.15, ratios={"loop": 6.0}),
         Result("evict", "graph", str(Shape(8192, skewed=True)), us=9.0, retention=0.15, ratios={"uniform": 0.95}),
         Result("evict_layers 32", "graph", str(whole), us=1300.0, retention=0.15),
-        Result("ceiling random", "graph", str(shape), us=40.0, gbps=bytes_moved / 1200 / 1e3, retention=0.15),
+        Result("ceiling random", "graph", str(shape), us=40.0, gbps=whole.moved_bytes / 1200 / 1e3, retention=0.15),
     )
     measured = {target.name: target.measure(run) for target in targets.GPU_TARGETS}
     found = {name: value.value for name, value in measured.items() if value is not None}
@@ -129,25 +130,25 @@ def test_targets_are_found_in_a_run() -> None:
         "any eviction: speed over rivals with stock gathers": 1.2,
         "ragged budgets: speed over PyTorch": 6,
     }
-    table = targets.table(run)
+    table = report.targets_table(run)
     assert "| at most 55 us | " in table and "| 50.0 us | met | evict graph" in table
     assert "| 1.20x | missed by less than a tenth | triton, evict graph" in table
     assert table.count("not measured") == len(targets.GPU_TARGETS) - len(found)
-    assert "| random | " in targets.ceilings(run)
+    assert "| random | " in report.ceilings(run)
 
 
 @pytest.mark.parametrize(
-    "shape, layers",
+    "shape",
     [
-        (Shape(4096), 1),
-        (Shape(32768, heads=2, batch=3, skewed=True, retention=0.05), 1),
-        (Shape(1024, dim=64, dtype=torch.float8_e4m3fn, score_dtype=torch.bfloat16), 16),
+        Shape(4096),
+        Shape(32768, heads=2, batch=3, skewed=True, retention=0.05),
+        Shape(1024, dim=64, dtype=torch.float8_e4m3fn, score_dtype=torch.bfloat16, layers=16),
     ],
 )
-def test_work_of_a_result(shape: Shape, layers: int) -> None:
-    op = "evict" if layers == 1 else f"evict_layers {layers}"
-    assert targets.work_of(Result(op, "graph", str(shape), retention=shape.retention)) == Work(shape, layers)
-    assert targets.work_of(Result("select", "graph", str(shape))) is None
+def test_shape_of_a_result(shape: Shape) -> None:
+    op = "evict" if shape.layers == 1 else f"evict_layers {shape.layers}"
+    found = Result(op, "graph", str(shape), us=1.0)
+    assert list(targets.evictions(run_of(found, Result("select", "graph", str(shape), us=1.0)))) == [(found, shape)]
 
 
 @pytest.mark.parametrize("run", [1, 4, 16, 4096])

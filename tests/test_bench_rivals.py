@@ -21,7 +21,8 @@ sys.path.insert(0, str(ROOT / "bench"))
 import contenders  # noqa: E402
 import rivals  # noqa: E402
 import rivals_cuda  # noqa: E402
-from shapes import Inputs, Shape, make_inputs  # noqa: E402
+from inputs import Inputs, make_inputs  # noqa: E402
+from shapes import Shape  # noqa: E402
 
 SCORES = ("normal", "ties", "constant", "minus_infinity", "nan_and_infinity", "signed_zeros")
 
@@ -90,9 +91,9 @@ def test_who_fails_is_left_out() -> None:
 
     makers = {"best": rivals.best, "breaks": breaks, "wrong": wrong}
     out = lkv_ext.evict(inputs.k, inputs.v, inputs.scores, inputs.shape.budgets)
-    found = contenders.race_of(makers, inputs, lambda moved: contenders.same_bytes(moved, [out.k, out.v]))
-    assert list(found.calls) == ["best"]
-    assert found.skipped == {"breaks": "OSError: no compiler", "wrong": "ValueError: keeps other rows than evict"}
+    calls, missing = contenders.admit(makers, inputs, contenders.keeps(inputs.shape, [out.k, out.v]))
+    assert list(calls) == ["best"]
+    assert missing == {"breaks": "OSError: no compiler", "wrong": "ValueError: keeps other rows than evict"}
 
 
 @pytest.mark.cuda
@@ -102,9 +103,10 @@ def test_who_fails_is_left_out() -> None:
 def test_everybody_moves_the_same(skewed: bool, length: int) -> None:
     inputs = make_inputs(Shape(length, heads=4, skewed=skewed), "cuda")
     out = lkv_ext.evict(inputs.k, inputs.v, inputs.scores, inputs.shape.budgets)
-    found = contenders.for_evict(inputs, [out.k, out.v])
-    assert found.calls
-    assert not [name for name, why in found.skipped.items() if "other rows" in why]
+    keeps = contenders.keeps(inputs.shape, [out.k, out.v])
+    calls, missing = contenders.admit(contenders.of_evict(inputs.shape), inputs, keeps)
+    assert calls
+    assert not [name for name, why in missing.items() if "other rows" in why]
 
 
 @pytest.mark.slow
