@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from functools import partial
 from statistics import median
 
 import pytest
@@ -41,19 +43,14 @@ def test_decoding(bench: Bench) -> None:
     with lkv.Cache(model, decoder.POLICY, retention=decoder.RETENTION) as cache:
         model(ids, past_key_values=cache, logits_to_keep=1)
         others = {
-            "dense cache": lambda: model(token, past_key_values=dense),
-            "without rows": lambda: model(token, past_key_values=brief),
+            "dense cache": partial(model, token, past_key_values=dense),
+            "without rows": partial(model, token, past_key_values=brief),
         }
 
-        def step() -> object:
-            return model(token, past_key_values=cache)
-
-        bench.time(f"{OP} step", "", SHAPE, step, others, 0, note=attention_share)
-
-
-def attention_share(ratios: dict[str, float]) -> str:
-    share = 1 - ratios["without rows"] / ratios["dense cache"]
-    return f"attention: {share:.0%} of a step over the dense cache"
+        step = partial(model, token, past_key_values=cache)
+        found = bench.measure(f"{OP} step", "", SHAPE, step, others, 0)
+    share = 1 - found.ratios["without rows"] / found.ratios["dense cache"]
+    bench.report(replace(found, note=f"attention: {share:.0%} of a step over the dense cache"))
 
 
 def test_step_beside_a_dense_cache(bench: Bench) -> None:

@@ -118,22 +118,11 @@ class Bench:
         self._state = config.stash[STATE]
         self._state.open(device)
 
-    def time(
-        self,
-        op: str,
-        mode: str,
-        shape: Shape,
-        subject: Call,
-        rivals: dict[str, Call],
-        moved: int,
-        note: Callable[[dict[str, float]], str] = lambda ratios: "",
-    ) -> None:
-        """Times `subject` beside its rivals.
+    def time(self, op: str, mode: str, shape: Shape, subject: Call, rivals: dict[str, Call], moved: int) -> None:
+        self.report(self.measure(op, mode, shape, subject, rivals, moved))
 
-        Args:
-            moved: bytes that the op must read and write; 0: none are counted.
-            note: from the ratios to what else a reader should know.
-        """
+    def measure(self, op: str, mode: str, shape: Shape, subject: Call, rivals: dict[str, Call], moved: int) -> Result:
+        """Times `subject` beside its rivals; `moved`: bytes that the op must read and write, 0: none are counted."""
         clock: Clock = WallClock(cold=mode == "cold")
         if self.device == "cuda":
             # The caching allocator gives warm memory to everybody: what differs is the L2 cache.
@@ -142,8 +131,8 @@ class Bench:
                 subject, rivals = captured(subject), self._captured(rivals)
             mode = {"fresh": "cold"}.get(mode, mode)
         found = take_turns(self._benchmark, subject, rivals, clock, self._seconds)
-        found |= {"gbps": moved / found["us"] / 1e3 if moved else None, "note": note(found["ratios"])}
-        self.report(Result(op, mode, str(shape), length=shape.length, retention=shape.retention, **found))
+        gbps = moved / found["us"] / 1e3 if moved else None
+        return Result(op, mode, str(shape), gbps=gbps, length=shape.length, retention=shape.retention, **found)
 
     @property
     def sweep(self) -> str:

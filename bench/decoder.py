@@ -20,18 +20,8 @@ POLICY, RETENTION = "adakv", 0.15
 
 def build(length: int, device: str) -> LlamaForCausalLM:
     """Random weights; keys scaled head by head, so that heads are sharp and flat and win different budgets."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=HEADS * DIM,
-        intermediate_size=256,  # lest a prefill peak there, and hide what a cache takes
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        head_dim=DIM,
-        max_position_embeddings=length + 1024,
-    )
-    model = LlamaForCausalLM(config)
+    # Narrow between the layers, lest a prefill peak there, and hide what a cache takes.
+    model = _llama(HEADS * DIM, 256, HEADS, HEADS, DIM, max_position_embeddings=length + 1024)
     for layer in model.model.layers:
         heads = layer.self_attn.k_proj.weight.data.view(HEADS, -1)
         heads *= torch.rand(HEADS, 1).mul(3).add(1).exp2()
@@ -40,17 +30,22 @@ def build(length: int, device: str) -> LlamaForCausalLM:
 
 def build_tiny(device: str) -> LlamaForCausalLM:
     """As many layers, and next to nothing in them."""
+    return _llama(32, 48, 4, 2, 8).to(device).eval()
+
+
+def _llama(width: int, between: int, heads: int, kv_heads: int, dim: int, **more: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=between,
         num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=dim,
+        **more,
     )
-    return LlamaForCausalLM(config).to(device).eval()
+    return LlamaForCausalLM(config)
 
 
 def prompt(length: int, device: str) -> Tensor:

@@ -19,21 +19,14 @@ TITLES = {
     "fresh": "the call allocates its result",
     "warm": "the result goes into memory that is there already",
 }
-NAMES = {
-    "naive": "naive: topk, sort, gather",
-    "best": "best PyTorch composition",
-    "best out=": "best PyTorch composition",
-    "flashinfer": "FlashInfer top_k, index_select",
-    "triton": "Triton select and gather",
-    "memcpy": "memcpy of the output",
-}
-STYLES = {
-    "naive": ("#9aa0a6", "s", "-"),
-    "best": ("#d98032", "^", "-"),
-    "best out=": ("#d98032", "^", "-"),
-    "flashinfer": ("#7a5bb5", "D", "-"),
-    "triton": ("#4a8f5c", "v", "-"),
-    "memcpy": ("#5f6368", "", "--"),
+COMPOSED = ("best PyTorch composition", "#d98032", "^", "-")
+LINES = {  # label, colour, marker, line
+    "naive": ("naive: topk, sort, gather", "#9aa0a6", "s", "-"),
+    "best": COMPOSED,
+    "best out=": COMPOSED,
+    "flashinfer": ("FlashInfer top_k, index_select", "#7a5bb5", "D", "-"),
+    "triton": ("Triton select and gather", "#4a8f5c", "v", "-"),
+    "memcpy": ("memcpy of the output", "#5f6368", "", "--"),
 }
 RATIO = {"ha": "center", "fontsize": 8.5, "color": "#a85a12"}
 
@@ -59,9 +52,8 @@ def draw(run: Run, path: Path) -> None:
 def _draw_mode(axis: Axes, rows: list[Result]) -> None:
     lengths = [r.length for r in rows]
     ours = [r.us or 0.0 for r in rows]
-    for name, label in NAMES.items():
+    for name, (label, color, marker, line) in LINES.items():
         if all(name in r.ratios for r in rows):
-            color, marker, line = STYLES[name]
             # By the ratios, which are medians within rounds, not by the rival's own median, which drifts.
             ratios = [_best(r) if name.startswith("best") else r.ratios[name] for r in rows]
             times = [ratio * us for ratio, us in zip(ratios, ours, strict=True)]

@@ -27,14 +27,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 # The rivals of each column; where a result has several of them, the fastest counts.
 COLUMNS = {
     "naive PyTorch": ("naive", "torch.gather", "topk"),
-    "best PyTorch": (
-        *BEST,
-        "best batched",
-        "best out=",
-        "best, copied back",
-        "index_select",
-        "unsorted, then sort",
-    ),
+    "best PyTorch": (*BEST, "best batched", "best out=", "best, copied back", "index_select", "unsorted, then sort"),
     "per-head loop": ("loop",),
     "torch.compile": ("torch.compile",),
     "FlashInfer": ("flashinfer",),

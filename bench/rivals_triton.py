@@ -37,17 +37,18 @@ def _load_keys(scores, columns, length):
 
 
 @triton.jit
-def _pick(counts, wanted):
-    """The bin where the count from above reaches `wanted`, and how many of that bin it takes."""
-    bins = tl.arange(0, BINS)
-    reached = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
-    picked = tl.sum((reached >= wanted).to(tl.int32), 0) - 1
-    return picked, wanted - tl.sum(tl.where(bins > picked, counts, 0), 0)
+def _digit(keys, ROUND: tl.constexpr):
+    return ((keys >> (24 - 8 * ROUND)) & 255).to(tl.int32)
 
 
 @triton.jit
-def _digit(keys, ROUND: tl.constexpr):
-    return ((keys >> (24 - 8 * ROUND)) & 255).to(tl.int32)
+def _round(digit, counts, kept, tied, wanted):
+    """Keeps what lies above the bin where the count from above reaches `wanted`; what lies in that bin still ties."""
+    bins = tl.arange(0, BINS)
+    reached = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
+    picked = tl.sum((reached >= wanted).to(tl.int32), 0) - 1
+    above = tl.sum(tl.where(bins > picked, counts, 0), 0)
+    return kept | (tied & (digit > picked)), tied & (digit == picked), wanted - above
 
 
 @triton.jit
@@ -55,10 +56,8 @@ def _narrow(keys, valid, histograms, wanted, ROUNDS: tl.constexpr):
     """What the first rounds say of these keys: which are kept, which still tie, and how many of the tie are kept."""
     kept, tied = tl.zeros(valid.shape, tl.int1), valid
     for r in tl.static_range(ROUNDS):
-        digit = _digit(keys, r)
-        picked, wanted = _pick(tl.load(histograms + r * BINS + tl.arange(0, BINS)), wanted)
-        kept |= tied & (digit > picked)
-        tied &= digit == picked
+        counts = tl.load(histograms + r * BINS + tl.arange(0, BINS))
+        kept, tied, wanted = _round(_digit(keys, r), counts, kept, tied, wanted)
     return kept, tied, wanted
 
 
@@ -80,9 +79,7 @@ def _select_short(scores, budgets, offsets, positions, length, ROUNDS: tl.conste
     kept, wanted = tl.zeros(tied.shape, tl.int1), tl.load(budgets + row)
     for r in tl.static_range(ROUNDS):
         digit = _digit(keys, r)
-        picked, wanted = _pick(tl.histogram(digit, BINS, mask=tied), wanted)
-        kept |= tied & (digit > picked)
-        tied &= digit == picked
+        kept, tied, wanted = _round(digit, tl.histogram(digit, BINS, mask=tied), kept, tied, wanted)
     _emit(positions + tl.load(offsets + row), row * length, kept, tied, 0, wanted)
 
 
@@ -111,17 +108,9 @@ def _count_kept(scores, budgets, histograms, counts, length, ROUNDS: tl.constexp
 
 @triton.jit
 def _select_long(
-    scores,
-    budgets,
-    offsets,
-    histograms,
-    counts,
-    positions,
-    length,
-    ROUNDS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+    scores, budgets, offsets, histograms, counts, positions, length,
+    ROUNDS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
+):  # fmt: skip
     chunk, row = tl.program_id(0), tl.program_id(1)
     columns = chunk * CHUNK + tl.arange(0, CHUNK)
     keys = _load_keys(scores + row * length, columns, length)

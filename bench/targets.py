@@ -109,8 +109,9 @@ def timed(name: str, bound: float, op: str, shape: Shape) -> Target:
     return Target(name, bound, values, "us", op, shape, lambda gpu: predict(gpu, shape, op).total_us)
 
 
-def _evict(mode: str, length: int, skewed: bool = False) -> str:
-    return f"evict {mode} {Shape(length, skewed=skewed)}"
+def _skewed(mode: str, length: int) -> str:
+    """The case of an eviction where one head has 40 % of the budget."""
+    return f"evict {mode} {Shape(length, skewed=True)}"
 
 
 def _soft_topk(rows: int, length: int) -> Iterator[Target]:
@@ -120,11 +121,13 @@ def _soft_topk(rows: int, length: int) -> Iterator[Target]:
         yield ratio(f"{name}, speed over the best composition", 4, case, "best", vectors=True, short=short)
 
 
-FRESH, WARM, SELECT = _evict("fresh", 131072), _evict("warm", 131072), f"select fresh {Shape(131072)}"
+SHORT, LONG, PROMPT = Shape(8192), Shape(131072), Shape(16384, dim=64, dtype=torch.float32)
+FRESH, WARM, SELECT = f"evict fresh {LONG}", f"evict warm {LONG}", f"select fresh {LONG}"
 TINY = f"evict fresh {Shape(16, heads=2, dim=8, retention=0.5)}"
 ATTEND, SKEWED = "attend, 32768 tokens, skewed", f"attend warm {Shape(32768, skewed=True)}"
-GENERATE, PROMPT = "generate, 16k prompt", Shape(16384, dim=64, dtype=torch.float32)
+GENERATE, STEP = "generate, 16k prompt", f"generate 8 step {PROMPT}"
 NAIVE, COMPOSED, LOOP = (f"speed over the {rival}" for rival in ("naive pipeline", "best composition", "per-head loop"))
+SDPA, UNIFORM = "speed over SDPA on the", "speed of uniform ones"
 APPEND = "append of a token at 100k kept rows: speed of a bare write of its rows"
 QUARTERS = "linear in kept rows: speed of four calls at a quarter of the budget"
 
@@ -134,53 +137,36 @@ CPU_TARGETS = (
     ratio("evict, L=131072, fresh: speed of clone", 0.9, FRESH, "memcpy", short="over clone"),
     ratio(f"evict, L=131072, warm: {COMPOSED}", 2.2, WARM, "best out="),
     ratio("evict, L=131072, warm: speed of memcpy", 0.4, WARM, "memcpy"),
-    ratio(f"evict, L=8192: {COMPOSED}", 3, _evict("fresh", 8192), *BEST, short="`evict` 8192 over best"),
+    ratio(f"evict, L=8192: {COMPOSED}", 3, f"evict fresh {SHORT}", *BEST, short="`evict` 8192 over best"),
     ratio("select, L=131072: speed over topk", 10, SELECT, "topk", short="`select` 131072 over topk"),
     ratio("select, L=131072: speed over topk(sorted=False)", 5, SELECT, "topk unsorted"),
-    ratio(
-        "select, L=8192: speed over topk", 3.5, f"select fresh {Shape(8192)}", "topk", short="`select` 8192 over topk"
-    ),
-    *(
-        ratio(f"skewed budgets, L={n}: speed of uniform ones", SAME, _evict("fresh", n, True), "uniform")
-        for n in (131072, 8192)
-    ),
-    *(ratio(f"ragged budgets, L={n}: {LOOP}", 5, _evict("fresh", n, True), "loop") for n in (131072, 8192)),
+    ratio("select, L=8192: speed over topk", 3.5, f"select fresh {SHORT}", "topk", short="`select` 8192 over topk"),
+    *(ratio(f"skewed budgets, L={n}: {UNIFORM}", SAME, _skewed("fresh", n), "uniform") for n in (131072, 8192)),
+    *(ratio(f"ragged budgets, L={n}: {LOOP}", 5, _skewed("fresh", n), "loop") for n in (131072, 8192)),
     ratio(f"[1, 2, 16, 8]: {NAIVE}", 1.5, TINY, "naive", short="`evict` [1, 2, 16, 8] over naive"),
-    ratio(
-        f"{ATTEND}: speed over SDPA on the dense cache",
-        5,
-        SKEWED,
-        "dense",
-        vectors=True,
-        short="`attend` over dense SDPA",
-    ),
-    ratio(f"{ATTEND}: speed over SDPA on the padded cache", 2, SKEWED, "padded", vectors=True),
+    ratio(f"{ATTEND}: {SDPA} dense cache", 5, SKEWED, "dense", vectors=True, short="`attend` over dense SDPA"),
+    ratio(f"{ATTEND}: {SDPA} padded cache", 2, SKEWED, "padded", vectors=True),
     ratio(f"{ATTEND}: read rate over that of memcpy", 0.6, SKEWED, "memcpy", vectors=True),
     ratio(APPEND, 1 / 3, f"append warm {Shape(12500, retention=1.0)}", "bare write"),
-    ratio(
-        f"{GENERATE}: speed of a decoding step over the dense cache", 2.5, f"generate 8 step {PROMPT}", "dense cache"
-    ),
+    ratio(f"{GENERATE}: speed of a decoding step over the dense cache", 2.5, STEP, "dense cache"),
     # One of eight layers in full, and the rows kept of all.
     share(f"{GENERATE}: peak of the cache over the dense one", 1 / 8 + 0.15, f"generate 8 peak {PROMPT}"),
     *(target for sizes in ((32, 4096), (32, 32768), (8, 131072)) for target in _soft_topk(*sizes)),
-    *(
-        share(f"{op}: scratch over the input cache", 0.02, f"{op} scratch {Shape(131072)}")
-        for op in ("evict", "evict_")
-    ),
-    ratio("linear in L: speed of four calls at L/4", SAME, f"evict scaling warm {Shape(131072)}", "4 x L/4"),
+    *(share(f"{op}: scratch over the input cache", 0.02, f"{op} scratch {LONG}") for op in ("evict", "evict_")),
+    ratio("linear in L: speed of four calls at L/4", SAME, f"evict scaling warm {LONG}", "4 x L/4"),
     ratio(QUARTERS, SAME, f"evict scaling warm {Shape(32768, retention=0.6)}", "4 x 15%"),
 )
 
 
-def _skewed(length: int) -> Target:
-    """One head with 40 % of the budget."""
+def _uniform(length: int) -> Target:
+    """Skewed budgets beside uniform ones."""
 
     def predicted(gpu: Gpu) -> float:
         uniform, skewed = (predict(gpu, Shape(length, skewed=skewed)).total_us for skewed in (False, True))
         return uniform / skewed
 
-    name, case = f"skewed budgets, L={length}: speed of uniform ones", _evict("graph", length, True)
-    return ratio(name, 1 / 1.1, case, "uniform", predict=predicted)
+    name = f"skewed budgets, L={length}: {UNIFORM}"
+    return ratio(name, 1 / 1.1, _skewed("graph", length), "uniform", predict=predicted)
 
 
 def evictions(run: Run) -> Iterator[tuple[Result, Shape]]:
@@ -237,8 +223,8 @@ TIMED = (
 GPU_TARGETS = (
     *TIMED,
     Target("evictions over 256 MB: share of the gather's ceiling", 0.9, _shares_of_ceiling, predict=_predicted_share),
-    _skewed(8192),
-    _skewed(131072),
+    _uniform(8192),
+    _uniform(131072),
     _over("any eviction: speed over rivals with stock gathers", 1.3, STOCK),
     _over("ragged budgets: speed over PyTorch", 5, PYTORCH, lambda shape: shape.skewed),
     _over("select and launches over a third: speed over CUB and our gather", 1.3, CUB, lambda s: _overhead(s) is True),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from statistics import median
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -106,13 +107,8 @@ def switched(call: Call, variable: str, value: str) -> Call:
     """
 
     def chosen() -> object:
-        before = os.environ.get(variable)
-        os.environ[variable] = value
-        try:
+        with patch.dict(os.environ, {variable: value}):
             return call()
-        finally:
-            del os.environ[variable]
-            os.environ |= {} if before is None else {variable: before}
 
     return chosen
 
@@ -143,11 +139,10 @@ def take_turns(benchmark: Any, subject: Call, rivals: dict[str, Call], clock: Cl
             theirs[name].append(clock(rivals[name], repeats[name]))
         order.append(order.pop(0))
 
-    def run_subject() -> None:
-        ours.append(clock(subject, repeats[""]))
-
     benchmark.extra_info["calls_per_round"] = repeats[""]
-    benchmark.pedantic(run_subject, setup=run_rivals if rivals else None, rounds=rounds, iterations=1)
+    benchmark.pedantic(
+        lambda: ours.append(clock(subject, repeats[""])), setup=run_rivals if rivals else None, rounds=rounds
+    )
     return {
         "us": 1e6 * median(ours),
         "ratios": {name: median(b / a for a, b in zip(ours, times, strict=True)) for name, times in theirs.items()},
