@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-import rivals
+import rivals_torch as pytorch
 import torch
 import torch.nn.functional as F
 from conftest import Bench, each
@@ -38,7 +38,7 @@ def test_attend(bench: Bench, shape: Shape) -> None:
     # The query heads of a group as queries of their KV head: many times faster here than enable_gqa.
     grouped = q.view(shape.batch, shape.heads, GROUP, shape.dim)
     others = {
-        "memcpy": rivals.copy_warm([kept.k, kept.v]),
+        "memcpy": pytorch.copy_warm([kept.k, kept.v]),
         "dense": partial(F.scaled_dot_product_attention, grouped, k, v),
         "padded": partial(F.scaled_dot_product_attention, grouped, padded.k, padded.v, attn_mask=mask),
     }

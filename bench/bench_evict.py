@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-import contenders
 import pytest
 import rivals
+import rivals_torch as pytorch
 import torch
 from conftest import MODES, Bench, each
 from inputs import Inputs, make_inputs
@@ -23,21 +23,23 @@ def race(bench: Bench, mode: str, shape: Shape) -> None:
     out = inputs.evict()
     rows, warm, cpu = [out.k, out.v], mode == "warm", bench.device == "cpu"
     if warm and cpu:  # on CUDA every graph has memory of its own
-        makers = {} if shape.skewed else {"best out=": rivals.best_out}
+        makers = {} if shape.skewed else {"best out=": pytorch.best_out}
     elif shape.skewed:
-        makers = {"loop": rivals.loop, "best": rivals.best_ragged}
+        makers = {"loop": pytorch.loop, "best": pytorch.best_ragged}
     else:
-        makers = {"best": rivals.best, **({"best by mask": rivals.best_by_mask} if cpu else {}), "naive": rivals.naive}
-    if shape.dtype == torch.float8_e4m3fn:
-        makers.pop("naive", None)  # torch gathers no such rows
-    others, keeps = {name: make(inputs) for name, make in makers.items()}, contenders.keeps(shape, rows)
+        makers = {"best": pytorch.best, "best by mask": pytorch.best_by_mask, "naive": pytorch.naive}
+        if not cpu:
+            del makers["best by mask"]  # one of all others there
+        if shape.dtype == torch.float8_e4m3fn:
+            del makers["naive"]  # torch gathers no such rows
+    others, keeps = {name: make(inputs) for name, make in makers.items()}, rivals.keeps(shape, rows)
     for name, call in others.items():
         assert keeps(call()), f"{name} moves other rows than evict"
     if shape.skewed:
         uniform = make_inputs(replace(shape, skewed=False), bench.device)
         others["uniform"] = uniform.evict_warm() if warm and cpu else uniform.evict
-    others |= bench.admit(contenders.of_evict(shape), inputs, keeps)
-    subject, memcpy = (partial(inputs.evict, out), rivals.copy_warm) if warm else (inputs.evict, rivals.clone)
+    others |= bench.admit(rivals.of_evict(shape), inputs, keeps)
+    subject, memcpy = (partial(inputs.evict, out), pytorch.copy_warm) if warm else (inputs.evict, pytorch.clone)
     bench.time("evict", mode, shape, subject, {"memcpy": memcpy(rows), **others}, shape.moved_bytes)
 
 
@@ -83,10 +85,10 @@ def test_in_place(bench: Bench, shape: Shape) -> None:
     inputs = Inputs(shape, whole.k.clone(), whole.v.clone(), whole.scores)
     out = whole.evict()
     others = {
-        "memcpy": rivals.copy_warm([out.k, out.v]),
+        "memcpy": pytorch.copy_warm([out.k, out.v]),
         "evict": whole.evict,
-        "best, copied back": rivals.best_in_place(inputs),
-        **bench.admit(contenders.IN_PLACE, inputs, lambda _: True),
+        "best, copied back": pytorch.best_in_place(inputs),
+        **bench.admit(rivals.IN_PLACE, inputs, lambda _: True),
     }
     subject = partial(lkv_ext.evict_, inputs.k, inputs.v, inputs.scores, inputs.budgets)
     bench.time("evict_", "warm", shape, subject, others, shape.moved_bytes)

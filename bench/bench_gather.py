@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-import rivals
+import rivals_torch as pytorch
 import torch
 from conftest import Bench, each
 from inputs import index_of, make_inputs, runs_of
@@ -33,9 +33,9 @@ def test_gather(bench: Bench, shape: Shape) -> None:
     positions = index.positions.view(shape.batch, shape.heads, -1)
     subject = partial(lkv_ext.gather, inputs.payload, index)
     others = {
-        "memcpy": rivals.clone(subject()),
-        "torch.gather": rivals.gather_4d(inputs, positions),
-        "index_select": rivals.gather_rows(inputs, positions),
+        "memcpy": pytorch.clone(subject()),
+        "torch.gather": pytorch.gather_4d(inputs, positions),
+        "index_select": pytorch.gather_rows(inputs, positions),
     }
     bench.time("gather", "fresh", shape, subject, others, 2 * shape.output_bytes + 4 * shape.kept)
 
@@ -53,9 +53,9 @@ def test_ceiling(bench: Bench, mode: str, rows: str, run: int, retention: float)
     inputs, positions = make_inputs(shape, bench.device), runs_of(shape, run, bench.device)
     subject = partial(lkv_ext.gather, inputs.payload, index_of(positions))
     others = {
-        "memcpy": rivals.clone(subject()),
+        "memcpy": pytorch.clone(subject()),
         "bulk copies": switched(subject, "LKV_CUDA_GATHER", "bulk"),
-        "index_select": rivals.gather_rows(inputs, positions),
+        "index_select": pytorch.gather_rows(inputs, positions),
     }
     bench.time(f"ceiling {rows}", mode, shape, subject, others, 2 * shape.output_bytes + 4 * shape.kept)
 

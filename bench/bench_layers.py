@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-import contenders
 import pytest
 import rivals
+import rivals_torch as pytorch
 import torch
 from conftest import MODES, Bench, each
 from inputs import Inputs, make_inputs
@@ -26,16 +26,16 @@ def race(bench: Bench, mode: str, shape: Shape) -> None:
     joint, alone = subject(), one.evict()
     if mode == "warm":
         subject, singles = partial(subject, out=joint), [layer.evict_warm() for layer in layers]
-        memcpy, name, best = rivals.copy_warm, "best out=", rivals.best_out
+        memcpy, name, best = pytorch.copy_warm, "best out=", pytorch.best_out
     else:
-        singles, memcpy, name, best = [layer.evict for layer in layers], rivals.clone, "best", rivals.best
+        singles, memcpy, name, best = [layer.evict for layer in layers], pytorch.clone, "best", pytorch.best
     others = {
         "memcpy": memcpy([joint.k, joint.v]),
         "evict per layer": lambda: [call() for call in singles],
-        name: contenders.in_turn(best)(layers),
+        name: rivals.in_turn(best)(layers),
     }
-    makers = {name: contenders.in_turn(make) for name, make in contenders.of_evict(one.shape).items()}
-    others |= bench.admit(makers, layers, contenders.keeps(shape, [alone.k, alone.v] * shape.layers))
+    makers = {name: rivals.in_turn(make) for name, make in rivals.of_evict(one.shape).items()}
+    others |= bench.admit(makers, layers, rivals.keeps(shape, [alone.k, alone.v] * shape.layers))
     bench.time(f"evict_layers {shape.layers}", mode, shape, subject, others, shape.moved_bytes)
 
 

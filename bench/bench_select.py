@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-import contenders
 import rivals
+import rivals_torch as pytorch
 import torch
 from conftest import Bench, each
 from inputs import make_inputs
@@ -27,7 +27,7 @@ def test_select(bench: Bench, shape: Shape) -> None:
     inputs = make_inputs(shape, bench.device)
     scores, budgets = inputs.scores, shape.per_segment
     if shape.skewed:
-        others = {"loop": rivals.topk_loop(inputs)}
+        others = {"loop": pytorch.topk_loop(inputs)}
     else:
         others = {
             "topk": partial(scores.topk, budgets[0]),
@@ -36,7 +36,7 @@ def test_select(bench: Bench, shape: Shape) -> None:
         }
     subject = partial(lkv_ext.select, scores, inputs.budgets)
     segments = torch.arange(len(budgets)).repeat_interleave(torch.tensor(budgets)).to(bench.device)
-    keeps = contenders.keeps(shape, [(subject().positions + segments * shape.length).to(torch.int32)])
-    others |= bench.admit(contenders.of_select(shape), inputs, lambda found: keeps([found.to(torch.int32)]))
+    keeps = rivals.keeps(shape, [(subject().positions + segments * shape.length).to(torch.int32)])
+    others |= bench.admit(rivals.of_select(shape), inputs, lambda found: keeps([found.to(torch.int32)]))
     moved = shape.score_bytes + 4 * shape.kept
-    bench.time("select", bench.sweep, shape, subject, {"memcpy": rivals.clone([scores]), **others}, moved)
+    bench.time("select", bench.sweep, shape, subject, {"memcpy": pytorch.clone([scores]), **others}, moved)

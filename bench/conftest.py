@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import contenders
 import pytest
+import rivals
 import torch
 from results import Result, Run, machine, slug
 from shapes import Shape
@@ -78,7 +78,7 @@ class State:
             run.results = earlier.results
             self.skipped |= dict.fromkeys(earlier.machine.get("rivals skipped", ()))
         if device == "cuda":
-            run.machine["rivals"] = contenders.versions()
+            run.machine["rivals"] = rivals.versions()
         self.runs[device] = run, path
 
     def add(self, device: str, result: Result) -> None:
@@ -118,19 +118,19 @@ class Bench:
         self._state = config.stash[STATE]
         self._state.open(device)
 
-    def time(self, op: str, mode: str, shape: Shape, subject: Call, rivals: dict[str, Call], moved: int) -> None:
-        self.report(self.measure(op, mode, shape, subject, rivals, moved))
+    def time(self, op: str, mode: str, shape: Shape, subject: Call, others: dict[str, Call], moved: int) -> None:
+        self.report(self.measure(op, mode, shape, subject, others, moved))
 
-    def measure(self, op: str, mode: str, shape: Shape, subject: Call, rivals: dict[str, Call], moved: int) -> Result:
-        """Times `subject` beside its rivals; `moved`: bytes that the op must read and write, 0: none are counted."""
+    def measure(self, op: str, mode: str, shape: Shape, subject: Call, others: dict[str, Call], moved: int) -> Result:
+        """Times `subject` beside others; `moved`: bytes that the op must read and write, 0: none are counted."""
         clock: Clock = WallClock(cold=mode == "cold")
         if self.device == "cuda":
             # The caching allocator gives warm memory to everybody: what differs is the L2 cache.
             clock = CudaClock(cold=mode != "warm")
             if mode in ("warm", "graph"):
-                subject, rivals = captured(subject), self._captured(rivals)
+                subject, others = captured(subject), self._captured(others)
             mode = {"fresh": "cold"}.get(mode, mode)
-        found = take_turns(self._benchmark, subject, rivals, clock, self._seconds)
+        found = take_turns(self._benchmark, subject, others, clock, self._seconds)
         gbps = moved / found["us"] / 1e3 if moved else None
         return Result(op, mode, str(shape), gbps=gbps, length=shape.length, retention=shape.retention, **found)
 
@@ -139,11 +139,11 @@ class Bench:
         """The mode of shapes that are measured in one mode only."""
         return "graph" if self.device == "cuda" else "fresh"
 
-    def admit(self, makers: dict[str, contenders.Maker], inputs: Any, right: Callable[[Any], bool]) -> dict[str, Call]:
+    def admit(self, makers: dict[str, rivals.Maker], inputs: Any, right: Callable[[Any], bool]) -> dict[str, Call]:
         """On CUDA the rivals that are there; names once those that are missing, and why."""
         if not self._everybody:
             return {}
-        calls, missing = contenders.admit(makers, inputs, right)
+        calls, missing = rivals.admit(makers, inputs, right)
         for name, why in missing.items():
             self._state.skip(name, why)
         return calls
@@ -151,13 +151,13 @@ class Bench:
     def _captured(self, calls: dict[str, Call]) -> dict[str, Call]:
         graphs = {}
         # Once a capture fails, some versions of torch fail in all that follow: who may not capture comes last, once.
-        for name in sorted(calls, key=lambda name: name in contenders.MAY_NOT_CAPTURE):
+        for name in sorted(calls, key=lambda name: name in rivals.MAY_NOT_CAPTURE):
             if name not in self._state.uncapturable:
                 try:
                     graphs[name] = captured(calls[name])
                 except RuntimeError as error:
                     self._state.uncapturable.add(name)
-                    self._state.skip(f"{name} in a graph", contenders.reason(error))
+                    self._state.skip(f"{name} in a graph", rivals.reason(error))
         return graphs
 
     def once(self, call: Callable[[], T]) -> T:

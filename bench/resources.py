@@ -114,6 +114,23 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=str(cuda_home() / "bin"))
 
 
+def run_nvcc(*arguments: object) -> str:
+    """What nvcc prints.
+
+    Raises:
+        RuntimeError: there is none, or it warns or fails: first its error, then all that it printed.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("no nvcc on PATH or in CUDA_HOME")
+    command = [nvcc, "-O3", "-std=c++20", "-Werror", "all-warnings", *map(str, arguments)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode != 0:
+        errors = (line for line in result.stdout.splitlines() if "error" in line)
+        raise RuntimeError(f"nvcc: {next(errors, result.returncode)}\n{result.stdout}")
+    return result.stdout
+
+
 def package_folders(package: str) -> list[Path]:
     """Where a package is installed, found without importing it."""
     spec = importlib.util.find_spec(package)
@@ -133,10 +150,12 @@ def find_disassembler() -> str | None:
 
 
 def measure(source: Path, archs: Sequence[int] = ARCHITECTURES) -> list[Kernel]:
-    """The kernels of one source, compiled once. Raises RuntimeError with nvcc's words where that warns or fails."""
+    """The kernels of one source, compiled once. Raises RuntimeError where nvcc warns or fails."""
+    targets = [word for arch in archs for word in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
+    options = ["-lineinfo", "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra", "-I", ROOT / "csrc" / "include", *targets]
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / "out.o"
-        kernels = parse_report(_compile(source, compiled, archs))
+        kernels = parse_report(run_nvcc("-c", source, "-o", compiled, *options))
         tool = find_disassembler()
         with ThreadPoolExecutor() as pool:  # most of the time goes into starting the tools
             texts = list(pool.map(partial(_disassemble, tool, compiled), archs)) if tool else []
@@ -146,18 +165,6 @@ def measure(source: Path, archs: Sequence[int] = ARCHITECTURES) -> list[Kernel]:
         kernel._replace(name=name, code=codes.get((kernel.name, kernel.arch)))
         for kernel, name in zip(kernels, names, strict=True)
     ]
-
-
-def _compile(source: Path, compiled: Path, archs: Sequence[int]) -> str:
-    command = [find_nvcc() or "nvcc", "-c", str(source), "-o", str(compiled), "-O3", "-std=c++20", "-lineinfo"]
-    command += ["-I", str(ROOT / "csrc" / "include"), "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
-    command += ["-Xptxas", "-v"]
-    for arch in archs:
-        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if result.returncode != 0:
-        raise RuntimeError(f"nvcc failed on {source.name}:\n{result.stdout}")
-    return result.stdout
 
 
 def _disassemble(tool: str, compiled: Path, arch: int) -> str:

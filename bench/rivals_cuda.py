@@ -14,13 +14,12 @@ import ctypes
 import hashlib
 import os
 import re
-import subprocess
 from functools import cache
 from pathlib import Path
 
 import torch
 from inputs import Inputs
-from resources import cuda_home, find_nvcc, package_folders
+from resources import cuda_home, package_folders, run_nvcc
 from timing import Call
 from torch import Tensor
 
@@ -64,9 +63,6 @@ def build(arch: str) -> Path:
     Raises:
         RuntimeError: nvcc or the headers are missing, or it does not compile.
     """
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise RuntimeError("no nvcc on PATH or in CUDA_HOME")
     version, folders = include_folders()
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:8]
     path = BUILT / f"rivals-cub{version}-sm{arch}-{digest}.so"
@@ -75,13 +71,8 @@ def build(arch: str) -> Path:
     BUILT.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
     # -I and not -isystem: the toolkit's own, older copy of the headers would come first.
-    command = [nvcc, "-shared", "-O3", "-std=c++20", f"-arch=sm_{arch}", "-Werror", "all-warnings"]
-    command += ["-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden"]
-    command += [*(f"-I{folder}" for folder in folders), "-o", str(part), str(SOURCE)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        log = (result.stdout + result.stderr).splitlines()
-        raise RuntimeError(next((line for line in log if "error" in line), f"nvcc gave {result.returncode}"))
+    options = [f"-arch=sm_{arch}", "-Xcompiler", "-fPIC,-Wall,-Wextra,-fvisibility=hidden"]
+    run_nvcc("-shared", *options, *(f"-I{folder}" for folder in folders), "-o", part, SOURCE)
     return part.replace(path)
 
 

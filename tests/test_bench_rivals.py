@@ -18,9 +18,10 @@ import lkv_ext
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
-import contenders  # noqa: E402
+import resources  # noqa: E402
 import rivals  # noqa: E402
 import rivals_cuda  # noqa: E402
+import rivals_torch as pytorch  # noqa: E402
 from inputs import Inputs, make_inputs  # noqa: E402
 from shapes import Shape  # noqa: E402
 
@@ -57,7 +58,7 @@ def check_triton(device: str) -> None:
                 inputs = given(kind, score_dtype, length, device)
                 out = lkv_ext.evict(inputs.k, inputs.v, inputs.scores, inputs.shape.budgets)
                 moved = rivals_triton.evict(inputs)()
-                assert contenders.same_bytes(moved, [out.k, out.v]), f"{kind}, {score_dtype}, {length}, short {short}"
+                assert rivals.same_bytes(moved, [out.k, out.v]), f"{kind}, {score_dtype}, {length}, short {short}"
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
@@ -74,10 +75,10 @@ def test_triton(device: str) -> None:
 def test_compositions(skewed: bool) -> None:
     inputs = make_inputs(Shape(256, heads=3, batch=2, dim=4, skewed=skewed), "cpu")
     out = lkv_ext.evict(inputs.k, inputs.v, inputs.scores, inputs.shape.budgets)
-    uniform = (rivals.naive, rivals.best, rivals.best_by_mask, rivals.best_out)
-    ragged = (rivals.loop, rivals.best_ragged, rivals.best_batched)
+    uniform = (pytorch.naive, pytorch.best, pytorch.best_by_mask, pytorch.best_out)
+    ragged = (pytorch.loop, pytorch.best_ragged, pytorch.best_batched)
     for make in ragged if skewed else uniform:
-        assert contenders.same_bytes(make(inputs)(), [out.k, out.v]), make.__name__
+        assert rivals.same_bytes(make(inputs)(), [out.k, out.v]), make.__name__
 
 
 def test_who_fails_is_left_out() -> None:
@@ -89,9 +90,9 @@ def test_who_fails_is_left_out() -> None:
     def wrong(inputs: Inputs) -> rivals.Call:
         return lambda: inputs.payload
 
-    makers = {"best": rivals.best, "breaks": breaks, "wrong": wrong}
+    makers = {"best": pytorch.best, "breaks": breaks, "wrong": wrong}
     out = lkv_ext.evict(inputs.k, inputs.v, inputs.scores, inputs.shape.budgets)
-    calls, missing = contenders.admit(makers, inputs, contenders.keeps(inputs.shape, [out.k, out.v]))
+    calls, missing = rivals.admit(makers, inputs, rivals.keeps(inputs.shape, [out.k, out.v]))
     assert list(calls) == ["best"]
     assert missing == {"breaks": "OSError: no compiler", "wrong": "ValueError: keeps other rows than evict"}
 
@@ -103,8 +104,8 @@ def test_who_fails_is_left_out() -> None:
 def test_everybody_moves_the_same(skewed: bool, length: int) -> None:
     inputs = make_inputs(Shape(length, heads=4, skewed=skewed), "cuda")
     out = lkv_ext.evict(inputs.k, inputs.v, inputs.scores, inputs.shape.budgets)
-    keeps = contenders.keeps(inputs.shape, [out.k, out.v])
-    calls, missing = contenders.admit(contenders.of_evict(inputs.shape), inputs, keeps)
+    keeps = rivals.keeps(inputs.shape, [out.k, out.v])
+    calls, missing = rivals.admit(rivals.of_evict(inputs.shape), inputs, keeps)
     assert calls
     assert not [name for name, why in missing.items() if "other rows" in why]
 
@@ -116,7 +117,7 @@ def test_cuda_source_compiles() -> None:
         rivals_cuda.include_folders()
     except RuntimeError as error:
         pytest.skip(str(error))
-    if rivals_cuda.find_nvcc() is None:
+    if resources.find_nvcc() is None:
         pytest.skip("needs nvcc")
     assert rivals_cuda.build("90").exists()
 
