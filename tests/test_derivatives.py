@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,22 @@ def test_evict(span: dict, ragged: bool) -> None:
     op = lambda k, v: evicted(k, v, span, ragged)  # noqa: E731
     assert gradcheck(op, (k, v), check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(op, (k, v), check_fwd_over_rev=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["dense", "ragged"])
+def test_slots_behind_the_last_head_have_no_gradient(ragged: bool) -> None:
+    """A buffer may be longer than its heads, where only the device knew their sizes."""
+    x, scores, where = rows(B, H, L, D), SCORES, {}
+    if ragged:
+        x, scores, where = x.flatten(0, 2), scores.flatten(), dict(cu_seqlens=OFFSETS)
+    index, grads = lkv_ext.select(scores, [3, 5], **where), []
+    for slack in (0, 4):
+        positions = torch.cat([index.positions, torch.full((slack,), -1, dtype=torch.int32)])
+        source = x.clone().requires_grad_()
+        (moved,) = lkv_ext.gather([source], replace(index, positions=positions), **where)
+        weights = 1 + torch.arange(moved.numel(), dtype=moved.dtype).view(moved.shape)
+        grads += torch.autograd.grad((moved * weights).sum(), source)
+    assert torch.equal(*grads) and bool(grads[0].any())
 
 
 @pytest.mark.parametrize("log", [False, True], ids=["mask", "log"])
