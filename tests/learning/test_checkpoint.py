@@ -19,7 +19,7 @@ from lkv.policies.lkv.checkpoint import Design, Shape
 from lkv.policies.lkv.head_budget import KINDS
 
 # Nothing in it is a default, and no two numbers are the same.
-OTHER = Design(budget="softmax", floor=0.0625, input="hidden", hidden=9, sink=3, window=5)
+OTHER = Design(budget="softmax", floor=0.0625, input="hidden", hidden=9, sink=3, window=5, scale="absolute")
 
 
 def built(design: Design, model: PreTrainedModel) -> Learned:
@@ -58,6 +58,7 @@ def test_what_is_loaded_is_what_was_saved(model: PreTrainedModel, tmp_path: Path
     assert again.budget.temperature == 1.0
     assert (again.scorer.input, again.scorer.up.shape[-1]) == (design.input, design.hidden)
     assert again.scorer.features == 32  # two of 16 numbers, or the model's width
+    assert again.scorer.scale == design.scale
     a, b = checkpoint.weights(policy), checkpoint.weights(again)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     if design.budget != "threshold":
@@ -84,14 +85,18 @@ def test_the_shipped_checkpoint_protects_what_the_docs_say() -> None:
     policy = lkv.load(retriever.LKV)
     config = json.loads((retriever.LKV / checkpoint.CONFIG).read_text())
     assert (policy.sink, policy.window, policy.budget.floor) == (1, 1, 0.001)
-    assert config["design"] == config["facts"]["train"]["design"] == asdict(Design(sink=1, window=1, floor=0.001))
+    assert config["design"] == config["facts"]["train"]["design"]
+    assert config["design"] | {"scale": "standard"} == asdict(Design(sink=1, window=1, floor=0.001))
     assert config["facts"]["train"]["retention"] == [0.01, 0.5]
     assert int(policy.table(2, 1000).min()) >= 2 and int(policy.table(2, 1000).sum()) == 2 * 16
 
 
 @pytest.mark.parametrize(
     ("part", "name"),
-    [*(("design", field.name) for field in fields(Design)), *(("model", field.name) for field in fields(Shape))],
+    [
+        *(("design", field.name) for field in fields(Design) if field.name not in checkpoint.LATER),
+        *(("model", field.name) for field in fields(Shape)),
+    ],
 )
 def test_a_checkpoint_that_does_not_say_something_is_refused(
     model: PreTrainedModel, tmp_path: Path, part: str, name: str
@@ -101,6 +106,22 @@ def test_a_checkpoint_that_does_not_say_something_is_refused(
     edit(tmp_path, lambda config: config[part].pop(name))
     with pytest.raises(ValueError, match=f"^lkv.load: expected the configuration of a checkpoint .* value of {name}"):
         lkv.load(tmp_path)
+
+
+def test_a_setting_that_came_later_is_what_it_was_before(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Checkpoints that do not name a scale have standardised scores, whatever the default of today; the shipped one."""
+    assert checkpoint.LATER == {"scale": "standard"}
+    policy = saved(tmp_path, model, replace(OTHER, scale="standard"))
+    edit(tmp_path, lambda config: config["design"].pop("scale"))
+    again = lkv.load(tmp_path, model)
+    assert again.scorer.scale == "standard" and again.scorer.offset is None
+    assert torch.equal(again.scorer.up, policy.scorer.up)
+    assert "scale" not in json.loads((retriever.LKV / checkpoint.CONFIG).read_text())["design"]
+    assert lkv.load(retriever.LKV).scorer.scale == "standard"
+    saved(tmp_path, model, OTHER)  # absolute: it has weights that a standardised one has no place for
+    edit(tmp_path, lambda config: config["design"].pop("scale"))
+    with pytest.raises(ValueError, match="expected weights of the design .*scorer.offset"):
+        lkv.load(tmp_path, model)
 
 
 @pytest.mark.parametrize(

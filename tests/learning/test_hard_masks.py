@@ -14,15 +14,21 @@ from lkv.passes import Context
 from lkv.policies.lkv import Learned
 from lkv.policies.lkv.checkpoint import Design, Shape
 from lkv.policies.lkv.head_budget import KINDS
+from lkv.policies.lkv.token_scorer import SCALES
 
 LAYERS, HEADS, DIM = 3, 2, 4
 LENGTHS = [50, 29, 50]
 
 
-def policy(budget: str = "capped", sink: int = 2, window: int = 5, floor: float = 0.01) -> Learned:
+def policy(
+    budget: str = "capped", sink: int = 2, window: int = 5, floor: float = 0.01, scale: str = "standard"
+) -> Learned:
     torch.manual_seed(5)
-    design = Design(budget=budget, hidden=8, sink=sink, window=window, floor=floor)
+    design = Design(budget=budget, hidden=8, sink=sink, window=window, floor=floor, scale=scale)
     lkv = design.build(Shape("llama", LAYERS, HEADS, DIM, 16, 30))
+    if lkv.scorer.offset is not None:
+        with torch.no_grad():  # as logarithms of attention are: padding, which is 0, would be the best of all
+            lkv.scorer.offset.copy_(torch.linspace(-9, -4, LAYERS * HEADS).view(LAYERS, HEADS))
     if lkv.budget.logits is not None:
         with torch.no_grad():
             lkv.budget.logits.mlp[2].weight.normal_(0, 1)
@@ -45,9 +51,10 @@ def reading(lengths: list[int], words: int | None = None) -> distill.Reading:
 @pytest.mark.parametrize("retention", [0.3, 0.55, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_kept_makes_the_retention(kind: str, temperature: float, retention: float) -> None:
+@pytest.mark.parametrize("scale", SCALES)
+def test_what_is_kept_makes_the_retention(kind: str, temperature: float, retention: float, scale: str) -> None:
     """Every text by itself, over all heads and layers, protected rows counted in; padding is never kept."""
-    lkv = policy(kind)
+    lkv = policy(kind, scale=scale)
     rates = torch.tensor([retention, retention / 1.2, 1.0])
     masks = distill.log_masks(lkv, reading(LENGTHS), rates, temperature, hard=False)
     assert masks.shape == (LAYERS, 3, HEADS, 50) and masks.dtype == torch.float32
@@ -76,9 +83,10 @@ def test_masks_are_the_relaxed_top_k_of_what_competes(kind: str) -> None:
             torch.testing.assert_close(masks[layer, b, :, 2 : length - 5].double(), want, rtol=1e-3, atol=1e-3)
 
 
-def test_a_threshold_is_one_over_all_heads_and_layers() -> None:
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_threshold_is_one_over_all_heads_and_layers(scale: str) -> None:
     """The biased scores of all heads of a text compete for one number."""
-    lkv, given = policy("threshold"), reading(LENGTHS)
+    lkv, given = policy("threshold", scale=scale), reading(LENGTHS)
     rates = torch.tensor([0.4, 0.5, 0.6])
     masks = distill.log_masks(lkv, given, rates, 0.3, hard=False)
     for b, length in enumerate(LENGTHS):

@@ -155,6 +155,34 @@ def test_a_threshold_gives_more_to_heads_whose_tokens_score_more() -> None:
         budget(0.3)
 
 
+@pytest.mark.parametrize("kind", ["capped", "softmax"])
+@pytest.mark.parametrize("floor", [0.0, 0.02])
+def test_shares_to_begin_with(kind: str, floor: float) -> None:
+    """As many numbers as heads come out as they went in, wherever floor and sum allow; other retentions follow."""
+    torch.manual_seed(3)
+    budget = HeadBudget(9, 10, kind, floor=floor)
+    shares = (0.4 * torch.randn(90).exp() * 0.15).clamp(0.03, 0.9).view(9, 10)
+    budget.fit(shares)
+    torch.testing.assert_close(budget(float(shares.mean())), shares, rtol=0.02, atol=0.002)
+    order = shares.flatten().argsort()
+    assert (budget(0.4).flatten()[order].diff() > -0.01).all()
+    assert all(p.grad is None and p.requires_grad for p in budget.parameters())
+    none = torch.full((9, 10), 0.3)
+    none[0] = 0.0  # below what every head has
+    budget.fit(none)
+    got = budget(float(none.mean()))
+    assert got[0].max() < floor + 0.002 and got[1:].min() > 0.28
+
+
+def test_shares_that_nothing_can_begin_with() -> None:
+    for kind in ("uniform", "threshold"):
+        with pytest.raises(ValueError, match=f"a kind with shares that are learned, got '{kind}'"):
+            HeadBudget(1, 2, kind).fit(torch.full((1, 2), 0.5))
+    for shares in (torch.full((2, 1), 0.5), torch.tensor([[0.5, 1.5]]), torch.tensor([[0.5, -0.1]])):
+        with pytest.raises(ValueError, match=r"expected shares \[N, H\] = \[1, 2\] in \[0, 1\], got"):
+            HeadBudget(1, 2).fit(shares)
+
+
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="expected a kind of capped, softmax"):
         HeadBudget(1, 1, "best")

@@ -60,6 +60,28 @@ def test_scores_are_of_one_scale_over_the_valid_tokens() -> None:
         assert (scores[b, :, count:] == 0).all()
 
 
+def test_absolute_scores_are_those_of_the_mlp_and_a_number_of_the_head() -> None:
+    """Whatever else is in the text; padding is 0."""
+    torch.manual_seed(2)
+    scorer, features = TokenScorer(2, 3, 10, hidden=7, scale="absolute"), torch.randn(2, 3, 30, 10)
+    valid = (torch.arange(30) < torch.tensor([30, 17])[:, None, None]).expand(2, 3, 30)
+    before = scorer(1, features, valid)
+    torch.testing.assert_close(before, make().raw(1, features).masked_fill(~valid, 0))
+    with torch.no_grad():
+        scorer.offset[1] = torch.tensor([-7.0, 2.0, 0.5])
+    scores = scorer(1, features, valid)
+    wanted = before + torch.tensor([-7.0, 2.0, 0.5])[:, None]
+    torch.testing.assert_close(scores, wanted.masked_fill(~valid, 0))
+    torch.testing.assert_close(scorer(1, features[1:, :, :17], valid[1:, :, :17]), scores[1:, :, :17])
+    scores.sum().backward()
+    assert scorer.offset.grad.tolist() == [[0.0] * 3, [47.0] * 3]
+
+
+def test_wrong_scales() -> None:
+    with pytest.raises(ValueError, match="expected a scale of standard, absolute, got 'log'"):
+        TokenScorer(1, 1, 4, scale="log")
+
+
 def test_standardise_has_no_nan() -> None:
     assert (standardise(torch.full((2, 5), 3.0), torch.ones(2, 5, dtype=torch.bool)).abs() < 1e-3).all()
     assert (standardise(torch.ones(2, 5), torch.zeros(2, 5, dtype=torch.bool)) == 0).all()

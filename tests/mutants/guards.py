@@ -22,7 +22,8 @@ _LEARN = {
     "train": ["updates", "resume", "train"],
 }
 _LKV = {
-    "checkpoint": ["checkpoint"],
+    "checkpoint": ["checkpoint", "fingerprint"],
+    "fingerprint": ["fingerprint"],
     "head_budget": ["head_budget", "hard_masks"],
     "token_scorer": ["token_scorer", "hard_masks", "lkv_policy"],
 }

@@ -20,9 +20,9 @@ from lkv.learn.train import BEST, Trainer, Validate
 from lkv.policies.lkv import Learned
 from lkv.policies.lkv.checkpoint import Design
 from lkv.policies.lkv.head_budget import KINDS
-from lkv.policies.lkv.token_scorer import INPUTS
+from lkv.policies.lkv.token_scorer import INPUTS, SCALES
 
-CHOICES = {"budget": KINDS, "input": INPUTS}
+CHOICES = {"budget": KINDS, "input": INPUTS, "scale": SCALES}
 
 
 def run(argv: Sequence[str]) -> int:

@@ -22,6 +22,7 @@ from lkv.learn.source import Source
 from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv import Learned, checkpoint
 from lkv.policies.lkv.checkpoint import Shape
+from lkv.policies.lkv.fingerprint import fingerprint
 from lkv.policies.lkv.token_scorer import moments, standardise
 from lkv.second_pass import repeat_scores
 from lkv.tasks import Language
@@ -58,7 +59,7 @@ class Trainer:
         self.config, self.folder, self.validate = config, Path(folder), validate
         self.source = Source(config, tokenizer, language)
         self.ends = pad_and_ends(model, tokenizer)[1]
-        self.shape = Shape.of(model)
+        self.shape, self.fingerprint = Shape.of(model), fingerprint(model)
         torch.manual_seed(config.seed)
         self.lkv = config.design.build(self.shape)
         modules: dict[str, nn.Module] = {"scorer": self.lkv.token_scorer, "budget": self.lkv.budget}
@@ -191,7 +192,7 @@ class Trainer:
 
     def _save(self, name: str, validation: float) -> None:
         facts = {"step": self.step, "train": asdict(self.config), "validation": validation}
-        checkpoint.save(self.folder / name, self.lkv, self.config.design, self.shape, facts)
+        checkpoint.save(self.folder / name, self.lkv, self.config.design, self.shape, facts, self.fingerprint)
 
     def _save_state(self) -> None:
         state = {

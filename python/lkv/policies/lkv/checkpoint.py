@@ -13,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lkv.policies.lkv.fingerprint import fingerprint as fingerprint_of
 from lkv.policies.lkv.head_budget import HeadBudget
 from lkv.policies.lkv.policy import Learned, learned
 from lkv.policies.lkv.token_scorer import TokenScorer
 
 WEIGHTS, CONFIG = "lkv.safetensors", "lkv.json"
+# Settings of a design that there were none of at first, with what all checkpoints were before there was a choice.
+LATER = {"scale": "standard"}
 T = TypeVar("T")
 
 
@@ -54,6 +57,7 @@ class Design:
     hidden: int = 64
     sink: int = 4
     window: int = 8
+    scale: str = "standard"
 
     def __post_init__(self) -> None:
         for name, least in (("hidden", 1), ("sink", 0), ("window", 0)):
@@ -63,43 +67,61 @@ class Design:
 
     def build(self, shape: Shape) -> Learned:
         features = 2 * shape.head_dim if self.input == "kv" else shape.hidden_size
-        scorer = TokenScorer(shape.layers, shape.heads, features, self.input, self.hidden)
+        scorer = TokenScorer(shape.layers, shape.heads, features, self.input, self.hidden, self.scale)
         budget = HeadBudget(shape.layers, shape.heads, self.budget, floor=self.floor)
         return learned(scorer, budget, self.sink, self.window)
 
 
-def save(path: str | os.PathLike[str], lkv: Learned, design: Design, shape: Shape, facts: Mapping[str, object]) -> None:
-    """Writes a checkpoint; one that is there is replaced only by a whole one."""
+def save(
+    path: str | os.PathLike[str],
+    lkv: Learned,
+    design: Design,
+    shape: Shape,
+    facts: Mapping[str, object],
+    fingerprint: str | None = None,
+) -> None:
+    """Writes a checkpoint; one that is there is replaced only by a whole one.
+
+    Args:
+        fingerprint: of the weights of the model (`lkv.policies.lkv.fingerprint`); None: `load` will not compare them.
+    """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"model": asdict(shape), "design": asdict(design), "facts": dict(facts)}, indent=1)
+    config: dict[str, object] = {"model": asdict(shape), "design": asdict(design), "facts": dict(facts)}
+    if fingerprint is not None:
+        config["fingerprint"] = fingerprint
+    text = json.dumps(config, indent=1)
     _replace(folder / WEIGHTS, lambda to: save_file(weights(lkv), to))
     _replace(folder / CONFIG, lambda to: to.write_text(text + "\n"))
 
 
-def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None) -> Learned:
+def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None, *, any_weights: bool = False) -> Learned:
     """The policy of a checkpoint, for `lkv.Cache(model, lkv.load(path))`.
 
     Args:
         path: folder that `lkv train` wrote.
         model: the model that it shall be used with; its device is taken.
+        any_weights: also for another fine-tune of the model that it was trained for. Checkpoints without a fingerprint,
+            which older ones are, fit any weights.
 
     Raises:
         FileNotFoundError: without a checkpoint there.
-        ValueError: for a folder that holds something else, and for a model of another shape.
+        ValueError: for a folder that holds something else, and for a model of another shape or with other weights.
     """
     folder = Path(path)
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"lkv.load: expected {CONFIG} and {WEIGHTS} in {folder}, found none")
     try:
         config = json.loads((folder / CONFIG).read_text())
-        shape, design = _all_of(Shape, config["model"]), _all_of(Design, config["design"])
+        shape, design = _all_of(Shape, config["model"]), _all_of(Design, {**LATER, **config["design"]})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"lkv.load: expected the configuration of a checkpoint in {folder / CONFIG}: {error}"
         ) from None
     if model is not None:
         check(shape, Shape.of(model))
+        if config.get("fingerprint") is not None and not any_weights:
+            check_weights(config["fingerprint"], model)
     lkv = design.build(shape)
     put(lkv, load_file(folder / WEIGHTS), folder)
     if model is not None:
@@ -132,6 +154,20 @@ def check(expected: Shape, got: Shape) -> None:
     ]
     if differences:
         raise ValueError(f"lkv.load: expected a model of {'; '.join(differences)}")
+
+
+def check_weights(expected: str, model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: for a model of another fingerprint.
+    """
+    got = fingerprint_of(model)
+    if got != expected:
+        raise ValueError(
+            f"lkv.load: expected a model with the weights of the fingerprint {expected}, which the checkpoint was "
+            f"trained for, got {got}: another fine-tune, or weights that were rounded to another dtype than bfloat16; "
+            "any_weights=True takes it all the same"
+        )
 
 
 def weights(lkv: Learned) -> dict[str, Tensor]:

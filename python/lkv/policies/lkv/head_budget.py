@@ -38,7 +38,7 @@ class HeadBudget(nn.Module):
         layers, heads: N and KV heads H of the model.
         kind: "capped": `sigmoid((a - nu) / T)` with nu such that the sum is exact, which is the capped simplex as
             `soft_topk` relaxes it; "softmax": softmax of a times the total, what is above a head's length poured over
-            the others; "threshold": a is added to the (standardised) scores of the head, and all tokens of all heads
+            the others; "threshold": a is added to the scores of the head, and all tokens of all heads
             compete for the total, so that budgets depend on the input; "uniform": nothing is learned.
         floor: the least share of a head, or the retention where that is less.
         temperature: T of "capped".
@@ -98,6 +98,40 @@ class HeadBudget(nn.Module):
             above = pour(rows.softmax(-1), rest * count)
         return (floor[..., None] + (1 - floor[..., None]) * above).view(shape)
 
+    def fit(self, shares: Tensor, steps: int = 400) -> None:
+        """Sets what is learned so that the shares at their own mean as retention are these, for training to go on from.
+
+        Embeddings and MLP are fitted to the logits by Adam; what the floor and the sum leave no way to reach is met as
+        near as there is one.
+
+        Args:
+            shares: `[N, H]` in [0, 1].
+
+        Raises:
+            ValueError: for a kind without shares that are learned, and shares of another shape or out of range.
+        """
+        if not self.static or self.logits is None:
+            raise ValueError(f"lkv.HeadBudget: expected a kind with shares that are learned, got {self.kind!r}")
+        if shares.shape != (self.layers, self.heads) or not ((shares >= 0) & (shares <= 1)).all():
+            raise ValueError(
+                f"lkv.HeadBudget: expected shares [N, H] = {[self.layers, self.heads]} in [0, 1], got "
+                f"{list(shares.shape)} from {float(shares.min())} to {float(shares.max())}"
+            )
+        floor = min(self.floor, float(shares.mean()))
+        above = ((shares.float() - floor) / (1 - floor)).clamp(min=1e-4, max=1 - 1e-4)
+        wanted = (above.logit() * self.temperature if self.kind == "capped" else above.log()).to(self.bias().device)
+        wanted = wanted - wanted.mean()  # a number added to all changes nothing
+        optimizer = torch.optim.Adam(self.logits.parameters(), lr=2e-2)
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = 2e-2 * (1 - step / steps)
+            got = self.logits()
+            loss = ((got - got.mean() - wanted) ** 2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
     @torch.no_grad()
     def table(self, total: int, lengths: int | Tensor, protected: int = 0) -> Tensor:
         """Rows of every head, int64 `[N, H]` on the host.
@@ -121,9 +155,11 @@ class HeadBudget(nn.Module):
         """The relaxed eviction as a log-mask on attention.
 
         Args:
-            scores: float32 `[N, B, H, m]`, standardised; the first `competing[b]` compete, the others are protected.
+            scores: float32 `[N, B, H, m]`, on the scale of the scorer; the first `competing[b]` compete, the others are
+                protected.
             retention: `[B]`, of all tokens.
-            temperature: in units of the scores' deviation.
+            temperature: in units of the scores: of a head's deviation where they are standardised, else of a factor e
+                in the attention that a row receives.
             lengths, competing: int `[B]`, tokens of the text, and those of them that are not protected.
 
         Returns:

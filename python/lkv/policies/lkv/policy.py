@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lkv_ext
 from lkv.policies.lkv.head_budget import HeadBudget
-from lkv.policies.lkv.token_scorer import TokenScorer, standardise
+from lkv.policies.lkv.token_scorer import TokenScorer
 from lkv.policies.protocol import Observation, Policy
 
 # The protocol allows `ahead` in the place of `budgets`, which a type cannot express.
@@ -54,7 +54,7 @@ class Learned(Base):
 
     @torch.no_grad()
     def score(self, layer: int, observation: Observation) -> Tensor:
-        """float32 `[B, H, L]`, standardised for every head where LKV-T scores."""
+        """float32 `[B, H, L]`, on the scale of LKV-T where it scores."""
         if not isinstance(self.scorer, TokenScorer):
             return self.scorer.score(layer, observation)
         if self.scorer.input == "kv":
@@ -62,7 +62,7 @@ class Learned(Base):
         else:  # of tokens, those included whose rows are gone
             raw = self.scorer.raw(layer, observation.part("hidden_states")[:, None])
             raw = raw.gather(2, observation.positions.long().clamp(0, raw.shape[2] - 1))
-        return standardise(raw, observation.valid())
+        return self.scorer.scaled(raw, observation.valid())
 
 
 class LKV(Learned):

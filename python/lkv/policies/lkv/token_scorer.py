@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 INPUTS = ("kv", "hidden")
+SCALES = ("standard", "absolute")
 CHUNK = 16384  # tokens whose hidden activations are in memory at once, where no gradient is needed
 
 
@@ -18,24 +19,33 @@ class TokenScorer(nn.Module):
         features: width of the input: D + Dv for "kv", the model's width for "hidden".
         input: "kv": the key before RoPE and the value of the head; "hidden": what the attention of the layer reads.
         hidden: width of the MLP.
+        scale: "standard": the scores of a head have mean 0 and deviation 1 over a text, so that they rank its rows and
+            say nothing of other heads; "absolute": they are what the MLP gives plus a number of the head, for
+            regression on the logarithm of attention, and are compared over heads and layers as they are.
     """
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, layers: int, heads: int, features: int, input: str = "kv", hidden: int = 64) -> None:
+    def __init__(
+        self, layers: int, heads: int, features: int, input: str = "kv", hidden: int = 64, scale: str = "standard"
+    ) -> None:
         super().__init__()
         if input not in INPUTS:
             raise ValueError(f"lkv.TokenScorer: expected an input of {', '.join(INPUTS)}, got {input!r}")
-        self.input, self.layers, self.heads, self.features = input, layers, heads, features
+        if scale not in SCALES:
+            raise ValueError(f"lkv.TokenScorer: expected a scale of {', '.join(SCALES)}, got {scale!r}")
+        self.input, self.layers, self.heads, self.features, self.scale = input, layers, heads, features, scale
         self.register_buffer("mean", torch.zeros(layers, heads, features))
         self.register_buffer("deviation", torch.ones(layers, heads, features))
         self.up = nn.Parameter(torch.randn(layers, heads, features, hidden) * features**-0.5)
         self.up_bias = nn.Parameter(torch.zeros(layers, heads, hidden))
         self.down = nn.Parameter(torch.randn(layers, heads, hidden) * hidden**-0.5)
+        # Standardised scores have no mean.
+        self.offset = nn.Parameter(torch.zeros(layers, heads)) if scale == "absolute" else None
 
     def forward(self, layer: int, features: Tensor, valid: Tensor) -> Tensor:
-        """Scores of one layer, of mean 0 and deviation 1 over the valid tokens of a head.
+        """Scores of one layer, on the scale of the scorer.
 
         Args:
             features: `[B, H, n, F]` ("hidden": `[B, 1, n, F]`), any floating dtype.
@@ -44,7 +54,11 @@ class TokenScorer(nn.Module):
         Returns:
             float32 `[B, H, n]`; 0 outside the valid tokens.
         """
-        return standardise(self.raw(layer, features), valid)
+        return self.scaled(self.raw(layer, features), valid)
+
+    def scaled(self, raw: Tensor, valid: Tensor) -> Tensor:
+        """Scores of what `raw` gives, `[B, H, n]`: 0 outside the valid tokens."""
+        return standardise(raw, valid) if self.scale == "standard" else raw.masked_fill(~valid, 0)
 
     def raw(self, layer: int, features: Tensor) -> Tensor:
         """float32 `[B, H, n]`: the output of the MLP."""
@@ -60,7 +74,8 @@ class TokenScorer(nn.Module):
         up = self.up[layer] / self.deviation[layer][..., None]
         bias = self.up_bias[layer] - (self.mean[layer][:, None] @ up)[:, 0]
         hidden = F.silu(features.float() @ up + bias[:, None])
-        return (hidden @ self.down[layer][..., None])[..., 0]
+        out = (hidden @ self.down[layer][..., None])[..., 0]
+        return out if self.offset is None else out + self.offset[layer][:, None]
 
     @torch.no_grad()
     def fit_input(self, moments: Tensor) -> None:
