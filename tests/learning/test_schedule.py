@@ -95,9 +95,13 @@ def test_retentions_are_even_in_their_logarithm_and_depend_on_seed_and_step() ->
         (dict(tasks=()), "tasks of single.* got none"),
         (dict(batch=3, accumulate=2), "a batch that accumulate divides"),
         (dict(warm_steps=-1), "warm_steps >= 0"),
+        (dict(target="queries"), "a target of attention, kvzip, both, got 'queries'"),
+        (dict(start="best"), "a start of flat, joint, got 'best'"),
+        (dict(continuation=-1), "continuation >= 0, got -1"),
         *(
             ({name: 0}, f"{name} >= 1, got 0")
             for name in ("steps", "batch", "accumulate", "questions", "length", "answer_tokens", "validate_every")
+            + ("texts", "facts")
         ),
     ],
     ids=str,
@@ -107,7 +111,9 @@ def test_wrong_configurations(changes: dict[str, object], message: str) -> None:
         replace(CONFIG, **changes)
 
 
-@pytest.mark.parametrize("changes", [dict(retention=(1.0, 1.0)), dict(hard=1.0), dict(length=13), dict(warm_steps=0)])
+@pytest.mark.parametrize(
+    "changes", [dict(retention=(1.0, 1.0)), dict(hard=1.0), dict(length=13), dict(warm_steps=0), dict(continuation=0)]
+)
 def test_what_is_just_allowed(changes: dict[str, object]) -> None:
     replace(CONFIG, **changes)
 

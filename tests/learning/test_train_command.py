@@ -56,11 +56,13 @@ def test_by_default_the_configuration_is_its_own(trained, tmp_path: Path, capsys
 
 def test_every_option_is_a_field(trained) -> None:
     design = {"budget": "threshold", "floor": 0.01, "input": "hidden", "hidden": 16, "sink": 1, "window": 2}
+    design["scale"] = "absolute"
     given = {
         "tasks": ("single", "key_value"), "steps": 3, "warm_steps": 1, "batch": 6, "accumulate": 2, "questions": 5,
         "length": 90, "retention": (0.1, 0.2), "temperature": (0.9, 0.1), "hard": 0.5, "lr_budget": 0.3,
         "lr_scorer": 0.4, "answer_tokens": 7, "validate_every": 8, "validation": 9,
-        "validation_retentions": (0.25, 0.5, 0.75), "seed": 11,
+        "validation_retentions": (0.25, 0.5, 0.75), "seed": 11, "target": "both", "start": "joint", "texts": 13,
+        "facts": 14, "continuation": 15,
     }  # fmt: skip
     options = []
     for name, value in {**design, **given}.items():
@@ -71,7 +73,10 @@ def test_every_option_is_a_field(trained) -> None:
     assert all(getattr(config, name) != getattr(defaults, name) for name in given)
 
 
-@pytest.mark.parametrize("options", [["--budget", "best"], ["--input", "queries"], ["--steps", "many"]])
+@pytest.mark.parametrize(
+    "options",
+    [["--budget", "best"], ["--input", "queries"], ["--steps", "many"], ["--target", "queries"], ["--scale", "log"]],
+)
 def test_options_of_another_kind_are_refused(trained, options: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         trained(*options)

@@ -17,9 +17,15 @@ _CACHE = [
 _MODELS = [_HF + x for x in ("scores", "observed", "families", "rope", "wrapped", "routing", "generation")]
 _LEARN = {
     "config": ["schedule"],
+    "dialogue": ["dialogue", "recording"],
     "distill": ["hard_masks", "passes", "distill", "padded_batches", "updates"],
+    "lessons": ["lessons", "updates", "recording"],
+    "recording": ["recording", "text_training"],
+    "records": ["records", "recording"],
     "source": ["source", "schedule"],
-    "train": ["updates", "resume", "train"],
+    "targets": ["targets", "lessons"],
+    "train": ["updates", "resume", "train", "text_training"],
+    "validation": ["lessons"],
 }
 _LKV = {
     "checkpoint": ["checkpoint", "fingerprint"],
@@ -82,6 +88,10 @@ GUARDS: dict[str, list[str]] = {
         for name in ("decode", "kept", "methods", "plots", "report", "soft")
     },
     "python/lkv/evaluate/*": ["learning/test_evaluate"],
+    **{
+        f"python/lkv/tasks/{name}.py": [f"learning/test_{name}", "learning/test_passages"]
+        for name in ("documents", "facts", "passages")
+    },
     "python/lkv/tasks/*": _TASKS,
     "python/lkv/retriever/__init__.py": ["learning/test_retriever_parts", "learning/test_retriever"],
     "python/lkv/retriever/*": [
@@ -90,7 +100,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/cli/lm_eval.py": ["learning/test_lm_eval_command"],
     "python/lkv/cli/eval.py": ["learning/test_cli_eval", "learning/test_eval_files", "learning/test_cli"],
     "python/lkv/cli/models.py": ["learning/test_cli_eval", "learning/test_cli"],
-    "python/lkv/cli/train.py": ["learning/test_train_command", "learning/test_cli"],
+    "python/lkv/cli/train.py": ["learning/test_train_command", "learning/test_text_training", "learning/test_cli"],
     "python/lkv/cli/*": ["learning/test_cli", "learning/test_train"],
     "python/lkv/compression.py": ["hf/test_compression"],
     "python/lkv/passes.py": [f"learning/test_{x}" for x in ("passes", "distill", "padded_batches")],

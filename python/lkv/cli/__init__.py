@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -26,4 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lkv {command}: {error}; it needs: pip install 'lkv-ext[lkv]'", file=sys.stderr)
     except (ValueError, FileNotFoundError, MissingPackage) as error:
         print(error, file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # a full disk is no fault of the program
+            raise
+        print(error.strerror, file=sys.stderr)
     return 2

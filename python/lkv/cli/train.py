@@ -15,14 +15,19 @@ from lkv import tasks
 from lkv.cli import models
 from lkv.evaluate.methods import Method
 from lkv.evaluate.run import Setting, by_method, evaluate
-from lkv.learn.config import TrainConfig
+from lkv.learn.config import STARTS, TARGETS, TrainConfig
+from lkv.learn.lessons import Recorded
+from lkv.learn.recording import Recorder
 from lkv.learn.train import BEST, Trainer, Validate
+from lkv.learn.validation import fidelity
+from lkv.models import RETRIEVER
 from lkv.policies.lkv import Learned
 from lkv.policies.lkv.checkpoint import Design
 from lkv.policies.lkv.head_budget import KINDS
 from lkv.policies.lkv.token_scorer import INPUTS, SCALES
+from lkv.tasks.documents import documents
 
-CHOICES = {"budget": KINDS, "input": INPUTS, "scale": SCALES}
+CHOICES = {"budget": KINDS, "input": INPUTS, "scale": SCALES, "target": TARGETS, "start": STARTS}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -31,11 +36,23 @@ def run(argv: Sequence[str]) -> int:
     )
     models.add_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; 'best' in it is the checkpoint")
-    for group, of in (("what is trained", Design), ("how", TrainConfig)):
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        action="extend",
+        metavar="[LABEL=]PATH",
+        help="train on passages of these files, or of all text files in these folders, and not on synthetic tasks; "
+        "each folder is a domain, of its own name or the label's; a tenth of its files is for validation, 15 %% are "
+        "never read",
+    )
+    parser.add_argument("--records", type=Path, help="folder for what the model reads; default: 'records' in --out")
+    known = parser.parse_known_args([x for x in argv if x not in ("-h", "--help")] + ["--out", ""])[0]
+    recipe = recipe_for(known.model, bool(known.text))
+    for group, values in (("what is trained", recipe.design), ("how", recipe)):
         section = parser.add_argument_group(group)
-        for field in fields(of):
+        for field in fields(values):
             if field.default is not MISSING:
-                _add(section, field.name, field.default)
+                _add(section, field.name, getattr(values, field.name))
     options = parser.parse_args(argv)
     design = Design(**{f.name: getattr(options, f.name) for f in fields(Design)})
     given: dict[str, Any] = {f.name: getattr(options, f.name) for f in fields(TrainConfig) if f.name != "design"}
@@ -43,10 +60,43 @@ def run(argv: Sequence[str]) -> int:
     config = TrainConfig(design=design, **given)
     model, tokenizer, language = models.load(options)
     trainer = Trainer(model, tokenizer, language, config, options.out)
-    trainer.validate = validation(trainer, tokenizer)
+    if options.text:
+        learn_from_texts(trainer, tokenizer, options.text, options.records or options.out / "records")
+    else:
+        trainer.validate = validation(trainer, tokenizer)
     trainer.run()
     print(f"lkv train: {options.out / BEST}")
     return 0
+
+
+def recipe_for(model: str, text: bool) -> TrainConfig:
+    """The defaults: those that the shipped retriever was trained with, and what is better for models of the world."""
+    if model == RETRIEVER and not text:
+        return TrainConfig()
+    base = TrainConfig(design=Design(scale="absolute"), target="attention", start="joint")
+    if not text:
+        return base
+    return replace(base, texts=96, steps=160, warm_steps=300, batch=2, questions=3, validate_every=40, validation=8)
+
+
+def learn_from_texts(
+    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], folder: Path
+) -> None:
+    """Makes the records that are missing, and gives the trainer what it learns from and is validated on."""
+    config, accelerator = trainer.config, trainer.accelerator
+    recorder = Recorder(
+        trainer.model,
+        tokenizer,
+        documents(sources),
+        config,
+        folder,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    train, held_out = recorder.run("train", config.texts), recorder.run("validation", config.validation)
+    accelerator.wait_for_everyone()
+    trainer.lessons = Recorded(trainer.model, trainer.lkv, train, config)
+    trainer.validate = fidelity(Recorded(trainer.model, trainer.lkv, held_out, config))
 
 
 def validation(trainer: Trainer, tokenizer: PreTrainedTokenizerBase) -> Validate:

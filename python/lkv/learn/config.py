@@ -8,25 +8,37 @@ from dataclasses import dataclass, field
 from lkv import tasks
 from lkv.policies.lkv.checkpoint import Design
 
+TARGETS = ("attention", "kvzip", "both")
+STARTS = ("flat", "joint")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """
     Attributes:
+        target: what LKV-T is regressed on: "attention": the most attention that the teacher pays to a row from the
+            questions and its answers; "kvzip": from a repetition of the text; "both": the larger one of the two.
+        start: of the budgets: "flat", or "joint": the shares that heads win when the rows of all heads compete by the
+            target, at the geometric mean of the retentions.
         steps: of distillation. warm_steps: of the regression of LKV-T before; 0 for none.
         batch: texts of a step, over all processes and accumulated parts together. accumulate: parts of a step.
         questions: per text, each by itself.
         length: tokens of a text.
         retention: lowest and highest, drawn anew for every step, evenly in its logarithm.
-        temperature: first and last, in deviations of a head's scores; falls as a cosine until the hard part.
+        temperature: first and last, in units of the scores: a head's deviation, or a factor e in attention where they
+            are absolute; falls as a cosine until the hard part.
         hard: share of the steps, the last ones, in which the student sees what eviction leaves.
         lr_budget, lr_scorer: of LKV-H and LKV-T; both rise over 5 % of the steps and fall as a cosine.
         validate_every: steps between physical evictions of `validation` texts per task; the best checkpoint is kept.
         validation_retentions: the mean accuracy over these decides.
+        texts: passages of files that are recorded once and read again and again, where files are given. facts: that are
+            woven into each. continuation: tokens behind a passage that the student has to foretell as the teacher does.
     """
 
     design: Design = field(default_factory=Design)
     tasks: tuple[str, ...] = tasks.RETRIEVAL
+    target: str = "kvzip"
+    start: str = "flat"
     steps: int = 600
     warm_steps: int = 150
     batch: int = 8
@@ -42,6 +54,9 @@ class TrainConfig:
     validate_every: int = 100
     validation: int = 16
     validation_retentions: tuple[float, ...] = (0.05, 0.15)
+    texts: int = 200
+    facts: int = 4
+    continuation: int = 48
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,8 +64,12 @@ class TrainConfig:
             if not condition:
                 raise ValueError(f"lkv train: expected {expected}, got {got}")
 
-        for name in ("steps", "batch", "accumulate", "questions", "length", "answer_tokens", "validate_every"):
+        for name in ("steps", "batch", "accumulate", "questions", "length", "answer_tokens", "validate_every", "texts"):
             expect(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))
+        expect(self.target in TARGETS, f"a target of {', '.join(TARGETS)}", repr(self.target))
+        expect(self.start in STARTS, f"a start of {', '.join(STARTS)}", repr(self.start))
+        expect(self.facts >= 1, "facts >= 1", self.facts)
+        expect(self.continuation >= 0, "continuation >= 0", self.continuation)
         expect(self.warm_steps >= 0, "warm_steps >= 0", self.warm_steps)
         low, high = self.retention
         expect(0 < low <= high <= 1, "retention 0 < low <= high <= 1", self.retention)

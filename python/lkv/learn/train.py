@@ -1,8 +1,9 @@
-"""Training of LKV: a warm start on KVzip's scores, then distillation end to end."""
+"""Training of LKV: a warm start on a target of scores, then distillation end to end."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -18,13 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkv.learn import distill
 from lkv.learn.config import TrainConfig
+from lkv.learn.lessons import Lessons, Live
 from lkv.learn.source import Source
-from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv import Learned, checkpoint
 from lkv.policies.lkv.checkpoint import Shape
 from lkv.policies.lkv.fingerprint import fingerprint
-from lkv.policies.lkv.token_scorer import moments, standardise
-from lkv.second_pass import repeat_scores
+from lkv.policies.lkv.token_scorer import moments
 from lkv.tasks import Language
 from lkv.text import pad_and_ends
 
@@ -40,7 +40,11 @@ class Trainer:
 
     Args:
         model: frozen; its parameters get no gradient.
-        validate: accuracies of a policy on validation texts; their mean decides which checkpoint is kept as the best.
+        validate: how good a policy is on validation texts, more is better; the mean decides which checkpoint is kept as
+            the best.
+
+    Attributes:
+        lessons: what is learned from; at first texts of the tasks, others in every step.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Trainer:
         self.shape, self.fingerprint = Shape.of(model), fingerprint(model)
         torch.manual_seed(config.seed)
         self.lkv = config.design.build(self.shape)
+        self.lessons: Lessons = Live(self.model, self.lkv, self.source, self.ends)
         modules: dict[str, nn.Module] = {"scorer": self.lkv.token_scorer, "budget": self.lkv.budget}
         for module in modules.values():
             module.to(self.accelerator.device)
@@ -71,13 +76,14 @@ class Trainer:
         ]
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=0.0)
-        self.step, self.best = -config.warm_steps, -1.0
+        self.step, self.best = -config.warm_steps, -math.inf
         self._board: Any = None
 
     def run(self, until: int | None = None) -> Learned:
         """Trains to the last step (or to step `until`); returns the policy."""
         if not self._resume():
             self._fit_inputs()
+            self._fit_outputs()
         last = self.config.steps if until is None else min(until, self.config.steps)
         main = self.accelerator.is_main_process
         warm = self.config.warm_steps
@@ -106,18 +112,16 @@ class Trainer:
         return [list(range(part * size, (part + 1) * size)) for part in mine]
 
     def _warm(self) -> dict[str, float]:
-        """LKV-T learns the logarithm of KVzip's scores, standardised."""
+        """LKV-T learns the logarithm of the target, on the scale of its scores."""
         loss, tokens = torch.zeros((), device=self.accelerator.device), 0
-        step, policy = self.step + self.config.warm_steps, KVzip()
+        step, scorer = self.step + self.config.warm_steps, self.lkv.token_scorer
         for rows in self._rows():
-            examples = self.source.examples(-1 - step, rows)
-            reading = distill.read(self.model, self.lkv, examples.contexts)
-            wanted = repeat_scores(self.model, reading.context, reading.tokens, policy)
+            reading, wanted = self.lessons.regression(step, rows)
             valid = reading.valid.expand(-1, self.shape.heads, -1)
             part = torch.zeros_like(loss)
             for layer, x in enumerate(reading.features):
-                target = standardise(wanted[layer].clamp(min=1e-4).log(), valid)
-                part = part + ((self.lkv.token_scorer(layer, x, valid) - target) ** 2).sum()  # both are 0 in padding
+                target = scorer.scaled(wanted[layer], valid)
+                part = part + ((scorer(layer, x, valid) - target) ** 2).sum()  # both are 0 in padding
             part.backward()
             loss += part.detach()
             tokens += int(valid.sum()) * self.shape.layers
@@ -125,13 +129,30 @@ class Trainer:
 
     def _fit_inputs(self) -> None:
         """Mean and deviation of what LKV-T reads, from the texts of the first step."""
-        first = -1 if self.config.warm_steps else 0
         total = torch.zeros((), device=self.accelerator.device)
         for rows in self._rows():
-            reading = distill.read(self.model, self.lkv, self.source.examples(first, rows).contexts)
+            reading = self.lessons.inputs(rows)
             valid = reading.valid.expand(-1, self.shape.heads, -1)
             total = total + torch.stack([moments(x, valid) for x in reading.features])
         self.lkv.token_scorer.fit_input(self.accelerator.reduce(total, "sum"))
+
+    def _fit_outputs(self) -> None:
+        """Where absolute scores and budgets begin: at the mean of the target for every head, at the shares it gives."""
+        offset = self.lkv.token_scorer.offset
+        if offset is not None:
+            total = torch.zeros((), device=self.accelerator.device)
+            for rows in self._rows():
+                reading, wanted = self.lessons.regression(0, rows)
+                valid = reading.valid.expand(-1, self.shape.heads, -1)
+                total = total + torch.stack([moments(x[..., None], valid)[:, :2] for x in wanted])
+            counts, sums = self.accelerator.reduce(total, "sum").unbind(-1)
+            with torch.no_grad():
+                offset.copy_(sums / counts)
+        if self.config.start == "joint" and self.config.design.budget in ("capped", "softmax"):
+            low, high = self.config.retention
+            shares = [self.lessons.shares(rows, (low * high) ** 0.5) for rows in self._rows()]
+            mean = torch.stack(shares).mean(0).to(self.accelerator.device)
+            self.lkv.budget.fit(self.accelerator.reduce(mean, "mean"))
 
     def _distil(self) -> dict[str, float]:
         config, step = self.config, self.step
@@ -140,17 +161,13 @@ class Trainer:
         loss, count = torch.zeros((), device=self.accelerator.device), 0
         same = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
         for rows in self._rows():
-            examples = self.source.examples(step, rows)
-            reading = distill.read(self.model, self.lkv, examples.contexts)
+            reading, questions, replies = self.lessons.distillation(step, rows)
             context = reading.context.repeat(config.questions)
-            replies = distill.answers(
-                self.model, context, examples.questions, config.answer_tokens, self.ends, examples.answers
-            )
             rates = torch.full((len(rows),), retention, device=self.accelerator.device)
             masks = distill.log_masks(self.lkv, reading, rates, temperature, hard)
             masks = masks.repeat_interleave(config.questions, 1)
             with self.accelerator.autocast():
-                part, tokens, agreed = distill.divergence(self.model, context, masks, examples.questions, replies)
+                part, tokens, agreed = distill.divergence(self.model, context, masks, questions, replies)
             part.backward()
             loss, count, same = loss + part.detach(), count + tokens, same + agreed
         fidelity = self.accelerator.reduce(torch.stack([same.float(), same.new_tensor(count).float()]), "sum")

@@ -1,0 +1,51 @@
+"""Passages as tokens, in the model's chat template if it has one: what is read, what is asked, how answers begin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from lkv.tasks.passages import Passage
+from lkv.text import chat_frame, encode
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """
+    Attributes:
+        context: what is read, and evicted. protected: how many tokens at its beginning are not of the passage.
+        questions: up to where each answer begins. drafts: the right answers.
+        continuation: the tokens that follow the passage.
+    """
+
+    context: list[int]
+    protected: int
+    questions: list[list[int]]
+    drafts: list[list[int]]
+    continuation: list[int]
+
+
+def exchange(tokenizer: PreTrainedTokenizerBase, passage: Passage, continuation: int) -> Exchange:
+    """The user gives the passage and asks about it; the first words of the answer are given.
+
+    A tokenizer without a chat template reads the bare passage, begun as the model's texts begin.
+
+    Args:
+        continuation: tokens of it, at most.
+    """
+    before, after = chat_frame(tokenizer)
+    if before or after:
+        context = [*before, *encode(tokenizer, passage.text)]
+    else:
+        context = encode(tokenizer, passage.text, begins=True)
+    begin = len(context) - len(encode(tokenizer, passage.text))
+    questions, drafts = [], []
+    for fact in passage.facts:
+        if after:
+            asked = [*encode(tokenizer, f"\n\n{fact.question}"), *after, *encode(tokenizer, fact.lead)]
+        else:
+            asked = encode(tokenizer, f"\n\nQuestion: {fact.question}\nAnswer: {fact.lead}")
+        questions.append(asked)
+        drafts.append(encode(tokenizer, f" {fact.value}."))
+    return Exchange(context, begin, questions, drafts, encode(tokenizer, passage.continuation)[:continuation])

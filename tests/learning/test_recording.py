@@ -1,0 +1,183 @@
+"""Records of passages: what the model read and answered, made once, in pieces if need be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_texts import files, model, tokenizer
+
+from lkv.learn import distill, recording, targets
+from lkv.learn.config import TrainConfig
+from lkv.learn.dialogue import exchange
+from lkv.learn.lessons import Recorded
+from lkv.learn.recording import Recorder, tokenizer_fingerprint
+from lkv.learn.records import Record
+from lkv.passes import Context
+from lkv.policies.kvzip import KVzip
+from lkv.policies.lkv.checkpoint import Design, Shape
+from lkv.second_pass import in_words, repeat_scores
+from lkv.tasks.documents import Document, documents
+
+CONFIG = TrainConfig(
+    design=Design(hidden=4), length=500, facts=2, continuation=12, answer_tokens=5, questions=2, target="attention"
+)
+MODEL = model()
+Make = Callable[..., Recorder]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[Document]:
+    return documents(files(tmp_path_factory.mktemp("texts")))
+
+
+@pytest.fixture
+def make(found: list[Document], tmp_path: Path) -> Make:
+    def recorder(*, by: object = MODEL, chat: bool = True, config: TrainConfig = CONFIG, **more: object) -> Recorder:
+        return Recorder(by, tokenizer(chat), more.pop("found", found), config, tmp_path / "records", **more)
+
+    return recorder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_record_is_what_the_model_made_of_the_passage(make: Make, chat: bool) -> None:
+    run = make(chat=chat)
+    text = run.passage("train", 1)
+    record, talk = run.record(text), exchange(run.tokenizer, text, 13)
+    assert record.tokens.tolist() == talk.context and (record.domain, record.document) == (text.domain, text.document)
+    layers = MODEL(torch.tensor([talk.context]), use_cache=True).past_key_values.layers
+    keys, values = tuple(x.keys for x in layers), tuple(x.values for x in layers)
+    for mine, wanted in ((record.keys, keys), (record.values, values)):
+        torch.testing.assert_close(mine.float(), torch.cat(wanted), rtol=0.01, atol=1e-5)
+    assert record.continues and record.questions == [*talk.questions, talk.continuation[:1]]
+    assert record.replies[-1] == talk.continuation[1:] and len(record.replies[-1]) == 12
+    context = Context(keys, values, torch.tensor([len(talk.context)]))
+    assert record.replies[:2] == distill.answers(MODEL, context.repeat(2), talk.questions, 5, [2])
+    paid = targets.attention(MODEL, context, record.questions, record.replies)
+    torch.testing.assert_close(record.attention.float(), torch.cat(paid).clamp(min=1e-4).log(), rtol=1e-2, atol=1e-2)
+    assert record.kvzip is None and record.hidden is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["kvzip", "both"])
+def test_a_second_pass_repeats_the_passage_alone(make: Make, target: str) -> None:
+    run = make(config=replace(CONFIG, target=target))
+    text = run.passage("train", 0)
+    record, talk = run.record(text), exchange(run.tokenizer, text, 13)
+    tokens = torch.tensor([talk.context])
+    layers = MODEL(tokens, use_cache=True).past_key_values.layers
+    context = Context(tuple(x.keys for x in layers), tuple(x.values for x in layers), torch.tensor([tokens.shape[1]]))
+    policy = in_words(KVzip(), run.tokenizer)
+    wanted = torch.cat(repeat_scores(MODEL, context, tokens, policy, begin=talk.protected)).clamp(min=1e-4).log()
+    torch.testing.assert_close(record.kvzip.float(), wanted, rtol=1e-2, atol=1e-2)
+    least = record.kvzip.min()
+    assert talk.protected == 6 and (record.kvzip[..., :6] == least).all() and (record.kvzip[..., 6:] > least).any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("input", ["kv", "hidden"])
+@pytest.mark.parametrize("kind", ["plain", "yarn"])
+def test_what_is_read_of_records_is_what_reading_gives(make: Make, input: str, kind: str) -> None:
+    """To the rounding of bfloat16, texts of several lengths together; rotations undone, scaled ones as well."""
+    yarn = dict(rope_type="yarn", factor=8.0, rope_theta=10000.0, original_max_position_embeddings=512)
+    by = MODEL if kind == "plain" else model(rope_scaling=yarn)
+    config = replace(CONFIG, design=replace(CONFIG.design, input=input))
+    records = make(by=by, config=config).run("train", 3)
+    lkv = config.design.build(Shape.of(by))
+    some = [records[i] for i in range(3)]
+    reading = Recorded(by, lkv, records, config).reading(some)
+    wanted = distill.read(by, lkv, [x.tokens.tolist() for x in some])
+    assert torch.equal(reading.tokens, wanted.tokens) and torch.equal(reading.context.lengths, wanted.context.lengths)
+    assert len(set(wanted.context.lengths.tolist())) > 1
+    for name in ("keys", "values"):
+        for a, b in zip(getattr(reading.context, name), getattr(wanted.context, name), strict=True):
+            torch.testing.assert_close(a, b, rtol=0.01, atol=1e-4)
+    for a, b in zip(reading.features, wanted.features, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+
+
+def test_an_interrupted_run_makes_what_is_missing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most the record that was being made is lost; the others are not made again, and are the same."""
+    made: list[str] = []
+    record = Recorder.record
+
+    def spy(self: Recorder, text: object) -> Record:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(text.text)
+        return record(self, text)
+
+    monkeypatch.setattr(Recorder, "record", spy)
+    with pytest.raises(KeyboardInterrupt):
+        make().run("train", 4)
+    monkeypatch.undo()
+    records = make().run("train", 2)
+    assert records.missing() == []
+    times = [records.path(i).stat().st_mtime_ns for i in range(2)]
+    whole = make().run("train", 4)
+    assert [whole.path(i).stat().st_mtime_ns for i in range(2)] == times and whole.missing() == []
+    assert torch.equal(whole[3].keys, make().record(make().passage("train", 3)).keys)
+
+
+def test_processes_share_the_records(make: Make) -> None:
+    assert make(process=1, processes=3).run("train", 5).missing() == [0, 2, 3]
+    assert make(process=0, processes=3).run("train", 5).missing() == [2]
+
+
+def test_a_disk_that_will_be_full_is_found_out_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match="expected 1 MB of free space for records in .*records, got less"):
+        make().run("train", 3)
+    assert make().run("train", 1).missing() == []  # what was made is there, and enough
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (dict(by=model(1)), "model"),
+        (dict(chat=False), "tokenizer"),
+        (dict(config=replace(CONFIG, length=501)), "length 501, which was 500"),
+        (dict(config=replace(CONFIG, facts=3)), "facts 3, which was 2"),
+        (dict(config=replace(CONFIG, continuation=0)), "continuation 0"),
+        (dict(config=replace(CONFIG, answer_tokens=6)), "answer_tokens 6"),
+        (dict(config=replace(CONFIG, seed=1)), "seed 1"),
+        (dict(config=replace(CONFIG, target="both")), "kvzip true, which was false"),
+        (dict(config=replace(CONFIG, design=Design(input="hidden"))), 'input "hidden", which was "kv"'),
+        (dict(found=[]), "documents"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_records_of_something_else_are_refused(make: Make, change: dict, named: str) -> None:
+    make()
+    with pytest.raises(ValueError, match=f"^lkv train: expected the records in .* got others: {named}"):
+        make(**change)
+
+
+def test_what_does_not_change_a_record_may_change(make: Make) -> None:
+    make(config=replace(CONFIG, target="both")).run("train", 1)
+    again = make(config=replace(CONFIG, texts=7, steps=3, batch=5, design=Design(hidden=9, sink=1)))
+    assert again.run("train", 2)[1].kvzip is not None  # as the others have it
+
+
+def test_the_tokenizer_is_known_by_what_it_does() -> None:
+    marks = {tokenizer_fingerprint(tokenizer(chat)) for chat in (True, False)}
+    lower = tokenizer()
+    from tokenizers import normalizers
+
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert len(marks | {tokenizer_fingerprint(lower)}) == 3
+    again = tokenizer()
+    again(["a", "longer"], padding=True)
+    assert tokenizer_fingerprint(again) in marks
+
+
+def test_without_a_continuation_there_are_questions_alone(make: Make) -> None:
+    run = make(config=replace(CONFIG, continuation=0))
+    record = run.record(run.passage("train", 0))
+    assert not record.continues and len(record.questions) == len(record.replies) == 2
