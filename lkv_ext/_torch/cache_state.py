@@ -46,7 +46,7 @@ def check_parts(parts: dict[str, Tensor], companions: Sequence[Tensor]) -> None:
 def check_counts(counts: dict[str, int], facts: spans.Facts, rows: int) -> None:
     """Raises unless the counts of a cache are true of its spans; `rows`: T."""
     most = dict(seen=MOST, max_length=counts["seen"] + rows, _free=facts.slack, _tail=facts.tail, _reserve=MOST // 2)
-    least = dict(seen=facts.last_position + 1, max_length=facts.longest, _reserve=1, align=1)
+    least = dict(max_length=facts.longest, _reserve=1, align=1)
     for name in COUNTS:
         low, high = least.get(name, 0), most.get(name, MOST)
         if not low <= counts[name] <= high:

@@ -48,7 +48,6 @@ class Facts(NamedTuple):
         tail: how many of the last tokens every span has, as its last rows in use.
         longest: rows in use of any span.
         slack: free rows that every span has; 2**31 - 1 where there is no span.
-        last_position: the highest position of the rows in use, -1 where there are none.
     """
 
     first: int
@@ -56,7 +55,6 @@ class Facts(NamedTuple):
     tail: int
     longest: int
     slack: int
-    last_position: int
 
 
 def read(parts: dict[str, Tensor], align: int, seen: int) -> Facts:
@@ -97,4 +95,4 @@ def read(parts: dict[str, Tensor], align: int, seen: int) -> Facts:
         raise ValueError("expected lengths of at least 0 and at most the rows between cu_seqlens, got others")
     if negative or last >= seen:
         raise ValueError(f"expected positions of rows in use in [0, seen) = [0, {seen}), got others")
-    return Facts(first, end, min(shortest, recent), longest, slack, last)
+    return Facts(first, end, min(shortest, recent), longest, slack)
