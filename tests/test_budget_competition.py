@@ -105,6 +105,15 @@ def test_protected_rows_count_in_the_total():
     assert [budgets(12, sink=3, window=1, floor=lkv_ext.Blend(a)) for a in (0, 0.5, 1)] == [[8, 4], [7, 5], [6, 6]]
 
 
+def test_a_blend_may_leave_a_head_with_nothing():
+    scores = torch.tensor([[[9.0, 9, 9, 9], [0.0, 0, 0, 0], [1.0, 0, 0, 0]]])
+    for blend, expected in ((0.0, [4, 0, 1]), (0.1, [4, 0, 1]), (0.9, [2, 1, 2])):
+        assert lkv_ext.budgets_from_scores(scores, 5, floor=lkv_ext.Blend(blend)).tolist() == [expected]
+        heads, ranges = [list(head) for head in scores[0]], [(0, 4)] * 3
+        wanted = reference.budgets_from_scores(heads, 5, ranges=ranges, blend=Fraction(blend))
+        assert wanted == expected
+
+
 def test_a_blend_goes_no_further_than_a_head_is_long():
     scores = torch.tensor([[[9.0, 9, 9, 9, 9, 9], [5.0, 5, 0, 0, 0, 0], [1.0, 0, 0, 0, 0, 0]]])
     budgets = lkv_ext.budgets_from_scores(scores, 9, lengths=[[6, 2, 1]], floor=lkv_ext.Blend(1.0))

@@ -26,6 +26,7 @@ POLICIES = {
     "equal kvzip": KVzip(across=None, repetition=SHORT),
 }
 RECURRENT = ("qwen3_next", "qwen3_5", "jamba", "nemotron_h")
+HALF = dict(retention=0.5, budget=20)  # of 40 tokens
 LENGTHS = {"one": [47], "padded": [47, 31, 9, 40]}
 WHOLE = [name for name in WITHOUT_WINDOWS if name in FAMILIES] + ["mixtral"]  # full attention in all layers
 
@@ -91,8 +92,9 @@ def test_without_a_second_pass_it_is_a_cache_with_that_policy() -> None:
     with torch.no_grad():
         call(model, ids, None, other)
     assert positions(cache) == positions(other) and positions(cache, 1) == positions(other, 1)
-    counted = lkv.compress(model, ids, "snapkv", budget=20)
-    assert positions(counted) == positions(cache)
+    for policy in ("snapkv", "kvzip"):
+        halves = [positions(lkv.compress(model, ids, policy, **{name: x})) for name, x in HALF.items()]
+        assert halves[0] == halves[1]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

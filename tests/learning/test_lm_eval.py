@@ -17,6 +17,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lkv.evaluate import harness
 from lkv.evaluate.decode import answer
 from lkv.evaluate.harness import Compression, HarnessModel, Totals
 from lkv.hf import Cache
@@ -208,6 +209,16 @@ def test_rows_are_gone(judged, policy):
     assert values == ours.loglikelihood(requests, disable_tqdm=True)
     assert len(ours.generate_until(generation(), disable_tqdm=True)) == 2
     assert ours.totals.prompts == 2  # the first text of the two was read before
+
+
+def test_a_second_pass_asks_in_words(judged, monkeypatch: pytest.MonkeyPatch):
+    """Those of the tokenizer, which the policy does not know."""
+    given = []
+    own = harness.compress
+    monkeypatch.setattr(harness, "compress", lambda *args, **options: given.append(options) or own(*args, **options))
+    ours = judged(KVzip(), 0.25, question_tokens=20)
+    ours.loglikelihood(likelihoods(" sky"), disable_tqdm=True)
+    assert [x["tokenizer"] for x in given] == [ours.tokenizer]
 
 
 def test_continuation_is_scored_from_the_rows_that_are_left(judged, loaded):

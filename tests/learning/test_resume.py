@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+import types
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkv.learn import train
@@ -66,6 +70,28 @@ def test_folders_are_made_and_numbers_are_shown(make, monkeypatch: pytest.Monkey
     lines = [json.loads(line) for line in (run.folder / METRICS).read_text().splitlines()]
     assert len(lines) == 2
     assert shown == [(name, x, line["step"]) for line in lines for name, x in line.items() if name != "step"]
+
+
+def test_the_bar_begins_where_the_run_was(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **options, file=io.StringIO())
+            bars.append(self)
+
+    monkeypatch.setattr(train, "tqdm", Bar)
+    make().run(2)
+    make().run(3)
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 4, 4), (4, 5, 5)]  # two warm steps before
+    assert all("loss=" in bar.postfix and "seconds" not in bar.postfix for bar in bars)
+
+
+def test_numbers_go_to_a_board_in_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = lambda folder: ("board", folder)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert train._board(tmp_path) == ("board", str(tmp_path / "tensorboard"))
 
 
 @pytest.mark.parametrize("stops", [[2], [4], [3], [1, 2, 5], [6]], ids=str)

@@ -103,7 +103,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/cli/train.py": ["learning/test_train_command", "learning/test_text_training", "learning/test_cli"],
     "python/lkv/cli/*": ["learning/test_cli", "learning/test_train"],
     "python/lkv/compression.py": ["hf/test_compression"],
-    "python/lkv/passes.py": [f"learning/test_{x}" for x in ("passes", "distill", "padded_batches")],
+    "python/lkv/passes.py": [f"learning/test_{x}" for x in ("passes", "second_pass", "distill")],
     "python/lkv/second_pass.py": ["learning/test_second_pass"],
     "python/lkv/models.py": ["learning/test_models", "learning/test_cli_eval"],
     "python/lkv/text.py": ["learning/test_text", "learning/test_evaluate"],
