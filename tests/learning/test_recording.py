@@ -159,6 +159,13 @@ def test_records_of_something_else_are_refused(make: Make, change: dict, named: 
         make(**change)
 
 
+def test_other_wordings_make_other_records(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    make()
+    monkeypatch.setattr(recording, "TRAINED", recording.TRAINED[1:])
+    with pytest.raises(ValueError, match="got others: wordings "):
+        make()
+
+
 def test_what_does_not_change_a_record_may_change(make: Make) -> None:
     make(config=replace(CONFIG, target="both")).run("train", 1)
     again = make(config=replace(CONFIG, texts=7, steps=3, batch=5, design=Design(hidden=9, sink=1)))

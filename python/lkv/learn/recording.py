@@ -25,6 +25,7 @@ from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv.fingerprint import fingerprint
 from lkv.second_pass import in_words, repeat_scores
 from lkv.tasks.documents import Document
+from lkv.tasks.facts import TRAINED
 from lkv.tasks.passages import Passage, passage
 from lkv.text import pad_and_ends
 
@@ -68,6 +69,7 @@ class Recorder:
             "format": FORMAT,
             "model": fingerprint(self.model),
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "wordings": hashlib.sha256(repr(TRAINED).encode()).hexdigest()[:16],
             "documents": [[x.domain, x.name, x.digest, x.split] for x in self.documents],
             "input": self.config.design.input,
             "kvzip": self.kvzip is not None,
