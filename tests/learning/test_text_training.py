@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_texts import files, model, tokenizer
 import lkv
 from lkv import cli, models
 from lkv.cli import train as command
+from lkv.learn import forecast
 from lkv.learn.config import TrainConfig
 from lkv.learn.recording import Recorder
 from lkv.learn.records import MANIFEST
@@ -47,7 +49,9 @@ def test_from_files_to_a_checkpoint(folder: Path, tmp_path: Path, budget: str, c
     sources, out = list(map(str, files(tmp_path / "texts"))), tmp_path / "run"
     options = ["train", "--model", str(folder), "--text", *sources, "--out", str(out), "--budget", budget, *SMALL]
     assert cli.main(options) == 0
-    assert capsys.readouterr().out == f"lkv train: {out / BEST}\n"
+    printed = capsys.readouterr()
+    assert printed.out == f"lkv train: {out / BEST}\n"
+    assert "lkv train: about 0 minutes: reading 0, regression 0, distillation 0, validation 0\n" in printed.err
     steps = lines(out)
     warm = [line["warm"] for line in steps if "warm" in line]
     assert len(warm) == 20 and sum(warm[-4:]) < 0.9 * sum(warm[:4])
@@ -126,6 +130,25 @@ def test_recipes() -> None:
         recipe = command.recipe_for("smollm2", text)
         assert (recipe.target, recipe.start, recipe.design.scale) == ("attention", "joint", "absolute")
     assert command.recipe_for("smollm2", True) == command.recipe_for("retriever", True)
+
+
+def test_the_forecast_adds_up_what_there_is_to_do() -> None:
+    config = TrainConfig(texts=100, steps=90, warm_steps=50, batch=2, questions=3, validate_every=40, validation=5)
+    parts = forecast.forecast(config, 2.0, 104)
+    assert parts["reading"] == 104 * 2.0 * forecast.RECORD + 104 * 2.0 * forecast.REPEAT  # the target is KVzip's
+    assert parts["regression"] == pytest.approx(50 * 2 * 2.0 * forecast.REGRESSION)
+    assert parts["distillation"] == pytest.approx(90 * 2 * 3 * 2.0 * forecast.DISTILLATION)
+    assert parts["validation"] == pytest.approx(3 * 5 * 2 * 5 * 2.0 * forecast.VALIDATION)
+    alone = forecast.forecast(replace(config, target="attention", continuation=0), 2.0, 0)
+    assert alone["reading"] == 0 and alone["validation"] == pytest.approx(parts["validation"] * 4 / 5)
+    assert forecast.sentence({"reading": 600.0, "regression": 70.0}) == "about 11 minutes: reading 10, regression 1"
+    assert 0 < forecast.prefill_seconds(model(), 200) < 10
+
+
+def test_by_default_a_small_model_takes_less_than_an_hour() -> None:
+    """Even on one thread, on which SmolLM2 was measured to read 900 tokens in 3.4 seconds."""
+    parts = forecast.forecast(command.recipe_for("smollm2", True), 3.4 * 1024 / 900, 104)
+    assert sum(parts.values()) < 3600
 
 
 def packaged() -> bool:

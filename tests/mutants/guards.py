@@ -19,6 +19,7 @@ _LEARN = {
     "config": ["schedule"],
     "dialogue": ["dialogue", "recording"],
     "distill": ["hard_masks", "passes", "distill", "padded_batches", "updates"],
+    "forecast": ["text_training"],
     "lessons": ["lessons", "updates", "recording"],
     "recording": ["recording", "text_training"],
     "records": ["records", "recording"],

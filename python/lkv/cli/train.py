@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -16,9 +17,11 @@ from lkv.cli import models
 from lkv.evaluate.methods import Method
 from lkv.evaluate.run import Setting, by_method, evaluate
 from lkv.learn.config import STARTS, TARGETS, TrainConfig
+from lkv.learn.forecast import forecast, prefill_seconds, sentence
 from lkv.learn.lessons import Recorded
 from lkv.learn.recording import Recorder
-from lkv.learn.train import BEST, Trainer, Validate
+from lkv.learn.records import Records
+from lkv.learn.train import BEST, STATE, Trainer, Validate
 from lkv.learn.validation import fidelity
 from lkv.models import RETRIEVER
 from lkv.policies.lkv import Learned
@@ -93,7 +96,12 @@ def learn_from_texts(
         process=accelerator.process_index,
         processes=accelerator.num_processes,
     )
-    train, held_out = recorder.run("train", config.texts), recorder.run("validation", config.validation)
+    counts = {"train": config.texts, "validation": config.validation}
+    if accelerator.is_main_process and not (trainer.folder / STATE).exists():
+        left = sum(len(Records(folder, split, count).missing()) for split, count in counts.items())
+        parts = forecast(config, prefill_seconds(trainer.model, config.length), left)
+        print(f"lkv train: {sentence(parts)}", file=sys.stderr)
+    train, held_out = (recorder.run(split, count) for split, count in counts.items())
     accelerator.wait_for_everyone()
     trainer.lessons = Recorded(trainer.model, trainer.lkv, train, config)
     trainer.validate = fidelity(Recorded(trainer.model, trainer.lkv, held_out, config))
