@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_texts import files, model, tokenizer
 
+from lkv import retriever
 from lkv.learn import distill, recording, targets
 from lkv.learn.config import TrainConfig
 from lkv.learn.dialogue import exchange
@@ -182,6 +183,16 @@ def test_the_tokenizer_is_known_by_what_it_does() -> None:
     again = tokenizer()
     again(["a", "longer"], padding=True)
     assert tokenizer_fingerprint(again) in marks
+
+
+def test_a_model_that_does_not_know_the_words_is_refused(found: list[Document], tmp_path: Path) -> None:
+    """As the retriever would be, which is what is trained where no other model is named."""
+    own, words = retriever.load()
+    run = Recorder(own, words, found, replace(CONFIG, length=90), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"texts that the tokenizer of the model knows, got .*, .* not know \d\d+%: is"
+    ):
+        run.run("train", 1)
 
 
 def test_without_a_continuation_there_are_questions_alone(make: Make) -> None:

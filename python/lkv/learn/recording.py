@@ -109,9 +109,19 @@ class Recorder:
 
     @torch.no_grad()
     def record(self, text: Passage) -> Record:
-        """Reads a passage and asks all that there is to ask."""
+        """Reads a passage and asks all that there is to ask.
+
+        Raises:
+            ValueError: for a text of which the tokenizer does not know a tenth or more.
+        """
         config, model = self.config, self.model
         talk = exchange(self.tokenizer, text, config.continuation + 1 if config.continuation else 0)
+        unknown = talk.context.count(self.tokenizer.unk_token_id) / len(talk.context)
+        if unknown >= 0.1:
+            raise ValueError(
+                f"lkv train: expected texts that the tokenizer of the model knows, got {text.document}, of which it "
+                f"does not know {unknown:.0%}: is --model the one that was meant?"
+            )
         tokens = torch.tensor([talk.context], device=model.device)
         needs = {"pre_rope_keys" if config.design.input == "kv" else "hidden_states"}
         with prefill(model, tokens, needs=needs) as cache:
