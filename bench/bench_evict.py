@@ -38,7 +38,7 @@ def race(bench: Bench, mode: str, shape: Shape) -> None:
     if shape.skewed:
         uniform = make_inputs(replace(shape, skewed=False), bench.device)
         others["uniform"] = uniform.evict_warm() if warm and cpu else uniform.evict
-    others |= bench.admit(rivals.of_evict(shape), inputs, keeps)
+    others |= bench.admit(lambda: rivals.of_evict(shape), inputs, keeps)
     subject, memcpy = (partial(inputs.evict, out), pytorch.copy_warm) if warm else (inputs.evict, pytorch.clone)
     bench.time("evict", mode, shape, subject, {"memcpy": memcpy(rows), **others}, shape.moved_bytes)
 
@@ -88,7 +88,7 @@ def test_in_place(bench: Bench, shape: Shape) -> None:
         "memcpy": pytorch.copy_warm([out.k, out.v]),
         "evict": whole.evict,
         "best, copied back": pytorch.best_in_place(inputs),
-        **bench.admit(rivals.IN_PLACE, inputs, lambda _: True),
+        **bench.admit(lambda: rivals.IN_PLACE, inputs, lambda _: True),
     }
     subject = partial(lkv_ext.evict_, inputs.k, inputs.v, inputs.scores, inputs.budgets)
     bench.time("evict_", "warm", shape, subject, others, shape.moved_bytes)

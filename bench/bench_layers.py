@@ -34,7 +34,10 @@ def race(bench: Bench, mode: str, shape: Shape) -> None:
         "evict per layer": lambda: [call() for call in singles],
         name: rivals.in_turn(best)(layers),
     }
-    makers = {name: rivals.in_turn(make) for name, make in rivals.of_evict(one.shape).items()}
+
+    def makers() -> dict[str, rivals.Maker]:
+        return {name: rivals.in_turn(make) for name, make in rivals.of_evict(one.shape).items()}
+
     others |= bench.admit(makers, layers, rivals.keeps(shape, [alone.k, alone.v] * shape.layers))
     bench.time(f"evict_layers {shape.layers}", mode, shape, subject, others, shape.moved_bytes)
 

@@ -37,6 +37,6 @@ def test_select(bench: Bench, shape: Shape) -> None:
     subject = partial(lkv_ext.select, scores, inputs.budgets)
     segments = torch.arange(len(budgets)).repeat_interleave(torch.tensor(budgets)).to(bench.device)
     keeps = rivals.keeps(shape, [(subject().positions + segments * shape.length).to(torch.int32)])
-    others |= bench.admit(rivals.of_select(shape), inputs, lambda found: keeps([found.to(torch.int32)]))
+    others |= bench.admit(lambda: rivals.of_select(shape), inputs, lambda found: keeps([found.to(torch.int32)]))
     moved = shape.score_bytes + 4 * shape.kept
     bench.time("select", bench.sweep, shape, subject, {"memcpy": pytorch.clone([scores]), **others}, moved)

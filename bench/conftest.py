@@ -139,11 +139,16 @@ class Bench:
         """The mode of shapes that are measured in one mode only."""
         return "graph" if self.device == "cuda" else "fresh"
 
-    def admit(self, makers: dict[str, rivals.Maker], inputs: Any, right: Callable[[Any], bool]) -> dict[str, Call]:
-        """On CUDA the rivals that are there; names once those that are missing, and why."""
+    def admit(
+        self, makers: Callable[[], dict[str, rivals.Maker]], inputs: Any, right: Callable[[Any], bool]
+    ) -> dict[str, Call]:
+        """On CUDA the rivals that are there; names once those that are missing, and why.
+
+        `makers` is called there alone: to name CUB's, its library is compiled.
+        """
         if not self._everybody:
             return {}
-        calls, missing = rivals.admit(makers, inputs, right)
+        calls, missing = rivals.admit(makers(), inputs, right)
         for name, why in missing.items():
             self._state.skip(name, why)
         return calls

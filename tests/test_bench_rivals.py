@@ -97,6 +97,30 @@ def test_who_fails_is_left_out() -> None:
     assert missing == {"breaks": "OSError: no compiler", "wrong": "ValueError: keeps other rows than evict"}
 
 
+RACES = """
+import sys
+import bench_evict, bench_layers, bench_select
+from conftest import Bench
+from shapes import Shape
+
+bench = object.__new__(Bench)
+bench.device, bench._everybody = "cpu", False
+bench.time = lambda *case: None
+bench_evict.race(bench, "fresh", Shape(64))
+bench_evict.test_in_place(bench, Shape(64))
+bench_layers.race(bench, "fresh", Shape(64, layers=2))
+bench_select.test_select(bench, Shape(64))
+assert "rivals_cuda" not in sys.modules
+"""
+
+
+def test_who_does_not_run_is_not_compiled() -> None:
+    """On a CPU and with `--rivals torch`: to name CUB's rivals, their library is needed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "bench"), *sys.path])}
+    result = subprocess.run([sys.executable, "-c", RACES], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("skewed", [False, True])
