@@ -163,6 +163,29 @@ def test_negative_strides(axis: int, flipped: tuple[int, int]) -> None:
         lkv_numpy.evict_(*views(mine, 15), scores, 4)
 
 
+@pytest.mark.parametrize("flipped", [0, 1], ids=["k", "v"])
+def test_what_goes_backwards_reaches_down(flipped: int) -> None:
+    """K through all of a piece of memory, V at its beginning, at its end, or outside of it."""
+    count = B * H * L
+    memory = rows_of([24 * count], torch.uint8, 3).numpy()
+    scores = scores_of("ties", [B, H, L]).numpy()
+
+    def views(begin: int) -> list[np.ndarray]:
+        k, v = memory[4 * count : 20 * count], memory[begin : begin + 4 * count]
+        both = [k.view(np.float32).reshape(B, H, L, 4), v.view(np.float32).reshape(B, H, L, 1)]
+        both[flipped] = np.flip(both[flipped], (0, 1, 2))
+        return both
+
+    for begin in (4 * count, 16 * count, 8 * count, 4, 20 * count - 4):
+        with pytest.raises(ValueError, match="expected k and v without common memory"):
+            lkv_numpy.evict_(*views(begin), scores, 4)
+    for begin in (0, 20 * count):
+        mine, theirs = views(begin), [np.ascontiguousarray(x) for x in views(begin)]
+        lkv_numpy.evict_(*mine, scores, [3, 21, 8])
+        lkv_numpy.evict_(*theirs, scores, [3, 21, 8])
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(mine, theirs, strict=True))
+
+
 def test_elements_that_meet_within() -> None:
     """Strides of NumPy are in bytes: rows of two floats that begin every six."""
     memory = np.zeros(4000, np.uint8)
