@@ -61,8 +61,8 @@ SELECT = (
              "S::bits(between(line)) & mask_of(lanes)", "S::bits(between(line))"),
     Mutation("select: lanes behind the end are kept", "cpu/key_kernels_impl.h",
              "S::bits(higher(line)) & mask_of(lanes)", "S::bits(higher(line))",
-             equivalent="lanes behind the end of a row come last, into the places of the window and of the slack, which "
-                        "are filled afterwards; a vector that ends early is the last one of its row"),
+             equivalent="lanes behind the end of a row come last, into the places of the window and of the slack, "
+                        "which are filled afterwards; a vector that ends early is the last one of its row"),
     Mutation("select: lanes behind the end tie", "cpu/key_kernels_impl.h", "S::bits(equal(line)) & mask_of(lanes)",
              "S::bits(equal(line))",
              equivalent="ties are taken in order, as many as are wanted: those of the row, of which there are enough, "
