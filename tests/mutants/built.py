@@ -40,7 +40,7 @@ SUITES = {
     "isa": ("test_isa.py", "test_planted.py"),
     "threads": ("test_threads.py", "test_numpy.py", "test_torch.py"),
     "scale": ("test_scale.py", "test_overlap.py"),
-    "numpy": ("test_numpy.py", "test_numpy_errors.py", "test_overlap.py"),
+    "numpy": ("test_call_threads.py", "test_numpy.py", "test_numpy_errors.py", "test_overlap.py"),
     "append": _APPEND,
     "cpu/append*": _APPEND,
     "cpu/attend*": ("test_attend.py",),
