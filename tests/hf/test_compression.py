@@ -174,7 +174,7 @@ class Bare:
         (dict(budget=3), r"expected one of retention and budget, got both"),
         (dict(policy="kvzip", retention=1.5), r"expected retention in \(0, 1\], got 1.5"),
     ],
-    ids=str,
+    ids=lambda x: ", ".join(x) if isinstance(x, dict) else None,
 )
 def test_bad_input_is_refused_before_the_model_reads(
     change: dict, message: str, monkeypatch: pytest.MonkeyPatch
