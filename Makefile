@@ -61,7 +61,7 @@ build/transformers-%/ready: $(VENV)/ready
 
 # What NVIDIA's kvpress keeps. It needs an older transformers.
 test-kvpress: build build/transformers-5.2.0/ready build/kvpress/ready
-	PYTHONPATH=build/kvpress:build/transformers-5.2.0 $(RUN) -m pytest -q -p no:cacheprovider tests/kvpress
+	PYTHONPATH=build/kvpress:build/transformers-5.2.0 $(RUN) -m pytest -q -p no:cacheprovider tests/peers
 
 build/kvpress/ready: $(VENV)/ready
 	rm -rf $(@D)

@@ -142,7 +142,7 @@ def test_how_a_text_is_repeated_is_found_in_a_scorer() -> None:
 class Letters:
     """A tokenizer with a chat template whose tokens are letters."""
 
-    unk_token_id = 0
+    unk_token_id, bos_token_id = 0, None
 
     def __init__(self, template: str | None = None, known: bool = True) -> None:
         self.chat_template, self.known = template, known
