@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -110,6 +111,17 @@ class Received:
     rows: tuple[int, int, int] | None
     most: list[Tensor] = field(repr=False)
 
+    @cached_property
+    def padding(self) -> Tensor | None:
+        """float32 `[B, 1, 1, n]`, added to the logits; None where there is none. Looked at once: it synchronises."""
+        there = bool((self.context.lengths < self.context.size).any())
+        return visible(self.context, self.context.keys[0].device)[:, None, None] if there else None
+
+    @cached_property
+    def least(self) -> int:
+        """Tokens of which all sequences count."""
+        return int(self.asking.min())
+
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> Tensor:
         batch, heads, count, _ = query.shape
         out = query.new_empty(batch, heads, count, value.shape[-1])
@@ -136,8 +148,8 @@ class Received:
         if softcap is not None:
             paid = paid.div_(softcap).tanh_().mul_(softcap)
         paid = paid.view(*query.shape[:3], -1)
-        if bool((self.context.lengths < size).any()):
-            paid[..., :size] += visible(self.context, query.device)[:, None, None]
+        if self.padding is not None:
+            paid[..., :size] += self.padding
         future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
         paid[..., size + first :].masked_fill_(future, -torch.inf)
         if sinks is None:
@@ -150,12 +162,13 @@ class Received:
         """Raises `[B, n]` of one head to what it receives in a block."""
         size = self.context.size
         sink, begin, end = self.rows or (0, 0, size)
-        counts = torch.arange(first, first + weights.shape[2], device=most.device) < self.asking[:, None]
         received = weights[..., begin:end]
         if (sink, begin, end) != (0, 0, size):
             parts = [weights[..., :sink], received, weights[..., size:], *([] if rest is None else [rest])]
             total = torch.stack([part.sum(-1, keepdim=True) for part in parts]).sum(0)
             received = received / total.clamp(min=1e-30)
-        if not bool(counts.all()):
+        last = first + weights.shape[2]
+        if last > self.least:
+            counts = torch.arange(first, last, device=most.device) < self.asking[:, None]
             received = received * counts[:, None, :, None]
         torch.maximum(most[:, begin:end], received.amax((1, 2)), out=most[:, begin:end])

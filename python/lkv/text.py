@@ -33,12 +33,18 @@ def pad_and_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Tokens before what a user writes, and after it up to the answer; two empty lists without a chat template."""
+    """Tokens before what a user writes, and after it up to the answer; two empty lists without a chat template.
+
+    Raises:
+        ValueError: for a template that changes what a user writes.
+    """
     if tokenizer.chat_template is None:
         return [], []
     content = "x\n~~~~\nx"
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, enable_thinking=False
     )
-    before, _, after = str(text).partition(content)
+    before, found, after = str(text).partition(content)
+    if not found:
+        raise ValueError("lkv: expected a chat template that hands on what a user writes, got one that changes it")
     return encode(tokenizer, before), encode(tokenizer, after)

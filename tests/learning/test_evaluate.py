@@ -17,7 +17,7 @@ from lkv.evaluate import run
 from lkv.evaluate.methods import FLOOR, FULL, Method, choose, heuristics, learned
 from lkv.evaluate.run import Result, Setting, evaluate
 from lkv.hf import Cache
-from lkv.policies.kvzip import KVzip
+from lkv.policies.kvzip import KVzip, Repetition
 from lkv.policies.lkv.checkpoint import Design, Shape
 from lkv.policies.snapkv import SnapKV
 from lkv.policies.streaming_llm import StreamingLLM
@@ -226,6 +226,10 @@ class TestTimes:
             assert result.evict_seconds == share
             assert result.second_pass_seconds == (0.0 if result.method == "snapkv" else share), result
         assert len(passes) == 3  # one per batch
+        passes.clear()
+        other = KVzip(repetition=Repetition(chunk=40))
+        list(results(samples, [*methods, Method("in chunks", other)]))
+        assert len(passes) == 6 and {policy.repetition.chunk for policy in passes} == {2000, 40}
 
 
 def test_metric_is_that_of_the_setting(results: Evaluate, samples: list[tasks.Sample]) -> None:

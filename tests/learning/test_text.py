@@ -56,6 +56,9 @@ def test_the_frame_of_a_chat() -> None:
 
     before, after = chat_frame(Tokenizer())
     assert ("".join(map(chr, before)), "".join(map(chr, after))) == ("<s>", "</s><a>")
+    Tokenizer.apply_chat_template = lambda self, messages, **options: "<s>HELLO</s>"
+    with pytest.raises(ValueError, match="a chat template that hands on what a user writes"):
+        chat_frame(Tokenizer())
     Tokenizer.chat_template = None
     assert chat_frame(Tokenizer()) == ([], [])
 

@@ -17,8 +17,9 @@ from lkv.compression import prefill, second_pass_scores
 from lkv.evaluate.decode import answer, pad_left
 from lkv.evaluate.methods import FLOOR, FULL, Method
 from lkv.hf import Cache
+from lkv.policies import Repetition
 from lkv.policies.streaming_llm import StreamingLLM
-from lkv.second_pass import in_words
+from lkv.second_pass import in_words, repetition_of
 from lkv.tasks import Sample
 from lkv.text import decode, encode, pad_and_ends
 
@@ -107,17 +108,19 @@ def _batch(
     tokens, mask = (t.to(model.device) for t in pad_left(contexts, pad))
     needs = frozenset().union(*(m.policy.needs for m in methods if m.policy is not None))
     with prefill(model, tokens, mask, needs, OBSERVED_WINDOW) as whole:
-        passes: dict[type, tuple[list[Tensor], float]] = {}  # methods that differ in their budgets share one
+        passes: dict[Repetition, tuple[list[Tensor], float]] = {}  # methods that differ in their budgets share one
         for method in methods:
             scores, second = None, 0.0
             if method.second_pass:
                 scorer = method.scorer
                 assert scorer is not None  # the full cache has no second pass
-                if type(scorer) not in passes:
+                scorer = in_words(scorer, tokenizer)
+                how = repetition_of(scorer)
+                if how not in passes:
                     clock = time.perf_counter()
-                    repeated = second_pass_scores(model, whole, tokens, in_words(scorer, tokenizer))
-                    passes[type(scorer)] = repeated, time.perf_counter() - clock
-                scores, second = passes[type(scorer)]
+                    repeated = second_pass_scores(model, whole, tokens, scorer)
+                    passes[how] = repeated, time.perf_counter() - clock
+                scores, second = passes[how]
             for retention in [1.0] if method.policy is None and method.name == FULL else setting.retentions:
                 with whole.fork() as cache:
                     clock = time.perf_counter()
