@@ -76,9 +76,9 @@ def repeat_scores(
     for first, end, request in _chunks(repetition, tokens, begin):
         chunk = torch.cat([request, tokens[:, first:end]], 1)
         # A text that has ended before has no queries, not even those of the request.
-        asking = (context.lengths - first).clamp(max=end - first)
-        asking = torch.where(asking > 0, request.shape[1] + asking, 0)
-        received = Received(context, asking, (min(repetition.sink, first), first, end), scores)
+        counting = (context.lengths - first).clamp(max=end - first)
+        counting = torch.where(counting > 0, request.shape[1] + counting, 0)
+        received = Received(context, counting, (min(repetition.sink, first), first, end), scores)
         follow(model, context, chunk, attend=received)
     return scores
 
@@ -100,14 +100,14 @@ class Received:
     In blocks of queries that see no later token, so that nothing larger than `BLOCK` weights is ever there.
 
     Attributes:
-        asking: int `[B]`, how many of the tokens count: the first ones.
+        counting: int `[B]`, how many of the tokens count: the first ones.
         rows: (sink, first, end): noted are rows [first, end), of a softmax over these, over the rows before `sink` and
             over the tokens themselves. None: all rows of the context.
         most: per layer float32 `[B, H, n]`, raised to the most attention that a token of any query head pays.
     """
 
     context: Context
-    asking: Tensor
+    counting: Tensor
     rows: tuple[int, int, int] | None
     most: list[Tensor] = field(repr=False)
 
@@ -120,7 +120,7 @@ class Received:
     @cached_property
     def least(self) -> int:
         """Tokens of which all sequences count."""
-        return int(self.asking.min())
+        return int(self.counting.min())
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> Tensor:
         batch, heads, count, _ = query.shape
@@ -169,6 +169,6 @@ class Received:
             received = received / total.clamp(min=1e-30)
         last = first + weights.shape[2]
         if last > self.least:
-            counts = torch.arange(first, last, device=most.device) < self.asking[:, None]
+            counts = torch.arange(first, last, device=most.device) < self.counting[:, None]
             received = received * counts[:, None, :, None]
         torch.maximum(most[:, begin:end], received.amax((1, 2)), out=most[:, begin:end])

@@ -168,6 +168,6 @@ def test_the_real_model_answers_what_it_has_read(tmp_path: Path) -> None:
     record = recorder.record(text)
     assert reader.decode(record.tokens[:2]).startswith("<|im_start|>system")
     assert record.keys.shape[:2] == (30, 3) and record.keys.shape[2] == len(record.tokens)
-    said = [reader.decode(reply) for reply in record.replies[:4]]
-    assert sum(fact.value in reply for fact, reply in zip(text.facts, said, strict=True)) >= 2, said
+    written = [reader.decode(reply) for reply in record.replies[:4]]
+    assert sum(fact.value in reply for fact, reply in zip(text.facts, written, strict=True)) >= 2, written
     assert 23_000 < 2 * (record.keys.numel() + record.values.numel()) / len(record.tokens) < 23_100

@@ -90,7 +90,7 @@ HOST = (
              "} else if (per_head && count == heads) {", "} else if (count == heads) {"),
     Mutation("problem: budgets per sequence", "host/problem.cpp", "} else if (!per_head && count == batch) {",
              "} else if (count == batch) {",
-             equivalent="budgets of H values are told apart above; the wrappers refuse as many as there are sequences"),
+             equivalent="budgets of H values are recognised above; the wrappers refuse as many as there are sequences"),
     Mutation("problem: integers by head, then sequence", "host/problem.cpp",
              "ints.layer = batch * heads, ints.batch = heads, ints.head = 1;",
              "ints.layer = batch * heads, ints.batch = 1, ints.head = batch;"),

@@ -1,4 +1,4 @@
-"""Passages as tokens, in the model's chat template if it has one: what is read, what is asked, how answers begin."""
+"""Passages as tokens, in the model's chat template if it has one: what is read, the questions, how answers begin."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def exchange(tokenizer: PreTrainedTokenizerBase, passage: Passage, continuation:
     questions, drafts = [], []
     for fact in passage.facts:
         if after:
-            asked = [*encode(tokenizer, f"\n\n{fact.question}"), *after, *encode(tokenizer, fact.lead)]
+            prompt = [*encode(tokenizer, f"\n\n{fact.question}"), *after, *encode(tokenizer, fact.lead)]
         else:
-            asked = encode(tokenizer, f"\n\nQuestion: {fact.question}\nAnswer: {fact.lead}")
-        questions.append(asked)
+            prompt = encode(tokenizer, f"\n\nQuestion: {fact.question}\nAnswer: {fact.lead}")
+        questions.append(prompt)
         drafts.append(encode(tokenizer, f" {fact.value}."))
     return Exchange(context, begin, questions, drafts, encode(tokenizer, passage.continuation)[:continuation])

@@ -1,4 +1,4 @@
-"""How long a run on texts will take, said before it begins."""
+"""How long a run on texts will take, estimated before it begins."""
 
 from __future__ import annotations
 

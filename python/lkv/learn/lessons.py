@@ -21,11 +21,11 @@ from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv import Learned
 from lkv.second_pass import repeat_scores
 
-Asked = tuple[Reading, Sequence[Sequence[int]], Sequence[Sequence[int]]]
+Answered = tuple[Reading, Sequence[Sequence[int]], Sequence[Sequence[int]]]
 
 
 class Lessons(Protocol):
-    """Texts number `rows` of a step, the same whenever they are asked for."""
+    """Texts number `rows` of a step, the same whenever they are needed."""
 
     def inputs(self, rows: Sequence[int]) -> Reading:
         """Texts of the first step."""
@@ -35,7 +35,7 @@ class Lessons(Protocol):
         """With the logarithm of the target, per layer float32 `[B, H, n]`, anything in padding."""
         ...
 
-    def distillation(self, step: int, rows: Sequence[int]) -> Asked:
+    def distillation(self, step: int, rows: Sequence[int]) -> Answered:
         """With questions and the teacher's answers, the same number for each text."""
         ...
 
@@ -67,7 +67,7 @@ class Live:
             paid = targets.larger(paid, repeated) if paid else repeated
         return reading, [targets.logarithm(x) for x in paid]
 
-    def distillation(self, step: int, rows: Sequence[int]) -> Asked:
+    def distillation(self, step: int, rows: Sequence[int]) -> Answered:
         examples = self.source.examples(step, rows)
         reading = distill.read(self.model, self.lkv, examples.contexts)
         return reading, examples.questions, self._replies(reading, examples)
@@ -98,15 +98,15 @@ class Recorded:
         target = _padded([self._target(x).float() for x in records], reading.tokens.shape[1])
         return reading, list(target.to(self.model.device))
 
-    def distillation(self, step: int, rows: Sequence[int]) -> Asked:
-        """The continuation, if there is one and it is not all that is asked, and questions drawn anew."""
+    def distillation(self, step: int, rows: Sequence[int]) -> Answered:
+        """The continuation, if there is one and it is not the only question, and questions drawn anew."""
         records, questions, replies = self._chosen("distil", step, rows), [], []
         for row, record in zip(rows, records, strict=True):
             rng = random.Random(f"{self.config.seed}/{step}/{row}")
-            asked = list(range(len(record.questions) - record.continues))
-            chosen = [len(asked)] if record.continues and self.config.questions > 1 else []
+            numbers = list(range(len(record.questions) - record.continues))
+            chosen = [len(numbers)] if record.continues and self.config.questions > 1 else []
             more = self.config.questions - len(chosen)
-            chosen += rng.sample(asked, min(more, len(asked))) + rng.choices(asked, k=max(more - len(asked), 0))
+            chosen += rng.sample(numbers, min(more, len(numbers))) + rng.choices(numbers, k=max(more - len(numbers), 0))
             questions += [record.questions[i] for i in chosen]
             replies += [record.replies[i] for i in chosen]
         return self.reading(records), questions, replies
