@@ -96,7 +96,7 @@ def test_seed_decides() -> None:
 
 
 def test_all_draws_are_different_ones() -> None:
-    means = statistics._resampled(np.random.default_rng(6).random(50), 0)
+    means = statistics._resampled(np.random.default_rng(6).random(50), np.ones(50), 0)
     assert len(means) == len(np.unique(means)) == DRAWS == 10_000
 
 

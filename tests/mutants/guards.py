@@ -85,6 +85,12 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/evaluate/statistics.py": ["learning/test_statistics", "learning/test_report"],
     "python/lkv/evaluate/harness.py": ["learning/test_lm_eval"],
     **{
+        f"python/lkv/evaluate/{name}.py": ["learning/test_texts_judged", "learning/test_eval_texts"]
+        for name in ("forced", "forks", "oracle", "texts")
+    },
+    "python/lkv/evaluate/results.py": ["learning/test_eval_texts"],
+    "python/lkv/evaluate/text_report.py": ["learning/test_text_report", "learning/test_eval_texts"],
+    **{
         f"python/lkv/evaluate/{name}.py": [f"learning/test_{name}", "learning/test_evaluate"]
         for name in ("decode", "kept", "methods", "plots", "report", "soft")
     },
@@ -100,6 +106,8 @@ GUARDS: dict[str, list[str]] = {
     ],
     "python/lkv/cli/lm_eval.py": ["learning/test_lm_eval_command"],
     "python/lkv/cli/eval.py": ["learning/test_cli_eval", "learning/test_eval_files", "learning/test_cli"],
+    "python/lkv/cli/eval_texts.py": ["learning/test_eval_texts"],
+    "python/lkv/cli/eval_options.py": ["learning/test_cli_eval", "learning/test_eval_texts", "learning/test_cli"],
     "python/lkv/cli/models.py": ["learning/test_cli_eval", "learning/test_cli"],
     "python/lkv/cli/train.py": ["learning/test_train_command", "learning/test_text_training", "learning/test_cli"],
     "python/lkv/cli/*": ["learning/test_cli", "learning/test_train"],

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+
+from torch import nn
 
 from lkv import policies
 from lkv.policies import Policy
@@ -33,6 +36,29 @@ class Method:
     @property
     def second_pass(self) -> bool:
         return self.policy is not None and "second_pass" in self.policy.needs
+
+    @property
+    def identity(self) -> str:
+        """What the policy is, its settings and a digest of its weights: the same in every process."""
+        return identity(self.policy)
+
+
+def identity(value: object) -> str:
+    """See `Method.identity`."""
+    if isinstance(value, nn.Module):
+        plain = {name: x for name, x in vars(value).items() if isinstance(x, str | int | float) and name[0] != "_"}
+        digest = hashlib.sha256()
+        for name, tensor in sorted(value.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+        plain.pop("training")
+        return f"{type(value).__name__}({plain}, {digest.hexdigest()[:16]})"
+    if is_dataclass(value):
+        parts = (f"{field.name}={identity(getattr(value, field.name))}" for field in fields(value))
+        return f"{type(value).__name__}({', '.join(parts)})"
+    if hasattr(value, "__dict__"):  # a policy of another package
+        parts = (f"{name}={identity(x)}" for name, x in sorted(vars(value).items()))
+        return f"{type(value).__module__}.{type(value).__name__}({', '.join(parts)})"
+    return repr(value)
 
 
 def heuristics() -> dict[str, Policy]:

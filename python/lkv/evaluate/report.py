@@ -54,7 +54,7 @@ def table(rows: Sequence[Row], reference: str = "lkv") -> str:
     """Markdown; scores in percent."""
     names = list(dict.fromkeys(name for row in rows for name in row["tasks"]))
     head = ["method", "retention", "kept", *names, "all", "95 %", f"{reference} is ahead by", "evict ms", "2nd pass ms"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for row in rows:
         behind = row.get("behind")
         lines.append(
@@ -70,6 +70,13 @@ def table(rows: Sequence[Row], reference: str = "lkv") -> str:
                 f"{row['second_pass_ms']:.1f}" if row["second_pass_ms"] else "",
             ]
         )
+    return markdown(lines)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table of a head and lines below it."""
+    head, *rest = lines
+    lines = [head, ["---"] * len(head), *rest]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("| " + " | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) + " |" for line in lines)
 

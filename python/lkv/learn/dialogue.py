@@ -49,3 +49,16 @@ def exchange(tokenizer: PreTrainedTokenizerBase, passage: Passage, continuation:
         questions.append(prompt)
         drafts.append(encode(tokenizer, f" {fact.value}."))
     return Exchange(context, begin, questions, drafts, encode(tokenizer, passage.continuation)[:continuation])
+
+
+def check_known(tokenizer: PreTrainedTokenizerBase, talk: Exchange, document: str, command: str) -> None:
+    """
+    Raises:
+        ValueError: for a text of which the tokenizer does not know a tenth or more.
+    """
+    unknown = talk.context.count(tokenizer.unk_token_id) / len(talk.context)
+    if unknown >= 0.1:
+        raise ValueError(
+            f"{command}: expected texts that the tokenizer of the model knows, got {document}, of which it "
+            f"does not know {unknown:.0%}: is --model the one that was meant?"
+        )

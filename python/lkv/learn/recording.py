@@ -18,7 +18,7 @@ from lkv.compression import prefill
 from lkv.hf import Cache
 from lkv.learn import distill, targets
 from lkv.learn.config import TrainConfig
-from lkv.learn.dialogue import Exchange, exchange
+from lkv.learn.dialogue import Exchange, check_known, exchange
 from lkv.learn.records import Record, Records, claim, full, made_with
 from lkv.passes import Context
 from lkv.policies.kvzip import KVzip
@@ -116,12 +116,7 @@ class Recorder:
         """
         config, model = self.config, self.model
         talk = exchange(self.tokenizer, text, config.continuation + 1 if config.continuation else 0)
-        unknown = talk.context.count(self.tokenizer.unk_token_id) / len(talk.context)
-        if unknown >= 0.1:
-            raise ValueError(
-                f"lkv train: expected texts that the tokenizer of the model knows, got {text.document}, of which it "
-                f"does not know {unknown:.0%}: is --model the one that was meant?"
-            )
+        check_known(self.tokenizer, talk, text.document, "lkv train")
         tokens = torch.tensor([talk.context], device=model.device)
         needs = {"pre_rope_keys" if config.design.input == "kv" else "hidden_states"}
         with prefill(model, tokens, needs=needs) as cache:

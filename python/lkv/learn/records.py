@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save
@@ -96,26 +97,60 @@ class Records:
 
 
 def claim(folder: Path, manifest: Mapping[str, object]) -> None:
-    """Makes a folder the place for records of this manifest, or checks that it is.
+    """Makes a folder the place for what is made with this manifest, or checks that it is; raises as `agreed`.
 
     Raises:
-        ValueError: where it holds records that were made with something else, naming what differs.
         OSError: where the disk is full.
     """
-    theirs, ours = made_with(folder), json.loads(json.dumps(manifest))
+    if made_with(folder) != (whole := agreed(folder, manifest)):
+        write_manifest(folder, whole)
+
+
+def agreed(
+    folder: Path,
+    manifest: Mapping[str, object],
+    *,
+    grows: Sequence[str] = (),
+    command: str = "lkv train",
+    what: str = "records",
+) -> dict[str, object]:
+    """The manifest of a folder, where it agrees with this one, with what this one adds.
+
+    Args:
+        grows: names of mappings to which later runs may add entries. Those that are there have to stay the same.
+        command, what: that the error names.
+
+    Raises:
+        ValueError: where the folder holds what was made with something else, naming what differs.
+    """
+    theirs: dict[str, Any] = made_with(folder)
+    ours: dict[str, Any] = json.loads(json.dumps(manifest))
     if not theirs:
-        _replace(folder / MANIFEST, (json.dumps(ours, indent=1) + "\n").encode())
-        return
-    other = [
-        f"{name} {_short(ours.get(name))}, which was {_short(theirs.get(name))}"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
-    ]
+        return ours
+    names = sorted((ours.keys() | theirs.keys()) - set(grows))
+    other = [_differs(name, ours, theirs, name) for name in names if ours.get(name) != theirs.get(name)]
+    for name in grows:
+        there, now = theirs[name], ours[name]
+        other += [_differs(f"{name} {key}", now, there, key) for key in now if there.get(key, now[key]) != now[key]]
+        ours[name] = {**there, **now}
     if other:
         raise ValueError(
-            f"lkv train: expected the records in {folder} to be of this run, got others: {'; '.join(other)}; name "
+            f"{command}: expected the {what} in {folder} to be of this run, got others: {'; '.join(other)}; name "
             "another folder, or delete that one"
         )
+    return ours
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
+    """
+    Raises:
+        OSError: where the disk is full.
+    """
+    _replace(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def _differs(label: str, ours: Mapping[str, object], theirs: Mapping[str, object], name: str) -> str:
+    return f"{label} {_short(ours.get(name))}, which was {_short(theirs.get(name))}"
 
 
 def made_with(folder: Path) -> dict[str, object]:

@@ -1,0 +1,165 @@
+"""`lkv eval --text`: methods x retentions on passages of text files. An interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import lkv_ext
+from lkv.cli import models
+from lkv.cli.eval_options import chosen
+from lkv.evaluate import report, text_report
+from lkv.evaluate.forks import policy_of
+from lkv.evaluate.methods import FLOOR, FULL, Method
+from lkv.evaluate.results import Key, Results
+from lkv.evaluate.texts import Judge
+from lkv.learn.dialogue import Exchange, check_known, exchange
+from lkv.learn.recording import tokenizer_fingerprint
+from lkv.policies.lkv.fingerprint import fingerprint
+from lkv.tasks.documents import Document, documents
+from lkv.tasks.facts import TRAINED, UNSEEN
+from lkv.tasks.passages import Passage, passage
+
+FORMAT = 1
+SETTINGS = ("length", "facts", "continuation", "see_question", "greedy", "answer_tokens")
+WORDINGS = {"trained": TRAINED, "unseen": UNSEEN}
+
+
+def run(options: argparse.Namespace) -> int:
+    found = documents(options.text)
+    model, tokenizer, _ = models.load(options)
+    methods, _ = chosen(options, model)
+    texts = Texts(options, tokenizer, found)
+    results = Results(options.out, manifest(options, model, tokenizer, found), {m.name: m.identity for m in methods})
+    keys = [(i, m.name, r) for i in range(texts.count) for m in methods for r in retentions(m, options.retentions)]
+    missing = results.missing(keys)
+    by_passage: dict[int, list[Key]] = {}
+    for key in missing:
+        by_passage.setdefault(key[0], []).append(key)
+    talks = {i: texts.talk(i) for i in tqdm(by_passage, desc="lkv eval: texts", disable=not by_passage, leave=False)}
+    check_protected(methods, options.retentions, list(talks.values()))
+    named = {m.name: m for m in methods}
+    judge = Judge(
+        model, tokenizer, methods, see_question=options.see_question, greedy=options.answer_tokens or 24
+        if options.greedy else 0,
+    )  # fmt: skip
+    with tqdm(total=len(missing), desc="lkv eval", unit="cell") as bar:
+        for i, part in by_passage.items():
+            todo = [(named[name], retention) for _, name, retention in part]
+            for cell in judge.cells(i, texts.passage(i), talks[i], todo):
+                results.add(cell)
+                bar.update()
+    finish(options, results, texts.count)
+    return 0
+
+
+def retentions(method: Method, given: Sequence[float]) -> Sequence[float]:
+    return [1.0] if method.name == FULL else given
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Passages of the test split, by their number; domains take turns."""
+
+    options: argparse.Namespace
+    tokenizer: PreTrainedTokenizerBase
+    documents: Sequence[Document]
+
+    @property
+    def count(self) -> int:
+        return self.options.passages * len({x.domain for x in self.documents})
+
+    def passage(self, index: int) -> Passage:
+        """Raises ValueError where no file is long enough."""
+        options = self.options
+        return passage(
+            self.documents,
+            index,
+            options.length,
+            lambda text: len(self.tokenizer(text, add_special_tokens=False).input_ids),
+            split="test",
+            facts=options.facts,
+            continuation=options.continuation,
+            wordings=WORDINGS[options.wordings],
+        )
+
+    def talk(self, index: int) -> Exchange:
+        """Raises ValueError for a text that the tokenizer does not know."""
+        text, more = self.passage(index), self.options.continuation
+        talk = exchange(self.tokenizer, text, more + 1 if more else 0)
+        check_known(self.tokenizer, talk, text.document, "lkv eval")
+        return talk
+
+
+def manifest(
+    options: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    found: Sequence[Document],
+) -> dict[str, object]:
+    """What all results depend on, apart from the methods."""
+    return {
+        "format": FORMAT,
+        "model": fingerprint(model),
+        "dtype": str(model.dtype),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "documents": [[x.domain, x.name, x.digest] for x in found if x.split == "test"],
+        "wordings": hashlib.sha256(repr(WORDINGS[options.wordings]).encode()).hexdigest()[:16],
+        **{name: getattr(options, name) for name in SETTINGS},
+    }
+
+
+def check_protected(methods: Sequence[Method], given: Sequence[float], talks: Sequence[Exchange]) -> None:
+    """
+    Raises:
+        ValueError: for a method that protects more rows than it may keep of a text.
+    """
+    if not talks:
+        return
+    shortest = min(talks, key=lambda talk: len(talk.context))
+    rows = round(min(given) * len(shortest.context))
+    for method in methods:
+        policy = policy_of(method, shortest.protected)
+        if method.name not in (FULL, FLOOR) and policy is not None and policy.sink + policy.window > rows:
+            raise ValueError(
+                f"lkv eval: expected texts and retentions of which more is kept than what is protected, got "
+                f"{rows} rows, {min(given):g} of {len(shortest.context)} tokens, for {method.name}, which protects "
+                f"{policy.sink + policy.window}; choose a larger --length, larger --retentions or other --methods"
+            )
+
+
+def finish(options: argparse.Namespace, results: Results, count: int) -> None:
+    """report.json and tables of all methods that have all passages, those of earlier runs included."""
+    cells = [x for x in results.cells.values() if x.passage < count]
+    numbers: dict[tuple[str, float], int] = {}
+    for cell in cells:
+        numbers[cell.method, cell.retention] = numbers.get((cell.method, cell.retention), 0) + 1
+    rows = text_report.rows((x for x in cells if numbers[x.method, x.retention] == count), options.reference)
+    facts: dict[str, Any] = {
+        "model": options.model,
+        "texts": options.text,
+        "passages": count,
+        "wordings": options.wordings,
+        **{name: getattr(options, name) for name in SETTINGS},
+        "reference": options.reference,
+        "dtype": options.dtype,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lkv_ext": lkv_ext.build_info()["version"],
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+    }
+    report.write(options.out / "report.json", facts, rows, {})
+    seen = "seen" if options.see_question else "not seen"
+    print(f"question {seen} by the compression; {count} passages of {options.length} tokens\n")
+    print(text_report.tables(rows, options.reference))
+    print(options.out / "report.json", file=sys.stderr)

@@ -1,0 +1,256 @@
+"""`lkv eval --text`: from files to a report, in pieces if need be."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_texts import files, model, tokenizer
+
+from lkv import cli
+from lkv.cli import eval_texts as command
+from lkv.evaluate.results import FILE
+from lkv.evaluate.texts import Judge
+from lkv.policies.lkv.checkpoint import Design, Shape, save
+from lkv.policies.lkv.fingerprint import fingerprint
+
+MODEL = model()
+Run = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return files(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two, of other weights."""
+    design, shape, out = Design(hidden=4, scale="absolute"), Shape.of(MODEL), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        out.append(tmp_path_factory.mktemp("lkv"))
+        save(out[-1], design.build(shape), design, shape, {}, fingerprint(MODEL))
+    return out
+
+
+@pytest.fixture
+def run(folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command on two passages of each of two domains, three methods at two retentions."""
+
+    def call(*options: object, by: object = MODEL, methods: str = "full snapkv oracle", out: str = "out") -> int:
+        monkeypatch.setattr(command.models, "load", lambda options: (by, tokenizer(), None))
+        short = [
+            "--length",
+            "420",
+            "--facts",
+            "2",
+            "--continuation",
+            "12",
+            "--passages",
+            "2",
+            "--retentions",
+            "0.2",
+            "0.5",
+        ]
+        arguments = [
+            "--model",
+            "tiny",
+            "--text",
+            *folders,
+            *short,
+            "--methods",
+            *methods.split(),
+            "--out",
+            tmp_path / out,
+            *options,
+        ]
+        return cli.main(["eval", *map(str, arguments)])
+
+    return call
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+
+
+def without_times(found: list[dict]) -> list[dict]:
+    return sorted(
+        ({k: v for k, v in line.items() if k != "seconds"} for line in found),
+        key=lambda x: (x["passage"], x["method"], x["retention"]),
+    )
+
+
+def test_from_files_to_a_report(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run() == 0
+    found = lines(tmp_path / "out")
+    assert [(x["passage"], x["method"], x["retention"]) for x in found] == [
+        (i, name, r)
+        for i in range(4)
+        for name, r in (("full", 1.0), ("snapkv", 0.2), ("snapkv", 0.5), ("oracle", 0.2), ("oracle", 0.5))
+    ]
+    assert [x["domain"] for x in found[::5]] == ["essays", "sources"] * 2
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    rows = {(row["domain"], row["method"], row["retention"]): row for row in report["rows"]}
+    assert len(rows) == 3 * 5
+    row = rows["all", "snapkv", 0.2]
+    mine = [x for x in found if (x["method"], x["retention"]) == ("snapkv", 0.2)]
+    tokens = sum(fact["tokens"] for x in mine for fact in x["facts"])
+    assert row["passages"] == 4 and row["kept"] == pytest.approx(0.2, abs=0.005)
+    assert row["facts"]["kl"][0] == pytest.approx(sum(f["kl"] for x in mine for f in x["facts"]) / tokens)
+    assert row["continuation"]["top1"][0] == pytest.approx(sum(x["continuation"]["same"] for x in mine) / 48)
+    printed = capsys.readouterr().out
+    assert "question not seen by the compression; 4 passages of 420 tokens" in printed
+    assert "| snapkv | 20.0%" in printed and "essays: facts kl" in printed and "eviction, CPU s" in printed
+
+
+def test_an_interrupted_run_goes_on(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there is not done again; a line that was being written is."""
+    assert run(out="whole") == 0
+    seen: list[int] = []
+    own = Judge.cells
+
+    def cells(self: Judge, index: int, *rest: object) -> object:
+        for cell in own(self, index, *rest):
+            if len(seen) == 7:
+                raise KeyboardInterrupt
+            seen.append(index)
+            yield cell
+
+    monkeypatch.setattr(Judge, "cells", cells)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    path = tmp_path / "out" / FILE
+    first = path.read_text()
+    assert first.count("\n") == 7
+    path.write_text(first + first[:50])
+    seen[:] = [0] * 8
+    assert run() == 0
+    assert len(seen) == 8 + 13 and path.read_text().startswith(first)
+    assert without_times(lines(tmp_path / "out")) == without_times(lines(tmp_path / "whole"))
+    reports = [json.loads((tmp_path / name / "report.json").read_text())["rows"] for name in ("out", "whole")]
+    for rows in reports:
+        for row in rows:
+            row.pop("seconds")
+    assert reports[0] == reports[1]
+
+
+def test_only_what_is_missing_is_done(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods, retentions and passages may be added; the report has all that is complete."""
+    todo: list[tuple[int, list[tuple[str, float]]]] = []
+    own = Judge.cells
+
+    def cells(self: Judge, index: int, text: object, talk: object, some: list) -> object:
+        todo.append((index, [(method.name, retention) for method, retention in some]))
+        return own(self, index, text, talk, some)
+
+    monkeypatch.setattr(Judge, "cells", cells)
+    assert run("--passages", 1, methods="full random") == 0
+    assert todo == [(i, [("full", 1.0), ("random", 0.2), ("random", 0.5)]) for i in range(2)]
+    todo.clear()
+    assert run("--passages", 1, "--retentions", 0.2, 0.3, methods="snapkv random") == 0
+    assert todo == [(i, [("snapkv", 0.2), ("snapkv", 0.3), ("random", 0.3)]) for i in range(2)]
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert {(x["method"], x["retention"]) for x in rows} == {
+        ("full", 1.0), ("random", 0.2), ("random", 0.5), ("random", 0.3), ("snapkv", 0.2), ("snapkv", 0.3),
+    }  # fmt: skip
+    todo.clear()
+    assert run("--passages", 2, "--retentions", 0.2, methods="random") == 0
+    assert todo == [(2, [("random", 0.2)]), (3, [("random", 0.2)])]
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert {(x["method"], x["retention"], x["domain"]) for x in rows} == {
+        ("random", 0.2, "all"), ("random", 0.2, "essays"), ("random", 0.2, "sources"),
+    }  # fmt: skip
+    todo.clear()
+    assert run("--passages", 2, "--retentions", 0.2, methods="random") == 0
+    assert todo == []
+
+
+def test_lkv_is_compared_with_the_others(run: Run, tmp_path: Path, checkpoints: list[Path]) -> None:
+    options = ("--checkpoint", checkpoints[0], "--variants", f"other={checkpoints[1]}", "--retentions", 0.2)
+    assert run(*options, methods="lkv snapkv other") == 0
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    of = {row["method"]: row for row in rows if row["domain"] == "all"}
+    assert "ahead" not in of["lkv"] and set(of["snapkv"]["ahead"]) == {"facts kl", "facts exact", "continuation kl"}
+    for name, sign in (("facts kl", 1), ("facts exact", -1), ("continuation kl", 1)):
+        part, measure = name.split()
+        means = [of[method][part][measure][0] for method in ("snapkv", "lkv")]
+        assert of["snapkv"]["ahead"][name][0] == pytest.approx(sign * (means[0] - means[1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--length", "421"], "length 421, which was 420"),
+        (["--facts", "3"], "facts 3, which was 2"),
+        (["--wordings", "unseen"], "wordings "),
+        (["--see-question"], "see_question true, which was false"),
+        (["--greedy"], "greedy true, which was false"),
+    ],
+)
+def test_results_of_other_settings_are_refused(
+    run: Run, change: list[str], named: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert run("--passages", 1, methods="random") == 0
+    assert run("--passages", 1, *change, methods="random") == 2
+    error = capsys.readouterr().err
+    assert "lkv eval: expected the results in" in error and named in error
+
+
+def test_results_of_another_model_or_checkpoint_are_refused(
+    run: Run, checkpoints: list[Path], capsys: pytest.CaptureFixture
+) -> None:
+    few = ("--passages", 1, "--retentions", 0.2)
+    assert run(*few, "--checkpoint", checkpoints[0], methods="lkv random") == 0
+    assert run(*few, "--checkpoint", checkpoints[1], methods="random uniform+lkv-t") == 0  # no results of lkv
+    assert run(*few, "--checkpoint", checkpoints[1], methods="lkv") == 2
+    assert "got others: methods lkv" in capsys.readouterr().err
+    assert run(*few, "--checkpoint", checkpoints[0], methods="lkv") == 0
+    assert run(*few, by=model(1), methods="random") == 2
+    assert "got others: model" in capsys.readouterr().err
+    assert run(*few, by=model().bfloat16(), methods="random") == 2
+    assert 'got others: dtype "torch.bfloat16", which was "torch.float32"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "h2o"], "expected methods of full, floor, random, .*oracle, uniform.oracle, got 'h2o'"),
+        (["--facts", "0", "--length", "40"], r"got 8 rows, 0\.2 of \d+ tokens, for snapkv, which protects 32"),
+        (["--length", "40"], r"expected passages of more than \d+ tokens, which their facts need"),
+        (["--length", "9000"], "expected a file of more than"),
+        (["--facts", "0", "--continuation", "0"], "expected --facts or --continuation of more than 0"),
+        (["--passages", "0"], "expected --passages >= 1, got 0"),
+        (["--retentions", "0"], r"expected retentions in \(0, 1\], got 0.0"),
+        (["--samples", "3"], "expected --samples without --text only"),
+        (["--soft"], "expected --soft without --text only"),
+        (["--text", "no/where"], "expected a text file or a folder of such, got no/where"),
+        (["--checkpoint", "no/where"], "expected lkv.json and lkv.safetensors in no/where"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(
+    run: Run, options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Judge, "cells", None)
+    assert run(*options) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_fine_tune(run: Run, checkpoints: list[Path], capsys: pytest.CaptureFixture) -> None:
+    options = ("--passages", 1, "--retentions", 0.2, "--checkpoint", checkpoints[0])
+    assert run(*options, by=model(1), methods="lkv") == 2
+    assert "another fine-tune" in capsys.readouterr().err
+    assert run(*options, "--any-weights", by=model(1), methods="lkv") == 0
+
+
+def test_options_of_texts_need_texts(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    assert cli.main(["eval", "--passages", "3"]) == 2
+    assert "expected --passages beside --text only" in capsys.readouterr().err
+    assert cli.main(["eval", "--text", str(tmp_path)]) == 2
+    assert "expected --out beside --text" in capsys.readouterr().err
