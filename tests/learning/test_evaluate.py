@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkv import tasks
 from lkv.cli import eval as command
-from lkv.evaluate import run
+from lkv.evaluate import forks, run
 from lkv.evaluate.methods import FLOOR, FULL, Method, choose, heuristics, learned
 from lkv.evaluate.run import Result, Setting, evaluate
 from lkv.hf import Cache
@@ -184,11 +184,11 @@ def test_kept_is_counted_in_the_cache(
     results: Evaluate, samples: list[tasks.Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a method keeps other numbers of rows than the retention, the result has them, text by text."""
-    monkeypatch.setattr(run, "_evict", lambda cache, method, *rest: cache.evict(StreamingLLM(2), budget=20))
+    monkeypatch.setattr(forks, "evict", lambda cache, method, *rest: cache.evict(StreamingLLM(2), budget=20))
     for result in results(samples, choose(["snapkv"], heuristics())):
         length = LENGTHS[(result.index - 7) // 3] + 1
         assert result.kept == pytest.approx(20 / length), result
-    monkeypatch.setattr(run, "_evict", lambda *rest: None)
+    monkeypatch.setattr(forks, "evict", lambda *rest: None)
     assert all(r.kept == 1.0 for r in results(samples, choose(["snapkv", FLOOR], heuristics())))
 
 
@@ -218,8 +218,10 @@ class TestTimes:
         self, results: Evaluate, samples: list[tasks.Sample], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         passes = []
-        own = run.second_pass_scores
-        monkeypatch.setattr(run, "second_pass_scores", lambda *args: passes.append(args[-1]) or own(*args))
+        own = forks.second_pass_scores
+        monkeypatch.setattr(
+            forks, "second_pass_scores", lambda *args, **more: passes.append(args[-1]) or own(*args, **more)
+        )
         methods = [Method("kvzip", KVzip()), Method("snapkv", SnapKV()), Method("equal", KVzip(across=None))]
         for result in results(samples, methods):
             share = 1.0 if result.index == samples[-1].index else 0.5

@@ -10,9 +10,12 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from lkv.evaluate import plots
+from lkv.evaluate.lines import KNOWN as ORDER
+from lkv.evaluate.lines import styles
 
 ROWS = [
     {"method": "full", "retention": 1.0, "score": 0.9, "low": 0.8, "high": 0.95},
@@ -83,6 +86,72 @@ def test_kept_positions_and_evidence(drawn: dict[str, Figure], tmp_path: Path) -
     assert [label.get_text() for label in axes.get_yticklabels()] == ["layer 0, head 0", "layer 0, head 1"]
     assert axes.get_title() == "one" and axes.get_xlim() == (-1, 9)
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first head is on top
+
+
+MANY = [*ORDER, *(f"variant-{i}" for i in range(30))]
+
+
+@pytest.mark.parametrize("count", [1, 12, 18, 40])
+def test_no_two_methods_look_alike(count: int) -> None:
+    """Neither in colour nor without it, and as ever, whatever else is drawn."""
+    names = MANY[:count]
+    looks = styles(["full", *names])
+    assert list(looks) == names
+    for traits in (("color",), ("marker", "ls")):
+        assert len({tuple(str(look[x]) for x in traits) for look in looks.values()}) == count
+    assert all(look["color"] != to_hex("0.5") for look in looks.values())  # that of the full cache
+    few = styles(names[:3][::-1])
+    assert count > 18 or all(few[name] == looks[name] for name in few)
+
+
+def text_rows() -> list[dict]:
+    rows = []
+    for method in ("full", "lkv", "kvzip"):
+        for retention in (1.0,) if method == "full" else (0.3, 0.1):
+            kl = 0.0 if method == "full" else 0.02 / retention
+            facts = {"exact": [0.5, 0.4, 0.6], "kl": [kl, kl / 2, 2 * kl], "tokens": [0.9, 0.8, 1.0]}
+            row = {"method": method, "retention": retention, "facts": facts}
+            row["continuation"] = {"kl": [2 * kl, kl, 3 * kl], "top1": [0.8, 0.7, 0.9]}
+            rows += [{"domain": domain, **row} for domain in ("all", "essays")]
+    return rows
+
+
+def test_fidelity_over_kept_rows(drawn: dict[str, Figure], tmp_path: Path) -> None:
+    report = {"rows": text_rows(), "shares": {}}
+    assert plots.draw_texts(report, tmp_path, "lkv") == [tmp_path / "fidelity.png"]
+    kl, exact, later, same = drawn["fidelity.png"].axes
+    assert [axes.get_yscale() for axes in (kl, exact, later, same)] == ["log", "linear"] * 2
+    lines = {line.get_label(): line for line in kl.lines}
+    assert list(lines) == ["lkv", "kvzip"]  # nothing of the full cache, and of all domains once
+    assert np.allclose(lines["lkv"].get_xydata(), [[10, 0.2], [30, 0.02 / 0.3]])
+    assert [line.get_label() for line in exact.lines] == ["full", "lkv", "kvzip"]
+    assert np.allclose(exact.lines[2].get_xydata(), [[10, 0.5], [30, 0.5]])
+    band = kl.collections[0].get_paths()[0].vertices
+    assert {tuple(np.round(point, 6)) for point in band} >= {(10, 0.1), (10, 0.4)}
+    (legend,) = drawn["fidelity.png"].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["full", "lkv", "kvzip"]
+
+
+def test_fidelity_of_one_part(drawn: dict[str, Figure], tmp_path: Path) -> None:
+    for row in (rows := text_rows()):
+        row.pop("continuation")
+    plots.draw_texts({"rows": rows, "shares": {}}, tmp_path, "lkv")
+    assert len(drawn["fidelity.png"].axes) == 2
+
+
+def test_unequal_budgets_side_by_side(drawn: dict[str, Figure], tmp_path: Path) -> None:
+    """At the retention next to the wanted one, the reference first, with one range of colours."""
+    shares = {
+        "kvzip": {"0.05": [[0.1, 0.0]], "0.2": [[0.4, 0.0]]},
+        "lkv": {"0.05": [[0.05, 0.05]], "0.2": [[0.1, 0.3]]},
+        "snapkv": {"0.2": [[0.2, 0.2]]},
+    }
+    report = {"rows": text_rows(), "shares": shares}
+    assert [path.name for path in plots.draw_texts(report, tmp_path, "lkv")] == ["fidelity.png", "budgets.png"]
+    first, second, _ = drawn["budgets.png"].axes
+    assert (first.get_title(), second.get_title()) == ("lkv, 20 %", "kvzip, 20 %")
+    assert np.allclose(first.images[0].get_array(), [[10, 30]])
+    assert first.images[0].get_clim() == second.images[0].get_clim() == (0, 40)
 
 
 def test_pictures_are_files(tmp_path: Path) -> None:

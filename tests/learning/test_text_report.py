@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from lkv.evaluate.results import Cell
-from lkv.evaluate.text_report import rows, tables
+from lkv.evaluate.text_report import rows, shares, tables
 
 
 def fact(right: int, tokens: int, kl: float, kind: str = "word", **more: object) -> dict:
@@ -80,6 +80,12 @@ def test_domains_apart() -> None:
     assert found["a", "lkv"]["passages"] == 2 and found["b", "lkv"]["facts"]["exact"][0] == 1.0
     assert found["b", "snapkv"]["ahead"]["facts exact"] == [0.5] * 3
     assert {x["domain"] for x in rows(LKV[:1])} == {"all"}  # one domain is all
+
+
+def test_shares_of_heads_are_means_over_passages() -> None:
+    more = replace(LKV[1], rows=[[20, 20], [0, 200]], tokens=200)
+    found = shares([LKV[0], more, cell(0, "full", [])])
+    assert found["lkv"] == {"0.15": [[0.1, 0.15], [0.075, 0.575]]} and set(found) == {"lkv", "full"}
 
 
 def test_tables() -> None:

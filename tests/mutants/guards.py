@@ -88,6 +88,7 @@ GUARDS: dict[str, list[str]] = {
         f"python/lkv/evaluate/{name}.py": ["learning/test_texts_judged", "learning/test_eval_texts"]
         for name in ("forced", "forks", "oracle", "texts")
     },
+    "python/lkv/evaluate/lines.py": ["learning/test_plots"],
     "python/lkv/evaluate/results.py": ["learning/test_eval_texts"],
     "python/lkv/evaluate/text_report.py": ["learning/test_text_report", "learning/test_eval_texts"],
     **{

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     methods, _ = chosen(options, model)
     texts = Texts(options, tokenizer, found)
     results = Results(options.out, manifest(options, model, tokenizer, found), {m.name: m.identity for m in methods})
-    keys = [(i, m.name, r) for i in range(texts.count) for m in methods for r in retentions(m, options.retentions)]
+    keys = [(i, m.name, r) for i in range(texts.count) for m in methods for r in m.retentions(options.retentions)]
     missing = results.missing(keys)
     by_passage: dict[int, list[Key]] = {}
     for key in missing:
@@ -60,10 +59,6 @@ def run(options: argparse.Namespace) -> int:
                 bar.update()
     finish(options, results, texts.count)
     return 0
-
-
-def retentions(method: Method, given: Sequence[float]) -> Sequence[float]:
-    return [1.0] if method.name == FULL else given
 
 
 @dataclass(frozen=True)
@@ -143,7 +138,8 @@ def finish(options: argparse.Namespace, results: Results, count: int) -> None:
     numbers: dict[tuple[str, float], int] = {}
     for cell in cells:
         numbers[cell.method, cell.retention] = numbers.get((cell.method, cell.retention), 0) + 1
-    rows = text_report.rows((x for x in cells if numbers[x.method, x.retention] == count), options.reference)
+    complete = [x for x in cells if numbers[x.method, x.retention] == count]
+    rows = text_report.rows(complete, options.reference)
     facts: dict[str, Any] = {
         "model": options.model,
         "texts": options.text,
@@ -158,8 +154,12 @@ def finish(options: argparse.Namespace, results: Results, count: int) -> None:
         "device": options.device,
         "threads": torch.get_num_threads(),
     }
-    report.write(options.out / "report.json", facts, rows, {})
+    extra = {"shares": text_report.shares(complete)}
+    report.write(options.out / "report.json", facts, rows, extra)
     seen = "seen" if options.see_question else "not seen"
     print(f"question {seen} by the compression; {count} passages of {options.length} tokens\n")
     print(text_report.tables(rows, options.reference))
-    print(options.out / "report.json", file=sys.stderr)
+    from lkv.evaluate.plots import draw_texts
+
+    for path in draw_texts({"rows": rows, **extra}, options.out, options.reference):
+        print(path)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lkv.hf import Cache
+from lkv.hf.versions import with_cache
 from lkv.learn.distill import pad_right
 
 
@@ -55,7 +56,8 @@ def foretold(
     first = min(len(q) for q in questions) - 1  # nothing before is of an answer
     with cache.fork() as own:
         own.batch_repeat_interleave(len(questions))
-        output = model(tokens, position_ids=places, past_key_values=own, use_cache=True, logits_to_keep=count - first)
+        kept = count - first
+        output = model(tokens, position_ids=places, logits_to_keep=kept, **with_cache(model, own))
     begins = [len(q) - 1 - first for q in questions]
     return [
         output.logits[b, begin : begin + len(reply)].float().log_softmax(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
@@ -29,9 +28,9 @@ class Forks:
     Args:
         whole: a cache that holds all rows of the texts, with what the methods need observed.
         tokens: `[B, n]`, the texts.
+        clock: in seconds.
         begin: how many tokens at the beginning of each text are no part of it, but of a chat template: a second pass
             does not repeat them, and its methods keep them, as the authors of KVzip do.
-        clock: in seconds.
     """
 
     def __init__(
@@ -41,8 +40,8 @@ class Forks:
         whole: Cache,
         tokens: Tensor,
         *,
+        clock: Callable[[], float],
         begin: int = 0,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.model, self.tokenizer, self.whole, self.tokens = model, tokenizer, whole, tokens
         self.begin, self.clock = begin, clock
@@ -101,11 +100,6 @@ def evict(cache: Cache, method: Method, retention: float, scores: Sequence[Tenso
 def policy_of(method: Method, begin: int) -> Policy | None:
     """The policy, which keeps the first `begin` rows of all heads if it has a second pass."""
     return protected(method.policy, begin) if method.second_pass and method.policy is not None else method.policy
-
-
-def kept_rows(cache: Cache) -> list[int]:
-    """Rows of each sequence that are there, over all heads and layers, counted in the cache itself."""
-    return [sum(counts) for counts in zip(*(layer.row_counts for layer in cache.ragged), strict=True)]
 
 
 def rows_of_heads(cache: Cache) -> list[list[int]]:

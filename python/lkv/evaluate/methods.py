@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 
 from torch import nn
@@ -36,6 +36,10 @@ class Method:
     @property
     def second_pass(self) -> bool:
         return self.policy is not None and "second_pass" in self.policy.needs
+
+    def retentions(self, given: Sequence[float]) -> Sequence[float]:
+        """Those at which there is something to evaluate."""
+        return (1.0,) if self.name == FULL else given
 
     @property
     def identity(self) -> str:

@@ -13,17 +13,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lkv.compression import prefill, second_pass_scores
+from lkv.compression import prefill
 from lkv.evaluate.decode import answer, pad_left
-from lkv.evaluate.methods import FLOOR, FULL, Method
+from lkv.evaluate.forks import Forks, needs_of
+from lkv.evaluate.methods import Method
 from lkv.hf import Cache
-from lkv.policies import Repetition
-from lkv.policies.streaming_llm import StreamingLLM
-from lkv.second_pass import in_words, repetition_of
 from lkv.tasks import Sample
 from lkv.text import decode, encode, pad_and_ends
 
-SINK, WINDOW = 4, 32  # rows that the floor keeps
 OBSERVED_WINDOW = 32
 
 
@@ -106,48 +103,26 @@ def _batch(
         contexts = [c + q[:-1] for c, q in zip(contexts, questions, strict=True)]
         questions = [q[-1:] for q in questions]
     tokens, mask = (t.to(model.device) for t in pad_left(contexts, pad))
-    needs = frozenset().union(*(m.policy.needs for m in methods if m.policy is not None))
-    with prefill(model, tokens, mask, needs, OBSERVED_WINDOW) as whole:
-        passes: dict[Repetition, tuple[list[Tensor], float]] = {}  # methods that differ in their budgets share one
+    with prefill(model, tokens, mask, needs_of(methods), OBSERVED_WINDOW) as whole:
+        forks = Forks(model, tokenizer, whole, tokens, clock=time.perf_counter)
         for method in methods:
-            scores, second = None, 0.0
-            if method.second_pass:
-                scorer = method.scorer
-                assert scorer is not None  # the full cache has no second pass
-                scorer = in_words(scorer, tokenizer)
-                how = repetition_of(scorer)
-                if how not in passes:
-                    clock = time.perf_counter()
-                    repeated = second_pass_scores(model, whole, tokens, scorer)
-                    passes[how] = repeated, time.perf_counter() - clock
-                scores, second = passes[how]
-            for retention in [1.0] if method.policy is None and method.name == FULL else setting.retentions:
-                with whole.fork() as cache:
-                    clock = time.perf_counter()
-                    _evict(cache, method, retention, scores)
-                    seconds = (time.perf_counter() - clock) / len(samples)
+            scores, second = forks.second_pass(method)
+            for retention in method.retentions(setting.retentions):
+                cache, seconds = forks.evicted(method, retention, scores)
+                with cache:
                     kept = _kept(cache, mask)
                     rows = answer(model, cache, mask, questions, setting.limit, pad, ends)
                 for b, (sample, row) in enumerate(zip(samples, rows, strict=True)):
                     text = decode(tokenizer, row)
                     yield Result(
                         sample.task, sample.index, method.name, retention, setting.metric(text, sample),
-                        kept[b], text, seconds, second / len(samples),
+                        kept[b], text, seconds / len(samples), second / len(samples),
                     )  # fmt: skip
-
-
-def _evict(cache: Cache, method: Method, retention: float, scores: Sequence[Tensor] | None) -> None:
-    if method.name == FULL:
-        return
-    if method.name == FLOOR:
-        cache.evict(StreamingLLM(SINK), budget=SINK + WINDOW)
-    else:
-        cache.evict(method.policy, retention=retention, scores=scores)
 
 
 def _kept(cache: Cache, mask: Tensor) -> list[float]:
     """Rows that are there over rows that were there, counted in the caches themselves."""
-    rows = [sum(layer.row_counts[b] for layer in cache.ragged) for b in range(len(mask))]
+    rows = [sum(counts) for counts in zip(*(layer.row_counts for layer in cache.ragged), strict=True)]
     whole = [sum(layer.heads for layer in cache.ragged) * length for length in mask.sum(1).tolist()]
     return [a / b for a, b in zip(rows, whole, strict=True)]
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from lkv.evaluate.report import Row, markdown
 from lkv.evaluate.results import Cell
 from lkv.evaluate.statistics import interval
@@ -79,6 +81,17 @@ def rows(cells: Iterable[Cell], reference: str = "lkv") -> list[Row]:
             if group:
                 ours = chosen.get((reference, retention), []) if method != reference else []
                 out.append({"domain": domain, "method": method, "retention": retention, **_row(group, ours)})
+    return out
+
+
+def shares(cells: Iterable[Cell]) -> dict[str, dict[str, list[list[float]]]]:
+    """For each method and retention the share of its rows that every head keeps, `[N][H]`: the mean over passages."""
+    groups: dict[tuple[str, float], list[np.ndarray]] = {}
+    for cell in cells:
+        groups.setdefault((cell.method, cell.retention), []).append(np.array(cell.rows) / cell.tokens)
+    out: dict[str, dict[str, list[list[float]]]] = {}
+    for (method, retention), found in groups.items():
+        out.setdefault(method, {})[f"{retention:g}"] = np.mean(found, 0).round(4).tolist()
     return out
 
 
