@@ -7,14 +7,19 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_texts import files, model, tokenizer
 
 from lkv import cli
 from lkv.cli import eval_texts as command
+from lkv.evaluate.forecast import ANSWERS, GREEDY, ORACLE, QUESTION, REPEAT, forecast
+from lkv.evaluate.methods import choose, heuristics
+from lkv.evaluate.oracle import ORACLES
 from lkv.evaluate.results import FILE
 from lkv.evaluate.texts import Judge
+from lkv.policies.kvzip import KVzip, Repetition
 from lkv.policies.lkv.checkpoint import Design, Shape, save
 from lkv.policies.lkv.fingerprint import fingerprint
 
@@ -103,7 +108,12 @@ def test_from_files_to_a_report(run: Run, tmp_path: Path, capsys: pytest.Capture
     assert row["passages"] == 4 and row["kept"] == pytest.approx(0.2, abs=0.005)
     assert row["facts"]["kl"][0] == pytest.approx(sum(f["kl"] for x in mine for f in x["facts"]) / tokens)
     assert row["continuation"]["top1"][0] == pytest.approx(sum(x["continuation"]["same"] for x in mine) / 48)
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    assert (
+        "lkv eval: 20 results on 4 passages, about 0 minutes: reading 0, second passes 0, oracles 0, answers 0" in said
+    )
+    assert all(str(tmp_path / "out" / name) in printed for name in ("fidelity.png", "budgets.png"))
+    assert np.shape(report["shares"]["snapkv"]["0.2"]) == (3, 2)
     assert "question not seen by the compression; 4 passages of 420 tokens" in printed
     assert "| snapkv | 20.0%" in printed and "essays: facts kl" in printed and "eviction, CPU s" in printed
 
@@ -227,6 +237,7 @@ def test_results_of_another_model_or_checkpoint_are_refused(
         (["--passages", "0"], "expected --passages >= 1, got 0"),
         (["--retentions", "0"], r"expected retentions in \(0, 1\], got 0.0"),
         (["--samples", "3"], "expected --samples without --text only"),
+        (["--answer-tokens", "5"], "expected --answer-tokens beside --greedy only"),
         (["--soft"], "expected --soft without --text only"),
         (["--text", "no/where"], "expected a text file or a folder of such, got no/where"),
         (["--checkpoint", "no/where"], "expected lkv.json and lkv.safetensors in no/where"),
@@ -247,6 +258,26 @@ def test_weights_of_another_fine_tune(run: Run, checkpoints: list[Path], capsys:
     assert run(*options, by=model(1), methods="lkv") == 2
     assert "another fine-tune" in capsys.readouterr().err
     assert run(*options, "--any-weights", by=model(1), methods="lkv") == 0
+
+
+def test_how_long_it_takes() -> None:
+    """Passages that are there already cost nothing; methods that repeat a text in one way repeat it once."""
+    known = heuristics() | ORACLES | {"equal": KVzip(across=None), "chunks": KVzip(repetition=Repetition(chunk=100))}
+    methods = choose(["full", "kvzip", "kvzip", "equal", "chunks", "oracle", "uniform+oracle"], known)
+    some = choose(["snapkv", "snapkv"], known)
+    parts = forecast({3: methods, 5: some}, 2.0, 4, see_question=False, greedy=False)
+    assert parts == {
+        "reading": pytest.approx(2 * 2.0 * (1 + ANSWERS)),
+        "second passes": pytest.approx(2 * 2.0 * REPEAT),
+        "oracles": pytest.approx(2.0 * ORACLE),
+        "answers": pytest.approx(9 * 2.0 * ANSWERS),
+    }
+    seen = forecast({3: methods, 5: some}, 2.0, 4, see_question=True, greedy=False)
+    assert seen["second passes"] == 4 * parts["second passes"] and seen["answers"] == parts["answers"]
+    assert seen["reading"] == pytest.approx(parts["reading"] + 2 * 2.0 * 4 * QUESTION)
+    free = forecast({3: some}, 2.0, 4, see_question=False, greedy=True)
+    assert free["answers"] == pytest.approx(2 * 2.0 * (ANSWERS + 4 * GREEDY))
+    assert sum(forecast({}, 2.0, 4, see_question=False, greedy=False).values()) == 0
 
 
 def test_options_of_texts_need_texts(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -143,6 +143,18 @@ def test_checkpoint_is_a_policy(judged, folder, tmp_path):
     assert isinstance(requests.model.compression.policy, Learned) and requests.model.compression.retention == 0.15
 
 
+def test_checkpoint_of_another_fine_tune(judged, folder, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    design, shape = Design(hidden=8), Shape.of(AutoModelForCausalLM.from_pretrained(folder))
+    save(tmp_path / "lkv", design.build(shape), design, shape, {}, "0" * 32)
+    options = ("--policies", "lkv", "--checkpoint", tmp_path / "lkv")
+    with pytest.raises(AssertionError):
+        judged(*options)
+    assert "another fine-tune" in capsys.readouterr().err
+    assert judged(*options, "--any-weights")
+
+
 def test_without_the_harness_its_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert cli.main(["lm-eval", "--tasks", "any"]) == 2

@@ -89,6 +89,7 @@ GUARDS: dict[str, list[str]] = {
         for name in ("forced", "forks", "oracle", "texts")
     },
     "python/lkv/evaluate/lines.py": ["learning/test_plots"],
+    "python/lkv/evaluate/forecast.py": ["learning/test_eval_texts"],
     "python/lkv/evaluate/results.py": ["learning/test_eval_texts"],
     "python/lkv/evaluate/text_report.py": ["learning/test_text_report", "learning/test_eval_texts"],
     **{

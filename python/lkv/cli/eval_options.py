@@ -104,7 +104,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     text.add_argument("--passages", type=int, default=25, help="per domain; default: %(default)s")
     text.add_argument("--facts", type=int, default=4, help="woven into each passage; default: %(default)s")
-    text.add_argument("--continuation", type=int, default=48, help="tokens after each passage; default: %(default)s")
+    text.add_argument(
+        "--continuation",
+        type=int,
+        default=48,
+        help="tokens after each passage; default: %(default)s, none with --see-question",
+    )
     text.add_argument("--wordings", choices=WORDINGS, default=WORDINGS[0], help="of the facts; default: %(default)s")
     text.add_argument("--greedy", action="store_true", help="also answer freely, without the right answer in view")
     text.add_argument(
@@ -119,6 +124,8 @@ def _check_text(options: argparse.Namespace) -> None:
             raise ValueError(f"lkv eval: expected --{name} >= {least}, got {getattr(options, name)}")
     if options.out is None:
         raise ValueError("lkv eval: expected --out beside --text, the folder that an interrupted run goes on in")
+    if options.answer_tokens is not None and not options.greedy:
+        raise ValueError("lkv eval: expected --answer-tokens beside --greedy only, where there is --text")
     if options.see_question:
         options.continuation = 0  # which no question comes before
     if options.facts == options.continuation == 0:

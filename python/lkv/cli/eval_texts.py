@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,13 @@ import lkv_ext
 from lkv.cli import models
 from lkv.cli.eval_options import chosen
 from lkv.evaluate import report, text_report
+from lkv.evaluate.forecast import forecast
 from lkv.evaluate.forks import policy_of
 from lkv.evaluate.methods import FLOOR, FULL, Method
 from lkv.evaluate.results import Key, Results
 from lkv.evaluate.texts import Judge
 from lkv.learn.dialogue import Exchange, check_known, exchange
+from lkv.learn.forecast import prefill_seconds, sentence
 from lkv.learn.recording import tokenizer_fingerprint
 from lkv.policies.lkv.fingerprint import fingerprint
 from lkv.tasks.documents import Document, documents
@@ -29,6 +32,7 @@ from lkv.tasks.facts import TRAINED, UNSEEN
 from lkv.tasks.passages import Passage, passage
 
 FORMAT = 1
+ANSWER = 24  # tokens of a free answer, at most
 SETTINGS = ("length", "facts", "continuation", "see_question", "greedy", "answer_tokens")
 WORDINGS = {"trained": TRAINED, "unseen": UNSEEN}
 
@@ -47,14 +51,18 @@ def run(options: argparse.Namespace) -> int:
     talks = {i: texts.talk(i) for i in tqdm(by_passage, desc="lkv eval: texts", disable=not by_passage, leave=False)}
     check_protected(methods, options.retentions, list(talks.values()))
     named = {m.name: m for m in methods}
-    judge = Judge(
-        model, tokenizer, methods, see_question=options.see_question, greedy=options.answer_tokens or 24
-        if options.greedy else 0,
-    )  # fmt: skip
-    with tqdm(total=len(missing), desc="lkv eval", unit="cell") as bar:
-        for i, part in by_passage.items():
-            todo = [(named[name], retention) for _, name, retention in part]
-            for cell in judge.cells(i, texts.passage(i), talks[i], todo):
+    todo = {i: [(named[name], retention) for _, name, retention in part] for i, part in by_passage.items()}
+    see, greedy = options.see_question, (options.answer_tokens or ANSWER) if options.greedy else 0
+    if missing:
+        each = {i: [method for method, _ in part] for i, part in todo.items()}
+        parts = forecast(
+            each, prefill_seconds(model, options.length), options.facts, see_question=see, greedy=greedy > 0
+        )
+        print(f"lkv eval: {len(missing)} results on {len(todo)} passages, {sentence(parts)}", file=sys.stderr)
+    judge = Judge(model, tokenizer, methods, see_question=see, greedy=greedy)
+    with tqdm(total=len(missing), desc="lkv eval", unit="result", disable=not missing) as bar:
+        for i, part in todo.items():
+            for cell in judge.cells(i, texts.passage(i), talks[i], part):
                 results.add(cell)
                 bar.update()
     finish(options, results, texts.count)

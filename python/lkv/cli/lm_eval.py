@@ -69,6 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--policies", nargs="+", default=[FULL, "snapkv"], help=f"{FULL}, {', '.join(registry.names())}, lkv"
     )
     parser.add_argument("--checkpoint", type=Path, help="of lkv")
+    parser.add_argument("--any-weights", action="store_true", help="take one of another fine-tune of the model")
     parser.add_argument("--retentions", nargs="+", type=float, default=[0.15])
     parser.add_argument("--see-question", action="store_true", help="compress all of a prompt but its last token")
     parser.add_argument(
@@ -115,7 +116,7 @@ def known(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Poli
     if options.checkpoint:
         from lkv.policies.lkv.checkpoint import load
 
-        policies["lkv"] = load(options.checkpoint, model)
+        policies["lkv"] = load(options.checkpoint, model, any_weights=options.any_weights)
     return policies
 
 

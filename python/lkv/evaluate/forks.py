@@ -23,6 +23,11 @@ def needs_of(methods: Iterable[Method]) -> frozenset[str]:
     return frozenset().union(*(m.policy.needs for m in methods if m.policy is not None))
 
 
+def repetitions(methods: Iterable[Method]) -> set[Repetition]:
+    """The ways in which these methods want a text to be repeated."""
+    return {repetition_of(m.policy) for m in methods if m.second_pass and m.policy is not None}
+
+
 class Forks:
     """
     Args:
