@@ -33,7 +33,7 @@ def test_a_passage_is_read_and_asked_about(chat: bool) -> None:
     ends = "</s>\n<s>assistant\n" if chat else "\nAnswer: "
     asks = "\n\n" if chat else "\n\nQuestion: "
     assert [shown(q) for q in talk.questions] == [f"{asks}{x.question}{ends}{x.lead}" for x in FACTS]
-    assert [shown(x) for x in talk.drafts] == [" 41.", " Ada Novak."]
+    assert [shown(x) for x in talk.answers] == [" 41.", " Ada Novak."]
     assert shown(talk.continuation) == " it ended"
     assert exchange(reader, PASSAGE, 0).continuation == []
 

@@ -45,9 +45,10 @@ def make(found: list[Document], tmp_path: Path) -> Make:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("replies", ["right", "own"])
 @pytest.mark.parametrize("chat", [True, False])
-def test_a_record_is_what_the_model_made_of_the_passage(make: Make, chat: bool) -> None:
-    run = make(chat=chat)
+def test_a_record_is_what_the_model_made_of_the_passage(make: Make, chat: bool, replies: str) -> None:
+    run = make(chat=chat, config=replace(CONFIG, replies=replies))
     text = run.passage("train", 1)
     record, talk = run.record(text), exchange(run.tokenizer, text, 13)
     assert record.tokens.tolist() == talk.context and (record.domain, record.document) == (text.domain, text.document)
@@ -58,7 +59,8 @@ def test_a_record_is_what_the_model_made_of_the_passage(make: Make, chat: bool) 
     assert record.continues and record.questions == [*talk.questions, talk.continuation[:1]]
     assert record.replies[-1] == talk.continuation[1:] and len(record.replies[-1]) == 12
     context = Context(keys, values, torch.tensor([len(talk.context)]))
-    assert record.replies[:2] == distill.answers(MODEL, context.repeat(2), talk.questions, 5, [2])
+    own = distill.answers(MODEL, context.repeat(2), talk.questions, 5, [2])
+    assert record.replies[:2] == (talk.answers if replies == "right" else own) and own != talk.answers
     paid = targets.attention(MODEL, context, record.questions, record.replies)
     torch.testing.assert_close(record.attention.float(), torch.cat(paid).clamp(min=1e-4).log(), rtol=1e-2, atol=1e-2)
     assert record.kvzip is None and record.hidden is None
@@ -144,8 +146,10 @@ def test_a_disk_that_will_be_full_is_found_out_at_once(make: Make, monkeypatch: 
         (dict(by=model(1)), "model"),
         (dict(chat=False), "tokenizer"),
         (dict(config=replace(CONFIG, length=501)), "length 501, which was 500"),
+        (dict(config=replace(CONFIG, longest=800)), "longest 800, which was 0"),
         (dict(config=replace(CONFIG, facts=3)), "facts 3, which was 2"),
         (dict(config=replace(CONFIG, continuation=0)), "continuation 0"),
+        (dict(config=replace(CONFIG, replies="own")), 'replies "own", which was "right"'),
         (dict(config=replace(CONFIG, answer_tokens=6)), "answer_tokens 6"),
         (dict(config=replace(CONFIG, seed=1)), "seed 1"),
         (dict(config=replace(CONFIG, target="both")), "kvzip true, which was false"),
@@ -158,6 +162,14 @@ def test_records_of_something_else_are_refused(make: Make, change: dict, named: 
     make()
     with pytest.raises(ValueError, match=f"^lkv train: expected the records in .* got others: {named}"):
         make(**change)
+
+
+def test_passages_for_training_have_lengths_of_their_own(make: Make) -> None:
+    config = replace(CONFIG, longest=1200)
+    run = make(config=config)
+    for i in range(4):
+        assert config.length_of("train", i) - 30 < len(run.passage("train", i).text) <= config.length_of("train", i)
+        assert 470 < len(run.passage("validation", i).text) <= 500
 
 
 def test_other_wordings_make_other_records(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

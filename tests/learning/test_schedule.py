@@ -122,3 +122,25 @@ def test_what_is_just_allowed(changes: dict[str, object]) -> None:
 def test_wrong_designs(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=rf"^lkv train: expected {next(iter(changes))} >= \d, a whole number, got"):
         Design(**changes)
+
+
+def test_lengths_of_passages_are_even_in_their_logarithm() -> None:
+    """Of a seed and a number alone; those of validation are the shortest ones."""
+    config = replace(CONFIG, length=1000, longest=4000)
+    drawn = [config.length_of("train", i) for i in range(2000)]
+    assert drawn == [replace(config, steps=7).length_of("train", i) for i in range(2000)]
+    assert drawn != [replace(config, seed=1).length_of("train", i) for i in range(2000)]
+    assert min(drawn) >= 1000 and max(drawn) <= 4000
+    assert sum(x < 2000 for x in drawn) / 2000 == pytest.approx(0.5, abs=0.05)
+    assert {config.length_of("validation", i) for i in range(20)} == {1000}
+    assert {replace(config, longest=0).length_of("train", i) for i in range(20)} == {1000}
+
+
+def test_replies_are_of_two_kinds() -> None:
+    with pytest.raises(ValueError, match="replies of right, own, got 'both'"):
+        replace(CONFIG, replies="both")
+
+
+def test_the_longest_passage_is_as_long_as_the_shortest_or_longer() -> None:
+    with pytest.raises(ValueError, match="longest 0 or >= length, got 999"):
+        replace(CONFIG, length=1000, longest=999)

@@ -102,12 +102,12 @@ def test_what_is_measured_is_what_a_mask_on_the_evicted_rows_gives(
 ) -> None:
     """Of answers that are the model's own, so that some are right."""
     talk = replace(talk, drafts=[dense(talk.context, None, q, a).argmax(-1).tolist() for q, a in
-                                 zip(talk.questions, talk.drafts, strict=True)])  # fmt: skip
+                                 zip(talk.questions, talk.answers, strict=True)])  # fmt: skip
     cells = judged(text, talk, [(method, 0.3) for method in METHODS])
     assert [cell.method for cell in cells] == NAMES == [name for name, _, _ in evicted]
     for cell, (_, _, masks) in zip(cells, evicted, strict=True):
         assert cell.rows == [[int((head == 0).sum()) for head in mask[0]] for mask in masks]
-        for fact, question, draft in zip(cell.facts, talk.questions, talk.drafts, strict=True):
+        for fact, question, draft in zip(cell.facts, talk.questions, talk.answers, strict=True):
             check(fact, talk.context, masks, question, draft)
         check(cell.continuation, talk.context, masks, talk.continuation[:1], talk.continuation[1:])
         assert [fact["kind"] for fact in cell.facts] == [fact.kind for fact in text.facts]
@@ -134,7 +134,7 @@ def test_a_question_that_is_seen_is_compressed_with_the_text(text: Passage, talk
     for i, cell in enumerate(cells):
         texts = [[*talk.context, *question[:-1]] for question in talk.questions]
         assert cell.continuation is None and cell.tokens == sum(map(len, texts))
-        for b, (tokens, question, draft) in enumerate(zip(texts, talk.questions, talk.drafts, strict=True)):
+        for b, (tokens, question, draft) in enumerate(zip(texts, talk.questions, talk.answers, strict=True)):
             _, _, masks = evicted[3 * i + b]
             check(cell.facts[b], tokens, masks, question[-1:], draft)
         kept = 1 if cell.method == FULL else sum(round(0.4 * len(x)) for x in texts) / cell.tokens
@@ -148,7 +148,7 @@ def test_the_oracle_keeps_what_will_be_looked_at(text: Passage, talk: Exchange, 
     layers = MODEL(tokens, use_cache=True).past_key_values.layers
     context = Context(tuple(x.keys for x in layers), tuple(x.values for x in layers), torch.tensor([tokens.shape[1]]))
     questions = [*talk.questions, talk.continuation[:1]]
-    paid = torch.stack(targets.attention(MODEL, context, questions, [*talk.drafts, talk.continuation[1:]]))[:, 0]
+    paid = torch.stack(targets.attention(MODEL, context, questions, [*talk.answers, talk.continuation[1:]]))[:, 0]
     paid[..., :4] = paid[..., -8:] = 2.0
     (_, _, joint), (_, _, equal) = evicted
     rows = round(0.25 * tokens.shape[1])
@@ -174,12 +174,12 @@ def test_questions_together_are_as_one_by_one(talk: Exchange) -> None:
         evicted.evict("streaming_llm", retention=0.2)
         assert len({len(q) for q in talk.questions}) > 1
         for cache in (whole, evicted):
-            together = foretold(MODEL, cache, len(talk.context), talk.questions, talk.drafts)
+            together = foretold(MODEL, cache, len(talk.context), talk.questions, talk.answers)
             for i, got in enumerate(together):
                 part = slice(i, i + 1)
-                (alone,) = foretold(MODEL, cache, len(talk.context), talk.questions[part], talk.drafts[part])
+                (alone,) = foretold(MODEL, cache, len(talk.context), talk.questions[part], talk.answers[part])
                 torch.testing.assert_close(got, alone, atol=1e-4, rtol=1e-4)
-                assert got.shape == (len(talk.drafts[i]), 259)
+                assert got.shape == (len(talk.answers[i]), 259)
 
 
 def test_free_answers(text: Passage, talk: Exchange) -> None:

@@ -101,6 +101,7 @@ GUARDS: dict[str, list[str]] = {
         f"python/lkv/tasks/{name}.py": [f"learning/test_{name}", "learning/test_passages"]
         for name in ("documents", "facts", "passages")
     },
+    "python/lkv/tasks/corpora.py": ["learning/test_corpora"],
     "python/lkv/tasks/*": _TASKS,
     "python/lkv/retriever/__init__.py": ["learning/test_retriever_parts", "learning/test_retriever"],
     "python/lkv/retriever/*": [

@@ -16,7 +16,7 @@ from lkv import tasks
 from lkv.cli import models
 from lkv.evaluate.methods import Method
 from lkv.evaluate.run import Setting, by_method, evaluate
-from lkv.learn.config import STARTS, TARGETS, TrainConfig
+from lkv.learn.config import REPLIES, STARTS, TARGETS, TrainConfig
 from lkv.learn.forecast import forecast, prefill_seconds, sentence
 from lkv.learn.lessons import Recorded
 from lkv.learn.recording import Recorder
@@ -30,7 +30,7 @@ from lkv.policies.lkv.head_budget import KINDS
 from lkv.policies.lkv.token_scorer import INPUTS, SCALES
 from lkv.tasks.documents import documents
 
-CHOICES = {"budget": KINDS, "input": INPUTS, "scale": SCALES, "target": TARGETS, "start": STARTS}
+CHOICES = {"budget": KINDS, "input": INPUTS, "scale": SCALES, "target": TARGETS, "start": STARTS, "replies": REPLIES}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -99,7 +99,8 @@ def learn_from_texts(
     counts = {"train": config.texts, "validation": config.validation}
     if accelerator.is_main_process and not (trainer.folder / STATE).exists():
         left = sum(len(Records(folder, split, count).missing()) for split, count in counts.items())
-        parts = forecast(config, prefill_seconds(trainer.model, config.length), left)
+        middle = round((config.length * (config.longest or config.length)) ** 0.5)
+        parts = forecast(config, prefill_seconds(trainer.model, middle), left)
         print(f"lkv train: {sentence(parts)}", file=sys.stderr)
     train, held_out = (recorder.run(split, count) for split, count in counts.items())
     accelerator.wait_for_everyone()

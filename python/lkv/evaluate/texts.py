@@ -83,15 +83,15 @@ class Judge:
         seconds = time.process_time() - clock
         kinds, values = ([getattr(fact, name) for fact in passage.facts] for name in ("kind", "value"))
         if not self.see_question:
-            ask = Ask(talk.questions, talk.drafts, talk.continuation)
+            ask = Ask(talk.questions, talk.answers, talk.continuation)
             parts = [_Text(self, whole, tokens, talk.protected, ask, values, seconds)]
         else:
             parts = []
-            for question, draft, value in zip(talk.questions, talk.drafts, values, strict=True):
+            for question, answer, value in zip(talk.questions, talk.answers, values, strict=True):
                 text, clock = torch.cat([tokens, tokens.new_tensor([question[:-1]])], 1), time.process_time()
                 read = self._read(whole, tokens.shape[1], question[:-1])
                 spent = seconds + time.process_time() - clock
-                parts.append(_Text(self, read, text, talk.protected, Ask([question[-1:]], [draft], []), [value], spent))
+                parts.append(_Text(self, read, text, talk.protected, Ask([question[-1:]], [answer], []), [value], spent))
         for method, retention in todo:
             judged = [part.judge(method, retention) for part in parts]
             answers = [x for each in judged for x in each.facts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass, field
 
 from lkv import tasks
@@ -10,6 +11,7 @@ from lkv.policies.lkv.checkpoint import Design
 
 TARGETS = ("attention", "kvzip", "both")
 STARTS = ("flat", "joint")
+REPLIES = ("right", "own")
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class TrainConfig:
         steps: of distillation. warm_steps: of the regression of LKV-T before; 0 for none.
         batch: texts of a step, over all processes and accumulated parts together. accumulate: parts of a step.
         questions: per text, each by itself.
-        length: tokens of a text.
+        length: tokens of a text; longest: of passages for training, which are drawn evenly in their logarithm from `length`
+            to it; 0: all have `length`.
         retention: lowest and highest, drawn anew for every step, evenly in its logarithm.
         temperature: first and last, in units of the scores: a head's deviation, or a factor e in attention where they
             are absolute; falls as a cosine until the hard part.
@@ -33,6 +36,8 @@ class TrainConfig:
         validation_retentions: the mean accuracy over these decides.
         texts: passages of files that are recorded once and read again and again, where files are given. facts: that are
             woven into each. continuation: tokens behind a passage that the student has to foretell as the teacher does.
+        replies: to questions about passages: "right": the right answers, which a small teacher often misses where texts are
+            long, but foretells in part once they have begun; "own": those that the teacher writes.
     """
 
     design: Design = field(default_factory=Design)
@@ -45,6 +50,7 @@ class TrainConfig:
     accumulate: int = 1
     questions: int = 4
     length: int = 1024
+    longest: int = 0
     retention: tuple[float, float] = (0.05, 0.5)
     temperature: tuple[float, float] = (1.0, 0.05)
     hard: float = 0.3
@@ -57,6 +63,7 @@ class TrainConfig:
     texts: int = 200
     facts: int = 4
     continuation: int = 48
+    replies: str = "right"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,6 +75,7 @@ class TrainConfig:
             expect(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))
         expect(self.target in TARGETS, f"a target of {', '.join(TARGETS)}", repr(self.target))
         expect(self.start in STARTS, f"a start of {', '.join(STARTS)}", repr(self.start))
+        expect(self.replies in REPLIES, f"replies of {', '.join(REPLIES)}", repr(self.replies))
         expect(self.facts >= 1, "facts >= 1", self.facts)
         expect(self.continuation >= 0, "continuation >= 0", self.continuation)
         expect(self.warm_steps >= 0, "warm_steps >= 0", self.warm_steps)
@@ -77,6 +85,7 @@ class TrainConfig:
         expect(0 <= self.hard <= 1, "hard in [0, 1]", self.hard)
         protected = self.design.sink + self.design.window
         expect(self.length > protected, f"a length above the {protected} protected tokens", self.length)
+        expect(self.longest == 0 or self.longest >= self.length, "longest 0 or >= length", self.longest)
         unknown = [task for task in self.tasks if task not in tasks.TASKS]
         expect(bool(self.tasks) and not unknown, f"tasks of {', '.join(tasks.TASKS)}", unknown or "none")
         expect(self.batch % self.accumulate == 0, "a batch that accumulate divides", self.batch)
@@ -90,6 +99,13 @@ class TrainConfig:
         if step >= self.soft_steps:
             return last
         return last + (first - last) * 0.5 * (1 + math.cos(math.pi * step / self.soft_steps))
+
+    def length_of(self, split: str, index: int) -> int:
+        """Tokens of passage number `index` of a split."""
+        if split != "train" or self.longest == 0:
+            return self.length
+        drawn = random.Random(f"length/{self.seed}/{index}").random()
+        return round(self.length * (self.longest / self.length) ** drawn)
 
     def rate_at(self, step: int, steps: int) -> float:
         """The factor of the learning rates at a step."""

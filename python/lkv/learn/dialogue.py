@@ -15,14 +15,14 @@ class Exchange:
     """
     Attributes:
         context: what is read, and evicted. protected: how many tokens at its beginning are not of the passage.
-        questions: up to where each answer begins. drafts: the right answers.
+        questions: up to where each answer begins. answers: the right ones.
         continuation: the tokens that follow the passage.
     """
 
     context: list[int]
     protected: int
     questions: list[list[int]]
-    drafts: list[list[int]]
+    answers: list[list[int]]
     continuation: list[int]
 
 
@@ -40,15 +40,15 @@ def exchange(tokenizer: PreTrainedTokenizerBase, passage: Passage, continuation:
     else:
         context = encode(tokenizer, passage.text, begins=True)
     begin = len(context) - len(encode(tokenizer, passage.text))
-    questions, drafts = [], []
+    questions, answers = [], []
     for fact in passage.facts:
         if after:
             prompt = [*encode(tokenizer, f"\n\n{fact.question}"), *after, *encode(tokenizer, fact.lead)]
         else:
             prompt = encode(tokenizer, f"\n\nQuestion: {fact.question}\nAnswer: {fact.lead}")
         questions.append(prompt)
-        drafts.append(encode(tokenizer, f" {fact.value}."))
-    return Exchange(context, begin, questions, drafts, encode(tokenizer, passage.continuation)[:continuation])
+        answers.append(encode(tokenizer, f" {fact.value}."))
+    return Exchange(context, begin, questions, answers, encode(tokenizer, passage.continuation)[:continuation])
 
 
 def check_known(tokenizer: PreTrainedTokenizerBase, talk: Exchange, document: str, command: str) -> None:

@@ -31,7 +31,7 @@ from lkv.text import pad_and_ends
 
 FORMAT = 1
 # What records depend on; how many there are may change.
-SETTINGS = ("length", "facts", "continuation", "answer_tokens", "seed")
+SETTINGS = ("length", "longest", "facts", "continuation", "replies", "answer_tokens", "seed")
 
 
 class Recorder:
@@ -96,7 +96,7 @@ class Recorder:
         return passage(
             self.documents,
             index,
-            config.length,
+            config.length_of(split, index),
             self.count,
             split=split,
             facts=config.facts,
@@ -141,10 +141,11 @@ class Recorder:
             )
 
     def _answered(self, talk: Exchange, context: Context) -> tuple[list[list[int]], list[list[int]]]:
-        """Questions and what the teacher answers; the continuation is the text's own."""
-        repeated = context.repeat(len(talk.questions))
-        limit = self.config.answer_tokens
-        replies = distill.answers(self.model, repeated, talk.questions, limit, self.ends, talk.drafts)
+        """Questions with their answers; the continuation is the text's own."""
+        replies = talk.answers
+        if self.config.replies == "own":
+            repeated, limit = context.repeat(len(talk.questions)), self.config.answer_tokens
+            replies = distill.answers(self.model, repeated, talk.questions, limit, self.ends, talk.answers)
         if len(talk.continuation) < 2:
             return talk.questions, replies
         return [*talk.questions, talk.continuation[:1]], [*replies, talk.continuation[1:]]

@@ -34,7 +34,7 @@ class Record:
         hidden: bfloat16 `[N, n, hidden]`, what the attention of each layer was called with, where LKV-T reads that.
         attention: float16 `[N, H, n]`, the logarithm of what questions and answers pay; see `lkv.learn.targets`.
         kvzip: as `attention`, of a repetition; None where there was none.
-        questions, replies: tokens, those of the teacher's own answers; last the continuation, if there is one: its
+        questions, replies: tokens; last the continuation, if there is one: its
             first token asks for the others.
         continues: whether there is one.
     """

