@@ -25,8 +25,8 @@ class TrainConfig:
         steps: of distillation. warm_steps: of the regression of LKV-T before; 0 for none.
         batch: texts of a step, over all processes and accumulated parts together. accumulate: parts of a step.
         questions: per text, each by itself.
-        length: tokens of a text; longest: of passages for training, which are drawn evenly in their logarithm from `length`
-            to it; 0: all have `length`.
+        length: tokens of a text. longest: of training passages, whose lengths are drawn evenly in their logarithm from
+            `length` to this; 0: all have `length`.
         retention: lowest and highest, drawn anew for every step, evenly in its logarithm.
         temperature: first and last, in units of the scores: a head's deviation, or a factor e in attention where they
             are absolute; falls as a cosine until the hard part.
@@ -36,8 +36,8 @@ class TrainConfig:
         validation_retentions: the mean accuracy over these decides.
         texts: passages of files that are recorded once and read again and again, where files are given. facts: that are
             woven into each. continuation: tokens behind a passage that the student has to foretell as the teacher does.
-        replies: to questions about passages: "right": the right answers, which a small teacher often misses where texts are
-            long, but foretells in part once they have begun; "own": those that the teacher writes.
+        replies: to questions about passages: "right": the right answers, of which a small teacher foretells a part even
+            where it would not give them by itself; "own": those that the teacher writes.
     """
 
     design: Design = field(default_factory=Design)
