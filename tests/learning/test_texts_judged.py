@@ -101,7 +101,7 @@ def test_what_is_measured_is_what_a_mask_on_the_evicted_rows_gives(
     text: Passage, talk: Exchange, evicted: list
 ) -> None:
     """Of answers that are the model's own, so that some are right."""
-    talk = replace(talk, drafts=[dense(talk.context, None, q, a).argmax(-1).tolist() for q, a in
+    talk = replace(talk, answers=[dense(talk.context, None, q, a).argmax(-1).tolist() for q, a in
                                  zip(talk.questions, talk.answers, strict=True)])  # fmt: skip
     cells = judged(text, talk, [(method, 0.3) for method in METHODS])
     assert [cell.method for cell in cells] == NAMES == [name for name, _, _ in evicted]
@@ -201,6 +201,6 @@ def test_only_one_of_facts_and_continuation(text: Passage, talk: Exchange) -> No
     both = judged(text, talk, todo)
     for cell, wanted in zip(judged(text, replace(talk, continuation=[]), todo), both, strict=True):
         assert cell.continuation is None and len(cell.facts) == len(wanted.facts)
-    bare = replace(talk, questions=[], drafts=[])
+    bare = replace(talk, questions=[], answers=[])
     for cell in judged(replace(text, facts=()), bare, todo):
         assert cell.facts == [] and cell.continuation["tokens"] == 20

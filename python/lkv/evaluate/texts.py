@@ -91,7 +91,8 @@ class Judge:
                 text, clock = torch.cat([tokens, tokens.new_tensor([question[:-1]])], 1), time.process_time()
                 read = self._read(whole, tokens.shape[1], question[:-1])
                 spent = seconds + time.process_time() - clock
-                parts.append(_Text(self, read, text, talk.protected, Ask([question[-1:]], [answer], []), [value], spent))
+                ask = Ask([question[-1:]], [answer], [])
+                parts.append(_Text(self, read, text, talk.protected, ask, [value], spent))
         for method, retention in todo:
             judged = [part.judge(method, retention) for part in parts]
             answers = [x for each in judged for x in each.facts]
