@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_records import files_of_at_most
 from tiny_texts import files, model, tokenizer
 
 from lkv import cli
@@ -239,6 +240,7 @@ def test_results_of_another_model_or_checkpoint_are_refused(
         (["--retentions", "0"], r"expected retentions in \(0, 1\], got 0.0"),
         (["--samples", "3"], "expected --samples without --text only"),
         (["--answer-tokens", "5"], "expected --answer-tokens beside --greedy only"),
+        (["--text", "all=no/where"], "expected a text file or a folder of such, got no/where"),
         (["--soft"], "expected --soft without --text only"),
         (["--text", "no/where"], "expected a text file or a folder of such, got no/where"),
         (["--checkpoint", "no/where"], "expected lkv.json and lkv.safetensors in no/where"),
@@ -252,6 +254,38 @@ def test_what_cannot_be_is_refused_before_anything_runs(
     assert run(*options) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_texts_have_to_fit_into_the_model(run: Run, capsys: pytest.CaptureFixture) -> None:
+    assert run(by=model(max_position_embeddings=450), methods="random") == 2
+    error = capsys.readouterr().err
+    assert re.search(r"expected texts of at most the 450 tokens that the model reads, got 4[5-9]\d|5\d\d", error)
+
+
+def test_all_is_no_name_of_a_domain(folders: list[Path], capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["eval", "--text", f"all={folders[0]}", "--out", "nowhere"]) == 2
+    assert "expected no domain of the name 'all'" in capsys.readouterr().err
+
+
+def test_a_full_disk_loses_no_result(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    few = ("--passages", 1, "--retentions", 0.2)
+    names = "snapkv random streaming_llm full oracle"
+    with files_of_at_most(3000):
+        assert run(*few, methods=names) == 2
+    assert "lkv eval: expected free space for results in" in capsys.readouterr().err
+    before = (tmp_path / "out" / FILE).read_text()
+    assert 0 < before.count("\n") < 10
+    assert run(*few, methods=names) == 0
+    after = lines(tmp_path / "out")
+    assert len(after) == 10 and json.dumps(after[0]) == before.splitlines()[0]
+
+
+def test_a_line_that_is_no_result(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run("--passages", 1, methods="random") == 0
+    path = tmp_path / "out" / FILE
+    path.write_text(path.read_text().replace("{", "[", 1))
+    assert run("--passages", 1, methods="random") == 2
+    assert "expected a result in line 1 of" in capsys.readouterr().err
 
 
 def test_weights_of_another_fine_tune(run: Run, checkpoints: list[Path], capsys: pytest.CaptureFixture) -> None:

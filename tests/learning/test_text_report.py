@@ -54,8 +54,19 @@ def test_a_passage_is_drawn_with_all_of_its_questions() -> None:
     assert row["continuation"]["top1"] == pytest.approx([0.8] * 3)
     assert (row["passages"], row["documents"], row["kept"]) == (3, 3, pytest.approx(0.15))
     assert row["seconds"] == {"prefill": 1.0, "second_pass": 0.0, "scores": 0.25, "eviction": 0.125}
-    assert row["kinds"]["date"] == {"questions": 1, "exact": 0.0, "tokens": 0.25, "kl": 0.125}
-    assert row["kinds"]["word"]["kl"] == pytest.approx(1.6 / 11)
+
+
+def test_kinds_of_values_apart() -> None:
+    """Of the passages that have some of a kind, drawn with all of these."""
+    (row,) = [x for x in rows([*LKV, *OTHER]) if x["domain"] == "all" and x["method"] == "snapkv"]
+    date, word = row["kinds"]["date"], row["kinds"]["word"]
+    assert list(row["kinds"]) == ["date", "word"] and (date["questions"], word["questions"]) == (1, 5)
+    assert date["exact"] == [0.0] * 3 and date["kl"] == [0.125] * 3 and date["tokens"] == [0.25] * 3
+    assert word["kl"] == pytest.approx(by_hand([0.5, 1.2, 0.7], [2, 5, 4]))
+    assert word["ahead"]["facts kl"] == pytest.approx(by_hand([0.4, 1.0, -0.6], [2, 5, 4]))
+    assert date["ahead"] == {"facts kl": [0.0] * 3, "facts exact": [0.0] * 3}
+    (row,) = [x for x in rows([*LKV, *OTHER]) if x["domain"] == "all" and x["method"] == "lkv"]
+    assert "ahead" not in row["kinds"]["word"]
 
 
 def test_the_reference_is_ahead_where_it_has_more_right_and_loses_less() -> None:
@@ -103,6 +114,7 @@ def test_tables() -> None:
         "a: facts kl", "a: facts exact", "a: continuation kl",
     ]  # fmt: skip
     assert len(domains) == 5 and domains[4].count("|") == domains[0].count("|")  # nothing of full in b
+    assert snapkv[4].startswith("0.1933 (") and snapkv[9].startswith("+0.0533 (")  # of nats a digit more
     assert "scores, CPU s" in costs[0] and "0.250" in costs[2]
 
 

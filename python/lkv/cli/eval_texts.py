@@ -7,6 +7,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ WORDINGS = {"trained": TRAINED, "unseen": UNSEEN}
 
 def run(options: argparse.Namespace) -> int:
     found = documents(options.text)
+    if any(document.domain == text_report.ALL for document in found):
+        raise ValueError(f"lkv eval: expected no domain of the name {text_report.ALL!r}; --text LABEL=PATH gives one")
     model, tokenizer, _ = models.load(options)
     methods, _ = chosen(options, model)
     texts = Texts(options, tokenizer, found)
@@ -49,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     for key in missing:
         by_passage.setdefault(key[0], []).append(key)
     talks = {i: texts.talk(i) for i in tqdm(by_passage, desc="lkv eval: texts", disable=not by_passage, leave=False)}
-    check_protected(methods, options.retentions, list(talks.values()))
+    check(model, methods, options.retentions, list(talks.values()))
     named = {m.name: m for m in methods}
     todo = {i: [(named[name], retention) for _, name, retention in part] for i, part in by_passage.items()}
     see, greedy = options.see_question, (options.answer_tokens or ANSWER) if options.greedy else 0
@@ -121,10 +124,11 @@ def manifest(
     }
 
 
-def check_protected(methods: Sequence[Method], given: Sequence[float], talks: Sequence[Exchange]) -> None:
+def check(model: PreTrainedModel, methods: Sequence[Method], given: Sequence[float], talks: Sequence[Exchange]) -> None:
     """
     Raises:
-        ValueError: for a method that protects more rows than it may keep of a text.
+        ValueError: for a method that protects more rows than it may keep of a text, and for texts that are longer than
+            what the model reads.
     """
     if not talks:
         return
@@ -138,6 +142,12 @@ def check_protected(methods: Sequence[Method], given: Sequence[float], talks: Se
                 f"{rows} rows, {min(given):g} of {len(shortest.context)} tokens, for {method.name}, which protects "
                 f"{policy.sink + policy.window}; choose a larger --length, larger --retentions or other --methods"
             )
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(
+        len(talk.context) + max(map(len, [*map(add, talk.questions, talk.drafts), talk.continuation])) for talk in talks
+    )
+    if most is not None and longest > most:
+        raise ValueError(f"lkv eval: expected texts of at most the {most} tokens that the model reads, got {longest}")
 
 
 def finish(options: argparse.Namespace, results: Results, count: int) -> None:

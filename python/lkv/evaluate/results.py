@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lkv.learn.records import agreed, write_manifest
+from lkv.learn.records import FULL, agreed, write_manifest
 
 FILE = "results.jsonl"
 Key = tuple[int, str, float]
@@ -73,20 +73,38 @@ class Results:
             if whole != text:  # a line that was being written
                 with self.path.open("r+b") as file:
                     file.truncate(len(whole))
-            for line in whole.splitlines():
-                self._know(Cell(**json.loads(line)))
+            for number, line in enumerate(whole.splitlines(), 1):
+                self._know(self._read(line, number))
 
     def missing(self, keys: Iterable[Key]) -> list[Key]:
         return [key for key in keys if key not in self.cells]
 
     def add(self, cell: Cell) -> None:
-        """Writes a result. The folder belongs to this evaluation from the first one on."""
-        if self._manifest is not None:
-            write_manifest(self.folder, self._manifest)
-            self._manifest = None
-        with self.path.open("a") as file:
-            file.write(json.dumps(asdict(cell)) + "\n")
+        """Writes a result. The folder belongs to this evaluation from the first one on.
+
+        Raises:
+            OSError: where the disk is full; the results before stay.
+        """
+        try:
+            if self._manifest is not None:
+                write_manifest(self.folder, self._manifest)
+                self._manifest = None
+            with self.path.open("a") as file:
+                file.write(json.dumps(asdict(cell)) + "\n")
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            message = f"lkv eval: expected free space for results in {self.folder}, got none"
+            raise OSError(error.errno, message) from error
         self._know(cell)
+
+    def _read(self, line: bytes, number: int) -> Cell:
+        try:
+            return Cell(**json.loads(line))
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"lkv eval: expected a result in line {number} of {self.path}, got {line[:60]!r}; delete the line"
+            ) from None
 
     def _know(self, cell: Cell) -> None:
         self.cells[cell.key] = cell

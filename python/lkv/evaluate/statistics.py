@@ -46,7 +46,7 @@ def _resampled(values: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
     return np.concatenate(means)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _times_drawn(count: int, seed: int) -> list[np.ndarray]:
     """How often each of `count` samples is in a resampled set, uint16 `[500, count]` for 500 sets at a time."""
     rng = np.random.default_rng(seed)

@@ -6,7 +6,7 @@ Intervals are of resampled passages, each drawn with all of its questions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def rows(cells: Iterable[Cell], reference: str = "lkv") -> list[Row]:
     """A row per domain, method and retention; the domain "all" comes first.
 
     `facts` and `continuation` have measures with their intervals `[mean, low, high]`, means over questions or tokens;
-    `kinds` those of the facts by the kind of their value, without intervals. `ahead` says how far the reference is
+    `kinds` has those of the facts by the kind of their value. `ahead` says how far the reference is
     ahead on the same passages at the same retention, in the measures of `COMPARED`.
     """
     groups: dict[tuple[str, float], list[Cell]] = {}
@@ -101,20 +101,39 @@ def _row(group: Sequence[Cell], reference: Sequence[Cell]) -> Row:
         "documents": len({(x.domain, x.document) for x in group}),
         "kept": sum(x.kept for x in group) / len(group),
         "seconds": {name: sum(x.seconds[name] for x in group) / len(group) for name in group[0].seconds},
+        **_measured(group, reference),
     }
+    if "facts" in row:
+        kinds = sorted({x["kind"] for cell in group for x in cell.facts})
+        row["kinds"] = {kind: _kind(_of_kind(group, kind), _of_kind(reference, kind)) for kind in kinds}
+    return row
+
+
+def _measured(group: Sequence[Cell], reference: Sequence[Cell]) -> Row:
+    """`facts`, `continuation` and `ahead`, as far as the cells have them."""
+    row: Row = {}
     paired = [x.passage for x in reference] == [x.passage for x in group]
     for measure in measures(group):
-        sums = [measure.of(x) for x in group]
-        values, counts = zip(*sums, strict=True)
+        values, counts = zip(*map(measure.of, group), strict=True)
         row.setdefault(measure.part, {})[measure.name] = _listed(values, counts)
         if paired and (measure.part, measure.name) in COMPARED:
             theirs = [measure.of(x)[0] for x in reference]
             sign = 1 if measure.less_is_better else -1
             ahead = [sign * (a - b) for a, b in zip(values, theirs, strict=True)]
             row.setdefault("ahead", {})[f"{measure.part} {measure.name}"] = _listed(ahead, counts)
-    if "facts" in row:
-        row["kinds"] = _kinds(group)
     return row
+
+
+def _kind(group: Sequence[Cell], reference: Sequence[Cell]) -> Row:
+    found = _measured(group, reference)
+    ahead = {"ahead": found["ahead"]} if "ahead" in found else {}
+    return {"questions": sum(len(x.facts) for x in group), **found["facts"], **ahead}
+
+
+def _of_kind(group: Sequence[Cell], kind: str) -> list[Cell]:
+    """The passages that have such facts, without the others."""
+    some = (replace(x, facts=[f for f in x.facts if f["kind"] == kind], continuation=None) for x in group)
+    return [x for x in some if x.facts]
 
 
 def measures(group: Sequence[Cell]) -> list[Measure]:
@@ -124,21 +143,6 @@ def measures(group: Sequence[Cell]) -> list[Measure]:
     if first.facts and "greedy" in first.facts[0]:
         found.append(GREEDY)
     return found + (list(CONTINUATION) if first.continuation is not None else [])
-
-
-def _kinds(group: Sequence[Cell]) -> dict[str, dict[str, float]]:
-    out = {}
-    facts = [x for cell in group for x in cell.facts]
-    for kind in sorted({x["kind"] for x in facts}):
-        some = [x for x in facts if x["kind"] == kind]
-        tokens = sum(x["tokens"] for x in some)
-        out[kind] = {
-            "questions": len(some),
-            "exact": sum(x["exact"] for x in some) / len(some),
-            "tokens": sum(x["right"] for x in some) / tokens,
-            "kl": sum(x["kl"] for x in some) / tokens,
-        }
-    return out
 
 
 def _listed(sums: Sequence[float], counts: Sequence[float]) -> list[float]:
@@ -167,9 +171,9 @@ def _table(rows: Sequence[Row], reference: str) -> str:
     lines = []
     for row in rows:
         cells = [row["method"], f"{row['kept']:.1%}"]
-        cells += [_shown(row[part][name]) if name in row.get(part, {}) else "" for part, name in names]
+        cells += [_shown(row[part][name], name) if name in row.get(part, {}) else "" for part, name in names]
         ahead = row.get("ahead", {})
-        cells += [_shown(ahead[name], "+") if name in ahead else "" for name in compared]
+        cells += [_shown(ahead[name], name, "+") if name in ahead else "" for name in compared]
         lines.append(cells)
     return markdown([head, *lines])
 
@@ -182,10 +186,8 @@ def _by_domain(rows: Sequence[Row], domains: Sequence[str]) -> str:
     for row in rows:
         if row["domain"] == ALL:
             found = [of.get((domain, row["method"], row["retention"])) for domain in domains]
-            lines.append(
-                [row["method"], f"{row['kept']:.1%}"]
-                + ["" if each is None else f"{each[part][name][0]:.3f}" for each in found for part, name in there]
-            )
+            means = ["" if x is None else _number(x[part][name][0], name) for x in found for part, name in there]
+            lines.append([row["method"], f"{row['kept']:.1%}", *means])
     return markdown(lines)
 
 
@@ -196,6 +198,10 @@ def _costs(rows: Sequence[Row]) -> str:
     return markdown(lines)
 
 
-def _shown(ends: Sequence[float], sign: str = "") -> str:
-    mean, low, high = ends
-    return f"{mean:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+def _shown(ends: Sequence[float], name: str, sign: str = "") -> str:
+    mean, low, high = (_number(x, name, sign) for x in ends)
+    return f"{mean} ({low} to {high})"
+
+
+def _number(value: float, name: str, sign: str = "") -> str:
+    return f"{value:{sign}.{4 if name.endswith('kl') else 3}f}"
