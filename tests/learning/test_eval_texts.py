@@ -241,6 +241,7 @@ def test_results_of_another_model_or_checkpoint_are_refused(
         (["--samples", "3"], "expected --samples without --text only"),
         (["--answer-tokens", "5"], "expected --answer-tokens beside --greedy only"),
         (["--text", "all=no/where"], "expected a text file or a folder of such, got no/where"),
+        (["--untrained", "news"], "expected --untrained domains of essays, sources, got news"),
         (["--soft"], "expected --soft without --text only"),
         (["--text", "no/where"], "expected a text file or a folder of such, got no/where"),
         (["--checkpoint", "no/where"], "expected lkv.json and lkv.safetensors in no/where"),
@@ -254,6 +255,18 @@ def test_what_cannot_be_is_refused_before_anything_runs(
     assert run(*options) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_all_files_of_a_domain_that_nothing_was_trained_on(run: Run, tmp_path: Path) -> None:
+    few = ("--passages", 12, "--retentions", 0.2, "--facts", 0, "--length", 300)
+    assert run(*few, methods="random") == 0
+    assert run(*few, "--untrained", "sources", methods="random", out="all") == 0
+    read = [
+        {name: {x["document"] for x in lines(tmp_path / out) if x["domain"] == name} for name in ("essays", "sources")}
+        for out in ("out", "all")
+    ]
+    assert read[0]["essays"] == read[1]["essays"] and len(read[0]["essays"]) == len(read[0]["sources"]) == 1
+    assert read[0]["sources"] < read[1]["sources"] and len(read[1]["sources"]) > 3
 
 
 def test_texts_have_to_fit_into_the_model(run: Run, capsys: pytest.CaptureFixture) -> None:

@@ -184,16 +184,20 @@ def test_questions_together_are_as_one_by_one(talk: Exchange) -> None:
 
 def test_free_answers(text: Passage, talk: Exchange) -> None:
     """Those of `generate` on the full cache hold the value or not."""
-    cells = judged(text, talk, [(METHODS[0], 1.0), (METHODS[-2], 0.2)], greedy=6)
+    cells = judged(text, talk, [(METHODS[0], 1.0), (METHODS[-2], 0.2)], greedy=True, limit=6)
     for fact, question, known in zip(cells[0].facts, talk.questions, text.facts, strict=True):
         prompt = torch.tensor([[*talk.context, *question]])
         out = MODEL.generate(prompt, max_new_tokens=6, do_sample=False)[0, prompt.shape[1] :]
         assert fact["greedy"] == float(known.value.lower() in TOKENIZER.decode(out, skip_special_tokens=True).lower())
     assert all("greedy" in fact for fact in cells[1].facts)
+    longest = max(map(len, talk.answers)) + 2
+    assert judged(text, talk, [(METHODS[0], 1.0)], greedy=True)[0].facts == (
+        judged(text, talk, [(METHODS[0], 1.0)], greedy=True, limit=longest)[0].facts
+    )
     # A value that the model does write.
     told = TOKENIZER.decode(out, skip_special_tokens=True)
     value = replace(text, facts=[replace(fact, value=told[:2]) for fact in text.facts])
-    assert judged(value, talk, [(METHODS[0], 1.0)], greedy=6)[0].facts[-1]["greedy"] == 1.0
+    assert judged(value, talk, [(METHODS[0], 1.0)], greedy=True, limit=6)[0].facts[-1]["greedy"] == 1.0
 
 
 def test_only_one_of_facts_and_continuation(text: Passage, talk: Exchange) -> None:

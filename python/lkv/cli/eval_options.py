@@ -24,7 +24,7 @@ GRID = ["uniform+kvzip", "uniform+lkv-t", "lkv-h+snapkv", "lkv-h+kvzip"]
 RETENTIONS, TEXT_RETENTIONS = [0.05, 0.1, 0.15, 0.3], [0.05, 0.15, 0.3, 0.5]
 WORDINGS = ("trained", "unseen")
 WITHOUT_TEXT = ("tasks", "samples", "split", "batch", "file", "format", "prompts", "question_marker", "soft")
-WITH_TEXT = ("passages", "facts", "continuation", "wordings", "greedy", "reference")
+WITH_TEXT = ("passages", "facts", "continuation", "wordings", "greedy", "reference", "untrained")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -79,7 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         "--retentions", nargs="+", type=float, help=f"default: {RETENTIONS}, with --text {TEXT_RETENTIONS}"
     )
     parser.add_argument("--length", type=int, default=1024, help="tokens of a text")
-    parser.add_argument("--answer-tokens", type=int, help="default: 24, of files what their benchmark has")
+    parser.add_argument(
+        "--answer-tokens",
+        type=int,
+        help="default: 24, of --file what its benchmark has, with --greedy those of the right answer and two",
+    )
     parser.add_argument("--see-question", action="store_true", help="compress the question along with the text")
     parser.add_argument("--out", type=Path, help="folder for report.json and the plots; with --text also for results")
     made = parser.add_argument_group("made texts")
@@ -102,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
         help="passages of these files, or of all text files in these folders, of those that `lkv train` never reads; "
         "each folder is a domain, of its own name or the label's",
     )
+    text.add_argument(
+        "--untrained",
+        nargs="+",
+        default=[],
+        metavar="LABEL",
+        help="domains nothing was trained on: all files are read",
+    )
     text.add_argument("--passages", type=int, default=25, help="per domain; default: %(default)s")
     text.add_argument("--facts", type=int, default=4, help="woven into each passage; default: %(default)s")
     text.add_argument(
@@ -111,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens after each passage; default: %(default)s, none with --see-question",
     )
     text.add_argument("--wordings", choices=WORDINGS, default=WORDINGS[0], help="of the facts; default: %(default)s")
-    text.add_argument("--greedy", action="store_true", help="also answer freely, without the right answer in view")
+    text.add_argument(
+        "--greedy", action="store_true", help="also answer freely, with two tokens more than the right answer"
+    )
     text.add_argument(
         "--reference", default="lkv", help="the method that others are compared with; default: %(default)s"
     )

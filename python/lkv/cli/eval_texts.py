@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import add
 from typing import Any
 
@@ -33,13 +33,12 @@ from lkv.tasks.facts import TRAINED, UNSEEN
 from lkv.tasks.passages import Passage, passage
 
 FORMAT = 1
-ANSWER = 24  # tokens of a free answer, at most
 SETTINGS = ("length", "facts", "continuation", "see_question", "greedy", "answer_tokens")
 WORDINGS = {"trained": TRAINED, "unseen": UNSEEN}
 
 
 def run(options: argparse.Namespace) -> int:
-    found = documents(options.text)
+    found = read_documents(options.text, options.untrained)
     if any(document.domain == text_report.ALL for document in found):
         raise ValueError(f"lkv eval: expected no domain of the name {text_report.ALL!r}; --text LABEL=PATH gives one")
     model, tokenizer, _ = models.load(options)
@@ -55,14 +54,12 @@ def run(options: argparse.Namespace) -> int:
     check(model, methods, options.retentions, list(talks.values()))
     named = {m.name: m for m in methods}
     todo = {i: [(named[name], retention) for _, name, retention in part] for i, part in by_passage.items()}
-    see, greedy = options.see_question, (options.answer_tokens or ANSWER) if options.greedy else 0
+    how = {"see_question": options.see_question, "greedy": options.greedy}
     if missing:
         each = {i: [method for method, _ in part] for i, part in todo.items()}
-        parts = forecast(
-            each, prefill_seconds(model, options.length), options.facts, see_question=see, greedy=greedy > 0
-        )
+        parts = forecast(each, prefill_seconds(model, options.length), options.facts, **how)
         print(f"lkv eval: {len(missing)} results on {len(todo)} passages, {sentence(parts)}", file=sys.stderr)
-    judge = Judge(model, tokenizer, methods, see_question=see, greedy=greedy)
+    judge = Judge(model, tokenizer, methods, limit=options.answer_tokens, **how)
     with tqdm(total=len(missing), desc="lkv eval", unit="result", disable=not missing) as bar:
         for i, part in todo.items():
             for cell in judge.cells(i, texts.passage(i), talks[i], part):
@@ -70,6 +67,19 @@ def run(options: argparse.Namespace) -> int:
                 bar.update()
     finish(options, results, texts.count)
     return 0
+
+
+def read_documents(sources: Sequence[str], untrained: Sequence[str]) -> list[Document]:
+    """All files; those of domains that nothing was trained on are for tests.
+
+    Raises:
+        ValueError: for a name that is none of a domain.
+    """
+    found = documents(sources)
+    domains = sorted({x.domain for x in found})
+    if unknown := [name for name in untrained if name not in domains]:
+        raise ValueError(f"lkv eval: expected --untrained domains of {', '.join(domains)}, got {', '.join(unknown)}")
+    return [replace(x, split="test") if x.domain in untrained else x for x in found]
 
 
 @dataclass(frozen=True)
@@ -143,9 +153,8 @@ def check(model: PreTrainedModel, methods: Sequence[Method], given: Sequence[flo
                 f"{policy.sink + policy.window}; choose a larger --length, larger --retentions or other --methods"
             )
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(
-        len(talk.context) + max(map(len, [*map(add, talk.questions, talk.drafts), talk.continuation])) for talk in talks
-    )
+    ends = [[*map(add, talk.questions, talk.answers), talk.continuation] for talk in talks]
+    longest = max(len(talk.context) + max(map(len, after)) for talk, after in zip(talks, ends, strict=True))
     if most is not None and longest > most:
         raise ValueError(f"lkv eval: expected texts of at most the {most} tokens that the model reads, got {longest}")
 
@@ -161,6 +170,7 @@ def finish(options: argparse.Namespace, results: Results, count: int) -> None:
     facts: dict[str, Any] = {
         "model": options.model,
         "texts": options.text,
+        "untrained": options.untrained,
         "passages": count,
         "wordings": options.wordings,
         **{name: getattr(options, name) for name in SETTINGS},

@@ -59,7 +59,8 @@ class Judge:
         methods: all that come; their caches observe what any of them needs.
         see_question: the question is read before the eviction. Then each one has an eviction of its own, and there is
             no continuation.
-        greedy: also answer freely, with at most so many tokens; 0: not.
+        greedy: also answer freely. limit: tokens of such an answer, at most; default: two more than the longest right
+            answer about the passage has.
     """
 
     def __init__(
@@ -69,9 +70,11 @@ class Judge:
         methods: Sequence[Method],
         *,
         see_question: bool = False,
-        greedy: int = 0,
+        greedy: bool = False,
+        limit: int | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.see_question, self.greedy = model, tokenizer, see_question, greedy
+        self.model, self.tokenizer = model, tokenizer
+        self.see_question, self.greedy, self.limit = see_question, greedy, limit
         self.needs = needs_of(methods)
         self.window = max((m.policy.window for m in methods if m.policy is not None), default=1)
 
@@ -191,10 +194,10 @@ class _Text:
         if not self.by.greedy or not self.ask.questions:
             return []
         pad, ends = pad_and_ends(self.by.model, self.by.tokenizer)
-        count = len(self.ask.questions)
+        count, limit = len(self.ask.questions), self.by.limit or max(map(len, self.ask.answers)) + 2
         with cache.fork() as own:
             own.batch_repeat_interleave(count)
             seen = torch.ones(count, self.length, dtype=torch.int64, device=self.by.model.device)
-            rows = answer(self.by.model, own, seen, self.ask.questions, self.by.greedy, pad, ends)
+            rows = answer(self.by.model, own, seen, self.ask.questions, limit, pad, ends)
         texts = (decode(self.by.tokenizer, row) for row in rows)
         return [found(text, [value]) for text, value in zip(texts, self.values, strict=True)]
