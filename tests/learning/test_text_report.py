@@ -115,7 +115,16 @@ def test_tables() -> None:
     ]  # fmt: skip
     assert len(domains) == 5 and domains[4].count("|") == domains[0].count("|")  # nothing of full in b
     assert snapkv[4].startswith("0.1933 (") and snapkv[9].startswith("+0.0533 (")  # of nats a digit more
-    assert "scores, CPU s" in costs[0] and "0.250" in costs[2]
+    assert lkv[3] == "0.600"  # without its interval
+    assert "scores, CPU s" in costs[0] and "0.250" in costs[2] and len(costs) == 2 + 3
+
+
+def test_costs_are_means_over_retentions() -> None:
+    more = [replace(x, retention=0.3, seconds={**x.seconds, "scores": 0.75}) for x in LKV]
+    costs = tables(rows([*LKV, *more])).split("\n\n")[-1].splitlines()
+    assert len(costs) == 3 and [x.strip() for x in costs[2].strip("|").split("|")] == [
+        "lkv", "1.000", "0.000", "0.500", "0.125",
+    ]  # fmt: skip
 
 
 def test_only_one_of_facts_and_continuation() -> None:

@@ -38,6 +38,7 @@ def draw_texts(report: Mapping[str, Any], folder: Path, reference: str, retentio
         reference: the method whose budgets come first.
         retention: of the budgets that are shown, or the one next to it.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in report["rows"] if row["domain"] == "all"]
     paths = [_fidelity(rows, folder / "fidelity.png")]
     tables = {}
