@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -48,3 +50,39 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
     if not found:
         raise ValueError("lkv: expected a chat template that hands on what a user writes, got one that changes it")
     return encode(tokenizer, before), encode(tokenizer, after)
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens before a text that is read: those of the chat template if there is one, else the beginning token."""
+    before, after = chat_frame(tokenizer)
+    return before if before or after else encode(tokenizer, "", begins=True)
+
+
+def ask(tokenizer: PreTrainedTokenizerBase, question: str, lead: str = "") -> list[int]:
+    """Tokens of a question behind a text, up to where its answer begins: after `lead`, its first words.
+
+    With a chat template the question ends the message of the user. Without one it is marked in words, unless the
+    tokenizer does not know these.
+    """
+    after = chat_frame(tokenizer)[1]
+    if after:
+        return [*encode(tokenizer, f"\n\n{question}"), *after, *encode(tokenizer, lead)]
+    if tokenizer.unk_token_id in encode(tokenizer, "Question: Answer:"):
+        return encode(tokenizer, f"{question} {lead}".rstrip())
+    return encode(tokenizer, f"\n\nQuestion: {question}\nAnswer: {lead}".rstrip())
+
+
+def check_known(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], text: str, command: str) -> None:
+    """
+    Args:
+        tokens: of a text. text, command: what it is and who reads it, for the message.
+
+    Raises:
+        ValueError: for a text of which the tokenizer does not know a tenth or more.
+    """
+    unknown = list(tokens).count(tokenizer.unk_token_id) / len(tokens)
+    if unknown >= 0.1:
+        raise ValueError(
+            f"{command}: expected texts that the tokenizer of the model knows, got {text}, of which it "
+            f"does not know {unknown:.0%}: is --model the one that was meant?"
+        )

@@ -24,13 +24,14 @@ from lkv.evaluate.forks import policy_of
 from lkv.evaluate.methods import FLOOR, FULL, Method
 from lkv.evaluate.results import Key, Results
 from lkv.evaluate.texts import Judge
-from lkv.learn.dialogue import Exchange, check_known, exchange
+from lkv.learn.dialogue import Exchange, exchange
 from lkv.learn.forecast import prefill_seconds, sentence
 from lkv.learn.recording import tokenizer_fingerprint
 from lkv.policies.lkv.fingerprint import fingerprint
 from lkv.tasks.documents import Document, documents
 from lkv.tasks.facts import TRAINED, UNSEEN
 from lkv.tasks.passages import Passage, passage
+from lkv.text import check_known
 
 FORMAT = 1
 SETTINGS = ("length", "facts", "continuation", "see_question", "greedy", "answer_tokens")
@@ -112,7 +113,7 @@ class Texts:
         """Raises ValueError for a text that the tokenizer does not know."""
         text, more = self.passage(index), self.options.continuation
         talk = exchange(self.tokenizer, text, more + 1 if more else 0)
-        check_known(self.tokenizer, talk, text.document, "lkv eval")
+        check_known(self.tokenizer, talk.context, text.document, "lkv eval")
         return talk
 
 

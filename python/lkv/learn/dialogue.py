@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from lkv.tasks.passages import Passage
-from lkv.text import chat_frame, encode
+from lkv.text import ask, encode, opening
 
 
 @dataclass(frozen=True)
@@ -34,31 +34,10 @@ def exchange(tokenizer: PreTrainedTokenizerBase, passage: Passage, continuation:
     Args:
         continuation: tokens of it, at most.
     """
-    before, after = chat_frame(tokenizer)
-    if before or after:
-        context = [*before, *encode(tokenizer, passage.text)]
-    else:
-        context = encode(tokenizer, passage.text, begins=True)
-    begin = len(context) - len(encode(tokenizer, passage.text))
+    before = opening(tokenizer)
+    context = [*before, *encode(tokenizer, passage.text)]
     questions, answers = [], []
     for fact in passage.facts:
-        if after:
-            prompt = [*encode(tokenizer, f"\n\n{fact.question}"), *after, *encode(tokenizer, fact.lead)]
-        else:
-            prompt = encode(tokenizer, f"\n\nQuestion: {fact.question}\nAnswer: {fact.lead}")
-        questions.append(prompt)
+        questions.append(ask(tokenizer, fact.question, fact.lead))
         answers.append(encode(tokenizer, f" {fact.value}."))
-    return Exchange(context, begin, questions, answers, encode(tokenizer, passage.continuation)[:continuation])
-
-
-def check_known(tokenizer: PreTrainedTokenizerBase, talk: Exchange, document: str, command: str) -> None:
-    """
-    Raises:
-        ValueError: for a text of which the tokenizer does not know a tenth or more.
-    """
-    unknown = talk.context.count(tokenizer.unk_token_id) / len(talk.context)
-    if unknown >= 0.1:
-        raise ValueError(
-            f"{command}: expected texts that the tokenizer of the model knows, got {document}, of which it "
-            f"does not know {unknown:.0%}: is --model the one that was meant?"
-        )
+    return Exchange(context, len(before), questions, answers, encode(tokenizer, passage.continuation)[:continuation])

@@ -18,7 +18,7 @@ from lkv.compression import prefill
 from lkv.hf import Cache
 from lkv.learn import distill, targets
 from lkv.learn.config import TrainConfig
-from lkv.learn.dialogue import Exchange, check_known, exchange
+from lkv.learn.dialogue import Exchange, exchange
 from lkv.learn.records import Record, Records, claim, full, made_with
 from lkv.passes import Context
 from lkv.policies.kvzip import KVzip
@@ -27,7 +27,7 @@ from lkv.second_pass import in_words, repeat_scores
 from lkv.tasks.documents import Document
 from lkv.tasks.facts import TRAINED
 from lkv.tasks.passages import Passage, passage
-from lkv.text import pad_and_ends
+from lkv.text import check_known, pad_and_ends
 
 FORMAT = 1
 # What records depend on; how many there are may change.
@@ -116,7 +116,7 @@ class Recorder:
         """
         config, model = self.config, self.model
         talk = exchange(self.tokenizer, text, config.continuation + 1 if config.continuation else 0)
-        check_known(self.tokenizer, talk, text.document, "lkv train")
+        check_known(self.tokenizer, talk.context, text.document, "lkv train")
         tokens = torch.tensor([talk.context], device=model.device)
         needs = {"pre_rope_keys" if config.design.input == "kv" else "hidden_states"}
         with prefill(model, tokens, needs=needs) as cache:
