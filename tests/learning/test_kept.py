@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkv import tasks
-from lkv.evaluate.kept import kept_positions
+from lkv.compression import compress
+from lkv.evaluate.kept import kept_positions, kept_rows
 from lkv.hf import Cache
 from lkv.policies.adakv import AdaKV
 from lkv.policies.streaming_llm import StreamingLLM
@@ -74,3 +75,19 @@ def test_heads_of_different_budgets(model: PreTrainedModel, tokenizer: PreTraine
     assert [head["positions"] for head in heads] == expected
     assert len({len(head["positions"]) for head in heads}) > 1
     assert sum(len(head["positions"]) for head in heads) == 6 * round(0.5 * 121)
+
+
+def test_rows_of_each_sequence_of_a_batch(model: PreTrainedModel) -> None:
+    """Padding in front counts in the positions; whole rows are all that is not padding."""
+    ids, mask = torch.randint(3, 99, (2, 40)), torch.ones(2, 40, dtype=torch.int64)
+    mask[1, :10] = 0
+    with compress(model, ids, StreamingLLM(2), retention=0.2, attention_mask=mask) as cache:
+        for sequence, expected in enumerate(([0, 1, *range(34, 40)], [10, 11, *range(36, 40)])):
+            rows = kept_rows(cache, sequence)
+            assert [[head.tolist() for head in layer] for layer in rows] == [[expected] * 2] * 3
+    with Cache(model, StreamingLLM(), retention=1.0, chunks="last") as cache, torch.no_grad():
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        model.get_decoder()(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
+        assert cache.ragged[0].rows is None
+        for sequence, begin in enumerate((0, 10)):
+            assert [x.tolist() for x in kept_rows(cache, sequence)[2]] == [list(range(begin, 40))] * 2

@@ -6,11 +6,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import tiny_texts
 from transformers import PreTrainedTokenizerBase
 
 from lkv.extras import MissingPackage, need
 from lkv.tasks import Words
-from lkv.text import chat_frame, encode, pad_and_ends
+from lkv.text import ask, chat_frame, encode, opening, pad_and_ends
 
 
 def ends_of(model: object, tokenizer: object, pad: object) -> tuple[int, list[int]]:
@@ -119,3 +120,17 @@ def test_what_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
     with pytest.raises(MissingPackage, match=message):
         need("colorsys", "lm-eval", "its tasks")
+
+
+def test_a_text_and_a_question_behind_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    """In a chat template; without one; and for a tokenizer that knows no words of ours."""
+    chat, plain = tiny_texts.tokenizer(), tiny_texts.tokenizer(chat=False)
+    assert chat.decode(opening(chat)) == "<s>user\n" and plain.decode(opening(plain)) == "<s>"
+    plain.bos_token = None
+    assert opening(plain) == []
+    assert chat.decode(ask(chat, "Why?")) == "\n\nWhy?</s>\n<s>assistant\n"
+    assert chat.decode(ask(chat, "Why?", "Because")) == "\n\nWhy?</s>\n<s>assistant\nBecause"
+    assert plain.decode(ask(plain, "Why?")) == "\n\nQuestion: Why?\nAnswer:"
+    assert plain.decode(ask(plain, "Why?", "Because")) == "\n\nQuestion: Why?\nAnswer: Because"
+    assert opening(tokenizer) == [tokenizer.bos_token_id]
+    assert ask(tokenizer, "set Bala", "to") == encode(tokenizer, "set Bala to") != encode(tokenizer, "set Bala")

@@ -17,7 +17,7 @@ from lkv.evaluate.kept import kept_rows
 from lkv.hf import Cache
 from lkv.policies import Policy
 from lkv.show.units import Unit, opening_units, units
-from lkv.text import ask, decode, encode, opening, pad_and_ends
+from lkv.text import ask, check_known, decode, encode, opening, pad_and_ends
 
 
 @dataclass(frozen=True)
@@ -188,19 +188,14 @@ def check_text(
     """
     if own < 1:
         raise ValueError("lkv.show: expected a text of one or more tokens, got none")
-    unknown = list(tokens).count(tokenizer.unk_token_id) / own
-    if unknown >= 0.1:
-        raise ValueError(
-            f"lkv.show: expected a text that the tokenizer of the model knows, got one of which it does not know "
-            f"{unknown:.0%}: is the model the one that was meant?"
-        )
+    check_known(tokenizer, tokens, "one", "lkv.show")
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     behind = question + limit if question else 0
     if most is not None and len(tokens) + behind > most:
         beside = len(tokens) - own + behind
         raise ValueError(
-            f"lkv.show: expected a text of at most {most - beside} tokens, as the model reads {most}, of which the chat "
-            f"template, a question and its answer may take {beside}, got {own}"
+            f"lkv.show: expected a text of at most {most - beside} tokens, as the model reads {most}, of which the "
+            f"chat template, a question and its answer may take {beside}, got {own}"
         )
 
 
