@@ -71,6 +71,27 @@ def test_scorer_and_second_pass(lkv: Learned) -> None:
     assert not Method(FULL, None).second_pass and Method(FULL, None).scorer is None
 
 
+def test_identity_is_of_settings_and_weights(model: PreTrainedModel) -> None:
+    """The same in every process, and another one for whatever would keep other rows."""
+
+    def built(seed: int = 5, **design: object) -> str:
+        torch.manual_seed(seed)
+        return Method("lkv", Design(hidden=8, **design).build(Shape.of(model))).identity
+
+    others = [built(6), built(sink=3), built(budget="threshold"), built(scale="absolute"), built(floor=0.1)]
+    found = [built(), *others, *(Method(name, policy).identity for name, policy in heuristics().items())]
+    found += [Method("", x).identity for x in (SnapKV(window=8), AdaKV(SnapKV(kernel_size=7)), KVzip(across=None))]
+    assert len(set(found)) == len(found) and built() == found[0]
+    assert Method("full", None).identity == "None"
+
+    class Outside:
+        def __init__(self, width: int) -> None:
+            self.width = width
+
+    assert Method("", Outside(3)).identity == Method("", Outside(3)).identity != Method("", Outside(4)).identity
+    assert not any("0x" in x for x in [*found, Method("", Outside(3)).identity])
+
+
 def test_grid_exchanges_one_half_each(lkv: Learned) -> None:
     grid = learned(lkv)
     assert set(grid) == {"lkv", *GRID}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tiny_texts import files, model, tokenizer
 from torch import Tensor
 
+from lkv.compression import compress, prefill
 from lkv.evaluate.forced import foretold
 from lkv.evaluate.forks import Forks
 from lkv.evaluate.methods import FULL, Method, choose, heuristics, learned
@@ -141,6 +142,27 @@ def test_a_question_that_is_seen_is_compressed_with_the_text(text: Passage, talk
         assert cell.kept == pytest.approx(kept)
 
 
+@pytest.mark.parametrize("see", [False, True])
+def test_methods_keep_what_they_keep_of_a_text_that_is_read_at_once(
+    text: Passage, talk: Exchange, evicted: list, see: bool
+) -> None:
+    """As `lkv.compress` does it, the question as a part of the text where it is seen."""
+    methods = [method for method in METHODS if method.policy is not None and not isinstance(method.policy, Oracle)]
+    judged(text, talk if not see else replace(talk, continuation=[]), [(m, 0.4) for m in methods], see_question=see)
+    texts = [[*talk.context, *question[:-1]] for question in talk.questions] if see else [talk.context]
+    found = iter(evicted)
+    for method in methods:
+        for tokens in texts:
+            protect = talk.protected if method.second_pass else 0
+            ids = torch.tensor([tokens])
+            cache = compress(MODEL, ids, method.policy, retention=0.4, protect=protect, tokenizer=TOKENIZER)
+            _, _, masks = next(found)
+            for layer, mask in zip(cache.ragged, masks, strict=True):
+                places = layer.rows.padded(layer.rows.positions)[0]
+                for head, count in enumerate(layer.rows.lengths[0].tolist()):
+                    assert torch.equal(places[head, :count].long(), (mask[0, head] == 0).nonzero()[:, 0]), method.name
+
+
 @torch.no_grad()
 def test_the_oracle_keeps_what_will_be_looked_at(text: Passage, talk: Exchange, evicted: list) -> None:
     judged(text, talk, [(method, 0.25) for method in METHODS if isinstance(method.policy, Oracle)])
@@ -167,8 +189,6 @@ def test_a_template_stays_where_a_text_is_repeated(text: Passage, talk: Exchange
 @torch.no_grad()
 def test_questions_together_are_as_one_by_one(talk: Exchange) -> None:
     """Of different lengths, padded on the right; whole rows and evicted ones."""
-    from lkv.compression import prefill
-
     with prefill(MODEL, torch.tensor([talk.context])) as whole:
         evicted = whole.fork()
         evicted.evict("streaming_llm", retention=0.2)

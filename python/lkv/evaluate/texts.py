@@ -80,33 +80,36 @@ class Judge:
 
     def cells(self, index: int, passage: Passage, talk: Exchange, todo: Todo) -> Iterator[Cell]:
         """The results of methods and retentions on one passage, as they come."""
-        tokens = torch.tensor([talk.context], device=self.model.device)
-        clock = time.process_time()
-        whole = prefill(self.model, tokens, needs=self.needs, window=self.window)
-        seconds = time.process_time() - clock
-        kinds, values = ([getattr(fact, name) for fact in passage.facts] for name in ("kind", "value"))
-        if not self.see_question:
-            ask = Ask(talk.questions, talk.answers, talk.continuation)
-            parts = [_Text(self, whole, tokens, talk.protected, ask, values, seconds)]
-        else:
-            parts = []
-            for question, answer, value in zip(talk.questions, talk.answers, values, strict=True):
-                text, clock = torch.cat([tokens, tokens.new_tensor([question[:-1]])], 1), time.process_time()
-                read = self._read(whole, tokens.shape[1], question[:-1])
-                spent = seconds + time.process_time() - clock
-                ask = Ask([question[-1:]], [answer], [])
-                parts.append(_Text(self, read, text, talk.protected, ask, [value], spent))
+        kinds, texts = [fact.kind for fact in passage.facts], self._texts(passage, talk)
         for method, retention in todo:
-            judged = [part.judge(method, retention) for part in parts]
+            judged = [text.judge(method, retention) for text in texts]
             answers = [x for each in judged for x in each.facts]
             facts = [{"kind": kind, **x} for kind, x in zip(kinds, answers, strict=True)]
             rows = torch.tensor([each.rows for each in judged]).sum(0).tolist()
             cost = {name: sum(each.seconds[name] for each in judged) for name in judged[0].seconds}
-            read_tokens = sum(part.length for part in parts)
+            read_tokens = sum(text.length for text in texts)
             yield Cell(
                 *(index, passage.domain, passage.document, method.name, retention, read_tokens, rows, facts),
                 *(judged[0].continuation, cost),
             )
+
+    def _texts(self, passage: Passage, talk: Exchange) -> list[_Text]:
+        """What is evicted: the passage, or the passage with each question but for its last token."""
+        tokens = torch.tensor([talk.context], device=self.model.device)
+        clock = time.process_time()
+        whole = prefill(self.model, tokens, needs=self.needs, window=self.window)
+        seconds = time.process_time() - clock
+        values = [fact.value for fact in passage.facts]
+        if not self.see_question:
+            ask = Ask(talk.questions, talk.answers, talk.continuation)
+            return [_Text(self, whole, tokens, talk.protected, ask, values, seconds)]
+        texts = []
+        for question, reply, value in zip(talk.questions, talk.answers, values, strict=True):
+            both, clock = torch.cat([tokens, tokens.new_tensor([question[:-1]])], 1), time.process_time()
+            read = self._read(whole, tokens.shape[1], question[:-1])
+            spent, ask = seconds + time.process_time() - clock, Ask([question[-1:]], [reply], [])
+            texts.append(_Text(self, read, both, talk.protected, ask, [value], spent))
+        return texts
 
     @torch.no_grad()
     def _read(self, whole: Cache, length: int, question: Sequence[int]) -> Cache:
