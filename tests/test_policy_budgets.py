@@ -153,7 +153,7 @@ def test_the_first_rows_are_the_sink_and_the_last_the_window() -> None:
     lengths, total = torch.tensor([[8, 8]]), torch.tensor([12])
     for sink, window, expected in ((3, 1, [8, 4]), (1, 3, [6, 6])):
         ends = Random(sink=sink, window=window)
-        for policy in (AdaKV(ends, 0.0), AdaKV(ends, 0.0, "blend")):
+        for policy in (AdaKV(ends, 0.0, "minimum"), AdaKV(ends, 0.0, "blend")):
             assert policy.budgets(scores, lengths, total).tolist() == [expected]
         threshold = trained(2, "threshold", sink, window)
         torch.nn.init.zeros_(threshold.budget.logits.mlp[2].weight)
@@ -167,7 +167,7 @@ def test_totals_of_a_batch_have_minima_of_their_own() -> None:
     first, second = [9.0 - i / 10 for i in range(20)], [1.0 - i / 100 for i in range(20)]
     scores = torch.tensor([[first, second]] * 3)
     lengths, starts = torch.tensor([[20, 20], [12, 12], [20, 5]]), torch.tensor([[0, 0], [8, 8], [0, 0]])
-    policy = AdaKV(Random(sink=1, window=2), alpha=0.5)
+    policy = AdaKV(Random(sink=1, window=2), alpha=0.5, floor="minimum")
     budgets = policy.budgets(scores, lengths, torch.tensor([15, 20, 29]), starts=starts)
     assert budgets.tolist() == [[12, 3], [12, 8], [20, 5]]
     assert policy.budgets(scores, lengths, torch.tensor([15, 17, 24]), starts=starts).tolist() == [
@@ -210,10 +210,27 @@ class TestLKV:
 # name: needs, scope, sink, window with the policy's defaults
 DEFAULTS = {
     "adakv": ({"queries"}, "layer", 0, 32),
+    "cake": ({"queries"}, "model", 0, 32),
+    "caote": ({"queries"}, "layer", 0, 32),
+    "compactor": ({"all_queries", "budget", "pre_rope_keys"}, "layer", 8, 4),
+    "criticalkv": ({"output_projection", "queries"}, "layer", 0, 32),
+    "defensivekv": ({"budget", "output_projection", "queries"}, "layer", 0, 32),
+    "expected_attention": ({"all_queries", "rotary"}, "layer", 4, 0),
+    "fast_caote": ({"queries"}, "layer", 0, 32),
+    "h2o": ({"all_queries"}, "layer", 0, 0),
+    "keydiff": (set(), "layer", 0, 0),
+    "knorm": (set(), "layer", 0, 0),
     "kvzip": ({"queries", "second_pass"}, "model", 4, 0),
+    "lagkv": (set(), "layer", 4, 0),
+    "lava": ({"queries"}, "model", 0, 32),
+    "lava_code": ({"queries"}, "model", 0, 32),
+    "pyramidkv": ({"queries"}, "layer", 0, 8),
     "random": (set(), "layer", 4, 32),
+    "sagekv": ({"queries"}, "layer", 0, 1),
     "snapkv": ({"queries"}, "layer", 0, 32),
+    "squeeze": ({"attention_cosine"}, "model", 4, 0),
     "streaming_llm": (set(), "layer", 4, 0),
+    "tova": ({"queries"}, "layer", 0, 1),
 }
 
 
@@ -222,8 +239,9 @@ def test_defaults() -> None:
     for name, (needs, scope, sink, window) in DEFAULTS.items():
         policy = policies.get(name)
         assert (policy.needs, policy.scope, policy.sink, policy.window) == (needs, scope, sink, window), name
-    assert policies.get("adakv") == AdaKV(SnapKV(32, 5, "avg"), 0.2, "minimum")
+    assert policies.get("adakv") == AdaKV(SnapKV(32, 7, "max", 0, "mean", True), 0.2, "blend")
     assert policies.get("kvzip") == KVzip(4, "layers") and policies.get("random") == Random(0, 4, 32)
+    assert policies.get("snapkv") == SnapKV(32, 5, "avg", 0, "mean", False)
 
 
 @pytest.mark.parametrize("scorer", [Random(sink=3, window=5), KVzip(2, None), trained(2, "capped", 1, 7)], ids=type)

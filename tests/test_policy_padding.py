@@ -30,7 +30,7 @@ POLICIES = {
     "snapkv": SnapKV(window=4),
     "snapkv max": SnapKV(window=7, kernel_size=3, pooling="max"),
     "streaming": StreamingLLM(sink=2),
-    "adakv": AdaKV(SnapKV(window=3), alpha=0.3),
+    "adakv": AdaKV(SnapKV(window=3), alpha=0.3, floor="minimum"),
     "adakv blend": AdaKV(SnapKV(window=3), alpha=0.3, floor="blend"),
     "kvzip": KVzip(sink=2),
     "kvzip heads": KVzip(sink=1, across="heads"),

@@ -56,7 +56,7 @@ def test_a_package_outside_is_found(outside: Path) -> None:
         isinstance(found, Policy) and type(found).__module__ == "outside_one" and (found.sink, found.window) == (1, 2)
     )
     assert methods.heuristics()["newest"] == found
-    with pytest.raises(ValueError, match="expected one of adakv, kvzip, newest, random, .*, got 'newer'"):
+    with pytest.raises(ValueError, match="expected one of adakv, .*, newest, .*, got 'newer'"):
         policies.get("newer")
 
 
@@ -87,10 +87,31 @@ def test_a_policy_may_need_everything() -> None:
     policy = Everything()
     assert policies.get(policy) is policy
     Everything.needs = policies.NEEDS | {"luck"}
-    with pytest.raises(ValueError, match=r"needs of hidden_states, .*, got 'layer' and \['hidden_states', 'luck'"):
+    with pytest.raises(ValueError, match=r"needs of all_queries, .*, got 'layer' and \['all_queries', .*'luck'"):
         policies.get(policy)
 
 
 def test_the_policy_of_a_checkpoint_has_no_bare_name() -> None:
     with pytest.raises(ValueError, match=r"got 'lkv': lkv.load\(path, model\) makes the policy of a checkpoint"):
         policies.get("lkv")
+
+
+def test_the_table_of_the_docs_is_that_of_the_registry(capsys: pytest.CaptureFixture) -> None:
+    from lkv.cli import main
+
+    assert main(["policies", "--markdown"]) == 0
+    table = capsys.readouterr().out
+    page = (Path(__file__).parents[1] / "docs" / "policies.md").read_text()
+    assert f"<!-- the table: lkv policies --markdown -->\n{table}<!-- end of the table -->" in page
+    assert table.count("\n") == len(policies.POLICIES) + 2
+
+
+def test_lkv_policies_prints_what_is_installed(outside: Path, capsys: pytest.CaptureFixture) -> None:
+    from lkv.cli import main
+
+    install(outside, "outside_one", "newest = outside_one:Newest")
+    assert main(["policies"]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if not line.startswith(" ")] == policies.names()
+    assert "    needs         all queries\n" in out and "    paper         2509.09754\n" in out
+    assert "newest\n    of another package\n" in out

@@ -155,7 +155,7 @@ def test_attention_of_another_kind(kwargs, message):
         (dict(cap=8, interval=8), r"expected interval in \[1, cap\) = \[1, 8\), got 8"),
         (dict(cap=1), "expected interval in"),
         (dict(budget=3, reserve=0), "expected reserve >= 1, got 0"),
-        (dict(budget=3, policy="h2o"), "expected one of adakv, kvzip, random, snapkv, streaming_llm, got 'h2o'"),
+        (dict(budget=3, policy="h3o"), "expected one of adakv, cake, .*, tova, got 'h3o'"),
     ],
 )
 def test_settings(model, options, message):

@@ -86,7 +86,7 @@ METHODS: dict[str, Callable[[Past], object]] = {
     "two numbers": lambda past: past.cache.evict(budget=3, retention=0.5),
     "all and more": lambda past: past.cache.evict(retention=1.5),
     "no rows": lambda past: past.cache.evict(budget=0),
-    "unknown policy": lambda past: past.cache.evict("h2o", budget=5),
+    "unknown policy": lambda past: past.cache.evict("h3o", budget=5),
     "not observed": lambda past: past.cache.evict(SnapKV(window=50), budget=5),
     "scores of a layer": lambda past: past.cache.evict(budget=5, scores=scores(past, 3, 2, 99)[1:]),
     "scores of another shape": lambda past: past.cache.evict(budget=5, scores=scores(past, 3, 2, 99)),

@@ -74,7 +74,7 @@ def test_without_a_checkpoint_only_heuristics(capsys: pytest.CaptureFixture) -> 
     ("command", "message"),
     [
         (f"{EVAL} --retentions 0", "lkv eval: expected retentions in (0, 1], got 0.0"),
-        (f"{EVAL} --methods h2o", "expected methods of full, floor"),
+        (f"{EVAL} --methods h3o", "expected methods of full, floor"),
         (f"{EVAL} --checkpoint /nowhere", "expected lkv.json and lkv.safetensors in /nowhere"),
         (f"{EVAL} --variants x", "expected variants NAME=PATH"),
         (f"{EVAL} --length 5", "expected a context of at least"),

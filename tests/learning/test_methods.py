@@ -13,6 +13,7 @@ from lkv.evaluate.methods import FLOOR, FULL, Method, choose, heuristics, learne
 from lkv.evaluate.run import Setting, evaluate
 from lkv.hf import Cache
 from lkv.policies.adakv import AdaKV
+from lkv.policies.catalog import COMPARED
 from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv import LKV, Learned
 from lkv.policies.lkv.checkpoint import Design, Shape
@@ -34,13 +35,15 @@ def lkv(model: PreTrainedModel) -> Learned:
 
 
 def test_heuristics_are_what_their_names_say() -> None:
-    assert heuristics() == {
+    known = {
         "random": Random(),
         "streaming_llm": StreamingLLM(),
         "snapkv": SnapKV(),
-        "adakv": AdaKV(SnapKV()),
+        "adakv": AdaKV(),
         "kvzip": KVzip(across="layers"),
     }
+    assert heuristics().keys() >= known.keys() == set(COMPARED)
+    assert {name: heuristics()[name] for name in known} == known
 
 
 def test_methods_come_in_the_order_of_their_names() -> None:
@@ -54,8 +57,8 @@ def test_methods_come_in_the_order_of_their_names() -> None:
 
 def test_unknown_methods_are_refused(lkv: Learned) -> None:
     known = heuristics() | learned(lkv)
-    with pytest.raises(ValueError, match="expected methods of full, floor, random, .* got 'h2o'"):
-        choose(["snapkv", "h2o"], known)
+    with pytest.raises(ValueError, match="expected methods of full, floor, random, .* got 'h3o'"):
+        choose(["snapkv", "h3o"], known)
     with pytest.raises(ValueError, match="expected methods of full, floor, random, .* got 'lkv'"):
         choose(["lkv"], heuristics())
 
@@ -63,7 +66,11 @@ def test_unknown_methods_are_refused(lkv: Learned) -> None:
 def test_scorer_and_second_pass(lkv: Learned) -> None:
     known = heuristics() | learned(lkv)
     scorers = {name: Method(name, policy).scorer for name, policy in known.items()}
-    assert scorers["adakv"] == SnapKV() and scorers["kvzip"] == KVzip() and scorers["lkv-h+kvzip"] == KVzip(across=None)
+    assert (
+        scorers["adakv"] == AdaKV().scorer
+        and scorers["kvzip"] == KVzip()
+        and scorers["lkv-h+kvzip"] == KVzip(across=None)
+    )
     assert scorers["lkv"] is lkv  # a scorer that is no policy of its own
     assert {name for name, policy in known.items() if Method(name, policy).second_pass} == {
         "kvzip", "uniform+kvzip", "lkv-h+kvzip",

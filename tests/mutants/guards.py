@@ -37,7 +37,14 @@ _LKV = {
 _RETRIEVER = ["learning/test_retriever_training", "learning/test_padded_batches"]
 _TASKS = ["learning/test_" + x for x in ("task_texts", "languages", "tasks", "task_files", "metrics", "eval_files")]
 _BUDGETS = ["test_budgets", "test_budget_competition"]
-_POLICIES = ["test_policies", "test_attention_scores", "test_policy_budgets", "test_policy_padding"]
+_POLICIES = [
+    "test_policies",
+    "test_policy_cases",
+    "test_attention_scores",
+    "test_policy_budgets",
+    "test_policy_padding",
+]
+_POLICIES += ["hf/test_every_policy"]
 _PARITY = ["test_parity", "test_errors", "test_properties", "test_arguments"]
 _TORCH = ["test_torch", "test_derivatives", "test_cache", "test_whole_cache"]
 _NUMPY = ["test_numpy", "test_numpy_errors"]
@@ -66,6 +73,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/hf/*": [*_CACHE, *_MODELS],
     **{f"python/lkv/policies/lkv/{name}.py": [f"learning/test_{x}" for x in tests] for name, tests in _LKV.items()},
     "python/lkv/policies/lkv/*": [*_POLICIES, "learning/test_lkv_policy", "learning/test_checkpoint"],
+    "python/lkv/policies/catalog.py": ["test_registry", "test_policy_budgets", "learning/test_methods"],
     "python/lkv/policies/registry.py": ["test_registry", *_POLICIES, "learning/test_methods"],
     "python/lkv/policies/*": [
         *_POLICIES,
@@ -111,6 +119,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/cli/eval.py": ["learning/test_cli_eval", "learning/test_eval_files", "learning/test_cli"],
     "python/lkv/cli/eval_texts.py": ["learning/test_eval_texts"],
     "python/lkv/cli/eval_options.py": ["learning/test_cli_eval", "learning/test_eval_texts", "learning/test_cli"],
+    "python/lkv/cli/policies.py": ["test_registry", "learning/test_cli"],
     "python/lkv/cli/models.py": ["learning/test_cli_eval", "learning/test_cli"],
     "python/lkv/cli/train.py": ["learning/test_train_command", "learning/test_text_training", "learning/test_cli"],
     "python/lkv/cli/show.py": ["learning/test_show_command"],

@@ -1,4 +1,4 @@
-"""The `lkv` command: `lkv train`, `lkv eval`, `lkv lm-eval`, `lkv show`; `lkv <command> --help` lists the options."""
+"""The `lkv` command: `lkv train`, `eval`, `lm-eval`, `show` and `policies`; `lkv <command> --help` lists the options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lkv.extras import MissingPackage
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser("lkv", description="learned KV-cache eviction")
-    parser.add_argument("command", choices=("train", "eval", "lm-eval", "show"))
+    parser.add_argument("command", choices=("train", "eval", "lm-eval", "show", "policies"))
     command = parser.parse_args(argv[:1]).command
     try:
         if command == "train":
@@ -22,8 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from lkv.cli.eval import run
         elif command == "lm-eval":
             from lkv.cli.lm_eval import run
-        else:
+        elif command == "show":
             from lkv.cli.show import run
+        else:
+            from lkv.cli.policies import run
         return run(argv[1:])
     except ModuleNotFoundError as error:
         print(f"lkv {command}: {error}; it needs: pip install 'lkv-ext[lkv]'", file=sys.stderr)

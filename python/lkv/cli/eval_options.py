@@ -13,13 +13,13 @@ from lkv.cli import models
 from lkv.evaluate.methods import FLOOR, FULL, Method, choose, heuristics, learned
 from lkv.evaluate.oracle import ORACLES
 from lkv.models import RETRIEVER
-from lkv.policies import POLICIES
+from lkv.policies.catalog import COMPARED
 from lkv.policies.lkv import Learned
 from lkv.policies.lkv.checkpoint import load
 from lkv.tasks import files
 
-METHODS = [FULL, FLOOR, *POLICIES, "lkv"]
-TEXT_METHODS = [FULL, *ORACLES, *POLICIES, "lkv"]
+METHODS = [FULL, FLOOR, *COMPARED, "lkv"]
+TEXT_METHODS = [FULL, *ORACLES, *COMPARED, "lkv"]
 GRID = ["uniform+kvzip", "uniform+lkv-t", "lkv-h+snapkv", "lkv-h+kvzip"]
 RETENTIONS, TEXT_RETENTIONS = [0.05, 0.1, 0.15, 0.3], [0.05, 0.15, 0.3, 0.5]
 WORDINGS = ("trained", "unseen")

@@ -12,6 +12,7 @@ from lkv.evaluate.methods import FLOOR, FULL, Method
 from lkv.hf import Cache
 from lkv.hf.observation import observe
 from lkv.policies import Policy, Repetition
+from lkv.policies.base import scores_once
 from lkv.policies.streaming_llm import StreamingLLM
 from lkv.second_pass import in_words, repetition_of
 
@@ -72,9 +73,9 @@ class Forks:
     def scores(self, method: Method) -> tuple[list[Tensor] | None, float]:
         """What a method makes of its observations, and the seconds of that; they are the same at all retentions.
 
-        None for the full cache and the floor.
+        None for the full cache and the floor, and for methods that look at a layer again when they know the budgets.
         """
-        if method.policy is None:
+        if method.policy is None or not scores_once(method.policy):
             return None, 0.0
         clock, policy = self.clock(), method.policy
         observed = (observe(layer, policy.needs, policy.window) for layer in self.whole.ragged)

@@ -61,7 +61,8 @@ class Cache(Copies):
         reserve: rows of slack after the rows of every head; new tokens are written there in place.
         observe: what to store for `evict` with other policies, in addition to what this one needs: "queries",
             "pre_rope_keys" (the rotations of all tokens, once for all layers) or "hidden_states" (of all tokens in
-            every layer, evicted ones included: more memory than the keys and values of grouped heads).
+            every layer, evicted ones included: more memory than the keys and values of grouped heads), "all_queries"
+            (of prompts since the last eviction), "attention_cosine" or "output_projection" (next to nothing).
         observe_window: how many of the last queries to store. Default: the policy's window.
 
     A call that fails leaves the cache as it was. If it had already evicted rows of earlier turns in some layers, these

@@ -50,11 +50,11 @@ class Calls(HFCache):
         self.outer_mask: Tensor | None = None
         self.in_prefill = False
         self._forget()
-        layers = own_layers(config)
+        ranks = {i: (rank, len(readers)) for rank, i in enumerate(sorted(readers))}
         super().__init__(
             layers=[
-                RaggedLayer(settings, self.history.rotations, i) if i in readers else layer
-                for i, layer in enumerate(layers)
+                RaggedLayer(settings, self.history.rotations, i, ranks[i]) if i in readers else layer
+                for i, layer in enumerate(own_layers(config))
             ]
         )
 

@@ -9,16 +9,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from lkv.hf.compat import attention_modules
+from lkv.hf.masks import PaddingInfo
 from lkv.hf.versions import CACHE_ARGUMENTS, AttentionModule, outside_graphs
+from lkv_ext.shared import keeps_tensors
 
-HOOKED = frozenset({"hidden_states", "pre_rope_keys"})  # needs for which there are hooks
+HOOKED = frozenset({"hidden_states", "pre_rope_keys", "rotary"})  # needs for which there are hooks
+_embeddings: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()  # rotary ones, by attention module
 
 # Models whose keys are rotated in full-attention layers, halves against each other, the first numbers of a head.
 ROTATED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"})
+
+
+# Models in which what attention gives is added to what came into the layer as it is.
+ADDED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +42,21 @@ class Captured:
 
 def install_capture(decoder: nn.Module) -> None:
     """Hooks on the attention modules of a decoder, once; they do nothing for caches that do not observe."""
+    embedding = next((m for name, m in decoder.named_modules() if name.split(".")[-1] == "rotary_emb"), None)
     for module in attention_modules(decoder).values():
+        if embedding is not None:
+            _embeddings[module] = ref(embedding)
         if _capture not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_capture, with_kwargs=True)
+
+
+def rotary_embedding(module: object) -> Any:
+    """The rotary embedding of the decoder of an attention module, by whose hooks it is known. Raises ValueError."""
+    known = _embeddings.get(module) if isinstance(module, nn.Module) else None
+    embedding = None if known is None else known()
+    if embedding is None:
+        raise ValueError(f"lkv.Cache: expected {type(module).__name__} of a decoder with rotary_emb, got one without")
+    return embedding
 
 
 def _capture(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -50,3 +72,56 @@ def _note(module: AttentionModule, layers: Sequence[object], hidden: Tensor, rot
     observations = getattr(layer, "observations", None)
     if observations is not None and observations.hooked:  # one of our layers that needs it
         observations.captured = Captured(module, hidden, rotary)
+
+
+def install_cosines(decoder: nn.Module) -> None:
+    """Hooks that measure what attention does to the residual stream, once; see `install_capture`."""
+    attending = {id(module) for module in attention_modules(decoder).values()}
+    for block in decoder.modules():
+        for module in block.children():
+            if id(module) in attending and _note_cosine not in module._forward_hooks.values():
+                block.register_forward_pre_hook(_note_residual, with_kwargs=True)
+                module.register_forward_hook(_note_cosine, with_kwargs=True)
+
+
+def _observing(index: int | None, kwargs: dict[str, Any]) -> Any:
+    """The layer of ours that a block, or all its attention, is called with, where its cosine is observed."""
+    for name in CACHE_ARGUMENTS:
+        cache: Any = kwargs.get(name)
+        if getattr(cache, "is_lkv_cache", False) and index is not None and index < len(cache.layers):
+            layer = cache.layers[index]
+            if "attention_cosine" in getattr(getattr(layer, "settings", None), "observe", ()):
+                return layer
+    return None
+
+
+@outside_graphs
+def _note_residual(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    indices = (getattr(module, "layer_idx", None) for module in block.children())
+    layer = _observing(next((i for i in indices if i is not None), None), kwargs)
+    if layer is not None:
+        layer.observations.residual = kwargs.get("hidden_states", args[0] if args else None)
+
+
+@outside_graphs
+def _note_cosine(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    layer = _observing(module.layer_idx, kwargs)
+    before = None if layer is None else layer.observations.residual
+    if before is None:
+        return
+    found = cosines(before, output[0] if isinstance(output, tuple) else output, layer.observations.padding)
+    layer.observations.residual = layer.observations.padding = None
+    layer.cosines = found if layer.cosines is None else layer.cosines + found
+
+
+@keeps_tensors
+def cosines(before: Tensor, added: Tensor, padding: PaddingInfo | None) -> Tensor:
+    """float32 `[2, B]`: the sum over tokens of cos(x, x + y) of `[B, n, hidden]`, and their number without padding."""
+    cosine = cosine_similarity(before.float(), (before + added).float(), dim=-1)
+    there = torch.ones_like(cosine)
+    if padding is not None:
+        if padding.order is not None:
+            cosine = cosine.gather(1, padding.order.to(cosine.device))
+        counts = torch.tensor(padding.counts, device=cosine.device)[:, None]
+        there = (torch.arange(cosine.shape[1], 0, -1, device=cosine.device) <= counts).float()
+    return torch.stack([(cosine * there).sum(1), there.sum(1)])

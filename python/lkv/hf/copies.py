@@ -12,12 +12,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lkv import policies
 from lkv.hf import state
 from lkv.hf.calls import Calls
-from lkv.hf.capture import HOOKED, ROTATED, install_capture
-from lkv.hf.compat import Decoder, find_decoder
+from lkv.hf.capture import ADDED, HOOKED, ROTATED, install_capture, install_cosines
+from lkv.hf.compat import Decoder, attention_modules, find_decoder
 from lkv.hf.layer import RaggedLayer
 from lkv.hf.routing import check_attention, install
 from lkv.hf.settings import Settings
-from lkv.hf.versions import is_appended_by_copy, own_layers
+from lkv.hf.versions import is_appended_by_copy, output_projection, own_layers
 from lkv_ext.shared import keeps_tensors
 
 if TYPE_CHECKING:
@@ -39,10 +39,22 @@ class Copies(Calls):
             raise ValueError(
                 f"lkv.Cache: expected one of {', '.join(sorted(ROTATED))} where keys before RoPE are needed, got {kind}"
             )
+        for need in sorted(settings.observe & {"attention_cosine", "rotary"}):
+            if kind not in ADDED:
+                raise ValueError(f"lkv.Cache: expected one of {', '.join(sorted(ADDED))} for {need}, got {kind}")
+        if "output_projection" in settings.observe:
+            for index, module in attention_modules(decoder.module).items():
+                if index in decoder.readers and output_projection(module) is None:
+                    raise ValueError(
+                        f"lkv.Cache: expected attention with a plain projection o_proj where that is needed, got "
+                        f"{type(module).__name__} {index}"
+                    )
         check_attention(decoder.module)
         install(decoder)
         if settings.observe & HOOKED:
             install_capture(decoder.module)
+        if "attention_cosine" in settings.observe:
+            install_cosines(decoder.module)
 
     def attach(self, model: PreTrainedModel) -> None:
         """Prepares another model of the same kind: a copy, or the one here for a cache that was pickled elsewhere.

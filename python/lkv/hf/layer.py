@@ -19,7 +19,10 @@ from lkv.hf.versions import AttentionModule
 from lkv_ext import RaggedCache
 from lkv_ext.shared import keeps_tensors
 
-COUNTS = ("token_counts", "row_counts", "evicted", "evictions", "due", "scaling", "softcap", "sinks", "is_initialized")
+COUNTS = (
+    *("token_counts", "row_counts", "evicted", "evictions", "due"),
+    *("scaling", "softcap", "sinks", "cosines", "is_initialized"),
+)
 _COUNTS = attrgetter(*COUNTS)
 
 
@@ -148,11 +151,9 @@ class RaggedLayer(Storage):
         heads = self.whole()[0].shape[1] if self.rows is None else self.rows.lengths.shape[1]
         self.token_counts = [*map(add, self.token_counts or [0] * batch, new)]
         self.row_counts = [*map(add, self.row_counts or [0] * batch, map(heads.__mul__, new))]
-        observations = self.observations
-        if observations.queries is not None:
-            observations.queries.push(query, padding)
-        if observations.hooked:
-            observations.push_captured(module, call.seen, padding)
+        if self.settings.observe:
+            lasting = call.prompt or self.settings.cap is not None
+            self.observations.push(module, call.seen, query, padding, lasting)
 
     def snapshot(self) -> Snapshot:
         """For `restore`."""

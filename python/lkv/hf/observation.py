@@ -7,12 +7,12 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lkv.hf.capture import HOOKED, Captured
+from lkv.hf.capture import HOOKED, Captured, rotary_embedding
 from lkv.hf.masks import PaddingInfo
-from lkv.hf.queries import LastQueries, QueriesSnapshot
+from lkv.hf.queries import AllQueries, LastQueries, QueriesSnapshot
 from lkv.hf.settings import Settings
-from lkv.hf.token_log import Rotary, Rotations, TokenLog
-from lkv.hf.versions import AttentionModule
+from lkv.hf.token_log import Rotary, RotaryView, Rotations, TokenLog
+from lkv.hf.versions import AttentionModule, output_projection
 from lkv.policies import Observation
 from lkv_ext import RaggedCache
 
@@ -25,7 +25,10 @@ class ObservationBuffer:
     Attributes:
         queries: of the last tokens. hidden_states, rotary: of all tokens; the rotary embedding is shared with the other
             layers that are given the same.
+        all_queries: of the tokens since the last eviction; of generated ones where a cap evicts them.
         hooked: whether a hook has to hand over what the attention module is called with.
+        module: the attention module of the last call, for what is read of the model; borrowed: copies have the same.
+        residual, padding: what came into the layer and the padding in it, on the way from one hook to the other.
         captured: what it was called with, on the way from its hook.
     """
 
@@ -34,9 +37,37 @@ class ObservationBuffer:
         self.hooked = bool(settings.observe & HOOKED)
         self.captured: Captured | None = None
         self.queries = LastQueries(settings.observe_window) if "queries" in settings.observe else None
+        self.all_queries = AllQueries() if "all_queries" in settings.observe else None
+        self.borrows = bool(settings.observe & {"output_projection", "rotary"})
+        self.module: Borrowed | None = None
+        self.residual: Tensor | None = None
+        self.padding: PaddingInfo | None = None
         self.hidden_states = TokenLog() if "hidden_states" in settings.observe else None
         self.rotary: Rotary | None = None
-        self.rotates = "pre_rope_keys" in settings.observe
+        self.rotates = bool(settings.observe & {"pre_rope_keys", "rotary"})
+
+    def push(
+        self, module: AttentionModule, before: int, queries: Tensor, padding: PaddingInfo | None, lasting: bool
+    ) -> None:
+        """Adds what a layer knows of the tokens behind the first `before`: queries `[B, Hq, n, D]`, and its module.
+
+        `lasting`: an eviction will follow. What is generated without a cap would fill the memory with queries.
+        """
+        if self.queries is not None:
+            self.queries.push(queries, padding)
+        if self.all_queries is not None and lasting:
+            self.all_queries.push(before, queries, padding)
+        if self.borrows:
+            self.module = Borrowed(module)
+        if self.residual is not None:
+            self.padding = padding
+        if self.hooked:
+            self.push_captured(module, before, padding)
+
+    def evicted(self) -> None:
+        """Rows have gone."""
+        if self.all_queries is not None:
+            self.all_queries.forget()
 
     def push_captured(self, module: AttentionModule, before: int, padding: PaddingInfo | None) -> None:
         """Adds what a hook has captured of the tokens behind the first `before`.
@@ -67,12 +98,13 @@ class ObservationBuffer:
 
     def hide(self, leaving: Tensor) -> None:
         """Tokens that a mask hides from now on: bool `[B, L]`, by position."""
-        if self.queries is not None:
-            self.queries.hide(leaving)
+        for part in (self.queries, self.all_queries):
+            if part is not None:
+                part.hide(leaving)
 
     def select(self, indices: Tensor) -> None:
         """Keeps the sequences `indices`, in that order. `Rotations` selects for all layers."""
-        for part in (self.queries, self.hidden_states):
+        for part in (self.queries, self.all_queries, self.hidden_states):
             if part is not None:
                 part.select(indices)
 
@@ -80,21 +112,35 @@ class ObservationBuffer:
         """Takes back what was pushed since `queries.snapshot()`; `length` tokens are left."""
         if self.queries is not None and queries is not None:
             self.queries.restore(queries)
-        self.captured = None
+        self.captured = self.residual = self.padding = None
         self._truncate(length)
 
     def _truncate(self, length: int) -> None:
-        for part in (self.hidden_states, self.rotary):
+        for part in (self.all_queries, self.hidden_states, self.rotary):
             if part is not None:
                 part.truncate(length)
         if length == 0:
             self.rotary = None  # that of the cache is forgotten, too
 
 
+class Borrowed:
+    """A module of the model, which no copy of a cache copies."""
+
+    def __init__(self, module: AttentionModule) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Borrowed:
+        return self
+
+
 class ObservedLayer(Protocol):
-    """A layer as `observe` and a plan of its eviction see it: whole rows, or packed ones in `rows`."""
+    """A layer as `observe` and a plan of its eviction see it: whole rows, or packed ones in `rows`.
+
+    `rank`: which of the layers that are evicted it is, and how many there are.
+    """
 
     index: int
+    rank: tuple[int, int]
     rows: RaggedCache | None
     token_counts: list[int]
     row_counts: list[int]
@@ -102,6 +148,7 @@ class ObservedLayer(Protocol):
     scaling: float
     softcap: float | None
     sinks: Tensor | None
+    cosines: Tensor | None
 
     @property
     def heads(self) -> int: ...
@@ -123,18 +170,38 @@ def observe(layer: ObservedLayer, needs: frozenset[str], window: int) -> Observa
         lengths = rows.lengths.long()
         starts = torch.zeros_like(lengths)
     observations = layer.observations
-    queries = places = filled = pre_rope = hidden = None
-    if "queries" in needs:
+    queries = places = filled = pre_rope = hidden = weight = cosine = rotary_view = None
+    if "all_queries" in needs:
+        queries, places, filled = _observed(observations.all_queries, "all_queries").read()
+    elif "queries" in needs:
         queries, places, filled = _observed(observations.queries, "queries").read(max(window, 1))
     if "pre_rope_keys" in needs:
         rotary = _observed(observations.rotary, "pre_rope_keys")
         pre_rope = rotary.undo(keys, None if layer.rows is None else positions)
     if "hidden_states" in needs:
         hidden = _observed(observations.hidden_states, "hidden_states").read().expand(len(keys), -1, -1)
+    if "output_projection" in needs:
+        weight = output_projection(_borrowed(observations))
+    if "attention_cosine" in needs:
+        total, count = _observed(layer.cosines, "attention_cosine")
+        cosine = total / count.clamp(min=1)
+    if "rotary" in needs:
+        embedding = rotary_embedding(_borrowed(observations))
+        rotary_view = RotaryView(_observed(observations.rotary, "rotary"), embedding, layer.token_counts)
     return Observation(
         *(keys, values, positions, lengths, starts, queries, places, filled),
-        *(layer.scaling, layer.softcap, hidden, pre_rope, layer.sinks),
+        *(layer.scaling, layer.softcap, hidden, pre_rope, layer.sinks, weight, cosine, rotary_view),
     )
+
+
+def _borrowed(observations: ObservationBuffer) -> AttentionModule:
+    """The attention module of the layer. Raises ValueError where no call has come with it."""
+    if observations.module is None:
+        raise ValueError(
+            "lkv.Cache: expected a token since the cache was made or loaded, as the policy reads weights of the model, "
+            "got none: feed one first"
+        )
+    return observations.module.module
 
 
 def _observed(part: T | None, name: str) -> T:

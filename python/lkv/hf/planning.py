@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lkv.hf.observation import ObservedLayer, observe
 from lkv.hf.settings import Settings
-from lkv.policies import Ahead, Observation, Policy
+from lkv.policies import Ahead, Layered, Observation, Policy, Weighs
+from lkv.policies.base import refiner
 from lkv_ext.shared import keeps_tensors
+
+NOT_FOR_SCORES = frozenset({"output_projection", "attention_cosine"})  # needed where scores are given, too
 
 L = TypeVar("L", bound=ObservedLayer)
 
@@ -71,19 +74,40 @@ def without(layer: ObservedLayer, leaving: Tensor) -> EvictionPlan:
 
 
 def _wanted(layer: ObservedLayer, settings: Settings, rows: int | None) -> list[int]:
-    return [layer.heads * (settings.target(counts) if rows is None else rows) for counts in layer.token_counts]
+    """Per sequence, rows that all heads of the layer shall keep."""
+    wanted = [settings.target(count) if rows is None else rows for count in layer.token_counts]
+    if isinstance(settings.policy, Layered):
+        here, layers = layer.rank
+        kept = torch.tensor(list(map(min, wanted, layer.token_counts)))
+        table = settings.policy.layer_rows(layers, kept, torch.tensor(layer.token_counts))
+        _check_budgets(settings.policy, table, [layers, len(wanted)], "[N, B]")
+        wanted = table[here].tolist()
+    return [layer.heads * count for count in wanted]
 
 
-def _score(layer: ObservedLayer, policy: Policy, given: Tensor | None) -> tuple[Tensor, Observation]:
-    observed = observe(layer, policy.needs if given is None else frozenset(), policy.window)
+def _score(layer: ObservedLayer, policy: Policy, given: Tensor | None, budget: list[int]) -> tuple[Tensor, Observation]:
+    """`budget`: rows per head, on average, by sequence."""
+    observed = observe(layer, policy.needs if given is None else policy.needs & NOT_FOR_SCORES, policy.window)
+    if "budget" in policy.needs:
+        observed = replace(observed, budget=torch.tensor(budget))
     scores = policy.score(layer.index, observed) if given is None else given
     _check_scores(policy, scores, observed)
     return scores, observed
 
 
+def _refine(layer: ObservedLayer, policy: Policy, observed: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
+    """Scores by which rows are chosen, once the budgets are known."""
+    chooses = refiner(policy)
+    if chooses is None:
+        return scores
+    scores = chooses.refine(layer.index, observed, scores, budgets.to(scores.device))
+    _check_scores(policy, scores, observed)
+    return scores
+
+
 def one_total(policy: Policy) -> bool:
     """Whether all layers share what is kept, rather than each having its own total."""
-    return policy.scope == "model" or isinstance(policy, Ahead)
+    return policy.scope == "model" or isinstance(policy, (Ahead, Layered))
 
 
 def over_cap(layers: Sequence[L], policy: Policy, cap: int, count: int) -> list[L]:
@@ -109,10 +133,11 @@ def _plan(layer: ObservedLayer, settings: Settings, rows: int | None, given: Ten
     totals = list(map(min, layer.row_counts, _wanted(layer, settings, rows)))
     if totals == layer.row_counts:
         return EvictionPlan(None, None, totals)
-    scores, observed = _score(layer, policy, given)
+    scores, observed = _score(layer, policy, given, [total // layer.heads for total in totals])
     budgets = policy.budgets(scores, observed.lengths, torch.tensor(totals), starts=observed.starts)
     _check_budgets(policy, budgets, observed.lengths.shape)
     budgets = budgets if budgets.is_cpu else _within(budgets, totals)
+    scores = _refine(layer, policy, observed, scores, budgets)
     return EvictionPlan(scores, budgets, totals, policy.sink, policy.window)
 
 
@@ -123,12 +148,13 @@ def _plan_ahead(
     wanted = [min(n, settings.target(n) if rows is None else rows) for n in counts]
     if wanted == counts:
         return EvictionPlan(None, None, layer.row_counts)
-    scores, observed = _score(layer, policy, given)
+    scores, observed = _score(layer, policy, given, wanted)
     budgets = ahead.ahead(layer.index, torch.tensor(wanted), torch.tensor(counts))
     _check_budgets(policy, budgets, observed.lengths.shape)
     # Whole rows are as many as there are tokens; of packed ones only the device knows.
     there = torch.tensor(counts)[:, None] if layer.rows is None else observed.lengths.cpu()
     budgets = budgets.clamp(min=0).minimum(there)
+    scores = _refine(layer, policy, observed, scores, budgets)
     return EvictionPlan(scores, budgets, budgets.sum(1).tolist(), policy.sink, policy.window)
 
 
@@ -153,16 +179,23 @@ def _plan_together(
             "lkv.Cache: expected layers of the same number of KV heads for a policy of scope 'model', got "
             f"{[layer.heads for layer in layers]}"
         )
-    scores, lengths, starts = [], [], None
+    mean = [total // _heads(layers) for total in totals]
+    scores, lengths, importance, starts = [], [], [], None
     for layer, known in zip(layers, given, strict=True):
-        score, observed = _score(layer, policy, known)
+        score, observed = _score(layer, policy, known, mean)
         scores.append(score)
         lengths.append(observed.lengths)
         starts = observed.starts  # the same for all: padding while rows are whole, then 0
+        if isinstance(policy, Weighs):
+            importance.append(policy.importance(layer.index, observed, score).to(lengths[0].device))
     stacked = torch.stack([each.to(lengths[0].device) for each in lengths])
-    budgets = policy.budgets(scores, stacked, torch.tensor(totals), starts=starts)
+    more: dict[str, Any] = {"importance": torch.stack(importance)} if importance else {}
+    budgets = policy.budgets(scores, stacked, torch.tensor(totals), starts=starts, **more)
     _check_budgets(policy, budgets, stacked.shape)
     budgets = budgets.clamp(min=0).minimum(stacked.to(budgets.device))
+    if refiner(policy) is not None:  # observed once more, as the rows of one layer at a time are in memory then
+        each = zip(layers, scores, budgets.unbind(0), strict=True)
+        scores = [_refine(x, policy, observe(x, policy.needs, policy.window), score, b) for x, score, b in each]
     counts = budgets.sum(2).tolist()  # what a layer is left with is the policy's choice: a synchronisation on CUDA
     ends = policy.sink, policy.window
     return [EvictionPlan(s, b, n, *ends) for s, b, n in zip(scores, budgets.unbind(0), counts, strict=True)]
@@ -176,9 +209,9 @@ def _check_scores(policy: Policy, scores: Tensor, observed: Observation) -> None
         raise ValueError(f"lkv.Cache: expected scores of {policy} of shape [B, H, L] = {list(expected)}, got {got}")
 
 
-def _check_budgets(policy: Policy, budgets: Tensor, expected: Sequence[int]) -> None:
+def _check_budgets(policy: Policy, budgets: Tensor, expected: Sequence[int], form: str | None = None) -> None:
     """Raises ValueError for budgets of another shape than `[B, H]` (`[N, B, H]`), and for such as are not whole."""
-    if not isinstance(budgets, Tensor) or budgets.shape != expected or budgets.is_floating_point():
+    if not isinstance(budgets, Tensor) or list(budgets.shape) != list(expected) or budgets.is_floating_point():
         got = f"{budgets.dtype} {list(budgets.shape)}" if isinstance(budgets, Tensor) else type(budgets).__name__
-        form = "[B, H]" if len(expected) == 2 else "[N, B, H]"
+        form = form or ("[B, H]" if len(expected) == 2 else "[N, B, H]")
         raise ValueError(f"lkv.Cache: expected whole budgets of {policy} of shape {form} = {list(expected)}, got {got}")

@@ -1,4 +1,4 @@
-"""The last queries of a layer, for policies that score by what these attend to."""
+"""Queries of a layer, for policies that score by what these attend to: the last ones, or all of them."""
 
 from __future__ import annotations
 
@@ -177,6 +177,93 @@ class LastQueries:
         queries, places, filled = slots
         order = filled.byte().argsort(dim=1, stable=True)[:, -self._count :]
         self._slots = Slots(_by_place(queries, order), places.gather(1, order), filled.gather(1, order))
+
+
+class AllQueries:
+    """The queries of all tokens since the last eviction; tensors are never written to, and shared by copies.
+
+    G times the bytes of the keys, or as many for each head: of layers that are evicted one by one, one at a time.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[int, Slots]] = []  # with the place of the first token
+
+    @keeps_tensors
+    def push(self, first: int, queries: Tensor, padding: PaddingInfo | None) -> None:
+        """The queries `[B, Hq, n, D]` of the tokens from place `first` on."""
+        batch, _, count, _ = queries.shape
+        places = torch.arange(first, first + count, device=queries.device).expand(batch, -1)
+        filled = torch.ones_like(places, dtype=torch.bool)
+        if padding is not None:
+            if padding.order is not None:
+                queries = _by_place(queries, padding.order.to(queries.device))
+            counts = torch.tensor(padding.counts, device=queries.device)
+            filled = torch.arange(count, 0, -1, device=queries.device) <= counts[:, None]
+        self._parts.append((first, Slots(queries.detach(), places, filled)))
+
+    @keeps_tensors
+    def read(self) -> Slots:
+        """`[B, Hq, n, D]`, their places and which of them are there, `[B, n]` each; in order.
+
+        Raises:
+            ValueError: where none has come since the last eviction.
+        """
+        if not self._parts:
+            raise ValueError("lkv.Cache: expected queries of tokens since the last eviction, got none: feed some first")
+        if len(self._parts) > 1:
+            slots = [part for _, part in self._parts]
+            queries = torch.cat([part.queries for part in slots], 2)
+            places, filled = (torch.cat(parts, 1) for parts in list(zip(*slots, strict=True))[1:])
+            self._parts = [(self._parts[0][0], Slots(queries, places, filled))]
+        return self._parts[0][1]
+
+    def forget(self) -> None:
+        """After an eviction: what rows have received is settled."""
+        self._parts = []
+
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens from place `length` on."""
+        kept = []
+        for first, (queries, places, filled) in self._parts:
+            count = int((places[0] < length).sum()) if first < length else 0
+            if count:
+                kept.append((first, Slots(queries[:, :, :count], places[:, :count], filled[:, :count])))
+        self._parts = kept
+
+    @keeps_tensors
+    def hide(self, leaving: Tensor) -> None:
+        """The queries of some tokens do not count any more: bool `[B, L]`, by place."""
+        for n, (first, slots) in enumerate(self._parts):
+            at = slots.places.clamp(max=leaving.shape[1] - 1)
+            hidden = leaving.to(at.device).gather(1, at) & (slots.places < leaving.shape[1])
+            self._parts[n] = first, slots._replace(filled=slots.filled & ~hidden)
+
+    @keeps_tensors
+    def select(self, indices: Tensor) -> None:
+        """Sequences `indices`, in that order."""
+        for n, (first, slots) in enumerate(self._parts):
+            chosen = indices.to(slots.queries.device).clone()
+            self._parts[n] = first, Slots(*(t[chosen] for t in slots))
+
+    def state(self) -> dict[str, Tensor] | None:
+        """All of it, for `load`."""
+        return self.read()._asdict() if self._parts else None
+
+    def load(self, state: Mapping[str, Any] | None, batch: int, length: int) -> None:
+        """What `state` gave. Raises ValueError for what is not of `batch` sequences of at most `length` tokens."""
+        if state is None:
+            return
+        slots = Slots(*(state[name] for name in Slots._fields))
+        right = slots.queries.dim() == 4 and slots.queries.shape[0] == batch
+        right = right and slots.places.shape == slots.filled.shape == (batch, slots.queries.shape[2])
+        if not right or int(slots.places.max()) >= length or slots.filled.dtype != torch.bool:
+            raise ValueError(f"lkv.Cache.load: expected queries of {batch} sequences of {length} tokens, got others")
+        self._parts = [(int(slots.places.min()), slots)]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> AllQueries:
+        other = AllQueries()
+        other._parts = list(self._parts)
+        return other
 
 
 def _by_place(queries: Tensor, order: Tensor) -> Tensor:

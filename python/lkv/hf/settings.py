@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lkv.policies import Policy
+from lkv.policies import NEEDS, Policy
 
-OBSERVED = frozenset({"hidden_states", "pre_rope_keys", "queries"})  # needs that the adapter can meet
+OBSERVED = NEEDS - {"second_pass"}  # needs that the adapter can meet
 SCOPES = ("layer", "model")
 
 

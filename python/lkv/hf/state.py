@@ -132,6 +132,8 @@ def _of_ragged(layer: RaggedLayer, rotaries: list[Rotary]) -> State:
     return {key: getattr(layer, name) for name, key in _PLAIN.items()} | {
         "rows": None if layer.rows is None else layer.rows.__getstate__() | {"companions": list(layer.rows.companions)},
         "queries": None if observations.queries is None else observations.queries.state(),
+        "all_queries": None if observations.all_queries is None else observations.all_queries.state(),
+        "cosines": layer.cosines,
         "hidden_states": hidden.read() if hidden is not None and hidden.length else None,
         "rotary": rotaries.index(observations.rotary) if observations.rotary in rotaries else None,
     }
@@ -163,6 +165,9 @@ def _into_ragged(layer: RaggedLayer, state: State) -> None:
     observations = layer.observations
     if observations.queries is not None and state["queries"] is not None:
         observations.queries.load(state["queries"], len(tokens), length)
+    if observations.all_queries is not None:
+        observations.all_queries.load(state.get("all_queries"), len(tokens), length)
+    layer.cosines = state.get("cosines")
     if observations.hidden_states is not None and state["hidden_states"] is not None:
         _expect(
             state["hidden_states"].shape[1] == length, f"hidden states of {length} tokens", state["hidden_states"].shape

@@ -20,21 +20,23 @@ class Storage(CacheLayerMixin):
     """Keys and values of one layer, and what is counted and observed of them.
 
     Attributes:
+        index, rank: which of the model's layers it is; which of the layers that are evicted, and how many these are.
         rows: `lkv_ext.RaggedCache`, or None while the rows are whole, in `keys` and `values` `[B, H, L, D]`. Whole rows
             are never written to: copies of a cache may share them.
         token_counts: per sequence, tokens appended so far without padding: its logical length.
         row_counts: per sequence, rows of all heads together.
         evicted: logical length, padding included, at the last eviction: what came before cannot be cropped.
         due: tokens of a prompt have come since the last eviction.
+        cosines: float32 `[2, B]`, where observed: sum over all tokens of the cosine of `Observation`, and their number.
     """
 
     is_sliding = False
     is_compileable = False
     is_croppable = True  # behind the last eviction, which waits where transformers is to crop (see `Call.draft`)
 
-    def __init__(self, settings: Settings, rotations: Rotations, index: int) -> None:
+    def __init__(self, settings: Settings, rotations: Rotations, index: int, rank: tuple[int, int]) -> None:
         super().__init__()
-        self.settings, self.rotations, self.index = settings, rotations, index
+        self.settings, self.rotations, self.index, self.rank = settings, rotations, index, rank
         self.reset()
 
     def reset(self) -> None:
@@ -48,6 +50,7 @@ class Storage(CacheLayerMixin):
         self.scaling = 1.0
         self.softcap: float | None = None
         self.sinks: Tensor | None = None
+        self.cosines: Tensor | None = None
         self._home: torch.device | None = None
         self.observations = ObservationBuffer(self.settings, self.rotations)
 
@@ -154,6 +157,7 @@ class Storage(CacheLayerMixin):
             return
         order = indices.tolist()  # one synchronisation on CUDA
         self.token_counts, self.row_counts = [self.token_counts[b] for b in order], [self.row_counts[b] for b in order]
+        self.cosines = None if self.cosines is None else self.cosines[:, indices.to(self.cosines.device)]
         self.observations.select(indices)
 
     # What a cache calls.
@@ -195,6 +199,7 @@ class Storage(CacheLayerMixin):
         self.row_counts, self.due = plan.row_counts, False
         if not everything:
             self.evicted, self.evictions = self.get_seq_length(), self.evictions + 1
+            self.observations.evicted()
 
     @keeps_tensors
     def hide(self, leaving: Tensor, plan: EvictionPlan) -> None:

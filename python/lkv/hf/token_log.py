@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -108,6 +108,23 @@ class Rotary:
             back = turned * c - torch.cat([-second, first], -1) * s
             out[:, head, :, :rotated] = back / (c * c + s * s)
         return out
+
+
+class RotaryView:
+    """The rotations of a layer for policies; see `lkv.policies.protocol.Rotation`."""
+
+    def __init__(self, rotary: Rotary, embedding: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], counts: list[int]):
+        self.rotary, self.embedding, self.counts = rotary, embedding, counts
+
+    def undo(self, rows: Tensor, positions: Tensor) -> Tensor:
+        return self.rotary.undo(rows, positions[:, None].expand(rows.shape[:3]))
+
+    def next(self, count: int) -> tuple[Tensor, Tensor]:
+        cos = self.rotary.cos.read()
+        places = torch.tensor(self.counts)[:, None] + torch.arange(count)
+        like = torch.empty(0, dtype=torch.float32, device=cos.device)
+        found, more = self.embedding(like, places.to(cos.device))
+        return found.float(), more.float()
 
 
 class Rotations:

@@ -40,6 +40,12 @@ class AttentionModule(Protocol):
     def layer_idx(self) -> int: ...
 
 
+def output_projection(module: object) -> Tensor | None:
+    """The weight `[hidden, Hq * Dv]` of the projection behind the attention of a module; None: it is no plain one."""
+    weight = getattr(getattr(module, "o_proj", None), "weight", None)
+    return weight if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point() else None
+
+
 def outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
     """A compiled model leaves its graph for the call and resumes after it."""
     reason = "lkv.Cache holds rows of a number that only it knows: compile without fullgraph=True"
@@ -111,6 +117,7 @@ __all__ = [
     "is_full_attention",
     "is_recurrent",
     "new_tokens",
+    "output_projection",
     "outside_graphs",
     "own_layers",
     "stage_of_generate",

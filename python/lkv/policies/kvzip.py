@@ -60,6 +60,7 @@ class KVzip:
 
     needs = frozenset({"queries", "second_pass"})
     window = 0
+    nonnegative = True
 
     def __post_init__(self) -> None:
         if self.across not in ("layers", "heads", None):

@@ -6,9 +6,10 @@ a cap in the middle of decoding. The caller (`lkv.Cache`) owns the rows, the que
 
 How other methods fit:
 
-- A cascade (LAVa, CAKE): scope "cascade". After layer l the caller calls `score` for it, and then `budgets` with
-  the list of the scores of layers 0..l, those of earlier layers being what survived (they travel as companions of the
-  rows); a layer whose budget shrank is evicted again. Entropies and shares are functions of these scores.
+- A cascade: scope "cascade". After layer l the caller calls `score` for it, and then `budgets` with the list of the
+  scores of layers 0..l, those of earlier layers being what survived (they travel as companions of the rows); a layer
+  whose budget shrank is evicted again. `lkv.Cache` does not do this yet: LAVa and CAKE divide the total once, with the
+  same rows in the end.
 - A second pass (KVzip): needs "second_pass", and has a `repetition` that tells how the text comes again. `score` says
   what a chunk's queries make of the rows that they read: `lkv.second_pass` computes it, and takes the maximum over
   chunks. Budgets follow when all scores are there, with scope "model".
@@ -17,6 +18,9 @@ How other methods fit:
   layers; it returns `[N, B, H]`. Before anything is evicted all layers are there in full: scope "layer" holds one.
 - Budgets that no score changes (LKV-H): a policy of scope "layer" with a method `ahead` instead of `budgets` knows
   what the heads of a layer keep before later layers have run, as their share of what the whole model keeps.
+- A total that is divided among the layers first: see `Layered` where it is known before the scores are (PyramidKV), and
+  `Weighs` where something is measured of each layer (LAVa, CAKE, SqueezeAttention). Scores that depend on the budget of
+  a head (CriticalKV, SAGE-KV, H2O): see `Refines`.
 - Hidden states or keys before RoPE: named in `needs`, they arrive as further fields of the observation. Hidden states
   are of tokens, not of rows: `hidden_states[b, positions[b, h, i]]` is that of a row, and a policy that scores tokens
   does so once and gathers the scores by `positions`.
@@ -25,14 +29,29 @@ How other methods fit:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-NEEDS = frozenset({"queries", "hidden_states", "pre_rope_keys", "second_pass"})
+NEEDS = frozenset(
+    {"queries", "all_queries", "hidden_states", "pre_rope_keys", "rotary", "output_projection", "attention_cosine"}
+    | {"budget", "second_pass"}
+)
 SCOPES = ("layer", "model", "cascade")
+
+
+class Rotation(Protocol):
+    """The rotary embedding of a layer."""
+
+    def undo(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Keys or queries `[B, H, n, D]` of tokens at `positions`, int `[B, n]`, as they were before RoPE."""
+        ...
+
+    def next(self, count: int) -> tuple[Tensor, Tensor]:
+        """Cos and sin, float32 `[B, count, R]`, of the tokens that would come next; R numbers of a head are rotated."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +66,8 @@ class Observation:
         positions: int `[B, H, L]`, the place of every row in the sequence as appended, padding counted, which within a
             call comes before the tokens.
         lengths, starts: int64 `[B, H]`.
-        queries: `[B, Hq, w, D]` of the last w tokens (after RoPE) where the policy needs them; else None.
+        queries: `[B, Hq, w, D]` of the last w tokens (after RoPE) where the policy needs them; else None. With the need
+            "all_queries" those of all tokens since the last eviction, instead.
         query_positions: int `[B, w]`, their places, counted as `positions`: a query sees the rows at or before its own.
         query_mask: bool `[B, w]`, which of them are there: a sequence may have had fewer tokens.
         scaling: of the logits, `queries @ keys * scaling`.
@@ -58,6 +78,13 @@ class Observation:
             index them.
         pre_rope_keys: `[B, H, L, D]` where the policy needs them: the keys as they were before RoPE (after a norm of
             keys, if the model has one), to the rounding of the cache.
+        output_projection: `[hidden, Hq * Dv]` where the policy needs it: the weight that makes the layer's output of
+            what its query heads read.
+        rotary: the rotary embedding of the layer, where the policy needs it.
+        budget: int64 `[B]`, on the host: rows that a head of this layer will keep on average, or a head of all layers
+            with scope "model"; where the policy needs it.
+        attention_cosine: float32 `[B]` where the policy needs it: the cosine between the residual stream before the
+            attention of the layer and behind it, mean over all tokens so far.
     """
 
     keys: Tensor
@@ -73,6 +100,10 @@ class Observation:
     hidden_states: Tensor | None = None
     pre_rope_keys: Tensor | None = None
     sinks: Tensor | None = None
+    output_projection: Tensor | None = None
+    attention_cosine: Tensor | None = None
+    rotary: Rotation | None = None
+    budget: Tensor | None = None
 
     def part(self, name: str) -> Tensor:
         """A field that is there because the policy needs it. Raises ValueError where it is not."""
@@ -82,6 +113,16 @@ class Observation:
                 f"lkv: expected an observation with {name}, got none: name what the policy needs in `needs`"
             )
         return found
+
+    def last_queries(self, count: int) -> Observation:
+        """The same with no more than the last `count` queries."""
+        if self.queries is None or self.queries.shape[2] <= count:
+            return self
+        places, mask = self.part("query_positions"), self.part("query_mask")
+        last = slice(self.queries.shape[2] - count, None)
+        return replace(
+            self, queries=self.queries[:, :, last], query_positions=places[:, last], query_mask=mask[:, last]
+        )
 
     def ranks(self) -> Tensor:
         """int64 `[B, H, L]`: 0 for the first valid row of its head; negative, or at least `lengths`, outside."""
@@ -136,6 +177,61 @@ class Policy(Protocol):
         Returns:
             int64 `[B, H]` (`[N, B, H]`). A sequence's budgets sum to its total, or to the rows it has if
             these are fewer.
+        """
+        ...
+
+
+@runtime_checkable
+class Refines(Protocol):
+    """What a policy may have in addition: scores that depend on how many rows a head keeps (CriticalKV, SAGE-KV, H2O).
+
+    Budgets are made of what `score` gives; rows are chosen by what `refine` makes of it.
+    """
+
+    def refine(self, layer: int, observation: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
+        """Scores by which the rows of every head are chosen.
+
+        Args:
+            observation: what `score` was shown.
+            scores: `[B, H, L]`, of `score`.
+            budgets: int64 `[B, H]`, rows that every head will keep, protected ones included.
+
+        Returns:
+            float `[B, H, L]`. Outside the valid rows anything but NaN.
+        """
+        ...
+
+
+@runtime_checkable
+class Weighs(Protocol):
+    """What a policy of scope "model" may have in addition: a number for every layer (LAVa, CAKE, SqueezeAttention).
+
+    It is called for each layer when the layer has been scored; `budgets` is given all of them as `importance`, float32
+    `[N, B]`.
+    """
+
+    def importance(self, layer: int, observation: Observation, scores: Tensor) -> Tensor:
+        """float32 `[B]`."""
+        ...
+
+
+@runtime_checkable
+class Layered(Protocol):
+    """What a policy of scope "layer" may have in addition: totals of layers that are known before the scores are.
+
+    `budgets` divides the total of a layer among its heads.
+    """
+
+    def layer_rows(self, layers: int, rows: Tensor, lengths: Tensor) -> Tensor:
+        """Rows per head of every layer, on average over its heads.
+
+        Args:
+            layers: N, those that are evicted.
+            rows: int64 `[B]`, on the host: to be kept per head, on average over all layers.
+            lengths: int64 `[B]`, on the host: logical lengths, evicted tokens included.
+
+        Returns:
+            int64 `[N, B]`, on the host, none above `lengths`. The sum over the layers is `layers * rows`.
         """
         ...
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lkv.policies.base import Scorer
 from lkv.policies.protocol import Observation
-from lkv.policies.uniform import uniform_budgets
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Scorer):
     """Every head draws its own rows, the same ones for the same positions.
 
     Attributes:
@@ -26,9 +24,6 @@ class Random:
     sink: int = 4
     window: int = 32
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    scope = "layer"
-
     def score(self, layer: int, observation: Observation) -> Tensor:
         """float32 `[B, H, L]` in [0, 1), a hash of layer, head and position."""
         heads = torch.arange(observation.keys.shape[1], device=observation.keys.device)[:, None]
@@ -36,8 +31,3 @@ class Random:
         for multiplier in (0x7FEB352D, 0x846CA68B):  # two rounds of a 32-bit integer hash
             state = ((state ^ (state >> 16)) * multiplier) & 0xFFFFFFFF
         return (state ^ (state >> 16)).float() / 2**32
-
-    def budgets(
-        self, scores: Tensor | Sequence[Tensor], lengths: Tensor, total: Tensor, *, starts: Tensor | None = None
-    ) -> Tensor:
-        return uniform_budgets(lengths, total)

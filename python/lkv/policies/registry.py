@@ -13,21 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 
-from lkv.policies.adakv import AdaKV
-from lkv.policies.kvzip import KVzip
+from lkv.policies.catalog import CATALOG
 from lkv.policies.protocol import NEEDS, SCOPES, Ahead, Policy
-from lkv.policies.random import Random
-from lkv.policies.snapkv import SnapKV
-from lkv.policies.streaming_llm import StreamingLLM
 
 GROUP = "lkv.policies"  # of entry points
-POLICIES: dict[str, Callable[[], Policy]] = {
-    "random": Random,
-    "streaming_llm": StreamingLLM,
-    "snapkv": SnapKV,
-    "adakv": AdaKV,
-    "kvzip": KVzip,
-}
+POLICIES: dict[str, Callable[[], Policy]] = {name: entry.make for name, entry in CATALOG.items()}
 
 
 def names() -> list[str]:

@@ -1,0 +1,185 @@
+"""Policies keep the rows that NVIDIA's kvpress keeps, at equal settings, and where they do not the reason is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+import torch
+
+kvpress = pytest.importorskip("kvpress", reason="kvpress is not installed: make test-kvpress")
+import transformers  # noqa: E402
+from transformers import DynamicCache, PreTrainedModel  # noqa: E402
+
+from lkv.compression import prefill  # noqa: E402
+from lkv.hf.observation import observe  # noqa: E402
+from lkv.policies import (  # noqa: E402
+    H2O,
+    TOVA,
+    AdaKV,
+    Compactor,
+    CriticalKV,
+    ExpectedAttention,
+    KeyDiff,
+    KNorm,
+    LagKV,
+    Policy,
+    PyramidKV,
+    SnapKV,
+    StreamingLLM,
+)
+
+SMALL = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, initializer_range=0.3,
+    max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+MODELS = {
+    "four heads on one": ("Llama", dict(num_attention_heads=4, num_key_value_heads=1, head_dim=8)),
+    "norm of keys": ("Qwen3", dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)),
+    "no groups": ("Llama", dict(num_attention_heads=4, num_key_value_heads=4, head_dim=8)),
+}
+LENGTH, RETENTIONS = 240, (0.125, 0.25, 0.5)  # binary fractions: of others kvpress rounds down what it keeps
+Kept = list[list[list[set[int]]]]  # of each layer, sequence and head
+
+
+def _press(name: str, ratio: float, **options: object) -> object:
+    return getattr(kvpress, name)(compression_ratio=ratio, **options)
+
+
+SNAP = dict(window_size=8, kernel_size=5)
+PAIRS = {
+    "snapkv": (SnapKV(8, 5), lambda r: _press("SnapKVPress", r, **SNAP)),
+    "streaming_llm": (StreamingLLM(4), lambda r: _press("StreamingLLMPress", r, n_sink=4)),
+    "tova": (TOVA(), lambda r: _press("TOVAPress", r)),
+    "knorm": (KNorm(), lambda r: _press("KnormPress", r)),
+    "keydiff": (KeyDiff(), lambda r: _press("KeyDiffPress", r)),
+    "lagkv": (LagKV(4, 32), lambda r: _press("LagKVPress", r, n_sink=4, lag_size=32)),
+    "lagkv cross": (LagKV(4, 32, True), lambda r: _press("LagKVPress", r, n_sink=4, lag_size=32, cross_scoring=True)),
+    "observed": (H2O(recent=0.0, average=True), lambda r: _press("ObservedAttentionPress", r)),
+    "expected": (ExpectedAttention(), lambda r: _press("ExpectedAttentionPress", r)),
+    "expected mean": (
+        ExpectedAttention(100, 7, covariance=False, norms=False),
+        lambda r: _press(
+            "ExpectedAttentionPress", r, n_future_positions=100, n_sink=7, use_covariance=False, use_vnorm=False
+        ),
+    ),
+    "expected epsilon": (
+        AdaKV(ExpectedAttention(epsilon=0.01), floor="minimum"),
+        lambda r: kvpress.AdaKVPress(_press("ExpectedAttentionPress", r, epsilon=0.01)),
+    ),
+    "not causal": (
+        Compactor(sink=0, window=0, blending=0.0, piece=48),
+        lambda r: _press("NonCausalAttnPress", r, chunk_size=48),
+    ),
+    "pyramidkv": (PyramidKV(SnapKV(8, 5), 2.0, whole=True), lambda r: _press("PyramidKVPress", r, beta=2, **SNAP)),
+    "criticalkv": (CriticalKV(SnapKV(8, 5)), lambda r: kvpress.CriticalKVPress(_press("SnapKVPress", r, **SNAP))),
+    "adakv": (
+        AdaKV(SnapKV(8, 5), floor="minimum"),
+        lambda r: kvpress.AdaKVPress(_press("SnapKVPress", r, **SNAP), alpha_safeguard=0.2),
+    ),
+    "adakv of lagkv": (
+        AdaKV(LagKV(4, 32, True), floor="minimum"),
+        lambda r: kvpress.AdaKVPress(_press("LagKVPress", r, n_sink=4, lag_size=32, cross_scoring=True)),
+    ),
+    "adakv of criticalkv": (
+        AdaKV(CriticalKV(SnapKV(8, 5)), alpha=0.0, floor="minimum"),
+        lambda r: kvpress.CriticalAdaKVPress(_press("SnapKVPress", r, **SNAP), alpha_safeguard=0.0),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def tiny(name: str, attention: str = "sdpa") -> PreTrainedModel:
+    kind, options = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SMALL, **options, attn_implementation=attention)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+def texts(batch: int) -> torch.Tensor:
+    return torch.randint(3, 97, (batch, LENGTH), generator=torch.Generator().manual_seed(batch))
+
+
+@torch.no_grad()
+def theirs(model: PreTrainedModel, ids: torch.Tensor, press: object) -> Kept:
+    """By the keys that are left, or that are marked."""
+    whole, pressed = DynamicCache(), DynamicCache()
+    model.model(input_ids=ids, past_key_values=whole)
+    with press(model):
+        model.model(input_ids=ids, past_key_values=pressed)
+    kept: Kept = []
+    for layer, before, after in zip(model.model.layers, whole.layers, pressed.layers, strict=True):
+        shape = before.keys.shape[:3]
+        stays = torch.ones(shape, dtype=torch.bool)
+        marked = getattr(layer.self_attn, "masked_key_indices", None)
+        if marked is not None:
+            stays[marked] = False
+            layer.self_attn.masked_key_indices = None
+        else:
+            stays = (before.keys[:, :, :, None] == after.keys[:, :, None]).all(-1).any(-1)
+        kept.append([[set(head.nonzero()[:, 0].tolist()) for head in heads] for heads in stays])
+    return kept
+
+
+@torch.no_grad()
+def check(policy: Policy, make: object, model: PreTrainedModel, batch: int) -> None:
+    ids = texts(batch)
+    whole = prefill(model, ids, None, policy.needs, max(policy.window, 1))
+    scores = [policy.score(n, observe(x, policy.needs, policy.window)) for n, x in enumerate(whole.ragged)]
+    for retention in RETENTIONS:
+        ours = whole.fork()
+        ours.evict(policy, retention=retention)
+        for n, (layer, expected) in enumerate(zip(ours.ragged, theirs(model, ids, make(1 - retention)), strict=True)):
+            rows = layer.rows.padded(layer.rows.positions).tolist()
+            counts = layer.rows.lengths.tolist()
+            for b in range(batch):
+                mine = [set(rows[b][h][: counts[b][h]]) for h in range(len(rows[b]))]
+                assert sum(map(len, mine)) == sum(map(len, expected[b]))
+                only = [
+                    sorted(float(scores[n][b, h, p]) for h, (x, y) in enumerate(both) for p in x - y)
+                    for both in (list(zip(mine, expected[b], strict=True)), list(zip(expected[b], mine, strict=True)))
+                ]
+                assert only[0] == pytest.approx(only[1], rel=1e-6), (n, b)  # rows of one score
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_same_rows(name: str, model: str, batch: int) -> None:
+    """At three retentions; of rows that tie either may stay."""
+    if name == "adakv of criticalkv" and batch > 1:
+        pytest.skip("kvpress adds the budgets of all sequences up")
+    check(*PAIRS[name], tiny(model, "eager" if name == "observed" else "sdpa"), batch)
+
+
+@torch.no_grad()
+def test_kvpress_keeps_padding_as_a_sink() -> None:
+    """Positions 0 to 3 are padding in front, which it knows nothing of; ours begins where the text does."""
+    model, ids = tiny("norm of keys"), texts(1)
+    mask = torch.ones_like(ids)
+    mask[:, :10] = 0
+    kept = theirs(model, ids, _press("StreamingLLMPress", 0.5, n_sink=4))
+    assert {0, 1, 2, 3} <= kept[0][0][0]
+    ours = prefill(model, ids, mask)
+    ours.evict(StreamingLLM(4), retention=0.5)
+    rows = ours.ragged[0].rows
+    assert rows.padded(rows.positions)[0, 0, :4].tolist() == [10, 11, 12, 13]
+
+
+@torch.no_grad()
+def test_kvpress_rounds_down_what_it_keeps() -> None:
+    """A tenth of 240 rows is 23 there, as 1 - 0.9 is less than a tenth."""
+    model, ids = tiny("no groups"), texts(1)
+    assert len(theirs(model, ids, _press("KnormPress", 0.9))[0][0][0]) == 23
+    ours = prefill(model, ids)
+    ours.evict(KNorm(), retention=0.1)
+    assert ours.ragged[0].rows.lengths[0].tolist() == [24] * 4
