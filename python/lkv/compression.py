@@ -14,7 +14,7 @@ from lkv.hf import Cache
 from lkv.hf.settings import Settings
 from lkv.hf.versions import with_cache
 from lkv.passes import Context
-from lkv.policies import Policy
+from lkv.policies import Ahead, Policy, Protect, Scorer
 from lkv.policies.streaming_llm import StreamingLLM
 from lkv.second_pass import in_words, repeat_scores
 
@@ -151,6 +151,8 @@ def protected(policy: Policy, rows: int) -> Policy:
         return replace(policy, sink=rows)  # type: ignore[type-var]  # a dataclass
     if "scorer" in names and isinstance(scorer, Policy):
         return replace(policy, scorer=protected(scorer, rows))  # type: ignore[type-var]  # a dataclass
+    if isinstance(policy, Scorer) and not isinstance(policy, Ahead):
+        return Protect(policy, sink=rows)
     raise ValueError(f"lkv.compress: expected a policy with a setting `sink` where tokens are protected, got {policy}")
 
 

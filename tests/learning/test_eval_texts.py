@@ -231,7 +231,7 @@ def test_results_of_another_model_or_checkpoint_are_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "h2o"], "expected methods of full, floor, random, .*oracle, uniform.oracle, got 'h2o'"),
+        (["--methods", "h3o"], "expected methods of full, floor, random, .*oracle, uniform.oracle, got 'h3o'"),
         (["--facts", "0", "--length", "40"], r"got 8 rows, 0\.2 of \d+ tokens, for snapkv, which protects 32"),
         (["--length", "40"], r"expected passages of more than \d+ tokens, which their facts need"),
         (["--length", "9000"], "expected a file of more than"),

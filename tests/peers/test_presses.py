@@ -20,6 +20,7 @@ from lkv.policies import (  # noqa: E402
     AdaKV,
     Compactor,
     CriticalKV,
+    DuoAttention,
     ExpectedAttention,
     KeyDiff,
     KNorm,
@@ -159,6 +160,24 @@ def test_the_same_rows(name: str, model: str, batch: int) -> None:
     if name == "adakv of criticalkv" and batch > 1:
         pytest.skip("kvpress adds the budgets of all sequences up")
     check(*PAIRS[name], tiny(model, "eager" if name == "observed" else "sdpa"), batch)
+
+
+@torch.no_grad()
+def test_duo_attention_keeps_the_same() -> None:
+    """Half of twelve heads keep all of 240 rows, half 24: 132 on average."""
+    model, ids = tiny("no groups"), texts(2)
+    table = torch.rand(3, 4, generator=torch.Generator().manual_seed(3))
+
+    class Given(kvpress.DuoAttentionPress):
+        def post_init_from_model(self, model: PreTrainedModel) -> None:
+            self.sink_size, self.recent_size = 8, 16
+            self.streaming_mask = table < table.flatten().median() + 1e-6
+
+    ours = prefill(model, ids)
+    ours.evict(DuoAttention(tuple(map(tuple, table.tolist())), sink=8, recent=16), budget=132)
+    for layer, expected in zip(ours.ragged, theirs(model, ids, Given(head_compression_ratio=0.5)), strict=True):
+        rows, counts = layer.rows.padded(layer.rows.positions).tolist(), layer.rows.lengths.tolist()
+        assert [[set(r[:n]) for r, n in zip(*each, strict=True)] for each in zip(rows, counts, strict=True)] == expected
 
 
 @torch.no_grad()

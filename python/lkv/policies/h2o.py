@@ -18,7 +18,8 @@ class H2O(Scorer):
 
     Half of a budget are the last rows, half the heavy hitters, as the authors set it. Their code evicts at every step
     of a prompt, too; here a prompt attends in full, as in all ports. Queries are looked at in blocks: no L x L matrix
-    is made, but the work is that of the prompt's attention once more.
+    is made, but the work is that of the prompt's attention once more. With `cap=` sums begin anew after every eviction,
+    where the paper's go on.
 
     Attributes:
         recent: the share of a budget that the last rows are.
