@@ -1,4 +1,4 @@
-"""The `lkv` command: `lkv train`, `eval`, `lm-eval`, `show` and `policies`; `lkv <command> --help` lists the options."""
+"""The `lkv` command: `lkv train`, `eval`, `lm-eval`, `show` and `policies`; `lkv <command> --help` lists options."""
 
 from __future__ import annotations
 
