@@ -263,6 +263,8 @@ class Calls(HFCache):
         plans = planning.plan(layers, settings, rows, scores)
         for layer, plan in zip(layers, plans, strict=True):
             layer.apply(plan)
+            if plan.scores is not None:
+                layer.observations.evicted()
             plan.scores = None  # a layer's are gone with its rows
 
     @keeps_tensors

@@ -65,7 +65,7 @@ class ObservationBuffer:
             self.push_captured(module, before, padding)
 
     def evicted(self) -> None:
-        """Rows have gone."""
+        """The policy has chosen: what it has looked at is settled."""
         if self.all_queries is not None:
             self.all_queries.forget()
 

@@ -199,7 +199,6 @@ class Storage(CacheLayerMixin):
         self.row_counts, self.due = plan.row_counts, False
         if not everything:
             self.evicted, self.evictions = self.get_seq_length(), self.evictions + 1
-            self.observations.evicted()
 
     @keeps_tensors
     def hide(self, leaving: Tensor, plan: EvictionPlan) -> None:

@@ -1,0 +1,136 @@
+"""What policies are shown of the model beside rows: all queries, rotations, projections, and what attention changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from families import build, call, tokens
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import lkv
+from lkv.hf.observation import observe
+from lkv.policies import H2O, AdaKV, ExpectedAttention, SnapKV, SqueezeAttention, StreamingLLM
+
+NEEDS = frozenset({"all_queries", "rotary", "output_projection", "attention_cosine", "pre_rope_keys"})
+FAMILIES = ["llama", "qwen3", "phi3"]
+MASKS = {"none": None, "in front": [[0, 30], [9, 30]], "between": [[4, 30], [0, 21]]}
+
+
+@contextmanager
+def watched(model: PreTrainedModel) -> Iterator[dict[str, dict[int, list[Tensor]]]]:
+    """Per layer and call: what came into the layer, what attention gave, and queries before RoPE `[B, Hq, n, D]`."""
+    seen: dict[str, dict[int, list[Tensor]]] = {"in": {}, "added": {}, "queries": {}}
+    handles = []
+    for index, layer in enumerate(model.get_decoder().layers):
+        attention, dim = layer.self_attn, layer.self_attn.head_dim
+
+        def note_queries(module, args, out, dim: int = dim, index: int = index):
+            out = out if out.dim() == 4 else out.unflatten(-1, (-1, dim))
+            seen["queries"].setdefault(index, []).append(out[:, :, : model.config.num_attention_heads].transpose(1, 2))
+
+        def note_added(module, args, out, index: int = index):
+            seen["added"].setdefault(index, []).append(out[0])
+
+        def note_in(module, args, index: int = index):
+            seen["in"].setdefault(index, []).append(args[0])
+
+        projection = getattr(attention, "qkv_proj", None) or attention.q_proj
+        handles += [
+            layer.register_forward_pre_hook(note_in),
+            attention.register_forward_hook(note_added),
+            getattr(attention, "q_norm", projection).register_forward_hook(note_queries),
+        ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def mask_of(spans: list[list[int]] | None) -> Tensor | None:
+    if spans is None:
+        return None
+    mask = torch.zeros(2, 30, dtype=torch.long)
+    for b, (first, end) in enumerate(spans):
+        mask[b, first:end] = 1
+    return mask
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_what_is_observed(family: str, mask: str) -> None:
+    """Of a prompt in two pieces, and a batch with padding on either side."""
+    model, visible = build(family), mask_of(MASKS[mask])
+    cache = lkv.Cache(model, StreamingLLM(), retention=1.0, chunks="last", observe=NEEDS)
+    ids, pieces = tokens(2, 30), ((0, 13), (13, 30))
+    with watched(model) as seen:
+        for first, end in pieces:
+            call(model, ids[:, first:end], None if visible is None else visible[:, :end], cache)
+    there = torch.ones(2, 30, dtype=torch.bool) if visible is None else visible.bool()
+    for index, layer in enumerate(cache.ragged):
+        o = observe(layer, NEEDS, 1)
+        before, added = (torch.cat(seen[kind][index], 1) for kind in ("in", "added"))
+        cosine = torch.nn.functional.cosine_similarity(before, before + added, dim=-1)
+        torch.testing.assert_close(o.attention_cosine, (cosine * there).sum(1) / there.sum(1))
+        assert o.output_projection is model.get_decoder().layers[index].self_attn.o_proj.weight
+        queries = torch.cat(seen["queries"][index], 2)
+        undone = o.rotary.undo(o.queries, o.query_positions)
+        for b in range(2):
+            torch.testing.assert_close(undone[b][:, o.query_mask[b]], queries[b][:, there[b]], rtol=1e-4, atol=1e-5)
+            rows = o.positions[b, 0][o.valid()[b, 0]]
+            assert o.query_positions[b][o.query_mask[b]].tolist() == rows.tolist()  # a query for each row
+        cos, sin = o.rotary.next(7)
+        for b in range(2):
+            place = int(there[b].sum()) + torch.arange(7)
+            expected = model.get_decoder().rotary_emb(torch.empty(0), place[None])
+            torch.testing.assert_close(torch.stack([cos[b], sin[b]]), torch.stack([x[0] for x in expected]))
+
+
+@torch.no_grad()
+def test_queries_are_forgotten_with_the_rows() -> None:
+    """Those of a later turn are its own; what is generated without a cap is not stored."""
+    model = build("llama")
+    cache = lkv.Cache(model, H2O(), retention=0.5)
+    call(model, tokens(1, 20), None, cache)
+    nothing = pytest.raises(ValueError, match="expected queries of tokens since the last eviction, got none")
+    with nothing:
+        cache.evict(retention=0.1)
+    call(model, tokens(1, 1, 1), None, cache)
+    with nothing:
+        cache.evict(retention=0.1)
+    call(model, tokens(1, 6, 2), None, cache)  # which is a prompt, and evicts
+    with nothing:
+        cache.evict(retention=0.1)
+    waiting = lkv.Cache(model, H2O(), retention=0.5, chunks="last")
+    call(model, tokens(1, 20), None, waiting)
+    waiting.crop(-5)
+    assert observe(waiting.ragged[0], waiting.settings.observe, 1).queries.shape[2] == 15
+    waiting.batch_select_indices(torch.tensor([0, 0]))
+    o = observe(waiting.ragged[0], waiting.settings.observe, 1)
+    assert o.queries.shape[0] == o.query_mask.shape[0] == 2 and torch.equal(o.queries[0], o.queries[1])
+
+
+@torch.no_grad()
+def test_hidden_tokens_ask_nothing() -> None:
+    """A mask that hides tokens later takes their queries back, too."""
+    model, ids = build("llama"), tokens(1, 24)
+    cache = lkv.Cache(model, H2O(), retention=0.5, chunks="last")
+    call(model, ids[:, :20], None, cache)
+    mask = torch.ones(1, 24, dtype=torch.long)
+    mask[0, 5:9] = 0
+    call(model, ids[:, 20:], mask, cache)
+    o = observe(cache.ragged[0], cache.settings.observe, 1)
+    assert o.query_mask[0].tolist() == mask[0].bool().tolist()
+
+
+def test_models_that_are_refused() -> None:
+    """Where what is added to the residual stream is not what attention gives, and where nothing is rotated so."""
+    for policy, need in ((SqueezeAttention(), "attention_cosine"), (ExpectedAttention(), "rotary")):
+        with pytest.raises(ValueError, match=f"expected one of llama, .* for {need}, got gemma2"):
+            lkv.Cache(build("gemma2"), policy, retention=0.5)
+    assert lkv.Cache(build("gemma2"), AdaKV(SnapKV(window=4)), retention=0.5)
