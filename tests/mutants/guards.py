@@ -14,7 +14,8 @@ _CACHE = [
     for x in ("bookkeeping", "masks", "refusals", "gaps", "prompts", "hf_errors", "failed_calls", "hf_cache")
     + ("evict_now", "storage", "growth", "compression")
 ]
-_MODELS = [_HF + x for x in ("scores", "observed", "observed_model", "families", "rope", "wrapped", "routing", "generation")]
+_MODELS = [_HF + x for x in ("scores", "observed", "families", "rope", "wrapped", "routing", "generation")]
+_MODELS += [_HF + "observed_model"]
 _LEARN = {
     "config": ["schedule"],
     "dialogue": ["dialogue", "recording"],

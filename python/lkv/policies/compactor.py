@@ -42,7 +42,8 @@ class Leverage(Scorer):
             rows = (rows - rows.sum(1, keepdim=True) / count).masked_fill(~here, 0)
             square = rows.transpose(1, 2) @ rows
             square.diagonal(dim1=1, dim2=2).add_(self.ridge)
-            solved = torch.cholesky_solve(rows.transpose(1, 2), torch.linalg.cholesky(square))
+            lower = torch.linalg.cholesky_ex(square)[0]  # with the ridge it exists; a check would synchronise
+            solved = torch.cholesky_solve(rows.transpose(1, 2), lower)
             scores[:, head] = (rows * solved.transpose(1, 2)).sum(-1).clamp(min=0)
         return standardised(scores, between)
 
