@@ -22,7 +22,7 @@ try:
     import transformers
     from tqdm import tqdm
 
-    from lkv import retriever, tasks
+    from lkv import models, retriever, tasks
     from lkv.evaluate import report
     from lkv.evaluate.kept import kept_positions
     from lkv.evaluate.methods import FULL, Method, heuristics
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     model, tokenizer = retriever.load()
     model = model.to(options.device)
-    lkv = load(retriever.LKV, model)
+    lkv = load(models.RETRIEVER, model)
     known = heuristics()
     methods = [Method(FULL, None), Method("lkv", lkv), *(Method(name, known[name]) for name in HEURISTICS)]
     samples = [

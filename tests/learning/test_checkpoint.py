@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, PreTrainedModel
 
 import lkv
-from lkv import retriever
 from lkv.hf import Cache
-from lkv.policies.lkv import LKV, Learned, LKVThreshold, checkpoint
+from lkv.policies.lkv import LKV, Learned, LKVThreshold, checkpoint, packaged
 from lkv.policies.lkv.checkpoint import Design, Shape
 from lkv.policies.lkv.head_budget import KINDS
 
@@ -82,8 +81,8 @@ def test_rows_that_were_protected_in_training_are_protected(
 
 def test_the_shipped_checkpoint_protects_what_the_docs_say() -> None:
     """One row at either end, as little as 0.1 % for a head; so the file records, and so does its training."""
-    policy = lkv.load(retriever.LKV)
-    config = json.loads((retriever.LKV / checkpoint.CONFIG).read_text())
+    policy = lkv.load("retriever")
+    config = json.loads((packaged.FOLDER / "retriever" / checkpoint.CONFIG).read_text())
     assert (policy.sink, policy.window, policy.budget.floor) == (1, 1, 0.001)
     assert config["design"] == config["facts"]["train"]["design"]
     assert config["design"] | {"scale": "standard"} == asdict(Design(sink=1, window=1, floor=0.001))
@@ -116,8 +115,8 @@ def test_a_setting_that_came_later_is_what_it_was_before(model: PreTrainedModel,
     again = lkv.load(tmp_path, model)
     assert again.scorer.scale == "standard" and again.scorer.offset is None
     assert torch.equal(again.scorer.up, policy.scorer.up)
-    assert "scale" not in json.loads((retriever.LKV / checkpoint.CONFIG).read_text())["design"]
-    assert lkv.load(retriever.LKV).scorer.scale == "standard"
+    assert "scale" not in json.loads((packaged.FOLDER / "retriever" / checkpoint.CONFIG).read_text())["design"]
+    assert lkv.load("retriever").scorer.scale == "standard"
     saved(tmp_path, model, OTHER)  # absolute: it has weights that a standardised one has no place for
     edit(tmp_path, lambda config: config["design"].pop("scale"))
     with pytest.raises(ValueError, match="expected weights of the design .*scorer.offset"):

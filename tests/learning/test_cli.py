@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import lkv
 from lkv import retriever
 from lkv.cli import main
+from lkv.policies.lkv import packaged
 
 TRAIN = "train --steps 2 --warm-steps 1 --batch 2 --questions 1 --length 96 --answer-tokens 3 --tasks single multi_key"
 EVAL = "eval --samples 2 --length 96 --batch 2 --answer-tokens 3 --retentions 0.3 0.6 --tasks single multi_key"
@@ -25,7 +26,7 @@ def stand_in(
     tokenizer.save_pretrained(tmp_path / "model")
     load = retriever.load
     monkeypatch.setattr(retriever, "load", lambda: load(tmp_path / "model"))
-    monkeypatch.setattr(retriever, "LKV", tmp_path / "none")
+    monkeypatch.setattr(packaged, "FOLDER", tmp_path / "none")
 
 
 def run(text: str, *more: object) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from lkv.cli import models
 from lkv.evaluate import metrics
 from lkv.evaluate.methods import FULL, Method
 from lkv.evaluate.run import Result, Setting
-from lkv.policies.lkv import Learned
+from lkv.policies.lkv import Learned, packaged
 from lkv.policies.lkv.checkpoint import Design, Shape, save
 
 HEURISTICS = ["random", "streaming_llm", "snapkv", "adakv", "kvzip"]
@@ -59,7 +60,7 @@ def requests(
 
     monkeypatch.setattr(command, "evaluate", evaluate)
     monkeypatch.setattr(retriever, "load", lambda: (model, tokenizer))
-    monkeypatch.setattr(retriever, "LKV", tmp_path / "none")
+    monkeypatch.setattr(packaged, "FOLDER", tmp_path / "none")
     return requests
 
 
@@ -121,7 +122,8 @@ def test_the_retriever_comes_with_its_checkpoint_and_other_models_without(
     requests: Requests, checkpoint: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(retriever, "LKV", checkpoint)
+    monkeypatch.setattr(packaged, "FOLDER", tmp_path / "package")
+    shutil.copytree(checkpoint, tmp_path / "package" / "retriever")
     run(*SHORT)
     assert requests.names[-1] == "lkv"
     model.save_pretrained(tmp_path / "model")

@@ -92,7 +92,7 @@ def test_checkpoints_without_a_fingerprint_fit_any_weights(model: PreTrainedMode
     assert "fingerprint" not in json.loads((tmp_path / checkpoint.CONFIG).read_text())
     lkv.load(tmp_path, tuned(model))
     shipped, _ = retriever.load()
-    lkv.load(retriever.LKV, tuned(shipped))
+    lkv.load("retriever", tuned(shipped))
 
 
 def test_weights_that_are_not_there(model: PreTrainedModel, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from lkv import cli
 from lkv.cli import lm_eval as command
 from lkv.evaluate import harness
 from lkv.policies.kvzip import KVzip
-from lkv.policies.lkv import Learned
+from lkv.policies.lkv import Learned, packaged
 from lkv.policies.lkv.checkpoint import Design, Shape, save
 from lkv.policies.snapkv import SnapKV
 from lkv.policies.streaming_llm import StreamingLLM
@@ -133,14 +133,19 @@ def test_results_are_written_as_they_come(judged, tmp_path, monkeypatch):
     assert calls[1::2] == ["closed", "closed"]
 
 
-def test_checkpoint_is_a_policy(judged, folder, tmp_path):
+def test_checkpoint_is_a_policy(judged, folder, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    design, shape = Design(hidden=8), Shape.of(AutoModelForCausalLM.from_pretrained(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    design, shape = Design(hidden=8), Shape.of(model)
     save(tmp_path / "lkv", design.build(shape), design, shape, {})
     (requests,) = judged("--policies", "lkv", "--checkpoint", tmp_path / "lkv")
     assert isinstance(requests.model.compression.policy, Learned) and requests.model.compression.retention == 0.15
+    (tmp_path / "lkv").rename(tmp_path / "tiny")  # which comes with the package for a model of this name
+    monkeypatch.setattr(packaged, "FOLDER", tmp_path)
+    options = command.parse(["--tasks", "any", "--model", "tiny", "--policies", "lkv"])
+    assert isinstance(command.known(options, model)["lkv"], Learned)
 
 
 def test_checkpoint_of_another_fine_tune(judged, folder, tmp_path, capsys):
@@ -249,7 +254,10 @@ def test_tasks_of_the_harness_are_read_only_for_names_that_are_not_included(monk
         (["--see-question", "--question-marker", ""], "got --see-question and --question-marker"),
         (["--question-tokens", "0"], "expected question tokens >= 1, got 0"),
         (["--question-marker", ""], "expected a question marker with at least one letter"),
-        (["--policies", "lkv"], "expected --checkpoint for the policy lkv, got none"),
+        (
+            ["--policies", "lkv", "--model", "of/mine"],
+            "expected --checkpoint for the policy lkv and this model, got none",
+        ),
         (["--policies", "best"], "expected policies of full, random, "),
     ],
 )

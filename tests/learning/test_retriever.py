@@ -17,7 +17,7 @@ from lkv.policies.lkv.checkpoint import load
 @pytest.fixture(scope="module")
 def shipped():
     model, tokenizer = retriever.load()
-    return model, tokenizer, load(retriever.LKV, model)
+    return model, tokenizer, load("retriever", model)
 
 
 def test_it_is_what_the_docs_say(shipped) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lkv import retriever, tasks
-from lkv.retriever import model, ship, train
+from lkv import retriever, ship, tasks
+from lkv.retriever import model, train
 from lkv.retriever.data import IGNORE, MIX, Stage, repeated, size
 from lkv.tasks import Words
 
@@ -158,19 +158,10 @@ def test_probes_are_of_the_validation_split(words: Words, monkeypatch: pytest.Mo
     assert found.keys() == tasks.TASKS.keys() and all(0 <= share <= 1 for share in found.values())
 
 
-def test_shipping_puts_bfloat16_and_checkpoint_in_place(
-    run: train.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_shipped_in_bfloat16(run: train.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run.model.save_pretrained(tmp_path / "trained")
-    (tmp_path / "best").mkdir()
-    for name in ("lkv.json", "lkv.safetensors"):
-        (tmp_path / "best" / name).write_text(name)
     monkeypatch.setattr(retriever, "PATH", tmp_path / "weights")
-    monkeypatch.setattr(retriever, "LKV", tmp_path / "weights" / "lkv")
-    ship.main(["--lkv", str(tmp_path / "best")])
-    assert sorted(p.name for p in retriever.LKV.iterdir()) == ["lkv.json", "lkv.safetensors"]
-    assert not (tmp_path / "weights" / "config.json").exists()
-    ship.main(["--model", str(tmp_path / "trained")])
+    assert ship.main(["retriever", "--weights", str(tmp_path / "trained")]) == 0
     loaded, tokenizer = retriever.load(tmp_path / "weights")
     assert json.loads((tmp_path / "weights" / "config.json").read_text())["dtype"] == "bfloat16"
     assert next(loaded.parameters()).dtype == torch.float32 and not loaded.training

@@ -31,6 +31,7 @@ _LEARN = {
 }
 _LKV = {
     "checkpoint": ["checkpoint", "fingerprint"],
+    "packaged": ["packaged"],
     "fingerprint": ["fingerprint"],
     "head_budget": ["head_budget", "hard_masks"],
     "token_scorer": ["token_scorer", "hard_masks", "lkv_policy"],
@@ -121,7 +122,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/cli/eval_texts.py": ["learning/test_eval_texts"],
     "python/lkv/cli/eval_options.py": ["learning/test_cli_eval", "learning/test_eval_texts", "learning/test_cli"],
     "python/lkv/cli/policies.py": ["test_registry", "learning/test_cli"],
-    "python/lkv/cli/models.py": ["learning/test_cli_eval", "learning/test_cli"],
+    "python/lkv/cli/models.py": ["learning/test_cli_eval", "learning/test_packaged", "learning/test_cli"],
     "python/lkv/cli/train.py": ["learning/test_train_command", "learning/test_text_training", "learning/test_cli"],
     "python/lkv/cli/show.py": ["learning/test_show_command"],
     "python/lkv/cli/*": ["learning/test_cli", "learning/test_train"],

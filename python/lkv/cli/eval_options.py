@@ -8,11 +8,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from lkv import retriever, tasks
+from lkv import tasks
 from lkv.cli import models
 from lkv.evaluate.methods import FLOOR, FULL, Method, choose, heuristics, learned
 from lkv.evaluate.oracle import ORACLES
-from lkv.models import RETRIEVER
 from lkv.policies.catalog import COMPARED
 from lkv.policies.lkv import Learned
 from lkv.policies.lkv.checkpoint import load
@@ -66,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "benchmark (--file); or facts and continuations of passages of text files (--text).",
     )
     models.add_arguments(parser)
-    parser.add_argument("--checkpoint", type=Path, help="of LKV; default: the retriever's own")
+    parser.add_argument("--checkpoint", type=Path, help=models.CHECKPOINT)
     parser.add_argument("--any-weights", action="store_true", help="take checkpoints of another fine-tune of the model")
     parser.add_argument("--variants", nargs="*", default=[], metavar="NAME=PATH", help="more checkpoints, as methods")
     parser.add_argument(
@@ -147,9 +146,7 @@ def _check_text(options: argparse.Namespace) -> None:
 
 def chosen(options: argparse.Namespace, model: PreTrainedModel) -> tuple[list[Method], Learned | None]:
     """The methods, and LKV if there is a checkpoint."""
-    path = options.checkpoint
-    if path is None and options.model == RETRIEVER and retriever.LKV.exists():
-        path = retriever.LKV
+    path = models.checkpoint(options)
     policies = heuristics() | (ORACLES if options.text else {})
     names = TEXT_METHODS if options.text else METHODS
     lkv, others = None, variants(options)

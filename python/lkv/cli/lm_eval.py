@@ -68,7 +68,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--policies", nargs="+", default=[FULL, "snapkv"], help=f"{FULL}, {', '.join(registry.names())}, lkv"
     )
-    parser.add_argument("--checkpoint", type=Path, help="of lkv")
+    parser.add_argument("--checkpoint", type=Path, help=models.CHECKPOINT)
     parser.add_argument("--any-weights", action="store_true", help="take one of another fine-tune of the model")
     parser.add_argument("--retentions", nargs="+", type=float, default=[0.15])
     parser.add_argument("--see-question", action="store_true", help="compress all of a prompt but its last token")
@@ -100,11 +100,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ValueError(f"lkv lm-eval: expected question tokens >= 1, got {options.question_tokens}")
     if options.question_marker == "":
         raise ValueError("lkv lm-eval: expected a question marker with at least one letter, got ''")
-    names = [FULL, *registry.names(), *(["lkv"] if options.checkpoint else [])]
+    names = [FULL, *registry.names(), *(["lkv"] if models.checkpoint(options) else [])]
     options.policies = [ALIASES.get(name, name) for name in options.policies]
     for name in options.policies:
-        if name == "lkv" and not options.checkpoint:
-            raise ValueError("lkv lm-eval: expected --checkpoint for the policy lkv, got none")
+        if name == "lkv" and "lkv" not in names:
+            raise ValueError("lkv lm-eval: expected --checkpoint for the policy lkv and this model, got none")
         if name not in names:
             raise ValueError(f"lkv lm-eval: expected policies of {', '.join(names)}, got {name!r}")
     return options
@@ -113,10 +113,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def known(options: argparse.Namespace, model: PreTrainedModel) -> dict[str, Policy | None]:
     """All policies by name; that of the full cache is None."""
     policies: dict[str, Policy | None] = {FULL: None, **heuristics()}
-    if options.checkpoint:
+    path = models.checkpoint(options)
+    if path is not None and "lkv" in options.policies:
         from lkv.policies.lkv.checkpoint import load
 
-        policies["lkv"] = load(options.checkpoint, model, any_weights=options.any_weights)
+        policies["lkv"] = load(path, model, any_weights=options.any_weights)
     return policies
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkv import models
+from lkv.policies.lkv import packaged
 from lkv.tasks import English, Language, Words
+
+CHECKPOINT = f"of LKV; default: the one of the package for the model, which has some for: {', '.join(packaged.names())}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,3 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Language]:
     model, tokenizer = models.load(options.model, dtype=options.dtype, device=options.device)
     return model, tokenizer, Words() if options.model == models.RETRIEVER else English()
+
+
+def checkpoint(options: argparse.Namespace) -> Path | None:
+    """The checkpoint of LKV that was named, or else that of the package for the model; None where it has none."""
+    return options.checkpoint or packaged.find(options.model)

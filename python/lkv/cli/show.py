@@ -9,10 +9,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from lkv import policies, retriever
+from lkv import policies
 from lkv.cli import models
-from lkv.models import RETRIEVER
 from lkv.policies import Policy
+from lkv.policies.lkv import packaged
 from lkv.policies.lkv.checkpoint import load
 from lkv.show import Shown, page
 
@@ -104,7 +104,7 @@ def policy(name: str, model_name: str, model: PreTrainedModel) -> Policy:
         return policies.get(name)
     if name != LEARNED:
         return load(name, model)
-    return load(retriever.LKV if model_name == RETRIEVER else model_name, model)
+    return load(packaged.find(model_name) or model_name, model)
 
 
 def report(shown: Shown) -> str:

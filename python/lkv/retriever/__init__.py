@@ -7,7 +7,6 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 PATH = Path(__file__).parent / "weights"
-LKV = PATH / "lkv"  # its checkpoint of LKV
 
 
 def load(path: Path = PATH) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

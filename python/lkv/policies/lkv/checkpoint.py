@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lkv.policies.lkv import packaged
 from lkv.policies.lkv.fingerprint import fingerprint as fingerprint_of
 from lkv.policies.lkv.head_budget import HeadBudget
 from lkv.policies.lkv.policy import Learned, learned
@@ -96,10 +97,11 @@ def save(
 
 
 def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None, *, any_weights: bool = False) -> Learned:
-    """The policy of a checkpoint, for `lkv.Cache(model, lkv.load(path))`.
+    """The policy of a checkpoint, for `lkv.Cache(model, lkv.load(path))`: its weights in float32.
 
     Args:
-        path: folder that `lkv train` wrote.
+        path: folder that `lkv train` wrote. Where there is no file or folder of that name: the name of a model whose
+            checkpoint comes with the package (`lkv.policies.lkv.packaged.names()`), as "smollm2".
         model: the model that it shall be used with; its device is taken.
         any_weights: also for another fine-tune of the model that it was trained for. Checkpoints without a fingerprint,
             which older ones are, fit any weights.
@@ -108,9 +110,11 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None, *, 
         FileNotFoundError: without a checkpoint there.
         ValueError: for a folder that holds something else, and for a model of another shape or with other weights.
     """
-    folder = Path(path)
+    folder = Path(path) if Path(path).exists() else packaged.find(path) or Path(path)
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(f"lkv.load: expected {CONFIG} and {WEIGHTS} in {folder}, found none")
+        known = ", ".join(packaged.names()) or "none"
+        hint = "" if folder.exists() else f"; the package has checkpoints for these models: {known}"
+        raise FileNotFoundError(f"lkv.load: expected {CONFIG} and {WEIGHTS} in {folder}, found none{hint}")
     try:
         config = json.loads((folder / CONFIG).read_text())
         shape, design = _all_of(Shape, config["model"]), _all_of(Design, {**LATER, **config["design"]})
