@@ -53,7 +53,7 @@ setup(
     package_dir={"lkv_ext": "lkv_ext", "lkv": "python/lkv"},
     package_data={
         "lkv_ext": ["py.typed", "_C.pyi"],
-        "lkv": ["py.typed", "tasks/*.json", "retriever/weights/*", "checkpoints/*/*", "show/*.html"],
+        "lkv": ["py.typed", "tasks/*.json", "demo/essay.txt", "retriever/weights/*", "checkpoints/*/*", "show/*.html"],
     },
     ext_modules=[Extension("lkv_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -72,6 +72,16 @@ def test_the_wheel_has_all_of_both_packages(wheel: Path) -> None:
     assert {name.split(".")[0] for name in libraries} == {"lkv_ext/_C", "lkv_ext/_torch"}
 
 
+def test_what_was_learned_takes_little_of_the_wheel(wheel: Path) -> None:
+    """Checkpoints 4 MB in all, as the docs say; beside them the weights of the retriever."""
+    files = {file.filename: file.file_size for file in zipfile.ZipFile(wheel).infolist()}
+    checkpoints = {name: size for name, size in files.items() if name.startswith("lkv/checkpoints/")}
+    assert {"lkv/checkpoints/retriever/lkv.json", "lkv/checkpoints/retriever/lkv.safetensors"} <= checkpoints.keys()
+    assert sum(checkpoints.values()) <= 4e6
+    weights = {name for name, size in files.items() if size > 1e5 and not name.endswith(".so")}
+    assert weights - checkpoints.keys() == {"lkv/retriever/weights/model.safetensors"}
+
+
 @pytest.mark.parametrize("torch", [True, False], ids=["torch", "numpy"])
 def test_the_wheel_evicts_without_a_compiler(installed: Path, torch: bool, tmp_path: Path) -> None:
     code = EVICT.format(module="lkv_ext", arrays="torch")

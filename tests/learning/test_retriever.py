@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lkv import demo, retriever, tasks
+from lkv import retriever, tasks
+from lkv.demo import __main__ as demo
 from lkv.evaluate.methods import FULL, choose, heuristics, learned
 from lkv.evaluate.run import Setting, by_method, evaluate
 from lkv.policies.lkv.checkpoint import load
@@ -49,7 +50,9 @@ def test_lkv_is_near_the_full_cache_and_ahead_of_heuristics(shipped) -> None:
 def test_demo(device: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    assert demo.main(["--samples=1", "--tokens=256", f"--device={device}", f"--out={tmp_path}"]) == 0
+    assert (
+        demo.main(["--model=retriever", "--samples=1", "--tokens=256", f"--device={device}", f"--out={tmp_path}"]) == 0
+    )
     printed = capsys.readouterr().out
     full, ours = (
         int(re.search(rf"^  {name} +(\d+) KiB of keys and values", printed, re.MULTILINE)[1])

@@ -133,7 +133,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/models.py": ["learning/test_models", "learning/test_cli_eval"],
     "python/lkv/text.py": ["learning/test_text", "learning/test_dialogue", "learning/test_evaluate"],
     "python/lkv/extras.py": ["learning/test_text", "learning/test_metrics"],
-    "python/lkv/demo.py": ["learning/test_demo", "learning/test_retriever"],
+    "python/lkv/demo/*": ["learning/test_demo", "learning/test_retriever"],
     "python/lkv/*": ["learning/test_retriever", "learning/test_cli", "learning/test_evaluate"],
     "lkv_ext/_torch/budgets.py": [*_BUDGETS, "test_policy_budgets", "test_errors", "test_arguments"],
     "lkv_ext/cache.py": _RAGGED,

@@ -1,0 +1,1 @@
+"""`make demo`: a model reads a long text, keeps a small part of its cache, and answers from what is left."""
