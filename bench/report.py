@@ -22,7 +22,7 @@ SETS_CAPTION = (
     "The kernels of each instruction set (`LKV_CPU_ISA`), beside rivals limited to the same one, with budgets in an "
     "int32 tensor:"
 )
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MARK = "bench"
 
 # The rivals of each column; where a result has several of them, the fastest counts.
 COLUMNS = {
@@ -154,12 +154,13 @@ def page(runs: dict[Path, Run]) -> str:
     return "\n\n".join(sections)
 
 
-def replace_between_markers(path: Path, text: str) -> None:
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+def replace_between_markers(path: Path, text: str, mark: str = MARK) -> None:
+    first, last = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+    before, begin, rest = path.read_text().partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise SystemExit(f"{path}: expected the lines {BEGIN} and {END}")
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        raise SystemExit(f"{path}: expected the lines {first} and {last}")
+    path.write_text(f"{before}{first}\n{text}\n{last}{after}")
 
 
 def _time(us: float) -> str:
