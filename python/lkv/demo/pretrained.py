@@ -37,19 +37,26 @@ from lkv.text import decode, pad_and_ends
 ESSAY = Path(__file__).with_name("essay.txt")
 FACTS = 4
 LIMIT = 16  # tokens of an answer
+STEPS = 12  # of decoding, whose time is taken
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method did. `kept`: share of the bytes of the full cache; `right`: answers that hold their value."""
+    """What one method did.
+
+    Attributes:
+        kept: share of the rows. nbytes: of their keys and values.
+        second_pass, evict, step: seconds; a step is one more token.
+        right: answers that hold their value.
+    """
 
     method: str
     kept: float
     nbytes: int
     second_pass: float
     evict: float
-    answer: float
+    step: float
     right: int
 
 
@@ -113,13 +120,13 @@ class Subject:
             nbytes = cache.retained_bytes
             kept = nbytes / self.whole.retained_bytes
             print(f"{name}: {kept:.0%} of the rows, {nbytes / 2**20:.1f} MiB", flush=True)
-            right, spent = 0, 0.0
+            right = 0
             for question, fact in zip(self.talk.questions, self.facts, strict=True):
-                text, seconds = timed(self.model, partial(self.reply, cache, question))
+                text = self.reply(cache, question)
                 good = found(text, [fact.value]) == 1
-                right, spent = right + good, spent + seconds
+                right += good
                 print(f"  {'right' if good else 'wrong'}  {fact.lead} ... {' '.join(text.split())}", flush=True)
-        return Outcome(name, kept, nbytes, second, evict, spent, right)
+            return Outcome(name, kept, nbytes, second, evict, self.step(cache), right)
 
     def evict(self, cache: Cache, policy: Policy | None, retention: float) -> tuple[float, float]:
         """Seconds of the second pass, and of scores and eviction."""
@@ -140,6 +147,15 @@ class Subject:
             (tokens,) = answer(self.model, own, torch.ones_like(self.ids), [question], LIMIT, pad, ends)
         return decode(self.tokenizer, tokens)
 
+    def step(self, cache: Cache) -> float:
+        """Seconds of one more token."""
+        token, ends = self.talk.questions[0][-1:], ()
+        with cache.fork() as own:
+            seen = torch.ones_like(self.ids)
+            answer(self.model, own, seen, [token], 1, 0, ends)  # packs the rows of a whole cache
+            seen = torch.cat([seen, seen[:, :1]], 1)
+            return timed(self.model, partial(answer, self.model, own, seen, [token], STEPS, 0, ends))[1] / STEPS
+
 
 def timed(model: PreTrainedModel, work: Callable[[], T]) -> tuple[T, float]:
     """What it returns, and its seconds."""
@@ -151,10 +167,10 @@ def timed(model: PreTrainedModel, work: Callable[[], T]) -> tuple[T, float]:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    head = f"{'':8} {'kept':>6} {'K and V':>10} {'2nd pass':>9} {'eviction':>9} {'answers':>8}   right"
+    head = f"{'':8} {'kept':>6} {'K and V':>10} {'2nd pass':>9} {'eviction':>9} {'a token':>8}   right"
     lines = [
         f"{x.method:8} {x.kept:>6.0%} {x.nbytes / 2**20:>6.1f} MiB {x.second_pass:>7.1f} s {x.evict:>7.2f} s "
-        f"{x.answer:>6.1f} s   {x.right} of {FACTS}"
+        f"{1e3 * x.step:>5.0f} ms   {x.right} of {FACTS}"
         for x in outcomes
     ]
     return "\n".join(["", head, *lines, ""])
