@@ -76,8 +76,9 @@ def show(
         del policies["lkv"]
         print(f"There is no checkpoint of LKV for {options.model} in this package; `lkv train` makes one.")
     ids = torch.tensor([talk.context], device=model.device)
+    print("\nreading it once ... ", end="", flush=True)
     whole, seconds = timed(model, partial(read, model, ids, [x for x in policies.values() if x is not None]))
-    print(f"\nread once, in {seconds:.1f} s; no method knows the questions\n", flush=True)
+    print(f"{seconds:.1f} s. No method knows the questions.\n")
     subject = Subject(model, tokenizer, whole, ids, talk, text.facts)
     print(table([subject.judge(name, policy, options.retention) for name, policy in policies.items()]))
 
@@ -115,11 +116,12 @@ class Subject:
 
     def judge(self, name: str, policy: Policy | None, retention: float) -> Outcome:
         """Evicts a fork, answers the questions, and prints what comes out as it comes."""
+        print(f"{name}: ", end="", flush=True)
         with self.whole.fork() as cache:
             second, evict = self.evict(cache, policy, retention)
             nbytes = cache.retained_bytes
             kept = nbytes / self.whole.retained_bytes
-            print(f"{name}: {kept:.0%} of the rows, {nbytes / 2**20:.1f} MiB", flush=True)
+            print(f"{kept:.0%} of the rows, {nbytes / 2**20:.1f} MiB", flush=True)
             right = 0
             for question, fact in zip(self.talk.questions, self.facts, strict=True):
                 text = self.reply(cache, question)
