@@ -14,12 +14,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lkv import models, tasks
+from lkv.compression import prefill
 from lkv.demo import __main__ as command
 from lkv.demo import pretrained, retriever
 from lkv.demo.machine import describe
 from lkv.evaluate import plots
+from lkv.evaluate.forks import Forks
+from lkv.evaluate.methods import Method
 from lkv.evaluate.run import Result
 from lkv.extras import MissingPackage
+from lkv.learn.dialogue import exchange
 from lkv.policies.lkv import packaged
 from lkv.policies.lkv.checkpoint import Design, Shape, save
 from lkv.policies.lkv.fingerprint import fingerprint
@@ -76,6 +80,15 @@ class TestPretrained:
         save(folder / "lkv", design.build(Shape.of(tiny)), design, Shape.of(tiny), {}, fingerprint(tiny))
         return folder
 
+    def asker(self, folder: Path) -> pretrained.Asker:
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        text = pretrained.weave(tokenizer, pretrained.ESSAY, 600, 0)
+        talk = exchange(tokenizer, text, 0)
+        ids = torch.tensor([talk.context])
+        whole = prefill(model, ids, needs=SnapKV().needs, window=SnapKV().window)
+        forks = Forks(model, tokenizer, whole, ids, clock=pretrained.clock, begin=talk.protected)
+        return pretrained.Asker(forks, talk, text.facts)
+
     def test_every_method_answers_every_question(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     ) -> None:
@@ -108,35 +121,28 @@ class TestPretrained:
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     ) -> None:
         """2 layers of 2 KV heads of 8 numbers for keys and as many for values, 4 bytes each."""
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        text = pretrained.weave(tokenizer, pretrained.ESSAY, 600, 0)
-        talk = pretrained.exchange(tokenizer, text, 0)
-        ids = torch.tensor([talk.context])
-        whole = pretrained.read(model, ids, [SnapKV()])
-        subject = pretrained.Subject(model, tokenizer, whole, ids, talk, text.facts)
-        answers = iter([f" {text.facts[0].value}.", " nothing", f" not {text.facts[2].value}", text.facts[0].value])
-        monkeypatch.setattr(pretrained.Subject, "reply", lambda *a: next(answers))
-        found = subject.judge("snapkv", SnapKV(), 0.25)
-        row = 2 * 2 * 2 * 8 * 4
-        assert found.nbytes == round(0.25 * len(talk.context)) * row and found.right == 2
-        assert found.kept == found.nbytes / (len(talk.context) * row) and found.second_pass == 0 < min(
-            found.evict, found.step
-        )
+        asker = self.asker(folder)
+        values = [fact.value for fact in asker.facts]
+        answers = iter([f" {values[0]}.", " nothing", f" not {values[2]}", values[3][1:]])
+        monkeypatch.setattr(pretrained.Asker, "reply", lambda *a: next(answers))
+        found = asker.judge(Method("snapkv", SnapKV()), 0.25)
+        row, length = 2 * 2 * 2 * 8 * 4, len(asker.talk.context)
+        assert found.nbytes == round(0.25 * length) * row and found.right == 2
+        assert found.kept == found.nbytes / (length * row)
+        assert found.second_pass == 0 < min(found.evict, found.step)
         verdicts = re.findall(r"^  (right|wrong) ", capsys.readouterr().out, re.MULTILINE)
         assert verdicts == ["right", "wrong", "right", "wrong"]
 
     def test_questions_do_not_see_each_other(self, folder: Path) -> None:
         """Every one is asked of the rows of the text alone, and answers are those of generation from them."""
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        text = pretrained.weave(tokenizer, pretrained.ESSAY, 600, 0)
-        talk = pretrained.exchange(tokenizer, text, 0)
-        ids = torch.tensor([talk.context])
-        subject = pretrained.Subject(model, tokenizer, pretrained.read(model, ids, [SnapKV()]), ids, talk, text.facts)
-        with subject.whole.fork() as cache:
-            replies = [subject.reply(cache, question) for question in (*talk.questions, talk.questions[0])]
+        asker = self.asker(folder)
+        model, tokenizer, ids = asker.forks.model, asker.forks.tokenizer, asker.forks.tokens
+        questions = asker.talk.questions
+        with asker.forks.whole.fork() as cache:
+            replies = [asker.reply(cache, question) for question in (*questions, questions[0])]
             assert cache.get_seq_length() == ids.shape[1]
         assert replies[0] == replies[-1]
-        asked = torch.cat([ids, torch.tensor([talk.questions[1]])], 1)
+        asked = torch.cat([ids, torch.tensor([questions[1]])], 1)
         written = model.generate(asked, max_new_tokens=pretrained.LIMIT, do_sample=False, pad_token_id=0)
         assert replies[1] == tokenizer.decode(written[0, asked.shape[1] :], skip_special_tokens=True)
 

@@ -7,28 +7,24 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lkv.compression import prefill, protected, second_pass_scores
+from lkv.compression import prefill
 from lkv.demo.machine import describe
 from lkv.evaluate.decode import answer
-from lkv.evaluate.methods import FULL
+from lkv.evaluate.forks import Forks, needs_of
+from lkv.evaluate.methods import FULL, Method
 from lkv.evaluate.run import found
 from lkv.hf import Cache
 from lkv.learn.dialogue import Exchange, exchange
-from lkv.policies import Policy
 from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv import Learned
 from lkv.policies.snapkv import SnapKV
-from lkv.second_pass import in_words
 from lkv.tasks.documents import Document
 from lkv.tasks.facts import Fact
 from lkv.tasks.passages import Passage, passage
@@ -38,7 +34,6 @@ ESSAY = Path(__file__).with_name("essay.txt")
 FACTS = 4
 LIMIT = 16  # tokens of an answer
 STEPS = 12  # of decoding, whose time is taken
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,16 +66,18 @@ def show(
     )
     for fact in text.facts:
         print(f"  {fact.statement}")
-    policies: dict[str, Policy | None] = {FULL: None, "lkv": lkv, "kvzip": KVzip(), "snapkv": SnapKV()}
+    methods = [Method(FULL, None), Method("lkv", lkv), Method("kvzip", KVzip()), Method("snapkv", SnapKV())]
     if lkv is None:
-        del policies["lkv"]
+        del methods[1]
         print(f"There is no checkpoint of LKV for {options.model} in this package; `lkv train` makes one.")
-    ids = torch.tensor([talk.context], device=model.device)
     print("\nreading it once ... ", end="", flush=True)
-    whole, seconds = timed(model, partial(read, model, ids, [x for x in policies.values() if x is not None]))
-    print(f"{seconds:.1f} s. No method knows the questions.\n")
-    subject = Subject(model, tokenizer, whole, ids, talk, text.facts)
-    print(table([subject.judge(name, policy, options.retention) for name, policy in policies.items()]))
+    begin = clock()
+    ids = torch.tensor([talk.context], device=model.device)
+    window = max(method.policy.window for method in methods if method.policy is not None)
+    whole = prefill(model, ids, needs=needs_of(methods), window=window)
+    print(f"{clock() - begin:.1f} s. No method knows the questions.\n")
+    asker = Asker(Forks(model, tokenizer, whole, ids, clock=clock, begin=talk.protected), talk, text.facts)
+    print(table([asker.judge(method, options.retention) for method in methods]))
 
 
 def weave(tokenizer: PreTrainedTokenizerBase, path: Path, tokens: int, seed: int) -> Passage:
@@ -97,30 +94,22 @@ def weave(tokenizer: PreTrainedTokenizerBase, path: Path, tokens: int, seed: int
     return passage([document], 0, tokens, count, split="test", facts=FACTS, continuation=1, seed=seed)
 
 
-def read(model: PreTrainedModel, ids: Tensor, policies: Sequence[Policy]) -> Cache:
-    """All rows of a text, with what the policies need to judge them."""
-    needs: frozenset[str] = frozenset().union(*(policy.needs for policy in policies))
-    return prefill(model, ids, needs=needs, window=max(policy.window for policy in policies))
-
-
 @dataclass(frozen=True)
-class Subject:
-    """A text that was read, and what it is questioned about. `whole`: the cache of all rows, for `ids` `[1, n]`."""
+class Asker:
+    """A text that was read once, and the questions about it."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    whole: Cache
-    ids: Tensor
+    forks: Forks
     talk: Exchange
     facts: Sequence[Fact]
 
-    def judge(self, name: str, policy: Policy | None, retention: float) -> Outcome:
+    def judge(self, method: Method, retention: float) -> Outcome:
         """Evicts a fork, answers the questions, and prints what comes out as it comes."""
-        print(f"{name}: ", end="", flush=True)
-        with self.whole.fork() as cache:
-            second, evict = self.evict(cache, policy, retention)
+        print(f"{method.name}: ", end="", flush=True)
+        scores, second = self.forks.second_pass(method)
+        cache, evict = self.forks.evicted(method, retention, scores)
+        with cache:
             nbytes = cache.retained_bytes
-            kept = nbytes / self.whole.retained_bytes
+            kept = nbytes / self.forks.whole.retained_bytes
             print(f"{kept:.0%} of the rows, {nbytes / 2**20:.1f} MiB", flush=True)
             right = 0
             for question, fact in zip(self.talk.questions, self.facts, strict=True):
@@ -128,44 +117,30 @@ class Subject:
                 good = found(text, [fact.value]) == 1
                 right += good
                 print(f"  {'right' if good else 'wrong'}  {fact.lead} ... {' '.join(text.split())}", flush=True)
-            return Outcome(name, kept, nbytes, second, evict, self.step(cache), right)
-
-    def evict(self, cache: Cache, policy: Policy | None, retention: float) -> tuple[float, float]:
-        """Seconds of the second pass, and of scores and eviction."""
-        scores, second = None, 0.0
-        if policy is None:
-            return 0.0, 0.0
-        if "second_pass" in policy.needs:  # neither repeats nor evicts the chat template, as its authors have it
-            begin = self.talk.protected
-            policy = protected(in_words(policy, self.tokenizer), begin)
-            repeat = partial(second_pass_scores, self.model, self.whole, self.ids, policy, begin=begin)
-            scores, second = timed(self.model, repeat)
-        return second, timed(self.model, partial(cache.evict, policy, retention=retention, scores=scores))[1]
+            return Outcome(method.name, kept, nbytes, second, evict, self.step(cache), right)
 
     def reply(self, cache: Cache, question: Sequence[int]) -> str:
         """What the model writes after a question; the cache stays as it is."""
-        pad, ends = pad_and_ends(self.model, self.tokenizer)
+        model, tokenizer, seen = self.forks.model, self.forks.tokenizer, torch.ones_like(self.forks.tokens)
         with cache.fork() as own:
-            (tokens,) = answer(self.model, own, torch.ones_like(self.ids), [question], LIMIT, pad, ends)
-        return decode(self.tokenizer, tokens)
+            (tokens,) = answer(model, own, seen, [question], LIMIT, *pad_and_ends(model, tokenizer))
+        return decode(tokenizer, tokens)
 
     def step(self, cache: Cache) -> float:
         """Seconds of one more token."""
-        token, ends = self.talk.questions[0][-1:], ()
+        model, token, seen = self.forks.model, self.talk.questions[0][-1:], torch.ones_like(self.forks.tokens)
         with cache.fork() as own:
-            seen = torch.ones_like(self.ids)
-            answer(self.model, own, seen, [token], 1, 0, ends)  # packs the rows of a whole cache
-            seen = torch.cat([seen, seen[:, :1]], 1)
-            return timed(self.model, partial(answer, self.model, own, seen, [token], STEPS, 0, ends))[1] / STEPS
+            answer(model, own, seen, [token], 1, 0, ())  # packs the rows of a whole cache
+            begin = clock()
+            answer(model, own, torch.cat([seen, seen[:, :1]], 1), [token], STEPS, 0, ())
+            return (clock() - begin) / STEPS
 
 
-def timed(model: PreTrainedModel, work: Callable[[], T]) -> tuple[T, float]:
-    """What it returns, and its seconds."""
-    begin = time.perf_counter()
-    made = work()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return made, time.perf_counter() - begin
+def clock() -> float:
+    """Seconds, when all is done that was begun."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
