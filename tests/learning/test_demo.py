@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -70,16 +71,17 @@ def test_model_is_described(model: PreTrainedModel) -> None:
     assert f"{model.num_parameters() / 1e6:.1f} million parameters" in text and f"torch {torch.__version__}" in text
 
 
-class TestPretrained:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """A model of random weights, and a checkpoint for it."""
-        folder = tiny_folder.save(tmp_path_factory.mktemp("model"))
-        tiny = AutoModelForCausalLM.from_pretrained(folder)
-        design = Design(hidden=8, budget="threshold", scale="absolute")
-        save(folder / "lkv", design.build(Shape.of(tiny)), design, Shape.of(tiny), {}, fingerprint(tiny))
-        return folder
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random weights, and a checkpoint for it."""
+    folder = tiny_folder.save(tmp_path_factory.mktemp("model"))
+    tiny = AutoModelForCausalLM.from_pretrained(folder)
+    design = Design(hidden=8, budget="threshold", scale="absolute")
+    save(folder / "lkv", design.build(Shape.of(tiny)), design, Shape.of(tiny), {}, fingerprint(tiny))
+    return folder
 
+
+class TestPretrained:
     def asker(self, folder: Path) -> pretrained.Asker:
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         text = pretrained.weave(tokenizer, pretrained.ESSAY, 600, 0)
@@ -103,6 +105,13 @@ class TestPretrained:
         ]
         assert len(re.findall(r"^  (?:right|wrong)  ", printed, re.MULTILINE)) == 4 * len(names)
         assert re.findall(r"^(\w+) +\d+% .* ms +[0-4] of 4$", printed, re.MULTILINE) == names
+        assert f"{tmp_path / 'page.html'}: what lkv and kvzip keep" in printed
+        page = re.search(r'type="application/json">(.*?)</script>', (tmp_path / "page.html").read_text(), re.DOTALL)
+        data = json.loads(page[1])
+        assert (data["title"], data["model"], data["retention"]) == ("essay", folder.name, 0.2)
+        assert all(statement in "".join(data["units"]) for statement in statements)
+        assert [x["name"] for x in data["methods"]] == ["lkv", "kvzip"]
+        assert all(f"  {answer}\n" in printed for x in data["methods"] for answer in x["answers"])
         assert command.main(options) == 0
         printed = capsys.readouterr().out
         assert "no checkpoint of LKV" in printed and "\nlkv" not in printed and "\nkvzip" in printed

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkv.compression import prefill
 from lkv.demo.machine import describe
 from lkv.evaluate.decode import answer
 from lkv.evaluate.forks import Forks, needs_of
+from lkv.evaluate.kept import kept_rows
 from lkv.evaluate.methods import FULL, Method
 from lkv.evaluate.run import found
 from lkv.hf import Cache
@@ -25,6 +27,9 @@ from lkv.learn.dialogue import Exchange, exchange
 from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv import Learned
 from lkv.policies.snapkv import SnapKV
+from lkv.show import Method as Shows
+from lkv.show import Shown, write
+from lkv.show.units import opening_units, units
 from lkv.tasks.documents import Document
 from lkv.tasks.facts import Fact
 from lkv.tasks.passages import Passage, passage
@@ -43,7 +48,8 @@ class Outcome:
     Attributes:
         kept: share of the rows. nbytes: of their keys and values.
         second_pass, evict, step: seconds; a step is one more token.
-        right: answers that hold their value.
+        answers: with their leads. right: how many of them hold their value.
+        rows: positions of what is left, of every layer and KV head.
     """
 
     method: str
@@ -52,7 +58,9 @@ class Outcome:
     second_pass: float
     evict: float
     step: float
+    answers: list[str]
     right: int
+    rows: list[list[Tensor]]
 
 
 def show(
@@ -77,7 +85,10 @@ def show(
     whole = prefill(model, ids, needs=needs_of(methods), window=window)
     print(f"{clock() - begin:.1f} s. No method knows the questions.\n")
     asker = Asker(Forks(model, tokenizer, whole, ids, clock=clock, begin=talk.protected), talk, text.facts)
-    print(table([asker.judge(method, options.retention) for method in methods]))
+    outcomes = [asker.judge(method, options.retention) for method in methods]
+    print(table(outcomes))
+    page = write(asker.shown(options.text.stem, text.text, outcomes, options.retention), options.out / "page.html")
+    print(f"{page}: what {outcomes[1].method} and {outcomes[2].method} keep of the text, token by token")
 
 
 def weave(tokenizer: PreTrainedTokenizerBase, path: Path, tokens: int, seed: int) -> Passage:
@@ -111,13 +122,15 @@ class Asker:
             nbytes = cache.retained_bytes
             kept = nbytes / self.forks.whole.retained_bytes
             print(f"{kept:.0%} of the rows, {nbytes / 2**20:.1f} MiB", flush=True)
-            right = 0
+            answers, right = [], 0
             for question, fact in zip(self.talk.questions, self.facts, strict=True):
                 text = self.reply(cache, question)
                 good = found(text, [fact.value]) == 1
                 right += good
-                print(f"  {'right' if good else 'wrong'}  {fact.lead} ... {' '.join(text.split())}", flush=True)
-            return Outcome(method.name, kept, nbytes, second, evict, self.step(cache), right)
+                answers.append(f"{fact.lead} {' '.join(text.split())}")
+                print(f"  {'right' if good else 'wrong'}  {answers[-1]}", flush=True)
+            step, rows = self.step(cache), kept_rows(cache)
+        return Outcome(method.name, kept, nbytes, second, evict, step, answers, right, rows)
 
     def reply(self, cache: Cache, question: Sequence[int]) -> str:
         """What the model writes after a question; the cache stays as it is."""
@@ -134,6 +147,27 @@ class Asker:
             begin = clock()
             answer(model, own, torch.cat([seen, seen[:, :1]], 1), [token], STEPS, 0, ())
             return (clock() - begin) / STEPS
+
+    def shown(self, title: str, text: str, outcomes: Sequence[Outcome], retention: float) -> Shown:
+        """All of it for a page: the first two methods beside the full cache."""
+        model, tokenizer, whole = self.forks.model, self.forks.tokenizer, self.forks.whole
+        before, after = self.talk.context[: self.talk.protected], self.talk.context[self.talk.protected :]
+        opening = opening_units(tokenizer, before)
+        full, *others = outcomes
+        return Shown(
+            title=title,
+            model=Path(model.config.name_or_path).name,
+            dtype=str(model.dtype).removeprefix("torch."),
+            retention=retention,
+            units=[*opening, *units(tokenizer, after, text)],
+            opening=len(opening),
+            layers=[layer.index for layer in whole.ragged],
+            heads=[layer.heads for layer in whole.ragged],
+            nbytes=full.nbytes,
+            questions=[fact.question for fact in self.facts],
+            answers=full.answers,
+            methods=[Shows(x.method, x.rows, x.nbytes, x.answers) for x in others[:2]],
+        )
 
 
 def clock() -> float:
