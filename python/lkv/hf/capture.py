@@ -84,32 +84,44 @@ def install_cosines(decoder: nn.Module) -> None:
                 module.register_forward_hook(_note_cosine, with_kwargs=True)
 
 
-def _observing(index: int | None, kwargs: dict[str, Any]) -> Any:
-    """The layer of ours that a block, or all its attention, is called with, where its cosine is observed."""
-    for name in CACHE_ARGUMENTS:
-        cache: Any = kwargs.get(name)
-        if getattr(cache, "is_lkv_cache", False) and index is not None and index < len(cache.layers):
-            layer = cache.layers[index]
-            if "attention_cosine" in getattr(getattr(layer, "settings", None), "observe", ()):
-                return layer
-    return None
+def _ours(kwargs: dict[str, Any]) -> Any:
+    """The cache of ours that a module is called with; other calls stay in a compiled graph."""
+    caches: list[Any] = [kwargs.get(name) for name in CACHE_ARGUMENTS]
+    return next((cache for cache in caches if getattr(cache, "is_lkv_cache", False)), None)
 
 
-@outside_graphs
+def _observing(layers: Sequence[Any], index: int | None) -> Any:
+    """The layer of this index, if it is one of ours and its cosine is observed."""
+    layer = layers[index] if index is not None and index < len(layers) else None
+    return layer if "attention_cosine" in getattr(getattr(layer, "settings", None), "observe", ()) else None
+
+
 def _note_residual(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    indices = (getattr(module, "layer_idx", None) for module in block.children())
-    layer = _observing(next((i for i in indices if i is not None), None), kwargs)
-    if layer is not None:
-        layer.observations.residual = kwargs.get("hidden_states", args[0] if args else None)
+    cache = _ours(kwargs)
+    if cache is not None:
+        _take_residual(block, cache.layers, kwargs.get("hidden_states", args[0] if args else None))
 
 
 @outside_graphs
+def _take_residual(block: nn.Module, layers: Sequence[object], hidden: Tensor) -> None:
+    indices = (getattr(module, "layer_idx", None) for module in block.children())
+    layer = _observing(layers, next((i for i in indices if i is not None), None))
+    if layer is not None:
+        layer.observations.residual = hidden
+
+
 def _note_cosine(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    layer = _observing(module.layer_idx, kwargs)
-    before = None if layer is None else layer.observations.residual
-    if before is None:
+    cache = _ours(kwargs)
+    if cache is not None:
+        _take_cosine(module, cache.layers, output[0] if isinstance(output, tuple) else output)
+
+
+@outside_graphs
+def _take_cosine(module: AttentionModule, layers: Sequence[object], added: Tensor) -> None:
+    layer = _observing(layers, module.layer_idx)
+    if layer is None or layer.observations.residual is None:
         return
-    found = cosines(before, output[0] if isinstance(output, tuple) else output, layer.observations.padding)
+    found = cosines(layer.observations.residual, added, layer.observations.padding)
     layer.observations.residual = layer.observations.padding = None
     layer.cosines = found if layer.cosines is None else layer.cosines + found
 
