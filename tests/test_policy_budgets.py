@@ -222,7 +222,7 @@ DEFAULTS = {
     "knorm": (set(), "layer", 0, 0),
     "kvzip": ({"queries", "second_pass"}, "model", 4, 0),
     "lagkv": (set(), "layer", 4, 0),
-    "lava": ({"queries"}, "model", 0, 32),
+    "lava": ({"queries"}, "cascade", 0, 32),
     "lava_code": ({"queries"}, "model", 0, 32),
     "pyramidkv": ({"queries"}, "layer", 0, 8),
     "random": (set(), "layer", 4, 32),

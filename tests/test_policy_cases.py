@@ -298,9 +298,10 @@ def test_rules_come_in_their_order() -> None:
     for outer in (CAOTE, lambda x: Protect(x, 1), PyramidKV, LAVa, CAKE):
         with pytest.raises(ValueError, match="expected a policy whose budgets are not known ahead, got PyramidKV"):
             outer(PyramidKV())
+    assert LAVa(AdaKV(LAVaScore())).scope == "cascade" and LAVa(AdaKV(CriticalKV())).scope == "model"
     with pytest.raises(ValueError, match="lkv.AdaKV: expected a policy without budgets for layers, got PyramidKV"):
         AdaKV(PyramidKV())
-    with pytest.raises(ValueError, match="lkv.AdaKV: expected a scorer of scope 'layer', got 'model'"):
+    with pytest.raises(ValueError, match="lkv.AdaKV: expected a scorer of scope 'layer', got 'cascade'"):
         AdaKV(LAVa())
     both = PyramidKV(AdaKV(CAOTE(Protect(SnapKV(window=4), sink=2))))
     assert (both.sink, both.window, both.needs) == (2, 4, {"queries"})

@@ -166,14 +166,9 @@ def test_settings(model, options, message):
 
 
 def test_policies_that_need_more_than_there_is(model):
-    class Cascade(SnapKV):
-        scope = "cascade"
-
     class Twice(SnapKV):
         needs = frozenset({"second_pass", "queries"})
 
-    with pytest.raises(ValueError, match="lkv.Cache: expected a policy of scope 'layer' or 'model', got 'cascade'"):
-        lkv.Cache(model, Cascade(), retention=0.5)
     with pytest.raises(ValueError, match=r"got .*Twice.*, which needs a second pass over its text: lkv.compress"):
         lkv.Cache(model, Twice(), retention=0.5)
     with pytest.raises(TypeError, match=r"expected a name or a policy"):

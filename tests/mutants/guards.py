@@ -59,6 +59,7 @@ GUARDS: dict[str, list[str]] = {
         for name, first in {
             "attention": "routing",
             "call": "routing",
+            "cascade": "cascade",
             "calls": "failed_calls",
             "capture": "observed",
             "compat": "families",

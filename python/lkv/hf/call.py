@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from lkv.hf import masks
+from lkv.hf.cascade import Cascade
 from lkv.hf.routing import Route
 from lkv.hf.versions import CacheLayerMixin, HFLayer, is_appended_by_copy
 
@@ -38,6 +39,7 @@ class Call:
         done: it has ended, and is not taken back any more.
         visible, padding: what the mask shows of all tokens, and which of the new ones are padding.
         before: snapshots of the layers that it has reached.
+        cascade: what is known of the layers so far, where they shrink as later ones come.
         waiting: for every layer whose keys have come, the layers that have not attended to them yet.
     """
 
@@ -49,6 +51,7 @@ class Call:
         self.padding = None if hidden is None else masks.PaddingInfo.of(hidden[:, seen:])
         self.before: dict[int, LayerBefore] = {}
         self.waiting: dict[int, list[int]] = {}
+        self.cascade: Cascade[Any] = Cascade()
         self._checked: weakref.ref[Tensor] | None = None
 
     def classify(self, stage: str | None, within_prefill: bool | None, token_by_token: bool) -> None:

@@ -16,6 +16,7 @@ from lkv.hf.attention import NOTE, check_arguments, logits_of
 from lkv.hf.call import NOT_CAUSAL, Call, OtherSnapshot
 from lkv.hf.history import History
 from lkv.hf.layer import RaggedLayer
+from lkv.hf.planning import EvictionPlan
 from lkv.hf.routing import Route
 from lkv.hf.settings import Settings
 from lkv.hf.versions import AttentionModule, HFCache, outside_graphs, own_layers, stage_of_generate
@@ -192,8 +193,11 @@ class Calls(HFCache):
         check_arguments(module, states[0], mask, kwargs)
         out = layer.attend(call, own, module, states, mask, logits_of(own, states[0], kwargs), kwargs)
         # All else is behind the call, when all layers are planned for before any is evicted.
-        if call.prompt and not waiting and self.settings.policy.scope == "layer":
-            self._evict_due(call, [layer])
+        if call.prompt and not waiting and self.settings.policy.scope != "model" and not self._waits(call):
+            if self.settings.policy.scope == "layer":
+                self._evict_due(call, [layer])
+            else:
+                self._apply(call.cascade.plan(layer, self.settings))
         return out, None
 
     def settle(self) -> None:
@@ -237,12 +241,16 @@ class Calls(HFCache):
 
     def _evict_due(self, call: Call, layers: Sequence[RaggedLayer]) -> None:
         """Behind a call, or a layer of it: what has come with it as a prompt, or was left before a token."""
-        wait = self.settings.chunks == "last" and not call.token_by_token
-        if call.draft or (call.prompt and wait) or (self.in_prefill and wait):
+        if self._waits(call):
             return
         layers = [layer for layer in layers if layer.due]
         if layers:
             self._evict(layers, self.settings)
+
+    def _waits(self, call: Call) -> bool:
+        """Whether more of the prompt may come before anything is evicted, or tokens may be cropped."""
+        wait = self.settings.chunks == "last" and not call.token_by_token
+        return call.draft or (call.prompt and wait) or (self.in_prefill and wait)
 
     def _evict_for_cap(self, cap: int, count: int) -> None:
         """Makes space below the cap for `count` tokens that were generated."""
@@ -260,8 +268,11 @@ class Calls(HFCache):
         scores: Sequence[Tensor] | None = None,
     ) -> None:
         """All that may fail first: no layer is evicted before all are planned for."""
-        plans = planning.plan(layers, settings, rows, scores)
-        for layer, plan in zip(layers, plans, strict=True):
+        self._apply(list(zip(layers, planning.plan(layers, settings, rows, scores), strict=True)))
+
+    @staticmethod
+    def _apply(plans: Sequence[tuple[RaggedLayer, EvictionPlan]]) -> None:
+        for layer, plan in plans:
             layer.apply(plan)
             if plan.scores is not None:
                 layer.observations.evicted()

@@ -99,7 +99,8 @@ def _observing(layers: Sequence[Any], index: int | None) -> Any:
 def _note_residual(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     cache = _ours(kwargs)
     if cache is not None:
-        _take_residual(block, cache.layers, kwargs.get("hidden_states", args[0] if args else None))
+        hidden: Any = kwargs.get("hidden_states", args[0] if args else None)
+        _take_residual(block, cache.layers, hidden)
 
 
 @outside_graphs

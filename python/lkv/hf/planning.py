@@ -47,7 +47,7 @@ def plan(
 ) -> list[EvictionPlan]:
     """A plan for each layer that brings every sequence to `rows` per head, or to the target of its logical length.
 
-    With scope "layer" every layer has its own total, with scope "model" they share one.
+    With scope "layer" every layer has its own total, with "model" and "cascade" they share one.
 
     Args:
         rows: default: `Settings.target` of each sequence.
@@ -57,7 +57,7 @@ def plan(
         ValueError: for scores and budgets of the policy that do not fit the rows.
     """
     given = [None] * len(layers) if scores is None else list(scores)
-    if settings.policy.scope == "model":
+    if settings.policy.scope != "layer":
         return _plan_together(layers, settings, rows, given)
     return [_plan(layer, settings, rows, s) for layer, s in zip(layers, given, strict=True)]
 
@@ -80,13 +80,13 @@ def _wanted(layer: ObservedLayer, settings: Settings, rows: int | None) -> list[
         here, layers = layer.rank
         kept = torch.tensor(list(map(min, wanted, layer.token_counts)))
         table = settings.policy.layer_rows(layers, kept, torch.tensor(layer.token_counts))
-        _check_budgets(settings.policy, table, [layers, len(wanted)], "[N, B]")
+        check_budgets(settings.policy, table, [layers, len(wanted)], "[N, B]")
         wanted = table[here].tolist()
     return [layer.heads * count for count in wanted]
 
 
-def _score(layer: ObservedLayer, policy: Policy, given: Tensor | None, budget: list[int]) -> tuple[Tensor, Observation]:
-    """`budget`: rows per head, on average, by sequence."""
+def score(layer: ObservedLayer, policy: Policy, given: Tensor | None, budget: list[int]) -> tuple[Tensor, Observation]:
+    """Scores of a layer and what they were made of; `budget`: rows per head, on average, by sequence."""
     observed = observe(layer, policy.needs if given is None else policy.needs & NOT_FOR_SCORES, policy.window)
     if "budget" in policy.needs:
         observed = replace(observed, budget=torch.tensor(budget))
@@ -107,7 +107,7 @@ def _refine(layer: ObservedLayer, policy: Policy, observed: Observation, scores:
 
 def one_total(policy: Policy) -> bool:
     """Whether all layers share what is kept, rather than each having its own total."""
-    return policy.scope == "model" or isinstance(policy, (Ahead, Layered))
+    return policy.scope != "layer" or isinstance(policy, (Ahead, Layered))
 
 
 def over_cap(layers: Sequence[L], policy: Policy, cap: int, count: int) -> list[L]:
@@ -133,9 +133,9 @@ def _plan(layer: ObservedLayer, settings: Settings, rows: int | None, given: Ten
     totals = list(map(min, layer.row_counts, _wanted(layer, settings, rows)))
     if totals == layer.row_counts:
         return EvictionPlan(None, None, totals)
-    scores, observed = _score(layer, policy, given, [total // layer.heads for total in totals])
+    scores, observed = score(layer, policy, given, [total // layer.heads for total in totals])
     budgets = policy.budgets(scores, observed.lengths, torch.tensor(totals), starts=observed.starts)
-    _check_budgets(policy, budgets, observed.lengths.shape)
+    check_budgets(policy, budgets, observed.lengths.shape)
     budgets = budgets if budgets.is_cpu else _within(budgets, totals)
     scores = _refine(layer, policy, observed, scores, budgets)
     return EvictionPlan(scores, budgets, totals, policy.sink, policy.window)
@@ -148,9 +148,9 @@ def _plan_ahead(
     wanted = [min(n, settings.target(n) if rows is None else rows) for n in counts]
     if wanted == counts:
         return EvictionPlan(None, None, layer.row_counts)
-    scores, observed = _score(layer, policy, given, wanted)
+    scores, observed = score(layer, policy, given, wanted)
     budgets = ahead.ahead(layer.index, torch.tensor(wanted), torch.tensor(counts))
-    _check_budgets(policy, budgets, observed.lengths.shape)
+    check_budgets(policy, budgets, observed.lengths.shape)
     # Whole rows are as many as there are tokens; of packed ones only the device knows.
     there = torch.tensor(counts)[:, None] if layer.rows is None else observed.lengths.cpu()
     budgets = budgets.clamp(min=0).minimum(there)
@@ -174,28 +174,24 @@ def _plan_together(
     totals = list(map(min, rows_now, wanted))
     if totals == rows_now:
         return [EvictionPlan(None, None, layer.row_counts) for layer in layers]
-    if len({layer.heads for layer in layers}) > 1:
-        raise ValueError(
-            "lkv.Cache: expected layers of the same number of KV heads for a policy of scope 'model', got "
-            f"{[layer.heads for layer in layers]}"
-        )
+    check_heads(layers, policy)
     mean = [total // _heads(layers) for total in totals]
     scores, lengths, importance, starts = [], [], [], None
     for layer, known in zip(layers, given, strict=True):
-        score, observed = _score(layer, policy, known, mean)
-        scores.append(score)
+        found, observed = score(layer, policy, known, mean)
+        scores.append(found)
         lengths.append(observed.lengths)
         starts = observed.starts  # the same for all: padding while rows are whole, then 0
         if isinstance(policy, Weighs):
-            importance.append(policy.importance(layer.index, observed, score).to(lengths[0].device))
+            importance.append(policy.importance(layer.index, observed, found).to(lengths[0].device))
     stacked = torch.stack([each.to(lengths[0].device) for each in lengths])
     more: dict[str, Any] = {"importance": torch.stack(importance)} if importance else {}
     budgets = policy.budgets(scores, stacked, torch.tensor(totals), starts=starts, **more)
-    _check_budgets(policy, budgets, stacked.shape)
+    check_budgets(policy, budgets, stacked.shape)
     budgets = budgets.clamp(min=0).minimum(stacked.to(budgets.device))
     if refiner(policy) is not None:  # observed once more, as the rows of one layer at a time are in memory then
         each = zip(layers, scores, budgets.unbind(0), strict=True)
-        scores = [_refine(x, policy, observe(x, policy.needs, policy.window), score, b) for x, score, b in each]
+        scores = [_refine(x, policy, observe(x, policy.needs, policy.window), s, b) for x, s, b in each]
     counts = budgets.sum(2).tolist()  # what a layer is left with is the policy's choice: a synchronisation on CUDA
     ends = policy.sink, policy.window
     return [EvictionPlan(s, b, n, *ends) for s, b, n in zip(scores, budgets.unbind(0), counts, strict=True)]
@@ -209,7 +205,16 @@ def _check_scores(policy: Policy, scores: Tensor, observed: Observation) -> None
         raise ValueError(f"lkv.Cache: expected scores of {policy} of shape [B, H, L] = {list(expected)}, got {got}")
 
 
-def _check_budgets(policy: Policy, budgets: Tensor, expected: Sequence[int], form: str | None = None) -> None:
+def check_heads(layers: Sequence[ObservedLayer], policy: Policy) -> None:
+    """Raises ValueError for layers that cannot share a total, as their heads are not as many."""
+    if len({layer.heads for layer in layers}) > 1:
+        raise ValueError(
+            f"lkv.Cache: expected layers of the same number of KV heads for a policy of scope {policy.scope!r}, got "
+            f"{[layer.heads for layer in layers]}"
+        )
+
+
+def check_budgets(policy: Policy, budgets: Tensor, expected: Sequence[int], form: str | None = None) -> None:
     """Raises ValueError for budgets of another shape than `[B, H]` (`[N, B, H]`), and for such as are not whole."""
     if not isinstance(budgets, Tensor) or list(budgets.shape) != list(expected) or budgets.is_floating_point():
         got = f"{budgets.dtype} {list(budgets.shape)}" if isinstance(budgets, Tensor) else type(budgets).__name__

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from lkv.policies import NEEDS, Policy
 
 OBSERVED = NEEDS - {"second_pass"}  # needs that the adapter can meet
-SCOPES = ("layer", "model")
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ class Settings:
         expect(self.reserve >= 1, "reserve >= 1", self.reserve)
         if self.cap is not None:
             expect(1 <= self.interval < self.cap, f"interval in [1, cap) = [1, {self.cap})", self.interval)
-        expect(self.policy.scope in SCOPES, "a policy of scope 'layer' or 'model'", repr(self.policy.scope))
         expect(self.observe_window >= 1, "observe_window >= 1", self.observe_window)
         unknown = self.observe - OBSERVED
         expect(not unknown, f"observe of at most {_names(OBSERVED)}", _names(unknown))

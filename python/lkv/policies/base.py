@@ -140,7 +140,12 @@ class ImportanceWrapper(LayerWrapper):
         starts: Tensor | None = None,
         importance: Tensor | None = None,
     ) -> Tensor:
-        """int64 `[N, B, H]`. importance: float32 `[N, B]`, of all layers; one synchronisation on CUDA."""
+        """int64 `[N, B, H]`; one synchronisation on CUDA.
+
+        Args:
+            starts: `[B, H]`, or `[N, B, H]`.
+            importance: float32 `[N, B]`, of all layers.
+        """
         if importance is None:
             raise ValueError(f"lkv.{type(self).__name__}: expected the importance of all layers, got none")
         there, found = lengths.cpu(), importance.T.tolist()
@@ -148,8 +153,9 @@ class ImportanceWrapper(LayerWrapper):
         totals = torch.stack(
             [self.divide(*each, there[:, b]) for b, each in enumerate(zip(found, wanted, strict=True))], 1
         )
-        each_layer = zip(scores, lengths, totals, strict=True)
-        return torch.stack([self.scorer.budgets(s, n, t, starts=starts) for s, n, t in each_layer])
+        begin = [starts] * len(lengths) if starts is None or starts.dim() == 2 else list(starts)
+        each_layer = zip(scores, lengths, totals, begin, strict=True)
+        return torch.stack([self.scorer.budgets(s, n, t, starts=first) for s, n, t, first in each_layer])
 
 
 @dataclass(frozen=True)

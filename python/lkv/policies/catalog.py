@@ -56,13 +56,16 @@ class Entry:
         policy = self.make()
         if "second_pass" in policy.needs:
             return "after a second pass"
-        return "after each layer" if policy.scope == "layer" else "after all layers"
+        return {"layer": "after each layer", "model": "after all layers", "cascade": "after each layer again"}[
+            policy.scope
+        ]
 
 
 def _row(make: Callable[[], Policy], score: str, budgets: str, cost: str, paper: str, source: str = CODE) -> Entry:
     return Entry(make, score, budgets, cost, paper, source)
 
 
+WHEN = {"layer": "after each layer", "model": "after all layers", "cascade": "after each layer, earlier ones again"}
 EQUAL, COMPETE, WINDOW = "equal", "heads of a layer compete", "attention of w queries"
 CATALOG: dict[str, Entry] = {
     "random": _row(Random, "a hash of layer, head and position", EQUAL, "none", "", "a floor"),

@@ -11,7 +11,7 @@ from torch import Tensor
 import lkv_ext
 from lkv.policies.adakv import AdaKV
 from lkv.policies.attention import evictable
-from lkv.policies.base import ImportanceWrapper, ScoreWrapper, refuse_second_pass
+from lkv.policies.base import ImportanceWrapper, ScoreWrapper, refiner, refuse_second_pass
 from lkv.policies.protocol import Observation, Policy
 from lkv.policies.snapkv import SnapKV
 from lkv_ext.shared import apportion
@@ -52,9 +52,9 @@ class LAVa(ImportanceWrapper):
     `s = scores / sum(scores)`, `e_l = -sum(s log s) / (H N)` for N rows before the window, and of the rows beside
     the window layer l keeps `e_l / sum(e)`, none more than it has. Heads of a layer compete for them, without a floor.
 
-    The paper shrinks earlier layers as later ones arrive. What is left in the end is the same as when all layers are
-    there: shares only fall, and the rows of a smaller budget are among those of a larger one. Here it is done once, so
-    that all layers are whole at the peak.
+    Earlier layers shrink as later ones arrive (scope "cascade"), with the same rows in the end as if all layers were
+    there: shares only fall, and the rows of a smaller budget are among those of a larger one. Of the authors' code, and
+    over a scorer that chooses rows by budgets of heads, all layers are divided among at once (scope "model").
 
     Attributes:
         scorer: scores, and budgets of the heads of a layer.
@@ -65,6 +65,10 @@ class LAVa(ImportanceWrapper):
 
     scorer: Policy = field(default_factory=lambda: AdaKV(LAVaScore(), alpha=0.0))
     code: bool = False
+
+    @property
+    def scope(self) -> str:
+        return "model" if self.code or refiner(self.scorer) is not None else "cascade"
 
     def importance(self, layer: int, observation: Observation, scores: Tensor) -> Tensor:
         return entropies(scores, evictable(observation, self.window, self.sink))

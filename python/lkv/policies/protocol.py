@@ -6,10 +6,9 @@ a cap in the middle of decoding. The caller (`lkv.Cache`) owns the rows, the que
 
 How other methods fit:
 
-- A cascade: scope "cascade". After layer l the caller calls `score` for it, and then `budgets` with the list of the
-  scores of layers 0..l, those of earlier layers being what survived (they travel as companions of the rows); a layer
-  whose budget shrank is evicted again. `lkv.Cache` does not do this yet: LAVa and CAKE divide the total once, with the
-  same rows in the end.
+- A cascade (LAVa): scope "cascade". After layer l the caller calls `score` for it, and then `budgets` with the list of
+  the scores of layers 0..l, those of earlier layers being what survived, and `starts` `[N, B, H]`; a layer whose budget
+  shrank is evicted again. For budgets that only fall as layers arrive and rows of the largest scores; else "model".
 - A second pass (KVzip): needs "second_pass", and has a `repetition` that tells how the text comes again. `score` says
   what a chunk's queries make of the rows that they read: `lkv.second_pass` computes it, and takes the maximum over
   chunks. Budgets follow when all scores are there, with scope "model".

@@ -1,0 +1,132 @@
+"""Layers that shrink while later ones come keep the rows of one plan for all layers, and never hold many more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import pytest
+import torch
+import transformers
+from families import SMALL, call, tokens
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import lkv
+from lkv.policies import AdaKV, LAVa, LAVaScore, Observation, SnapKV
+
+LAYERS, LENGTH = 6, 60
+POLICY = LAVa(AdaKV(LAVaScore(SnapKV(window=4, kernel_size=3, pooling="max", group="max"), before=False), alpha=0.0))
+
+
+@dataclass(frozen=True)
+class Together(LAVa):
+    """All layers at once."""
+
+    scope = "model"
+
+
+@lru_cache
+def model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    options = dict(SMALL, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
+    for n, layer in enumerate(made.model.layers):  # so that entropies differ
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            torch.nn.init.normal_(projection.weight, std=0.2 + 0.25 * ((5 * n) % LAYERS))
+    return made.eval()
+
+
+def kept(cache: lkv.Cache, b: int) -> list[list[int]]:
+    rows = [layer.rows.padded(layer.rows.positions)[b].tolist() for layer in cache.ragged]
+    counts = [layer.rows.lengths[b].tolist() for layer in cache.ragged]
+    return [head[:n] for heads, each in zip(rows, counts, strict=True) for head, n in zip(heads, each, strict=True)]
+
+
+def padded(batch: int) -> Tensor:
+    mask = torch.ones(batch, LENGTH, dtype=torch.long)
+    for b in range(1, batch):
+        mask[b, : 9 * b] = 0
+    return mask
+
+
+@pytest.mark.parametrize("retention", [0.1, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_the_rows_are_those_of_one_plan(batch: int, retention: float) -> None:
+    """Padding, a later turn that finds heads of different rows, and tokens that are generated."""
+    caches = [lkv.Cache(model(), policy, retention=retention) for policy in (POLICY, Together(POLICY.scorer))]
+    mask = padded(batch)
+    for turn, count in enumerate((LENGTH, 1, 17, 1)):
+        if turn:
+            mask = torch.cat([mask, torch.ones(batch, count, dtype=torch.long)], 1)
+        ids = tokens(batch, count, turn)
+        first, second = (call(model(), ids, mask, cache) for cache in caches)
+        if turn < 2:
+            torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+        if turn == 0 and retention < 1:
+            for b in range(batch):
+                assert kept(caches[0], b) == kept(caches[1], b)
+                assert sum(map(len, kept(caches[0], b))) == round(retention * int(mask[b].sum())) * 2 * LAYERS
+    for cache in caches:
+        rows = [sum(layer.row_counts[b] for layer in cache.ragged) for b in range(batch)]
+        expected = [(round(retention * (int(n) - 1)) + 1) * 2 * LAYERS for n in mask.sum(1)]
+        assert rows == expected
+        assert not any(layer.due for layer in cache.ragged)
+
+
+@torch.no_grad()
+def test_memory_is_the_budget_and_one_layer() -> None:
+    """Counted when a layer has come, which is the peak; in one plan all layers are whole then."""
+    peaks: dict[str, list[int]] = {}
+
+    def watched(name: str, kind: type[LAVa]) -> lkv.Cache:
+        class Watched(kind):
+            def importance(self, layer: int, observation: Observation, scores: Tensor) -> Tensor:
+                rows = [
+                    sum(counts) for counts in zip(*(x.row_counts for x in cache.ragged if x.row_counts), strict=True)
+                ]
+                peaks.setdefault(name, []).append(max(rows))
+                return super().importance(layer, observation, scores)
+
+        cache = lkv.Cache(model(), Watched(POLICY.scorer), retention=0.2)
+        call(model(), tokens(1, LENGTH), None, cache)
+        return cache
+
+    whole, total = LENGTH * 2, round(0.2 * LENGTH) * 2 * LAYERS
+    watched("cascade", LAVa)
+    assert max(peaks["cascade"]) <= total + whole + 2 * LAYERS
+    watched("together", Together)
+    assert max(peaks["together"]) == LAYERS * whole > max(peaks["cascade"])
+
+
+@torch.no_grad()
+def test_a_call_that_fails_leaves_nothing() -> None:
+    """In the middle of a cascade; the next call is as if it had not been."""
+    ids = tokens(1, LENGTH)
+    expected = lkv.Cache(model(), POLICY, retention=0.2)
+    call(model(), ids, None, expected)
+    cache = lkv.Cache(model(), POLICY, retention=0.2)
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("in the middle")
+
+    handle = model().model.layers[4].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        call(model(), tokens(1, LENGTH, 3), None, cache)
+    handle.remove()
+    assert cache.get_seq_length() == 0
+    call(model(), ids, None, cache)
+    assert kept(cache, 0) == kept(expected, 0)
+
+
+@torch.no_grad()
+def test_where_it_waits_all_layers_are_divided_among_at_once() -> None:
+    ids = tokens(1, LENGTH)
+    expected = lkv.Cache(model(), POLICY, retention=0.2)
+    call(model(), ids, None, expected)
+    cache = lkv.Cache(model(), POLICY, retention=0.2, chunks="last")
+    with cache.prefill():
+        for piece in ids.split([25, 35], 1):
+            call(model(), piece, None, cache)
+    assert kept(cache, 0) == kept(expected, 0)
