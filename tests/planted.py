@@ -111,6 +111,30 @@ def evict() -> None:
             assert all(torch.equal(storage_bytes(a), storage_bytes(b)) for a, b in zip(mine, theirs, strict=True))
 
 
+def soft_topk_decided() -> None:
+    """As many scores of +inf as k, none of them in the sample: all others are left out, and nothing has a gradient.
+
+    The sample puts the threshold at the higher of two clusters. One step from there, with the infinite scores counted,
+    may end where the mask has the right sum, but not the right logarithms.
+    """
+    for count in (2048, 3001, 9000):
+        places, filled = blocks(count), torch.tensor([0.9, 0.94, 0.96, 0.97, 0.98])
+        outside = torch.ones(count, dtype=torch.bool)
+        outside[places] = False
+        for share in (0.02, 0.3):
+            k = int(share * count)
+            high = (k / count / filled * len(places)).round()[:, None]  # how many of the sample
+            scores = torch.zeros(len(filled), count)
+            scores[:, places] = torch.where(torch.arange(len(places)) < high, 40.0, 0.0)
+            scores[:, outside.nonzero().flatten()[:k]] = torch.inf
+            scores.requires_grad_()
+            for log in (False, True):
+                mask = lkv_ext.soft_topk(scores, float(k), 0.1, log=log)
+                kept, left = (0.0, -1e4) if log else (1.0, 0.0)
+                assert torch.equal(mask, torch.where(scores == torch.inf, kept, left))
+                assert not torch.autograd.grad(mask.sum(), scores)[0].any()
+
+
 def soft_topk() -> None:
     """The same masks and gradients as the reference."""
     for count in (2047, 2048, 3001, 9000):

@@ -264,6 +264,7 @@ def wrong(**changes: object) -> dict[str, object]:
         (dict(q=torch.zeros(2, 3, 1, 8)), r"Hq a multiple of H = 2, got \[2, 3, 1, 8\]"),
         (dict(q=torch.zeros(1, 4, 1, 8)), "with B = 2"),
         (dict(q=torch.zeros(2, 4, 1, 9)), "expected q with rows of D = 8"),
+        (dict(q=torch.zeros(2, 4, 1, 7)), "expected q with rows of D = 8"),
         (dict(k=torch.zeros(9, 8).double()), "expected k of dtype float32, float16 or bfloat16, got float64"),
         (dict(v=torch.zeros(9, 8).int()), "expected v of dtype float32, float16 or bfloat16, got int32"),
         (dict(q=torch.zeros(2, 4, 1, 8).int()), "expected q of dtype float32, float16 or bfloat16, got int32"),
@@ -307,9 +308,21 @@ def test_wrong_options(options: dict[str, object], message: str) -> None:
         lkv_ext.attend(torch.zeros(1, 1, 1, 8), lkv_ext.RaggedCache.empty(1, 1, 8), **options)
 
 
-def test_lengths_beyond_the_room_are_cut() -> None:
-    kv = ragged(1, 2, 8, 8, 20, torch.float32)
-    q = torch.ones(1, 2, 1, 8)
-    kv.lengths = torch.tensor([[1000, -5]], dtype=torch.int32)
-    got = lkv_ext.attend(q, kv)
-    assert torch.equal(got[0, 1], torch.zeros(1, 8))
+@pytest.mark.parametrize("most", [0, 7, 1000, 2**62])
+def test_lengths_are_cut(most: int) -> None:
+    """At the span of the head, at max_length and at zero: rows of other heads are never read."""
+    kv, q = ragged(1, 3, 8, 8, 20, torch.float32), torch.ones(1, 3, 1, 8)
+    k, v = (torch.randn(t.shape, generator=generator(2)) for t in (kv.k, kv.v))
+    spans = kv.cu_seqlens.diff()[None]
+    assert spans[0, 0] > 7
+    given = replace(kv, k=k, v=v, lengths=torch.tensor([[1000, -5, 2**31 - 1]], dtype=torch.int32), max_length=most)
+    lengths = torch.minimum(spans, torch.tensor([[most, 0, most]]).clamp(max=1000)).int()
+    want = lkv_ext.attend(q, replace(given, lengths=lengths, max_length=int(spans.max())))
+    assert torch.equal(lkv_ext.attend(q, given), want)
+
+
+@pytest.mark.parametrize("most", [2**31, 2**62, 2**63 - 1])
+def test_a_max_length_beyond_the_rows_changes_nothing(most: int) -> None:
+    """Not the order of the sums either, though a long head is cut into pieces by it."""
+    kv, q = one_segment(torch.randn(5000, generator=generator(4))), torch.ones(1, 1, 3, 1)
+    assert torch.equal(lkv_ext.attend(q, replace(kv, max_length=most)), lkv_ext.attend(q, kv))

@@ -51,6 +51,14 @@ BAD = {
         lambda: evict(K[0, 0], None, SCORES[0, 0], 4, cu_seqlens=OFFSETS.astype(np.float32)), TypeError,
         "cu_seqlens of dtype int32, got float32",
     ),
+    "cu_seqlens big endian": (
+        lambda: evict(K[0, 0], None, SCORES[0, 0], 4, cu_seqlens=OFFSETS.astype(">i4")), TypeError,
+        "cu_seqlens of dtype int32, got another of 4 bytes",
+    ),
+    "out.positions big endian": (
+        lambda: evict(K, V, SCORES, 4, out=replace(OUT, positions=OUT.positions.astype(">i4"))), TypeError,
+        "out.positions of dtype int32, got another of 4 bytes",
+    ),
     "cu_seqlens unaligned": (
         lambda: evict(K[0, 0], None, SCORES[0, 0], 4, cu_seqlens=unaligned(OFFSETS)), ValueError,
         "cu_seqlens aligned to its dtype",

@@ -78,6 +78,16 @@ def test_scores(device: str, kind: str, dtype: torch.dtype, tokens: int) -> None
         check_index(lkv_ext.select(scores, budgets, **options), expected([], scores, budgets, **options))
 
 
+@pytest.mark.parametrize("dtype", SCORE_DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [300, 5000])
+def test_scores_shared_by_an_axis(device: str, dtype: torch.dtype, tokens: int) -> None:
+    """By sequences, by heads and by tokens: what lies behind a score in memory is another one."""
+    every, budgets = scores_of("normal", [2, 3, tokens]).to(dtype).to(device), [tokens // 7, tokens // 2, tokens - 1]
+    for axis in range(3):
+        scores = every.narrow(axis, 0, 1).expand(2, 3, tokens)
+        check_index(lkv_ext.select(scores, budgets), expected([], scores, budgets))
+
+
 @pytest.mark.parametrize("span", SPANS, ids=str)
 def test_device_values(device: str, span: dict) -> None:
     """What only the device knows gives the same rows, in an output that is sized without it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_isa import run
 
-CHECKS = ("select", "select_long", "evict", "soft_topk")
+CHECKS = ("select", "select_long", "evict", "soft_topk", "soft_topk_decided")
 
 
 @pytest.mark.parametrize("check", CHECKS)

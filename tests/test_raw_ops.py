@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import check, expected
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -67,6 +68,7 @@ def op_of(call: str):
     return getattr(ops, call.replace("_ragged", "").replace("_padded", "").replace("_layers", ""))
 
 
+MEMORY = rows(T, D)
 REFUSED = (
     ("evict_padded", dict(total=100), "a padded output of 6 spans of 5 rows, got 100 rows"),
     ("evict_padded", dict(total=10_000_000), "a padded output of 6 spans of 5 rows"),
@@ -88,6 +90,8 @@ REFUSED = (
     ("evict", dict(scores=[]), "one tensor per layer"),
     ("evict", dict(payload=[torch.empty(1, 1, 2**31, 0)], scores=[torch.zeros(1).expand(1, 1, 2**31)]), "tokens"),
     ("select", dict(scores=[torch.zeros(1).expand(2**20, 2**20, 4)]), "2\\*\\*31 - 1 heads"),
+    # As many as fit in one layer, and one more than fit in two; they hold no tokens, and so no memory.
+    ("select", dict(scores=[torch.empty(2**15, 2**15, 0)] * 2, budgets=[0, 0], total=0), "2\\*\\*31 - 1 heads"),
     ("select", dict(scores=[torch.randn(B, L)]), "of shape \\[B, H, L"),
     ("select_ragged", dict(batch=-B, heads=-H), "2\\*\\*31 - 1 heads"),
     ("select_ragged", dict(batch=2**40, heads=2**40), "2\\*\\*31 - 1 heads"),
@@ -98,11 +102,19 @@ REFUSED = (
     ("gather", dict(layers=2), "one tensor per layer"),
     ("gather", dict(tensors=[]), "one tensor per layer"),
     ("gather", dict(positions=torch.zeros(6, 5, dtype=torch.int32)), "index.positions of shape"),
+    ("gather", dict(cu_seqlens=offsets(B * H - 1)), "index.cu_seqlens of shape"),
     ("append_", dict(position=2**31 - 3), "2\\*\\*31 - 1 tokens"),
     ("append_", dict(position=-1), "2\\*\\*31 - 1 tokens"),
     ("append_", dict(rows=[]), "one tensor per layer"),
     ("append_", dict(cache=[]), "0 tensors of new rows"),
     ("append_", dict(valid=[1, 2, 3, 4]), "valid of shape"),
+    ("append_", dict(positions=torch.zeros(2, T // 2, dtype=torch.int32)), "cache.positions of shape"),
+    ("append_", dict(lengths=torch.zeros(H, B, dtype=torch.int32)), "cache.lengths of shape"),
+    ("append_", dict(lengths=torch.zeros(B * H, dtype=torch.int32)), "cache.lengths of shape"),
+    ("append_", dict(lengths=torch.zeros(B, H, dtype=torch.int64)), "cache.lengths of dtype int32"),
+    ("append_", dict(cu_seqlens=offsets(B * H - 1)), "cache.cu_seqlens of shape"),
+    ("append_", dict(rows=[rows(B, H, 3, D).view(torch.int32)] * 2), "of the cache's dtype"),
+    ("append_", dict(cache=[MEMORY, rows(T, D)], rows=[MEMORY[:18].view(B, H, 3, D)] * 2), "without common memory"),
     ("attend", dict(longest=-1), "max_length of at least 0"),
     ("attend", dict(q=rows(B, H + 1, 2, D)), "Hq a multiple of H"),
     ("soft_topk_backward", dict(element=4), "element in \\[0, 3\\]"),
@@ -111,6 +123,8 @@ REFUSED = (
     ("soft_topk_backward", dict(weights=torch.ones(2 * B, H)[::2]), "weights of the rows of the mask"),
     ("soft_topk_backward", dict(weights=torch.ones(H)), "weights of the rows of the mask"),
     ("soft_topk_backward", dict(grad=torch.ones(B, H, 2 * L)[..., ::2]), "like the mask"),
+    ("soft_topk_backward", dict(grad=torch.ones(H, B, L)), "like the mask"),
+    ("soft_topk_backward", dict(grad=torch.ones(B, H, L + 1)), "like the mask"),
     ("soft_topk", dict(lengths=torch.ones(B, H, L, dtype=torch.int32)), "broadcasts to the rows"),
     ("soft_topk", dict(scores=torch.zeros(())), "of shape \\[..., n\\]"),
     ("soft_topk", dict(scores=torch.zeros(1, 1, 1, 1, 1, 4)), "of shape \\[..., n\\]"),
@@ -132,6 +146,65 @@ def test_every_op_has_a_good_call() -> None:
     assert {op_of(call)._qualified_op_name.split("::")[1] for call in good()} == names
     for call, arguments in good().items():
         op_of(call)(**arguments)
+
+
+def written_by(call: str) -> list[str]:
+    """The arguments of a call that is right whose values it changes."""
+    arguments = good()[call]
+    tensors = {name: x if isinstance(x, list) else [x] for name, x in arguments.items()}
+    tensors = {name: x for name, x in tensors.items() if x and isinstance(x[0], Tensor)}
+    before = {name: [t.clone() for t in x] for name, x in tensors.items()}
+    op_of(call)(**arguments)
+    return [name for name, x in tensors.items() if not all(map(torch.equal, x, before[name]))]
+
+
+@pytest.mark.parametrize("call", good())
+def test_an_op_declares_what_it_writes(call: str) -> None:
+    """torch.compile and autograd believe the schema."""
+    declared = op_of(call).default._schema.arguments
+    assert written_by(call) == [a.name for a in declared if a.alias_info is not None and a.alias_info.is_write]
+
+
+def test_what_is_left_out_changes_nothing() -> None:
+    """Budgets and a total alone."""
+    payload, scores = [rows(), rows()], torch.randn(B, H, L)
+    want = expected(payload, scores, 5)
+    check(lkv_ext.RaggedKV(*ops.evict(payload, [scores], **sizes())[:2], (), *ops.select([scores], **sizes()), 5), want)
+    in_place = [t.clone() for t in payload]
+    lengths = ops.evict_(in_place, [scores], **sizes())[1]
+    assert torch.equal(lengths, want.lengths.int())
+    assert torch.equal(in_place[0][:, :, :5].flatten(0, 2).view(torch.int32), want.tensors[0])
+
+
+@pytest.mark.parametrize("where", ["list", torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("valid", [None, [3, 3], [1, 2], [0, 9], [-1, 3]], ids=str)
+def test_append_writes_what_fits(valid: list[int] | None, where: object) -> None:
+    """Of every sequence the last `valid` tokens, as far as the spans have slack: nothing beyond, and lengths tell."""
+    held = torch.tensor([[10, 9, 8], [7, 99, -3]], dtype=torch.int32)
+    call = good()["append_"] | dict(lengths=held.clone(), position=40)
+    given = {"valid": valid} if where == "list" or valid is None else {}
+    if not given:
+        given = {"valid_tensor": torch.tensor(valid, dtype=where).view(B, 1)}
+    cache, positions = [t.clone() for t in call["cache"]], call["positions"].clone()
+    ops.append_(**call, **given)
+    for row in range(B * H):
+        b, h = divmod(row, H)
+        first = min(max(int(held[b, h]), 0), 10)
+        new = 3 if valid is None else min(max(valid[b], 0), 3)
+        fit = min(new, 10 - first)
+        at, of = slice(10 * row + first, 10 * row + first + fit), slice(3 - new, 3 - new + fit)
+        for mine, fresh in zip(cache, call["rows"], strict=True):
+            mine[at] = fresh[b, h, of]
+        positions[at] = torch.arange(40, 43, dtype=torch.int32)[of]
+        assert int(call["lengths"][b, h]) == first + fit
+    assert all(map(torch.equal, cache, call["cache"])) and torch.equal(positions, call["positions"])
+
+
+def test_strides_beyond_64_bits() -> None:
+    """An output without elements may have them all the same."""
+    payload, scores = torch.empty(0, 4, 5, 2**34), torch.empty(0, 4, 5)
+    with pytest.raises(RuntimeError, match="^MemoryError: cannot allocate a tensor of shape"):
+        ops.evict([payload], [scores], budgets=[5], total=0, padded=2**30)
 
 
 NUMBERS = st.sampled_from([0, 1, -1, 2, 3, 5, 7, 60, 1000, 2**31, 2**31 + 1, 2**32, 2**40, 2**62, 2**63 - 1, -(2**63)])

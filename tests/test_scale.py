@@ -8,7 +8,6 @@ from cases import check, check_index, expected, rows_of, scores_of
 from test_layouts import untouched
 
 import lkv_ext
-from lkv_ext._torch.library import ops
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "constant", "minus_infinity", "one_bin", "nan"])
@@ -61,10 +60,3 @@ def test_an_output_past_two_gigabytes() -> None:
     assert out.k.numel() > 2**31
     positions = out.positions.to(torch.int8)[:, None]
     assert torch.equal(out.k[:, :8], positions.expand(-1, 8)) and torch.equal(out.k[:, -8:], -positions.expand(-1, 8))
-
-
-def test_heads_of_all_layers_are_counted_in_32_bits() -> None:
-    """As many as fit in one layer, and one more than fit in two; they hold no tokens, and so no memory."""
-    scores = torch.empty(2**15, 2**15, 0)
-    with pytest.raises(RuntimeError, match=r"at most 2\*\*31 - 1 heads of all sequences and layers"):
-        ops.select([scores, scores], budgets=[0], total=0)

@@ -139,6 +139,18 @@ def test_nothing_to_decide(device: str, log: bool) -> None:
         assert torch.equal(grad, torch.zeros_like(grad))
 
 
+def test_rows_of_one_score_have_any_stride(device: str) -> None:
+    """No step is made along that axis."""
+    every = scores_of("normal", [4, 5, 3]).to(device)
+    one, k = every[..., 1:2], torch.tensor([-1.0, 0.0, 0.3, 0.8, 2.0], device=device)
+    assert one.stride(-1) == 1 and every[..., ::3].stride(-1) == 3
+    for scores in (one, every[..., ::3]):
+        for log in (False, True):
+            assert torch.equal(
+                lkv_ext.soft_topk(scores, k, 0.5, log=log), lkv_ext.soft_topk(scores.contiguous(), k, 0.5, log=log)
+            )
+
+
 def test_scores_that_are_not_there(device: str) -> None:
     row = [0.5, -INF, NAN, 1.0, INF, -0.25, 0.125]
     scores = torch.tensor([row, row, row, [-INF] * 7, [NAN] * 7, [INF] * 7], device=device).requires_grad_()
