@@ -42,16 +42,17 @@ def recorded(records: Records, **changes: object) -> Recorded:
     return Recorded(MODEL, config.design.build(Shape.of(MODEL)), records, config)
 
 
-@pytest.mark.parametrize("target", ["attention", "kvzip", "both"])
-def test_the_target_of_records_is_the_one_that_was_asked_for(records: Records, target: str) -> None:
-    lessons = recorded(records, target=target)
+@pytest.mark.parametrize(("target", "weight"), [("attention", 1.0), ("kvzip", 0.25), ("both", 1.0), ("both", 0.25)])
+def test_the_target_of_records_is_the_one_that_was_chosen(records: Records, target: str, weight: float) -> None:
+    lessons = recorded(records, target=target, kvzip_weight=weight)
     reading, wanted = lessons.regression(3, [0, 1])
     for b, length in enumerate(reading.context.lengths.tolist()):
         text = reading.tokens[b, :length].tolist()
         (record,) = (x for x in map(records.__getitem__, range(5)) if x.tokens.tolist() == text)
-        parts = {"attention": record.attention, "kvzip": record.kvzip}
-        expected = torch.maximum(*parts.values()) if target == "both" else parts[target]
-        assert torch.equal(torch.stack([x[b, :, :length] for x in wanted]), expected.float())
+        parts = {"attention": record.attention.float(), "kvzip": record.kvzip.float()}
+        larger = torch.maximum(parts["attention"].exp(), weight * parts["kvzip"].exp()).log()
+        expected = larger if target == "both" else parts[target]
+        torch.testing.assert_close(torch.stack([x[b, :, :length] for x in wanted]), expected)
     assert not torch.equal(records[0].attention, records[0].kvzip)
 
 
@@ -110,7 +111,7 @@ def test_records_without_a_second_pass_have_no_such_target(records: Records) -> 
 def test_new_texts_are_read_and_asked_there_and_then(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: str
 ) -> None:
-    config = replace(CONFIG, target=target, length=60, questions=2)
+    config = replace(CONFIG, target=target, kvzip_weight=0.25, length=60, questions=2)
     source, lkv = Source(config, tokenizer, Words()), config.design.build(Shape.of(model))
     live = Live(model, lkv, source, [3])
     reading, wanted = live.regression(1, [0, 1])
@@ -120,7 +121,9 @@ def test_new_texts_are_read_and_asked_there_and_then(
     replies = distill.answers(model, again.context.repeat(2), examples.questions, 4, [3])
     paid = targets.attention(model, again.context, examples.questions, replies)
     repeated = repeat_scores(model, again.context, again.tokens, KVzip())
-    expected = {"attention": paid, "kvzip": repeated, "both": targets.larger(paid, repeated)}[target]
+    expected = {"attention": paid, "kvzip": repeated, "both": targets.larger(paid, [0.25 * x for x in repeated])}[
+        target
+    ]
     for a, b in zip(wanted, expected, strict=True):
         torch.testing.assert_close(a, b.clamp(min=1e-4).log())
     shares = live.shares([0, 1], 0.3)

@@ -110,6 +110,20 @@ def test_weights_and_optimizer_are_those_of_an_uninterrupted_run(make, stops: li
     assert all(int(moment["step"]) == 8 for moment in moments) and any(m["exp_avg"].any() for m in moments)
 
 
+@pytest.mark.parametrize("stop", [-1, 0, 1, 3])
+def test_a_run_goes_on_from_its_last_save_between_validations(make, monkeypatch, stop: int) -> None:
+    """In the regression as well as after it; what was done since the save is done again."""
+    whole = make("whole").run()
+    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+    parts = make("parts")
+    parts.run(until=stop)
+    assert state(parts)["step"] == stop
+    begun: list[int] = []
+    again = make("parts")
+    monkeypatch.setattr(again, "_fit_inputs", lambda: begun.append(0))
+    assert equal(checkpoint.weights(again.run()), checkpoint.weights(whole)) and not begun
+
+
 def test_a_finished_run_does_nothing_more(make) -> None:
     make().run()
     lines = (make().folder / METRICS).read_text()

@@ -20,6 +20,8 @@ class TrainConfig:
     Attributes:
         target: what LKV-T is regressed on: "attention": the most attention that the teacher pays to a row from the
             questions and its answers; "kvzip": from a repetition of the text; "both": the larger one of the two.
+        kvzip_weight: what attention from a repetition is multiplied by in the target "both". A repetition needs every
+            token once: at weight 1 it leaves little of a small budget for what questions need.
         start: of the budgets: "flat", or "joint": the shares that heads win when the rows of all heads compete by the
             target, at the geometric mean of the retentions.
         steps: of distillation. warm_steps: of the regression of LKV-T before; 0 for none.
@@ -43,6 +45,7 @@ class TrainConfig:
     design: Design = field(default_factory=Design)
     tasks: tuple[str, ...] = tasks.RETRIEVAL
     target: str = "kvzip"
+    kvzip_weight: float = 1.0
     start: str = "flat"
     steps: int = 600
     warm_steps: int = 150
@@ -74,6 +77,7 @@ class TrainConfig:
         for name in ("steps", "batch", "accumulate", "questions", "length", "answer_tokens", "validate_every", "texts"):
             expect(getattr(self, name) >= 1, f"{name} >= 1", getattr(self, name))
         expect(self.target in TARGETS, f"a target of {', '.join(TARGETS)}", repr(self.target))
+        expect(0 < self.kvzip_weight <= 1, "kvzip_weight in (0, 1]", self.kvzip_weight)
         expect(self.start in STARTS, f"a start of {', '.join(STARTS)}", repr(self.start))
         expect(self.replies in REPLIES, f"replies of {', '.join(REPLIES)}", repr(self.replies))
         expect(self.facts >= 1, "facts >= 1", self.facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Protocol
@@ -64,7 +65,8 @@ class Live:
             paid = targets.attention(self.model, reading.context, examples.questions, replies)
         if self.config.target != "attention":
             repeated = repeat_scores(self.model, reading.context, reading.tokens, KVzip())
-            paid = targets.larger(paid, repeated) if paid else repeated
+            weight = self.config.kvzip_weight
+            paid = targets.larger(paid, [weight * x for x in repeated]) if paid else repeated
         return reading, [targets.logarithm(x) for x in paid]
 
     def distillation(self, step: int, rows: Sequence[int]) -> Answered:
@@ -151,7 +153,10 @@ class Recorded:
             return record.attention
         if record.kvzip is None:
             raise ValueError(f"lkv train: expected records with a second pass for the target {self.config.target!r}")
-        return record.kvzip if self.config.target == "kvzip" else torch.maximum(record.attention, record.kvzip)
+        if self.config.target == "kvzip":
+            return record.kvzip
+        weighted = record.kvzip.float() + math.log(self.config.kvzip_weight)
+        return torch.maximum(record.attention.float(), weighted)
 
 
 def _unrotated(record: Record, dtype: torch.dtype) -> Tensor:

@@ -29,6 +29,7 @@ from lkv.tasks import Language
 from lkv.text import pad_and_ends
 
 STATE, METRICS, LAST, BEST = "state.pt", "metrics.jsonl", "last", "best"
+SAVE_EVERY = 20  # steps; what is done after the last save is done again by a run that was interrupted
 Validate = Callable[[Learned], dict[str, float]]
 
 
@@ -95,6 +96,8 @@ class Trainer:
                 numbers["seconds"] = time.perf_counter() - begin
                 if self.step > 0 and (self.step % self.config.validate_every == 0 or self.step == self.config.steps):
                     numbers |= self._validated()
+                elif main and self.step % SAVE_EVERY == 0:
+                    self._save_state()
                 if main:
                     self._log(numbers)
                     bar.update()
