@@ -15,9 +15,23 @@ SNAPKV = [
     SnapKV(window=4, kernel_size=1),
     SnapKV(window=4, kernel_size=5),
     SnapKV(window=7, kernel_size=3, pooling="max"),
+    SnapKV(window=4, kernel_size=3, pooling="max", group_first=True),
+    SnapKV(window=4, kernel_size=3, pooling="avg", group="max"),
+    SnapKV(window=4, kernel_size=3, pooling="avg", group="max", group_first=True),
 ]
 settings = pytest.mark.parametrize("setting", SETTINGS)
 lengths = pytest.mark.parametrize("length", [1, 3, 6, 23])
+
+
+def by_rows(policy: SnapKV, half: int, mean: list[float]) -> list[float]:
+    cut = [0.0] * half + mean + [0.0] * half
+    reduce = max if policy.pooling == "max" else lambda part: sum(part) / len(part)
+    return [reduce(cut[i : i + policy.kernel_size]) for i in range(len(mean))]
+
+
+def by_group(policy: SnapKV, rows: list[list[float]]) -> list[list[float]]:
+    reduce = max if policy.group == "max" else lambda part: sum(part) / len(part)
+    return [[reduce(part) for part in zip(*rows, strict=True)]]
 
 
 def snapkv_by_loops(policy: SnapKV, o: Observation) -> Tensor:
@@ -29,15 +43,14 @@ def snapkv_by_loops(policy: SnapKV, o: Observation) -> Tensor:
     half = policy.kernel_size // 2
     for b in range(batch):
         for h in range(heads):
-            pooled = []
+            rows = []
             for head in range(h * group, (h + 1) * group):
                 weights = attention_by_loops(o, b, head)
-                mean = [sum(row[i] for row in weights) / len(weights) for i in range(evictable)]
-                cut = [0.0] * half + mean + [0.0] * half
-                reduce = max if policy.pooling == "max" else lambda part: sum(part) / len(part)
-                pooled.append([reduce(cut[i : i + policy.kernel_size]) for i in range(evictable)])
-            for i in range(evictable):
-                scores[b, h, i] = sum(p[i] for p in pooled) / group
+                rows.append([sum(row[i] for row in weights) / len(weights) for i in range(evictable)])
+            steps = [lambda rows: by_group(policy, rows), lambda rows: [by_rows(policy, half, row) for row in rows]]
+            for step in steps if policy.group_first else steps[::-1]:
+                rows = step(rows)
+            scores[b, h, :evictable] = torch.tensor(rows[0], dtype=torch.float64)
     return scores
 
 

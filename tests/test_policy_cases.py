@@ -148,6 +148,8 @@ def test_caote_is_what_the_output_changes_by() -> None:
         rest[row] = 0
         change = (a[0, 0] @ v[0] - rest / rest.sum() @ v[0]).norm()
         assert float(change) == pytest.approx(float(expected[0, 0, row]), rel=1e-4)
+    sure = torch.tensor([[[0.95, 0.05, 0.0, 0.0]]])  # 19 times the distance of (1, 0) to (0.95, 0.05)
+    assert float(CAOTE(Given(sure)).score(0, o)[0, 0, 0]) == pytest.approx(19 * 0.05 * 2**0.5, rel=1e-4)
     fast = torch.tensor([[[0.25, 0.535714, 0.132353, 0.084252]]])
     torch.testing.assert_close(FastCAOTE(Given(a)).score(0, o), fast, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="lkv.CAOTE: expected a scorer whose scores are weights"):
@@ -162,6 +164,10 @@ def test_cake_spreads_what_is_over_its_cap() -> None:
         7,
         7,
     ]  # (16, 2, 2): ten are over
+    divided = CAKE(CAKEScore(window=4)).divide([1.0, 3.0, 1.0], 20, torch.full((3, 2), 50))
+    assert divided.tolist() == [7, 7, 6]  # less than the window: alike
+    divided = CAKE(CAKEScore(window=4)).divide([1.0, 3.0, 1.0], 45, torch.full((3, 2), 50))
+    assert divided.sum() == 45 and divided.tolist() == [8 + 4 + 1, 8 + 12, 8 + 4]
     assert adjusted([1.0, 0.0], 20, [6, 9]) == [6, 9] and adjusted([0.0, 0.0], 3, [6, 9]) == [2, 1]
 
 
@@ -201,6 +207,8 @@ def test_pyramids_keep_what_they_say() -> None:
     assert whole.flatten().tolist()[0] == 400  # the last layer would keep 20 rows, less than the window
     whole = PyramidKV(SnapKV(window=8), whole=True).layer_rows(3, torch.tensor([200]), torch.tensor([4000]))
     assert whole.flatten().tolist() == [390, 200, 10]
+    edge = PyramidKV(SnapKV(window=8)).layer_rows(3, torch.tensor([28]), torch.tensor([40]))
+    assert edge.flatten().tolist() == [40, 28, 16]  # of 20 rows beside the window twice as many are there
     with pytest.raises(ValueError, match="beta >= 1"):
         PyramidKV(beta=0.5)
 
@@ -465,11 +473,12 @@ def test_leverage_of_keys() -> None:
         replace(both, blending=None).score(0, o)
 
 
-def test_defensive_scores_by_the_authors_steps() -> None:
-    """One sequence, one row at a time, in their order."""
+@pytest.mark.parametrize("budget", [15, 34])
+def test_defensive_scores_by_the_authors_steps(budget: int) -> None:
+    """One sequence, one row at a time, in their order; the first rows end by the budget, or by what they receive."""
     o = observe(40, 6, batch=1)
     weight = torch.randn(9, H * 2 * D, generator=torch.Generator().manual_seed(1))
-    o = replace(o, output_projection=weight, budget=torch.tensor([15]))
+    o = replace(o, output_projection=weight, budget=torch.tensor([budget]))
     norms = projected_norms(o)[0, :, :34]
     got = DefensiveScore(window=6).score(0, o)[0]
     weights = torch.stack([attention_weights(o, h)[0, :, :, :34] for h in range(H)])
@@ -482,7 +491,7 @@ def test_defensive_scores_by_the_authors_steps() -> None:
     mean = weights.mean((1, 2))
     order = (mean / mean.sum(-1, keepdim=True)).sort(descending=True)
     for h in range(H):
-        count = min(int((order.values[h].cumsum(0) < 0.9 - bias).sum()), 15 - 6)
+        count = min(int((order.values[h].cumsum(0) < 0.9 - bias).sum()), budget - 6)
         first = set(order.indices[h, :count].tolist())
         assert set(got[h].isinf().nonzero().flatten().tolist()) == first
         rest = [n for n in range(34) if n not in first]
