@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lkv.policies import Observation
+from lkv.policies import Observation, Scorer
 
 B, H, G, D, HIDDEN = 2, 3, 2, 8, 6
 # Settings of logits that are nobody's defaults, with as many sinks as there are query heads.
@@ -104,3 +104,31 @@ def attention_by_loops(o: Observation, b: int, head: int) -> list[list[float]]:
             row[i] = e / sum(exps)
         weights.append(row)
     return weights
+
+
+@dataclass(frozen=True)
+class Given(Scorer):
+    """Scores as they are given."""
+
+    scores: Tensor
+    sink: int = 0
+    window: int = 0
+
+    nonnegative = True
+
+    def score(self, layer: int, observation: Observation) -> Tensor:
+        return self.scores.clone()
+
+
+def rows_of(keys: Tensor, values: Tensor | None = None, **more: object) -> Observation:
+    """One sequence, `[H, L, D]`, no padding."""
+    keys = keys[None]
+    heads, length = keys.shape[1:3]
+    return Observation(
+        keys=keys,
+        values=keys if values is None else values[None],
+        positions=torch.arange(length).expand(1, heads, length),
+        lengths=torch.full((1, heads), length),
+        starts=torch.zeros(1, heads, dtype=torch.long),
+        **more,
+    )

@@ -39,14 +39,8 @@ _LKV = {
 _RETRIEVER = ["learning/test_retriever_training", "learning/test_padded_batches"]
 _TASKS = ["learning/test_" + x for x in ("task_texts", "languages", "tasks", "task_files", "metrics", "eval_files")]
 _BUDGETS = ["test_budgets", "test_budget_competition"]
-_POLICIES = [
-    "test_policies",
-    "test_policy_cases",
-    "test_attention_scores",
-    "test_policy_budgets",
-    "test_policy_padding",
-]
-_POLICIES += ["hf/test_every_policy"]
+_POLICIES = ["test_" + x for x in ("policies", "policy_cases", "policy_rules", "attention_scores", "policy_budgets")]
+_POLICIES += ["test_policy_padding", "hf/test_every_policy"]
 _PARITY = ["test_parity", "test_errors", "test_properties", "test_arguments"]
 _TORCH = ["test_torch", "test_derivatives", "test_cache", "test_whole_cache"]
 _NUMPY = ["test_numpy", "test_numpy_errors"]
