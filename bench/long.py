@@ -4,8 +4,9 @@ python bench/long.py                                   all cases, into bench/res
 python bench/long.py --cases 4096x1 --what times       some of them; what the file has of the others stays
 python bench/long.py --page docs/benchmarks.md         also puts the table between its two markers there
 
-Peaks are measured apart from times, in processes whose malloc returns large blocks at once: blocks that it keeps after
-they were freed are no peak.
+On a CPU times are those that the process itself took, with one thread, so that what else runs there counts for little;
+on a quiet machine they are the same as by the clock. Peaks are measured apart from times, in processes whose malloc
+returns large blocks at once: blocks that it keeps after they were freed are no peak.
 """
 
 from __future__ import annotations
@@ -119,18 +120,18 @@ def peak(row: Row, device: str) -> Row:
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
-    begin = time.perf_counter()
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    begin = clock()
     work()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
-def child(row: Row, device: str, what: str, threads: int) -> Row:
+def child(row: Row, device: str, what: str) -> Row:
     """One row more complete, by a process that is given the others' memory back."""
     environment = os.environ | (RETURN_BLOCKS if what == "peak" else {})
     command = [sys.executable, __file__, "--child", json.dumps(asdict(row)), "--what", what, "--device", device]
-    command += ["--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{row.key}:\n{done.stderr[-2000:]}")
@@ -145,7 +146,7 @@ def markdown(facts: dict[str, object], rows: list[Row]) -> str:
         + (f"{x.nbytes / mib:.1f} MiB", f"{x.peak / mib:.0f} MiB")
         for x in rows
     ]
-    where = facts.get("gpu") or f"{facts['cpu']}, {facts['cpu_isa']}, {facts['threads']} threads"
+    where = facts.get("gpu") or f"{facts['cpu']}, {facts['cpu_isa']}, one thread"
     kept = f"{RETENTION:.0%} kept"
     return f"{rows[0].model}, {kept}; {where}, torch {facts['torch']}, {facts['date']}.\n\n" + table(head, body)
 
@@ -168,11 +169,10 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--what", nargs="+", default=WHAT, choices=WHAT)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--page", type=Path, help="file with the two markers")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     if args.child:
         work = times if args.what == ["times"] else peak
         with torch.inference_mode():
@@ -186,7 +186,7 @@ def main() -> None:
             row = Row(args.model, tokens, batch, dtype, cache)
             row = rows.get(row.key, row)
             for what in args.what:
-                row = child(row, args.device, what, args.threads)
+                row = child(row, args.device, what)
             rows[row.key] = row
             print(row, flush=True)
             text = json.dumps({"machine": facts, "rows": [asdict(x) for x in rows.values()]}, indent=1)
