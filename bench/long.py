@@ -142,8 +142,9 @@ def markdown(facts: dict[str, object], rows: list[Row]) -> str:
     head = ("tokens", "prompts", "dtype", "cache", "prefill", "a token", "K and V", "peak memory")
     mib = 2**20
     body = [
-        (x.tokens, x.batch, x.dtype, x.cache, f"{x.prefill_s:.1f} s", f"{x.step_ms:.0f} ms")
-        + (f"{x.nbytes / mib:.1f} MiB", f"{x.peak / mib:.0f} MiB")
+        (x.tokens, x.batch, x.dtype, x.cache)
+        + ((f"{x.prefill_s:.1f} s", f"{x.step_ms:.0f} ms", f"{x.nbytes / mib:.1f} MiB") if x.nbytes else ("",) * 3)
+        + (f"{x.peak / mib:.0f} MiB" if x.peak else "",)
         for x in rows
     ]
     where = facts.get("gpu") or f"{facts['cpu']}, {facts['cpu_isa']}, one thread"
