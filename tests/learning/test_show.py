@@ -94,6 +94,7 @@ def test_what_is_shown_is_what_the_cache_keeps(
     ids = torch.tensor([[*before, *encode(tokenizer, TEXT)]])
     assert "".join(text for text, _ in shown.units) == f"<s>user\n{TEXT}"
     assert shown.tokens == ids.shape[1] and sum(n for _, n in shown.units[: shown.opening]) == len(before)
+    assert (shown.title, shown.model, shown.dtype) == ("<i>", "LlamaForCausalLM", "float32")
     assert (shown.layers, shown.heads, shown.rows) == ([0, 1, 2], [2, 2, 2], 6 * ids.shape[1])
     assert shown.nbytes == shown.rows * 2 * 8 * 4
     for method, (name, policy) in zip(shown.methods, POLICIES.items(), strict=True):
@@ -129,8 +130,8 @@ def test_answers_are_what_the_model_writes(
 
 def test_a_text_without_a_question_or_a_template(model: PreTrainedModel) -> None:
     plain = tiny_texts.tokenizer(chat=False)
-    shown = collect(model, plain, "The size is 41. " * 4, ["streaming_llm"], retention=0.5)
-    assert shown.units[0] == ("<s>", 1) and shown.opening == 1 and shown.tokens == 65
+    shown = collect(model, plain, "The size is 41. " * 4, ["streaming_llm"], retention=0.5, name="mine")
+    assert shown.model == "mine" and shown.units[0] == ("<s>", 1) and shown.opening == 1 and shown.tokens == 65
     assert shown.questions == shown.answers == shown.methods[0].answers == []
     expected = [*range(4), *range(65 - 28, 65)]
     assert all(head.tolist() == expected for layer in shown.methods[0].rows for head in layer)

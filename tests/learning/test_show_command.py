@@ -12,7 +12,7 @@ import pytest
 import tiny_folder
 from transformers import PreTrainedModel
 
-from lkv import models
+from lkv import models, retriever
 from lkv.cli import main
 from lkv.cli.show import policy
 from lkv.policies.lkv import checkpoint
@@ -47,7 +47,10 @@ def test_a_file_two_policies_and_a_question(model: Path, tmp_path: Path, capsys:
     assert run("--model", model, *options) == 0
     data = data_of(page)
     assert "".join(data["units"]) == "<s>" + TEXT.replace(". ", ".\n")
-    assert data["title"] == "essay.txt" and [x["name"] for x in data["methods"]] == ["snapkv", "kvzip"]
+    assert (data["title"], data["model"]) == ("essay.txt", model.name) and [x["name"] for x in data["methods"]] == [
+        "snapkv",
+        "kvzip",
+    ]
     assert data["questions"] == ["What is the code?", "Why?"] and data["retention"] == 0.25
     printed = capsys.readouterr().out.splitlines()
     rows = round(0.25 * data["tokens"]) * 4
@@ -71,6 +74,7 @@ def test_policies_are_names_or_checkpoints(loaded: PreTrainedModel, tmp_path: Pa
     checkpoint.save(tmp_path / "run", design.build(shape), design, shape, {})
     found = policy(str(tmp_path / "run"), "any", loaded)
     assert type(found).__name__ == "LKV" and policy("snapkv", "any", loaded).window == 32
+    assert type(policy("lkv", "retriever", retriever.load()[0])).__name__ == "LKV"
     with pytest.raises(FileNotFoundError, match="expected lkv.json and lkv.safetensors in"):
         policy("lkv", "no-such-model", loaded)
 

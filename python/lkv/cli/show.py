@@ -35,6 +35,7 @@ def run(argv: Sequence[str]) -> int:
         protect=options.protect,
         limit=options.answer_tokens,
         title="text" if options.text == "-" else Path(options.text).name,
+        name=Path(options.model).name,
     )
     print(report(shown))
     print(f"{options.out}: {options.out.stat().st_size / 1024:,.0f} KiB")

@@ -89,6 +89,7 @@ def collect(
     protect: int | None = None,
     limit: int = 64,
     title: str = "text",
+    name: str | None = None,
 ) -> Shown:
     """Reads a text with each policy and with the full cache, and answers questions from what they leave.
 
@@ -100,6 +101,7 @@ def collect(
         protect: first tokens that all heads keep. Default: for a policy with a second pass all tokens before the text,
             as KVzip's authors do; for others what they protect by themselves.
         limit: most tokens of an answer.
+        title, name: of the text and of the model; default: what the model's config names.
 
     Raises:
         ValueError: for arguments out of range, a text without tokens, that the tokenizer does not know, that is too
@@ -110,9 +112,9 @@ def collect(
     begin, tokens = opening(tokenizer), encode(tokenizer, text)
     prompts = [ask(tokenizer, question) for question in questions]
     check_text(model, tokenizer, [*begin, *tokens], len(tokens), max(map(len, prompts), default=0), limit)
-    guarded = {name: guard(policy, protect, len(begin)) for name, policy in chosen.items()}
-    for name, policy in chosen.items():
-        check_protected(name, policy, guarded[name], retention, len(begin) + len(tokens))
+    guarded = {label: guard(policy, protect, len(begin)) for label, policy in chosen.items()}
+    for label, policy in chosen.items():
+        check_protected(label, policy, guarded[label], retention, len(begin) + len(tokens))
     before, pieces = opening_units(tokenizer, begin), units(tokenizer, tokens, text)
     ids = torch.tensor([[*begin, *tokens]], device=model.device)
 
@@ -128,13 +130,13 @@ def collect(
         layers, heads = [layer.index for layer in whole.ragged], [layer.heads for layer in whole.ragged]
         nbytes, full = whole.retained_bytes, answers(whole)
     methods = []
-    for name, policy in chosen.items():
-        with compress(model, ids, policy, retention=retention, protect=guarded[name], tokenizer=tokenizer) as cache:
-            methods.append(Method(name, kept_rows(cache), cache.retained_bytes, answers(cache)))
-    own_name = os.path.basename(model.config.name_or_path.rstrip("/")) or type(model).__name__
+    for label, policy in chosen.items():
+        with compress(model, ids, policy, retention=retention, protect=guarded[label], tokenizer=tokenizer) as cache:
+            methods.append(Method(label, kept_rows(cache), cache.retained_bytes, answers(cache)))
+    name = name or os.path.basename(model.config.name_or_path.rstrip("/")) or type(model).__name__
     dtype = str(model.dtype).removeprefix("torch.")
     return Shown(
-        *(title, own_name, dtype, retention, [*before, *pieces], len(before), layers, heads, nbytes),
+        *(title, name, dtype, retention, [*before, *pieces], len(before), layers, heads, nbytes),
         *(list(questions), full, methods),
     )
 

@@ -31,6 +31,7 @@ def page(
     protect: int | None = None,
     limit: int = 64,
     title: str = "text",
+    name: str | None = None,
 ) -> Shown:
     """Writes a page on which a text shows what one or two policies keep of it; see `collect` for the arguments.
 
@@ -39,8 +40,18 @@ def page(
         OSError: where the page cannot be written.
     """
     check_count(len(choose(policies)))
-    options = dict(retention=retention, questions=questions, protect=protect, limit=limit, title=title)
-    shown = collect(model, tokenizer, text, policies, **options)  # type: ignore[arg-type]  # each has its own type
+    shown = collect(
+        model,
+        tokenizer,
+        text,
+        policies,
+        retention=retention,
+        questions=questions,
+        protect=protect,
+        limit=limit,
+        title=title,
+        name=name,
+    )
     write(shown, out)
     return shown
 
