@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lkv
+from lkv import policies
 from lkv.evaluate.kept import kept_rows
 from lkv.policies import AdaKV, KVzip, Policy, SnapKV, StreamingLLM
 from lkv.show import Method, Shown, collect, page, write
@@ -284,3 +285,13 @@ def test_policies_under_names(model: PreTrainedModel, tokenizer: PreTrainedToken
     assert [x.rows[0][0][:5].tolist() for x in shown.methods[:2]] == [[0, 1, 286, 287, 288], [0, 1, 2, 3, 288]]
     with pytest.raises(ValueError, match="expected one or two policies on a page, got 3"):
         write(shown, "never.html")
+
+
+@pytest.mark.parametrize("name", policies.names())
+def test_every_method_with_a_name_can_be_shown(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    shown = collect(model, tokenizer, TEXT, [name], retention=0.4)
+    (method,) = shown.methods
+    assert method.kept <= 6 * round(0.4 * shown.tokens) < shown.rows
+    assert all(0 <= head.min() and head.max() < shown.tokens for layer in method.rows for head in layer if len(head))

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkv import policies as known
-from lkv.compression import compress, prefill
+from lkv.compression import compress, prefill, protected
 from lkv.evaluate.decode import answer
 from lkv.evaluate.kept import kept_rows
 from lkv.hf import Cache
@@ -204,11 +204,11 @@ def check_text(
 def check_protected(name: str, policy: Policy, protect: int, retention: float, tokens: int) -> None:
     """
     Raises:
-        ValueError: for a text of which no rows would be left to choose.
+        ValueError: for a text of which no rows would be left to choose, and a policy that cannot protect.
     """
-    rows, sink = max(1, round(retention * tokens)), max(protect, policy.sink)
     if protect < 0:
         raise ValueError(f"lkv.show: expected protect >= 0, got {protect}")
+    rows, sink = max(1, round(retention * tokens)), protected(policy, protect).sink
     if retention < 1 and rows <= sink + policy.window:
         raise ValueError(
             f"lkv.show: expected a text of which a head keeps more than the first {sink} and the last {policy.window} "
