@@ -294,4 +294,4 @@ def test_every_method_with_a_name_can_be_shown(
     shown = collect(model, tokenizer, TEXT, [name], retention=0.4)
     (method,) = shown.methods
     assert method.kept <= 6 * round(0.4 * shown.tokens) < shown.rows
-    assert all(0 <= head.min() and head.max() < shown.tokens for layer in method.rows for head in layer if len(head))
+    assert all(head.min() >= 0 and head.max() < shown.tokens for layer in method.rows for head in layer if len(head))

@@ -133,7 +133,7 @@ def collect(
     for label, policy in chosen.items():
         with compress(model, ids, policy, retention=retention, protect=guarded[label], tokenizer=tokenizer) as cache:
             methods.append(Method(label, kept_rows(cache), cache.retained_bytes, answers(cache)))
-    name = name or os.path.basename(model.config.name_or_path.rstrip("/")) or type(model).__name__
+    name = name or os.path.basename((model.config.name_or_path or "").rstrip("/")) or type(model).__name__
     dtype = str(model.dtype).removeprefix("torch.")
     return Shown(
         *(title, name, dtype, retention, [*before, *pieces], len(before), layers, heads, nbytes),
