@@ -75,6 +75,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if name not in (*policies.names(), LEARNED) and not Path(name).is_dir():
             known = ", ".join([*policies.names(), LEARNED])
             raise ValueError(f"lkv show: expected a --policy of {known} or the folder of a checkpoint, got {name!r}")
+    if LEARNED in names and packaged.find(options.model) is None:
+        raise ValueError(
+            f"lkv show: expected a model with a checkpoint in the package for --policy {LEARNED}, of "
+            f"{', '.join(packaged.names())}, got {options.model!r}; lkv train makes one"
+        )
     if not 0 < options.retention <= 1:
         raise ValueError(f"lkv show: expected --retention in (0, 1], got {options.retention}")
     if options.out.is_dir():
@@ -103,9 +108,7 @@ def policy(name: str, model_name: str, model: PreTrainedModel) -> Policy:
     """A policy of the registry, or a checkpoint."""
     if name in policies.names():
         return policies.get(name)
-    if name != LEARNED:
-        return load(name, model)
-    return load(packaged.find(model_name) or model_name, model)
+    return load((packaged.find(model_name) or model_name) if name == LEARNED else name, model)
 
 
 def report(shown: Shown) -> str:
