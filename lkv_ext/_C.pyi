@@ -25,6 +25,7 @@ class Request:
         max_budget: int = -1,
         reserve: int = 0,
         align: int = 1,
+        back: int = 0,
     ) -> None: ...
 
 class Index:

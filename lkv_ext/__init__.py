@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from lkv_ext._torch.evict import evict, evict_, evict_layers
     from lkv_ext._torch.gather import gather
     from lkv_ext._torch.ints import plan
+    from lkv_ext._torch.paged import evict_paged_
     from lkv_ext._torch.select import select
     from lkv_ext._torch.soft_topk import soft_topk
     from lkv_ext.cache import RaggedCache
-    from lkv_ext.ragged import RaggedIndex, RaggedKV
+    from lkv_ext.ragged import PagedIndex, RaggedIndex, RaggedKV
 
 _HOME = {
     "evict": "_torch.evict",
     "evict_": "_torch.evict",
     "evict_layers": "_torch.evict",
+    "evict_paged_": "_torch.paged",
     "select": "_torch.select",
     "gather": "_torch.gather",
     "plan": "_torch.ints",
@@ -35,18 +37,20 @@ _HOME = {
     "Minimum": "_torch.budgets",
     "RaggedKV": "ragged",
     "RaggedIndex": "ragged",
+    "PagedIndex": "ragged",
     "RaggedCache": "cache",
     "attend": "_torch.attend",
     "soft_topk": "_torch.soft_topk",
 }
 
-__all__ = ["Blend", "Minimum", "RaggedCache", "RaggedIndex", "RaggedKV", "attend", "budgets_from_scores"]
+__all__ = ["Blend", "Minimum", "PagedIndex", "RaggedCache", "RaggedIndex", "RaggedKV", "attend", "budgets_from_scores"]
 __all__ += [
     "budgets_from_shares",
     "build_info",
     "evict",
     "evict_",
     "evict_layers",
+    "evict_paged_",
     "gather",
     "plan",
     "select",

@@ -54,7 +54,7 @@ def make_request(
         "lengths": () if lengths is None else host_ints(lengths, "lengths", per_sequence),
         "starts": () if starts is None else host_ints(starts, "starts", per_sequence),
     }
-    sink, window, layout, capacity, max_budget, reserve, align = options
+    sink, window, layout, capacity, max_budget, reserve, align, back = options
     size = size_output(
         segments,
         integers["budgets"],
@@ -65,6 +65,7 @@ def make_request(
         max_budget=max_budget,
         reserve=reserve,
         align=align,
+        back=back,
     )
     request = _C.Request(
         threads=thread_count(threads),
@@ -81,6 +82,7 @@ def make_request(
         max_budget=-1 if max_budget is None else max_budget,
         reserve=reserve,
         align=align,
+        back=back,
     )
     return request, size.max_length
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from lkv_ext import _C
 from lkv_ext._common import errors
-from lkv_ext._common.options import Options
+from lkv_ext._common.options import Options, back_of
 from lkv_ext._numpy import Ints, check_array, make_request, thread_count
 
 __all__ = ["RaggedIndex", "RaggedKV", "evict", "evict_", "gather", "select"]
@@ -184,13 +184,15 @@ def evict_(
     window: int = 0,
     max_budget: int | None = None,
     companions: Sequence[np.ndarray] = (),
+    to: str = "front",
+    page: int = 1,
     threads: int | None = None,
 ) -> RaggedIndex:
     """`evict` in place: the kept rows of each segment move to rows `[0, n)` of its own buffer, the rest is untouched.
 
-    Allocates indices only. Arguments and errors are those of `evict`. k, v and companions are written: they must be
-    writeable, and no two of their elements may share memory, but interleaved views of one buffer may lie beside each
-    other.
+    Allocates indices only. Arguments and errors are those of `evict`, `to` and `page` those of `lkv_ext.evict_`. k, v
+    and companions are written: they must be writeable, and no two of their elements may share memory, but interleaved
+    views of one buffer may lie beside each other.
 
     Returns:
         `RaggedIndex`: where the kept rows were, and how many there are.
@@ -198,9 +200,9 @@ def evict_(
     Raises:
         ValueError, TypeError: as `evict`, also for overlapping or read-only memory.
     """
-    options = Options(sink, window, "packed", None, max_budget, 0, 1)
     names: list[str] = []
     try:
+        options = Options(sink, window, "packed", None, max_budget, 0, 1, back_of(to, page))
         payload = [k, *companions] if v is None else [k, v, *companions]
         names = _names(v is not None, len(companions))
         request, max_length = make_request(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -64,6 +64,23 @@ class RaggedIndex:
 
     def __repr__(self) -> str:
         return f"RaggedIndex({_describe(self)})"
+
+
+@dataclass(eq=False, slots=True)
+class PagedIndex(RaggedIndex):
+    """What `evict_paged_` has kept and freed.
+
+    Attributes:
+        positions, lengths, cu_seqlens, max_length, overflow: as in `RaggedIndex`. Lengths are those of the logical
+            sequences afterwards where rows moved to the front; where they moved to the back, rows kept.
+        free_pages: int32, `[B]` or, of tables per head, `[B, H]`: pages of each table that no head and layer needs any
+            more: the last ones of its used pages, or, with `to="back"`, the first ones.
+    """
+
+    free_pages: Tensor = field(kw_only=True)
+
+    def __repr__(self) -> str:
+        return f"PagedIndex({_describe(self)})"
 
 
 @dataclass(eq=False, slots=True)
@@ -178,4 +195,5 @@ def _register(cls: Any, static: tuple[str, ...]) -> None:
 
 
 _register(RaggedIndex, ("max_length",))
+_register(PagedIndex, ("max_length",))
 _register(RaggedKV, ("max_length", "reserve", "align"))

@@ -73,7 +73,10 @@ def numpy_index() -> lkv_numpy.RaggedIndex:
 CALLS: dict[str, tuple[Callable, dict]] = {
     "evict": (lkv_ext.evict, K | RANK | SPANS | dict(companions=[rows(B, H, L)], out=None)),
     "evict ragged": (lkv_ext.evict, RANK | SPANS | RAGGED | dict(companions=())),
-    "evict_": (lambda k, v, **rest: lkv_ext.evict_(k, v, **rest), K | RANK | dict(companions=())),
+    "evict_": (lambda k, v, **rest: lkv_ext.evict_(k, v, **rest), K | RANK | dict(companions=(), to="back", page=2)),
+    "evict_paged_": (lkv_ext.evict_paged_, dict(pools=[rows(2 * B, H, L, D)] * 2, scores=K["scores"], budgets=3,
+                                                tables=torch.arange(B, dtype=torch.int32)[:, None], lengths=None,
+                                                sink=0, window=0, max_budget=None, to="front", check=False)),
     "evict_layers": (lkv_ext.evict_layers, {n: x for n, x in (LAYERS | RANK | SPANS).items() if n != "cu_seqlens"}
                      | dict(companions=(), out=None)),
     "select": (lkv_ext.select, dict(scores=K["scores"]) | RANK | SPANS),
@@ -108,7 +111,7 @@ CALLS: dict[str, tuple[Callable, dict]] = {
     "RaggedKV.layer": (lambda i: lkv_ext.evict_layers(**LAYERS, budgets=3).layer(i), dict(i=1)),
     "numpy.evict": (lkv_numpy.evict, numpys(K | RANK | SPANS) | dict(companions=(), out=None, threads=1)),
     "numpy.evict ragged": (lkv_numpy.evict, numpys(RANK | SPANS | RAGGED)),
-    "numpy.evict_": (lkv_numpy.evict_, numpys(K | RANK) | dict(companions=(), threads=None)),
+    "numpy.evict_": (lkv_numpy.evict_, numpys(K | RANK) | dict(companions=(), to="back", page=2, threads=None)),
     "numpy.select": (lkv_numpy.select, numpys(dict(scores=K["scores"]) | RANK | SPANS) | dict(threads=1)),
     "numpy.gather": (lkv_numpy.gather, dict(arrays=[K["k"].numpy()], index=numpy_index(), cu_seqlens=None, threads=1)),
 }  # fmt: skip

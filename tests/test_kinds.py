@@ -63,10 +63,12 @@ VALUES: dict[str, tuple[list, list]] = {
     "tensors": ([[F32, I64], (F32,), []], [None, F32, [SPARSE], [F32, None], [ARRAY], "t"]),
     "tensor or tensors": ([F32, [F32], ()], [None, SPARSE, [SPARSE], [1]]),
     "lists of tensors": ([[[F32], [F32, F32]], [], [[]]], [None, [F32], [[ARRAY]], [[F32], None], F32]),
+    "tensors or lists of tensors": ([[F32, I64], [[F32], [F32]], []], [None, F32, [[ARRAY]], [F32, [F32]], 1.0]),
     "array": ([ARRAY, TEXTS, OBJECTS], [None, F32, [1.0], [ARRAY]]),
     "arrays": ([[ARRAY], ()], [None, ARRAY, [F32], [[ARRAY]]]),
     "array or arrays": ([ARRAY, [ARRAY]], [None, F32, [F32]]),
     "lists of arrays": ([[[ARRAY]]], [None, [ARRAY], [[F32]]]),
+    "arrays or lists of arrays": ([[ARRAY], [[ARRAY]]], [None, ARRAY, [F32]]),
     "RaggedCache": ([CACHE], [None, F32]),
 }
 EVICTED = lkv_ext.evict(torch.zeros(1, 2, 4, 3), torch.zeros(1, 2, 4, 3), torch.zeros(1, 2, 4), 2)

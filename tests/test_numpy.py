@@ -178,19 +178,24 @@ def test_broken_offsets_stay_inside() -> None:
         assert out.k.shape[0] == out.lengths.sum() and (out.positions >= 0).all()
 
 
-def test_in_place_leaves_the_rest() -> None:
+@pytest.mark.parametrize("to", ["front", "back"])
+def test_in_place_leaves_the_rest(to: str) -> None:
     r = rng(9)
     storage = r.integers(0, 256, (2, 3, 300, 40), dtype=np.uint8)
     before, scores = storage.copy(), r.standard_normal((2, 3, 300)).astype(np.float32)
     k, v = storage[..., :16], storage[..., 20:39]
     options = dict(starts=[5, 0], lengths=[250, 300], sink=1, window=2)
-    index = lkv_np.evict_(k, v, scores, [200, 0, 17], **options)
-    expected = lkv_np.evict(before[..., :16], before[..., 20:39], scores, [200, 0, 17], **options)
+    page = dict(to=to, page=16) if to == "back" else {}
+    index = lkv_np.evict_(k, v, scores, [200, 0, 17], **options, **page)
+    dropped = [[48, 240, 224], [96, 288, 272]]  # in whole pages
+    budgets = [[200, 0, 17]] * 2 if to == "front" else np.array([[250], [300]]) - dropped
+    expected = lkv_np.evict(before[..., :16], before[..., 20:39], scores, budgets, **options)
     assert np.array_equal(index.positions, expected.positions)
     for segment, (b, h) in enumerate(product(range(2), range(3))):
         begin, end = expected.cu_seqlens[segment : segment + 2]
-        before[b, h, : end - begin, :16] = expected.k[begin:end]
-        before[b, h, : end - begin, 20:39] = expected.v[begin:end]
+        last = [255, 300][b] if to == "back" else end - begin
+        before[b, h, last - (end - begin) : last, :16] = expected.k[begin:end]
+        before[b, h, last - (end - begin) : last, 20:39] = expected.v[begin:end]
     assert np.array_equal(storage, before)
 
 

@@ -58,9 +58,10 @@ def test_evict_is_the_reference(device: str, call: Call) -> None:
     check(out, expected(call.payload, call.scores, call.budgets, shape=call.shape, total=total, **call.options))
 
 
-@given(calls(fewest=1, placed_spans=False))
-def test_in_place_is_the_reference(device: str, call: Call) -> None:
-    """Kept rows in front; canaries before, after and between the rows untouched."""
+@given(calls(fewest=1, placed_spans=False), st.sampled_from([("front", 1), ("back", 1), ("back", 7), ("back", 16)]))
+def test_in_place_is_the_reference(device: str, call: Call, end: tuple[str, int]) -> None:
+    """Kept rows in front, or at the end of the valid range; canaries before, after and between the rows untouched."""
+    call.options["to"], call.options["page"] = end
     call = call.to(device)
     mine, theirs = twins(call.payload), twins(call.payload)
     k, v = mine[0], mine[1] if call.has_v else None

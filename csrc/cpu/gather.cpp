@@ -95,7 +95,7 @@ void GatherUnits::move(int64_t row, int64_t begin, int64_t end) const {
     if (bytes == 0) continue;
     const Strided& input = p_.inputs[payload * p_.source.layers + segment.layer];
     const CopyRows copy = streamed(payload) ? kernels_.stream_rows(bytes) : kernels_.copy_rows(bytes);
-    copy({output(p_, payload, begin), bytes, segment.at(input, 0), input.token, p_.positions + begin, end - begin,
+    copy({output(p_, payload, begin), segment.at(input, 0), input.token, p_.positions + begin, end - begin,
           segment.limit, bytes});
   }
 }

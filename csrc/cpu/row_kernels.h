@@ -53,11 +53,9 @@ struct ScoreKernels {
                   int64_t space);
 };
 
-// to + i * to_stride = from + positions[i] * from_stride, `bytes` each, in order of i; zeros where the position is
-// outside [0, limit). A destination may be a source of later rows, never of earlier ones.
+// to + i * bytes = from + positions[i] * from_stride, `bytes` each; zeros where the position is outside [0, limit).
 struct RowCopy {
   char* to;
-  int64_t to_stride;
   const char* from;
   int64_t from_stride;
   const int32_t* positions;
@@ -65,6 +63,23 @@ struct RowCopy {
 };
 
 using CopyRows = void (*)(const RowCopy&);
+
+// In place: row positions[i] moves to row first + i, in order of i or, `backward`, the last one first. A destination
+// may be a source of rows that have moved, never of those that are still to move. What lies outside of the segment or
+// of the pool does not move.
+struct RowMove {
+  char* rows;           // row 0 of the segment or, with pages, of page 0
+  int64_t token;        // bytes from one row to the next
+  const void* table;    // ids of the pages of the segment; nullptr: there are none
+  int64_t page, count;  // bytes from one page to the next; pages of the pool
+  int32_t shift;
+  bool wide;
+  const int32_t* positions;
+  int64_t first, moved, limit, bytes;
+  bool backward;
+};
+
+using MoveRows = void (*)(const RowMove&);
 
 // Rows that are attended to at a time: their keys and values stay in the first-level cache for all queries.
 inline constexpr int64_t kAttendRows = 64;
@@ -129,7 +144,8 @@ struct RowKernels {
   KeyKernels keys;
   CopyRows (*copy_rows)(int64_t bytes);
   CopyRows (*stream_rows)(int64_t bytes);  // non-temporal; rows aligned to 64 bytes at both ends of `to`
-  void (*fence)();                         // after the last stream_rows of a tile
+  MoveRows (*move_rows)(int64_t bytes);
+  void (*fence)();  // after the last stream_rows of a tile
   AttendRows attend;
   SoftKernels soft[3];  // by ScoreType
 };

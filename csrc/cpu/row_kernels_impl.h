@@ -64,74 +64,130 @@ struct Blocks {
 // The first line alone: it loads the address translation, and the hardware prefetches the lines beside it, where one
 // request for each line would delay those of the copies. The address of a position that may be anything is computed
 // as an integer and only ever prefetched.
-inline void prefetch_row(const RowCopy& c, int64_t i) {
-  const uintptr_t row = reinterpret_cast<uintptr_t>(c.from) +
-                        static_cast<uintptr_t>(c.positions[i]) * static_cast<uintptr_t>(c.from_stride);
+inline void prefetch_row(const char* rows, int64_t position, int64_t stride) {
+  const uintptr_t row =
+      reinterpret_cast<uintptr_t>(rows) + static_cast<uintptr_t>(position) * static_cast<uintptr_t>(stride);
   __builtin_prefetch(reinterpret_cast<const void*>(row));
 }
 
-template <class Row>
-void copy_rows(const RowCopy& c) {
-  int64_t ahead = kPrefetchBytes / c.bytes;
+inline int64_t rows_ahead(int64_t bytes, int64_t rows) {
+  int64_t ahead = kPrefetchBytes / bytes;
   if (ahead < 1) ahead = 1;
   if (ahead > 32) ahead = 32;
-  if (ahead > c.rows) ahead = c.rows;
-  for (int64_t i = 0; i < ahead; ++i) prefetch_row(c, i);
-  char* to = c.to;
-  for (int64_t i = 0; i < c.rows; ++i, to += c.to_stride) {
-    if (i + ahead < c.rows) prefetch_row(c, i + ahead);
-    const int64_t position = c.positions[i];
-    if (position >= 0 && position < c.limit) {
-      Row::copy(to, c.from + position * c.from_stride, c.bytes);
-    } else {
-      memset(to, 0, static_cast<size_t>(c.bytes));
+  return ahead > rows ? rows : ahead;
+}
+
+template <class Row>
+struct CopyEach {
+  static void run(const RowCopy& c) {
+    const int64_t ahead = rows_ahead(c.bytes, c.rows);
+    for (int64_t i = 0; i < ahead; ++i) prefetch_row(c.from, c.positions[i], c.from_stride);
+    char* to = c.to;
+    for (int64_t i = 0; i < c.rows; ++i, to += c.bytes) {
+      if (i + ahead < c.rows) prefetch_row(c.from, c.positions[i + ahead], c.from_stride);
+      const int64_t position = c.positions[i];
+      if (position >= 0 && position < c.limit) {
+        Row::copy(to, c.from + position * c.from_stride, c.bytes);
+      } else {
+        memset(to, 0, static_cast<size_t>(c.bytes));
+      }
     }
   }
-}
+};
 
-template <class S, bool streaming>
-CopyRows pick_large(int64_t bytes) {
+// Rows of a segment without pages.
+struct InOrder {
+  explicit InOrder(const RowMove& m) : rows(m.rows), token(m.token) {}
+  char* at(int64_t slot) const { return rows + slot * token; }
+  void prefetch(int64_t slot) const { prefetch_row(rows, slot, token); }
+
+  char* rows;
+  int64_t token;
+};
+
+// Rows in pages; nullptr where the page is not one of the pool.
+template <class Id>
+struct InPages {
+  explicit InPages(const RowMove& m) : m(m) {}
+  char* at(int64_t slot) const {
+    const int64_t page = static_cast<const Id*>(m.table)[slot >> m.shift];
+    if (page < 0 || page >= m.count) return nullptr;
+    return m.rows + page * m.page + (slot & ((int64_t{1} << m.shift) - 1)) * m.token;
+  }
+  void prefetch(int64_t slot) const {
+    if (slot >= 0 && slot < m.limit) __builtin_prefetch(at(slot));
+  }
+
+  const RowMove& m;
+};
+
+template <class Row>
+struct MoveEach {
+  template <class Place>
+  static void all(const RowMove& m, const Place& place) {
+    const int64_t ahead = rows_ahead(m.bytes, m.moved);
+    const auto of = [&](int64_t turn) { return m.backward ? m.moved - 1 - turn : turn; };
+    for (int64_t turn = 0; turn < ahead; ++turn) place.prefetch(m.positions[of(turn)]);
+    for (int64_t turn = 0; turn < m.moved; ++turn) {
+      if (turn + ahead < m.moved) place.prefetch(m.positions[of(turn + ahead)]);
+      const int64_t i = of(turn), position = m.positions[i];
+      if (position < 0 || position >= m.limit) continue;
+      const char* from = place.at(position);
+      char* to = place.at(m.first + i);
+      if (from != nullptr && to != nullptr && from != to) Row::copy(to, from, m.bytes);
+    }
+  }
+
+  static void run(const RowMove& m) {
+    if (m.table == nullptr) {
+      all(m, InOrder(m));
+    } else if (m.wide) {
+      all(m, InPages<int64_t>(m));
+    } else {
+      all(m, InPages<int32_t>(m));
+    }
+  }
+};
+
+// The loop over rows of this size.
+template <template <class> class Loop, class S, bool streaming>
+auto pick_large(int64_t bytes) {
   switch (bytes) {
     case 64:
-      return copy_rows<Fixed<S, 64, streaming>>;
+      return Loop<Fixed<S, 64, streaming>>::run;
     case 128:
-      return copy_rows<Fixed<S, 128, streaming>>;
+      return Loop<Fixed<S, 128, streaming>>::run;
     case 256:
-      return copy_rows<Fixed<S, 256, streaming>>;
+      return Loop<Fixed<S, 256, streaming>>::run;
     case 512:
-      return copy_rows<Fixed<S, 512, streaming>>;
+      return Loop<Fixed<S, 512, streaming>>::run;
     default:
-      return copy_rows<Blocks<S, streaming>>;
+      return Loop<Blocks<S, streaming>>::run;
   }
 }
 
-template <class S>
-CopyRows pick_copy(int64_t bytes) {
+template <template <class> class Loop, class S>
+auto pick(int64_t bytes) {
   switch (bytes) {
     case 1:
-      return copy_rows<Fixed<S, 1, false>>;
+      return Loop<Fixed<S, 1, false>>::run;
     case 2:
-      return copy_rows<Fixed<S, 2, false>>;
+      return Loop<Fixed<S, 2, false>>::run;
     case 4:
-      return copy_rows<Fixed<S, 4, false>>;
+      return Loop<Fixed<S, 4, false>>::run;
     case 8:
-      return copy_rows<Fixed<S, 8, false>>;
+      return Loop<Fixed<S, 8, false>>::run;
     case 16:
-      return copy_rows<Fixed<S, 16, false>>;
+      return Loop<Fixed<S, 16, false>>::run;
     case 32:
-      return copy_rows<Fixed<S, 32, false>>;
+      return Loop<Fixed<S, 32, false>>::run;
   }
-  if (bytes < 4) return copy_rows<Halves<2>>;
-  if (bytes < 8) return copy_rows<Halves<4>>;
-  if (bytes < 16) return copy_rows<Halves<8>>;
-  if (bytes < 32) return copy_rows<Halves<16>>;
-  if (bytes < 64) return copy_rows<Halves<32>>;
-  return pick_large<S, false>(bytes);
-}
-
-template <class S>
-CopyRows pick_stream(int64_t bytes) {
-  return pick_large<S, true>(bytes);
+  if (bytes < 4) return Loop<Halves<2>>::run;
+  if (bytes < 8) return Loop<Halves<4>>::run;
+  if (bytes < 16) return Loop<Halves<8>>::run;
+  if (bytes < 32) return Loop<Halves<16>>::run;
+  if (bytes < 64) return Loop<Halves<32>>::run;
+  return pick_large<Loop, S, false>(bytes);
 }
 
 template <class S>
@@ -140,8 +196,9 @@ constexpr RowKernels make_row_kernels(const char* name) {
       name,
       {score_kernels<S, ScoreType::f32>(), score_kernels<S, ScoreType::f16>(), score_kernels<S, ScoreType::bf16>()},
       key_kernels<S>(),
-      pick_copy<S>,
-      pick_stream<S>,
+      pick<CopyEach, S>,
+      pick_large<CopyEach, S, true>,
+      pick<MoveEach, S>,
       S::fence,
       Attend<S>::run,
       {soft_kernels<S, ScoreType::f32>(), soft_kernels<S, ScoreType::f16>(), soft_kernels<S, ScoreType::bf16>()},

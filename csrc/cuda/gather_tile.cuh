@@ -66,7 +66,8 @@ __device__ __forceinline__ int64_t warp_row_of(const int32_t* cu_seqlens, int64_
 }
 
 // The segment of row i of the tile that begins at output row `first`, or -1. By all lanes of a warp.
-__device__ __forceinline__ int64_t find_row(const GatherParams& p, int64_t first, int i) {
+template <class Params>
+__device__ __forceinline__ int64_t find_row(const Params& p, int64_t first, int i) {
   const int64_t rows = p.source.rows(), j = first + i;
   const int64_t row = rows > 0 ? warp_row_of(p.cu_seqlens, rows, first) : -1;
   if (row < 0 || j >= p.total) return -1;

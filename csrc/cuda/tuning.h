@@ -34,7 +34,8 @@ Status select(const SelectParams& p, int64_t longest, void* scratch, Stream stre
 Status gather(const GatherParams& p, bool behind_select, Stream stream, const Tuning& tuning);
 Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, int64_t bytes, void* scratch, Stream stream,
              const Tuning& tuning);
-Status compact(const CompactParams& p, Stream stream, const Tuning& tuning);
+size_t compact_scratch(int64_t total, int64_t payloads, const Tuning& tuning);
+Status compact(const CompactParams& p, void* scratch, Stream stream, const Tuning& tuning);
 Status append(const AppendParams& p, Stream stream, const Tuning& tuning);
 size_t attend_scratch(const AttendParams& p, const Tuning& tuning);
 Status attend(const AttendParams& p, void* scratch, Stream stream, const Tuning& tuning);

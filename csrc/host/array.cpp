@@ -80,14 +80,11 @@ ScoreType check_scores_dtype(const Named& scores) {
   }
 }
 
-RowLayout row_layout(const Named& a, bool ragged) {
+RowLayout row_layout(const Named& a, int64_t token) {
   const Array& array = a.array;
-  const int64_t token = ragged ? 0 : 2;
   RowLayout layout{{array.data, 0, 0, array.stride(token)}, array.itemsize, {}};
-  if (!ragged) {
-    layout.strided.batch = array.stride(0);
-    layout.strided.head = array.stride(1);
-  }
+  if (token > 0) layout.strided.batch = array.stride(0);
+  if (token > 1) layout.strided.head = array.stride(1);
   layout.trailing.assign(array.sizes + token + 1, array.sizes + array.rank);
   bool contiguous = true, fits = true;
   for (int64_t i = array.rank; i-- > token + 1;) {

@@ -95,14 +95,15 @@ void check_device(const Named& a, Device expected);
 void check_int32(const Named& a, const Shape& expected, const char* dims);
 ScoreType check_scores_dtype(const Named& scores);
 
-// Rows of an array [B, H, L, ...] or, ragged, [T, ...]: everything after the token axis is one row and contiguous.
+// Rows of an array [B, H, L, ...] or, ragged, [T, ...]: everything after the token axis is one row and contiguous. The
+// axes before that, if any, are those that `batch` and `head` step over.
 struct RowLayout {
   Strided strided;
   int64_t row_bytes;
   Shape trailing;  // the sizes after the token axis
 };
 
-RowLayout row_layout(const Named& a, bool ragged);
+RowLayout row_layout(const Named& a, int64_t token_axis);
 
 // An array of integers read once per segment, broadcast (right-aligned) to [layers, batch, heads].
 RowInts row_ints(const Named& a, int64_t layers, int64_t batch, int64_t heads);

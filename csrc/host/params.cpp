@@ -17,6 +17,7 @@ SpansParams Params::spans(const Sizes& sizes, const IndexPointers& out, uint32_t
   spans.source = source();
   spans.budgets = problem_.budgets.at(tables_);
   spans.max_budget = sizes.max_budget;
+  spans.page = std::max<int64_t>(1, sizes.back);
   spans.reserve = sizes.reserve;
   spans.align = sizes.align;
   spans.padded = sizes.padded;
@@ -59,9 +60,12 @@ GatherParams Params::gather(size_t outputs, const int32_t* positions, const int3
   return gather;
 }
 
-CompactParams Params::compact(const IndexPointers& index) const {
+CompactParams Params::compact(const Sizes& sizes, const IndexPointers& index) const {
   CompactParams compact{};
   compact.source = source();
+  compact.pages = problem_.pages;
+  compact.to_back = sizes.back > 0;
+  compact.total = sizes.total;
   compact.payloads = static_cast<int64_t>(problem_.payloads.size());
   compact.payload = table<const Strided>(problem_.inputs);
   compact.row_bytes = table<const int64_t>(problem_.row_bytes);

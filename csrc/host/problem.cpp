@@ -44,7 +44,7 @@ Problem::Problem(const Arrays& payload, const Arrays& score_list, const Layout& 
   std::vector<int64_t> token_counts(layers, -1), bytes;
   const std::vector<Strided> input_rows = read_rows(payload, "payload", token_counts);
   for (size_t i = 0; i < payload.size(); i += layers) {
-    const RowLayout head = row_layout({payload[i], ""}, cu_seqlens != nullptr);
+    const RowLayout head = row_layout({payload[i], ""}, cu_seqlens != nullptr ? 0 : 2);
     payloads.push_back({head.trailing, payload[i].dtype, payload[i].itemsize, head.row_bytes});
     bytes.push_back(head.row_bytes);
   }
@@ -102,7 +102,7 @@ std::vector<Strided> Problem::read_rows(const Arrays& list, const char* name, st
              array.shape());
       check_type(array.dtype == head.dtype, "expected ", t.name, " of the dtype of the first layer");
     }
-    rows.push_back(row_layout(t, ragged).strided);
+    rows.push_back(row_layout(t, axes - 1).strided);
   }
   return rows;
 }
@@ -118,6 +118,7 @@ void Problem::read_sizes(const Sizes& sizes) {
               " and ", sizes.align);
   check_value(sizes.reserve <= kMost && sizes.align <= kMost,
               "expected reserve and align of at most 2**31 - 1 rows, got ", sizes.reserve, " and ", sizes.align);
+  check_value(sizes.back >= 0 && sizes.back <= kMost, "expected page in [1, 2**31 - 1], got ", sizes.back);
   budgets = read_ints(sizes.budgets, "budgets", layers > 1 ? "[N, H] or [N, B, H]" : "[H] or [B, H]", true, 0);
   lengths = read_ints(sizes.lengths, "lengths", "[B] or [B, H]", false, INT64_MAX);
   starts = read_ints(sizes.starts, "starts", "[B] or [B, H]", false, 0);
@@ -205,6 +206,13 @@ void check_outputs(const Problem& problem, const Sizes& sizes, const Outputs& ou
 
 void check_in_place(const Problem& problem, const Sizes& sizes, const Arrays& payload, const Arrays& scores) {
   check_disjoint(named(payload, "payload"), read_beside(problem, sizes, scores));
+}
+
+void check_in_pages(const Problem& problem, const Sizes& sizes, const Arrays& pools, const Array& tables,
+                    const Arrays& scores) {
+  std::vector<Named> read = read_beside(problem, sizes, scores);
+  read.push_back({tables, "tables"});
+  check_disjoint(named(pools, "payload"), read);
 }
 
 }  // namespace lkv::host

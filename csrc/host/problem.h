@@ -31,6 +31,7 @@ struct Sizes {
   int64_t total, padded;  // rows of the output; C of a padded one, negative when packed
   int64_t max_budget;     // negative: none
   int64_t reserve, align;
+  int64_t back;  // 0, or kept rows move to the back, and what is dropped is a multiple of so many rows
 };
 
 // Tables of one launch, built on the host and placed where the kernel runs. An entry is known by its offset until then.
@@ -79,6 +80,9 @@ class Problem {
  public:
   Problem(const Arrays& payload, const Arrays& scores, const Layout& layout);
   void read_sizes(const Sizes& sizes);
+  // The payload of a problem that was made of scores alone: pools [P, H, page, ...], or [P, page, ...] where every head
+  // has a table of its own, and tables [B, M], or [B, H, M], of page ids for all layers.
+  void read_pages(const Arrays& pools, const Array& ids);
   // `per_head`: the short form is one value per head, otherwise one per sequence. `fallback`: where there is no value.
   IntTable read_ints(const Ints& values, const char* name, const char* shapes, bool per_head, int64_t fallback);
   // Checks an index that select made for these segments; returns the C of its spans, negative when packed.
@@ -96,6 +100,7 @@ class Problem {
   ScoreType score_type = ScoreType::f32;
   std::vector<Payload> payloads;
   Tables tables;
+  Pages pages{};
   size_t tokens, scores, inputs, row_bytes;  // offsets in the tables
   IntTable budgets{}, lengths{}, starts{};
 
@@ -116,7 +121,9 @@ struct Outputs {
 void check_outputs(const Problem& problem, const Sizes& sizes, const Outputs& out, const Arrays& payload,
                    const Arrays& scores);
 
-// The same of a payload that is rewritten in place.
+// The same of a payload that is rewritten in place, and of pools.
 void check_in_place(const Problem& problem, const Sizes& sizes, const Arrays& payload, const Arrays& scores);
+void check_in_pages(const Problem& problem, const Sizes& sizes, const Arrays& pools, const Array& tables,
+                    const Arrays& scores);
 
 }  // namespace lkv::host

@@ -54,7 +54,7 @@ class Run {
   }
 
   void compact(const host::IndexPointers& index) const {
-    cpu::compact(host::Params(problem_, problem_.tables.data()).compact(index), CallThreads(threads_, moved()));
+    cpu::compact(host::Params(problem_, problem_.tables.data()).compact(sizes_, index), CallThreads(threads_, moved()));
   }
 
  private:

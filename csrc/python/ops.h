@@ -36,7 +36,8 @@ struct Request {
             .padded = padded,
             .max_budget = max_budget,
             .reserve = reserve,
-            .align = align};
+            .align = align,
+            .back = back};
   }
 };
 

@@ -5,9 +5,9 @@
 #include "host/arguments.h"
 #include "tensors.h"
 
-// The arguments that select, evict, evict_out and evict_ share, as the torch ops spell them. Every count is a SymInt:
-// torch.compile makes one graph for all values of it, where an int has one for each. A boxed function needs its
-// parameters one by one; it gathers them with LKV_GIVEN.
+// The arguments that select, evict, evict_out, evict_ and evict_paged_ share, as the torch ops spell them. Every count
+// is a SymInt: torch.compile makes one graph for all values of it, where an int has one for each. A boxed function
+// needs its parameters one by one; it gathers them with LKV_GIVEN.
 
 namespace lkv::torch_ops {
 
@@ -46,7 +46,8 @@ struct Arguments {
             .padded = padded,
             .max_budget = max_budget,
             .reserve = reserve,
-            .align = align};
+            .align = align,
+            .back = back};
   }
 };
 #define LKV_GIVEN                       \

@@ -15,7 +15,8 @@ host::IndexPointers pointers(const Tensor* index, bool count_overflow) {
           count_overflow ? data<int32_t>(index[3]) : nullptr};
 }
 
-Launch::Launch(host::Problem& problem, const Tensor* outputs, const Tensor& like, bool selects) : problem_(problem) {
+Launch::Launch(host::Problem& problem, const Tensor* outputs, const Tensor& like, bool selects)
+    : problem_(problem), like_(like) {
   std::vector<char*> targets;
   for (size_t p = 0; outputs && p < problem.payloads.size(); ++p) targets.push_back(data<char>(outputs[p]));
   outputs_ = problem.tables.add(targets);
@@ -72,10 +73,12 @@ void Launch::gather(const int32_t* positions, const int32_t* cu_seqlens, int64_t
   cpu::gather(gather, torch_threads());
 }
 
-void Launch::compact(const host::IndexPointers& index) {
-  const CompactParams compact = host::Params(problem_, tables_).compact(index);
+void Launch::compact(const host::Sizes& sizes, const host::IndexPointers& index, int32_t* free_pages) {
+  CompactParams compact = host::Params(problem_, tables_).compact(sizes, index);
+  compact.free_pages = free_pages;
   if (cuda_) {
-    cuda_->check(cuda::compact(compact, cuda_->stream()), "compact");
+    flags_ = empty_bytes(static_cast<int64_t>(cuda::compact_scratch(compact.total, compact.payloads)), like_);
+    cuda_->check(cuda::compact(compact, data<void>(*flags_), cuda_->stream()), "compact");
     return;
   }
   cpu::compact(compact, torch_threads());

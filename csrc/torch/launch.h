@@ -22,7 +22,8 @@ class Launch {
   // The same, and the rows move as soon as their positions are known. `warm`: see GatherParams.
   void evict(const host::Sizes& sizes, const host::IndexPointers& out, bool warm);
   void gather(const int32_t* positions, const int32_t* cu_seqlens, int64_t total);
-  void compact(const host::IndexPointers& index);
+  // `free_pages`: see CompactParams.
+  void compact(const host::Sizes& sizes, const host::IndexPointers& index, int32_t* free_pages);
   AppendParams append_params(const host::IntTable& valid) const;
   void append(const AppendParams& append);
 
@@ -35,6 +36,8 @@ class Launch {
   const char* tables_;  // where the kernels read them
   std::optional<CudaScope> cuda_;
   std::optional<Tensor> memory_;  // device memory: the tables, the ready flags, the scratch of select
+  std::optional<Tensor> flags_;   // the scratch of compact
+  const Tensor& like_;
   uint32_t* ready_ = nullptr;
   void* scratch_ = nullptr;
 };

@@ -12,6 +12,8 @@ STABLE_TORCH_LIBRARY(lkv_ext, m) {
   m.def("evict_out(Tensor(a!)[] out, Tensor[] payload, Tensor[] scores" LKV_SCHEMA ") -> ()");
   // Four tensors, not a list: torch.compile functionalizes no op that writes and returns a list.
   m.def("evict_(Tensor(a!)[] payload, Tensor[] scores" LKV_SCHEMA ") -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("evict_paged_(Tensor(a!)[] pools, Tensor[] scores, Tensor tables" LKV_SCHEMA
+        ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "gather(Tensor[] tensors, Tensor positions, Tensor cu_seqlens, int layers=1, "
       "Tensor? source_cu_seqlens=None, SymInt batch=0, SymInt heads=0) -> Tensor[]");
@@ -37,6 +39,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("evict_plain", TORCH_BOX(&lkv::torch_ops::evict_plain));
   m.impl("evict_out", TORCH_BOX(&lkv::torch_ops::evict_out));
   m.impl("evict_", TORCH_BOX(&lkv::torch_ops::evict_));
+  m.impl("evict_paged_", TORCH_BOX(&lkv::torch_ops::evict_paged_));
   m.impl("gather", TORCH_BOX(&lkv::torch_ops::gather));
   m.impl("append_", TORCH_BOX(&lkv::torch_ops::append_));
   m.impl("attend", TORCH_BOX(&lkv::torch_ops::attend));

@@ -19,6 +19,10 @@ size_t select_scratch(int64_t, int64_t) {
   return 0;
 }
 
+size_t compact_scratch(int64_t, int64_t) {
+  return 0;
+}
+
 size_t attend_scratch(const AttendParams&) {
   return 0;
 }
@@ -43,7 +47,7 @@ Status evict(const SelectParams&, const GatherParams&, int64_t, int64_t, void*, 
   return kNoKernels;
 }
 
-Status compact(const CompactParams&, Stream) {
+Status compact(const CompactParams&, void*, Stream) {
   return kNoKernels;
 }
 

@@ -18,12 +18,15 @@ SPANS = dict(layout="text", capacity="count?", reserve="count", align="count")
 DENSE = dict(k="array", v="array?", scores="array", companions="arrays", cu_seqlens="array?")
 ATTEND = dict(q="array", scale="number?", softcap="number?", sinks="array?")
 
+PAGED = dict(pools="arrays or lists of arrays", scores="array or arrays", tables="array", to="text", check="flag")
+PAGED |= dict(budgets="integers", lengths="integers?", sink="count", window="count", max_budget="count?")
 LAYERS = dict(ks="arrays", vs="arrays?", scores="array or arrays", companions="lists of arrays", out="RaggedKV?")
 
 # By public function; an argument whose kind ends with "?" may be None.
 SIGNATURES: dict[str, dict[str, str]] = {
     "evict": DENSE | RANK | SPANS | dict(out="RaggedKV?", threads="count?"),
-    "evict_": DENSE | RANK | dict(threads="count?"),
+    "evict_": DENSE | RANK | dict(to="text", page="count", threads="count?"),
+    "evict_paged_": PAGED,
     "evict_layers": LAYERS | RANK | SPANS,
     "select": RANK | SPANS | dict(scores="array", cu_seqlens="array?", threads="count?"),
     "gather": dict(tensors="arrays", arrays="arrays", index="RaggedIndex", cu_seqlens="array?", threads="count?"),
@@ -149,7 +152,7 @@ KINDS: dict[str, tuple[Kind, str]] = {
     "device": (lambda value: isinstance(value, str) or _named("device")(value), "as a torch.device or its name"),
     "floor": (_named("Blend", "Minimum"), "as a Blend or Minimum"),
     "RaggedKV": (_named("RaggedKV"), "as a RaggedKV"),
-    "RaggedIndex": (_named("RaggedIndex", "RaggedKV"), "as a RaggedIndex"),
+    "RaggedIndex": (_named("RaggedIndex", "PagedIndex", "RaggedKV"), "as a RaggedIndex"),
     "RaggedCache": (lambda value: hasattr(value, "cu_seqlens"), "as a RaggedCache or RaggedKV"),
 }
 for _one, _fits, _word, _a in (("array", _ndarray, "array", "an"), ("tensor", _tensor, "dense tensor", "a")):
@@ -157,6 +160,8 @@ for _one, _fits, _word, _a in (("array", _ndarray, "array", "an"), ("tensor", _t
     KINDS[f"{_one}s"] = _all(_fits), f"as a sequence of {_word}s"
     KINDS[f"{_one} or {_one}s"] = _either(_fits, _all(_fits)), f"as {_a} {_word}, or a sequence of them"
     KINDS[f"lists of {_one}s"] = _all(_all(_fits)), f"as sequences of {_word}s, one per layer"
+    _of_any = _either(_all(_fits), _all(_all(_fits)))
+    KINDS[f"{_one}s or lists of {_one}s"] = _of_any, f"as a sequence of {_word}s, or of one sequence per layer"
 
 
 def is_of(kind: str, value: Any) -> bool:

@@ -15,7 +15,7 @@ MOST = 2**31 - 1  # rows and positions are int32
 
 
 class Options(NamedTuple):
-    """The protected rows and the layout of the output: keyword arguments that select and evict share."""
+    """The protected rows and the layout of the output: keyword arguments that select, evict and evict_ share."""
 
     sink: int
     window: int
@@ -24,6 +24,7 @@ class Options(NamedTuple):
     max_budget: int | None
     reserve: int
     align: int
+    back: int = 0  # 0: in place, to the front; else to the back, and what is dropped is a multiple of so many rows
 
 
 def index(value: Any) -> int:
@@ -69,7 +70,18 @@ def check_options(options: Options) -> Options:
         raise ValueError(f"expected align of at most 2**31 - 1, got {align}")
     if reserve > MOST:
         raise ValueError(f"expected at most 2**31 - 1 rows in the output, got a reserve of {reserve}")
-    return Options(bounded(sink), bounded(window), layout, bounded(capacity), bounded(max_budget), reserve, align)
+    bounds = bounded(capacity), bounded(max_budget)
+    return Options(bounded(sink), bounded(window), layout, *bounds, reserve, align, options.back)
+
+
+def back_of(to: object, page: object) -> int:
+    """`Options.back` of `to` and `page`; raises ValueError or TypeError for wrong ones."""
+    if not isinstance(to, str) or to not in ("front", "back"):
+        raise ValueError(f"expected to 'front' or 'back', got {described(to)}")
+    rows = whole(page, "page", least=1)
+    if to == "front" and rows != 1:
+        raise ValueError(f"expected page with to='back', which drops whole pages, got {rows} with to='front'")
+    return rows if to == "back" else 0
 
 
 @overload

@@ -50,6 +50,10 @@ class Segments(NamedTuple):
             limits = [max(0, min(n, m)) for n, m in self._beside(lengths, limits)]
         return limits
 
+    def too_long(self, lengths: Sequence[int]) -> int | None:
+        """The first of the lengths that is more than the tokens of its segment; None: there is none."""
+        return next((n for n, limit in self._beside(lengths, self.limits) if n > limit), None)
+
     def _beside(self, values: Sequence[int], limits: Sequence[int]) -> Iterable[tuple[int, int]]:
         if len(values) != 1 or len(limits) != 1:
             values, limits = self.spread_sequences(values), self.spread(limits)
@@ -69,6 +73,11 @@ def span(rows: int, reserve: int, align: int) -> int:
     return (rows + reserve + align - 1) // align * align
 
 
+def _whole_pages(kept: int, length: int, page: int, exact: bool) -> int:
+    """Rows that stay of `length` where whole pages are dropped and `kept` stay at least; not exact: a bound."""
+    return length - (length - kept) // page * page if exact else min(length, kept + page - 1)
+
+
 def size_output(
     segments: Segments,
     budgets: Sequence[int] | None,
@@ -80,11 +89,14 @@ def size_output(
     max_budget: int | None,
     reserve: int,
     align: int,
+    back: int = 0,
+    exact: bool = True,
 ) -> Output:
     """Sizes an output from what the host knows.
 
     `budgets` is None where only the device knows them: then `capacity` or `max_budget` bounds them (the caller sees to
-    that). `lengths` and `starts` are None where they are not given or not known; then the result is a bound.
+    that). `lengths` and `starts` are None where they are not given or not known; then the result is a bound. `exact`:
+    these are known, or not given. `back`: as in `Options`.
     """
     if capacity is not None and (capacity < 0 or capacity % align):
         raise ValueError(f"expected capacity >= 0 and a multiple of align = {align}, got {capacity}")
@@ -96,13 +108,17 @@ def size_output(
         bound = max_budget if max_budget is not None else capacity
         assert bound is not None
         budgets = [bound]
-    limits = segments.lengths(lengths, starts)
+    limits = valid = segments.lengths(lengths, starts)
     if max_budget is not None:
         limits = [min(n, max_budget) for n in limits]
     if len(limits) == 1:
         kept, copies = [max(0, min(b, limits[0])) for b in budgets], count // (len(budgets) or 1)
     else:
         kept, copies = [max(0, min(b, n)) for b, n in zip(segments.spread(budgets), limits, strict=True)], 1
+    if back > 1:
+        known_lengths = exact and known
+        rows = valid if len(valid) == len(kept) else list(valid) * len(kept)
+        kept = [_whole_pages(n, m, back, known_lengths) for n, m in zip(kept, rows, strict=True)]
     longest = max(kept) if kept else 0
     total = copies * (sum(kept) if reserve == 0 and align == 1 else sum([span(n, reserve, align) for n in kept]))
     if segments.shared and layout == "packed":

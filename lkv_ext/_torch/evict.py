@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lkv_ext._common import errors
-from lkv_ext._common.options import Options
+from lkv_ext._common.options import Options, back_of
 from lkv_ext._common.sizes import Segments
 from lkv_ext._torch import derivatives, fake, vmap
 from lkv_ext._torch.gather import gather_rows
@@ -194,11 +194,15 @@ def evict_(
     window: int = 0,
     max_budget: int | None = None,
     companions: Sequence[Tensor] = (),
+    to: str = "front",
+    page: int = 1,
 ) -> RaggedIndex:
-    """`evict` in place: the kept rows of each segment move to the front of its own buffer.
+    """`evict` in place: the kept rows of each segment move to the front of its own buffer, or to the back.
 
     Rows `[0, n)` of every (sequence, head) become those that `evict` would return, whatever `starts` was; the rest of
-    k, v and companions is untouched. Allocates indices only, nothing of the size of K or V.
+    k, v and companions is untouched. With `to="back"` they become the last rows of the valid range, and what is dropped
+    is a multiple of `page`: of `m` valid rows and a budget of `n`, `floor((m - n) / page) * page` are dropped, and the
+    others, the best by score, end where the range ends. Allocates indices only, nothing of the size of K or V.
 
     Args:
         k: as in `evict`; written. No two elements of what is written may share memory, but interleaved views of one
@@ -213,6 +217,8 @@ def evict_(
         window: as in `evict`.
         max_budget: as in `evict`.
         companions: as in `evict`; written.
+        to: "front" or "back".
+        page: with `to="back"`, rows that are dropped together. The default drops all rows beyond the budget.
 
     Returns:
         `RaggedIndex`: where the kept rows were, and how many there are.
@@ -220,8 +226,9 @@ def evict_(
     Raises:
         ValueError, TypeError: as `evict`, also for overlapping memory and where a gradient is required.
     """
-    options = (sink, window, "packed", None, max_budget, 0, 1)
     try:
+        back = back_of(to, page)
+        options = (sink, window, "packed", None, max_budget, 0, 1, back)
         payload = [k, *companions] if v is None else [k, v, *companions]
         _check_rank(k, v, 4 if cu_seqlens is None else 2)
         derivatives.refuse(payload, "an eviction in place has no derivative")

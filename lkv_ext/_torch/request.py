@@ -1,4 +1,4 @@
-"""From the arguments of the public functions to those that select, evict, evict_out and evict_ share."""
+"""From the arguments of the public functions to those that select and the evictions share."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def request_for(
     options: Options,
 ) -> Request:
     """`make_request` for segments that are known."""
-    sink, window, layout, capacity, max_budget, reserve, align = check_options(options)
+    sink, window, layout, capacity, max_budget, reserve, align, back = check_options(options)
     if cu_seqlens is not None and starts is not None:
         raise ValueError("expected no starts with cu_seqlens: ragged rows begin at their offsets")
     layers, batch, heads = segments.layers, segments.batch, segments.heads
@@ -143,6 +143,14 @@ def request_for(
         t[:, None] if t is not None and t.dim() == 1 else t for t in (length_tensor, start_tensor)
     )
 
+    counted = (
+        not known
+        or segments.shared
+        or any(
+            tensor is not None and not values
+            for values, tensor in ((length_list, length_tensor), (start_list, start_tensor))
+        )
+    )
     size = size_output(
         segments,
         budget_list if known else None,
@@ -153,14 +161,8 @@ def request_for(
         max_budget=max_budget,
         reserve=reserve,
         align=align,
-    )
-    counted = (
-        not known
-        or segments.shared
-        or any(
-            tensor is not None and not values
-            for values, tensor in ((length_list, length_tensor), (start_list, start_tensor))
-        )
+        back=back,
+        exact=not counted,
     )
     arguments = Arguments(
         budgets=budget_list,
@@ -180,6 +182,7 @@ def request_for(
         max_budget=-1 if max_budget is None else max_budget,
         reserve=reserve,
         align=align,
+        back=back,
     )
     plain = cu_seqlens is budget_tensor is length_tensor is start_tensor is None and arguments[2:] == _DEFAULTS
     return Request(segments, arguments[:2] if plain else arguments, plain, size.max_length, counted, reserve, align)

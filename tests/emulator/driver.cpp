@@ -17,6 +17,7 @@ void driver_sizes(int64_t* sizes) {
   const size_t all[] = {sizeof(Strided),
                         sizeof(RowInts),
                         sizeof(Source),
+                        sizeof(Pages),
                         sizeof(SpansParams),
                         sizeof(SelectParams),
                         sizeof(GatherParams),
@@ -54,8 +55,12 @@ int driver_evict(const SelectParams* p, const GatherParams* g, int64_t longest, 
   return cuda::evict(*p, *g, longest, bytes, scratch, stream, *tuning);
 }
 
-int driver_compact(const CompactParams* p, const cuda::Tuning* tuning) {
-  return cuda::compact(*p, stream, *tuning);
+size_t driver_compact_scratch(int64_t total, int64_t payloads, const cuda::Tuning* tuning) {
+  return cuda::compact_scratch(total, payloads, *tuning);
+}
+
+int driver_compact(const CompactParams* p, void* scratch, const cuda::Tuning* tuning) {
+  return cuda::compact(*p, scratch, stream, *tuning);
 }
 
 int driver_append(const AppendParams* p, const cuda::Tuning* tuning) {

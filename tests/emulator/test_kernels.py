@@ -1,4 +1,4 @@
-"""The launchers of csrc/cuda against an oracle: upload, spans, select, gather behind it, compact, and the other ops."""
+"""The launchers of csrc/cuda against an oracle: upload, spans, select, gather behind it, compact, and other ops."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from harness.build import SCHEDULES, run_cases
 
 BATCH = 60
 BATCHES = 4
-OTHER_CASES = {"append": 150, "attend": 60, "soft_topk": 60}
+OTHER_CASES = {"compact": 150, "append": 150, "attend": 60, "soft_topk": 60}
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))

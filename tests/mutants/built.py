@@ -41,6 +41,7 @@ SUITES = {
     "threads": ("test_threads.py", "test_numpy.py", "test_torch.py"),
     "scale": ("test_scale.py", "test_overlap.py"),
     "numpy": ("test_call_threads.py", "test_numpy.py", "test_numpy_errors.py", "test_overlap.py"),
+    "paged": ("test_paged.py", "test_engine_layouts.py"),
     "append": _APPEND,
     "cpu/append*": _APPEND,
     "cpu/attend*": ("test_attend.py",),

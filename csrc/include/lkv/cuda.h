@@ -40,7 +40,9 @@ Status gather(const GatherParams& p, bool behind_select, Stream stream);
 // nullptr.
 Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, int64_t bytes, void* scratch,
              Stream stream);
-Status compact(const CompactParams& p, Stream stream);
+// Scratch: device bytes, any content, 16-byte aligned.
+size_t compact_scratch(int64_t total, int64_t payloads);
+Status compact(const CompactParams& p, void* scratch, Stream stream);
 
 Status append(const AppendParams& p, Stream stream);
 

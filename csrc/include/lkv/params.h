@@ -52,13 +52,31 @@ LKV_HD int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
 }
 
+// Where the tokens of a segment lie in pools of pages: token t of (layer, b, h) is row t % page of page ids[t / page],
+// and the strides of a pool are those of Strided, with `batch` from one page to the next.
+struct Pages {
+  const void* tables;          // ids; nullptr: there are no pages, and tokens lie one after the other
+  int64_t layer, batch, head;  // in elements, from one table to the next; 0 where it is shared
+  int64_t count;               // pages of a pool: an id is in [0, count)
+  int32_t shift;               // a page has 1 << shift rows
+  bool wide;                   // ids are int64 when true, else int32
+  bool per_head;               // whether every head has a table of its own
+
+  LKV_HD int64_t id(int64_t n, int64_t b, int64_t h, int64_t i) const {
+    const int64_t at = n * layer + b * batch + h * head + i;
+    return wide ? static_cast<const int64_t*>(tables)[at] : static_cast<const int32_t*>(tables)[at];
+  }
+};
+
 // How many rows each segment keeps and where its span begins in the output.
-// keep = min(clamp(budget, 0, length), max_budget); span = keep + reserve rounded up to align, or `padded` for all.
+// keep = min(clamp(budget, 0, length), max_budget), and so many more that length - keep is a multiple of `page`;
+// span = keep + reserve rounded up to align, or `padded` for all.
 // Spans end at `total`: begin = min(sum of the spans before, total), and keep and span are cut to total - begin.
 struct SpansParams {
   Source source;
   RowInts budgets;
   int64_t max_budget = -1;  // negative: none
+  int64_t page = 1;
   int64_t reserve = 0, align = 1;
   int64_t padded = -1;  // C of a padded output; negative: packed
   int64_t total;        // rows allocated in the output
@@ -98,16 +116,23 @@ struct GatherParams {
   bool warm;              // the outputs' memory has been touched before (CPU: non-temporal stores pay off)
 };
 
-// In place: row positions[cu_seqlens[r] + i] of segment r moves to row i of r, for i < lengths[r]. Positions ascend, so
-// no row is overwritten before it was read if rows move in order; bytes of different columns never meet.
+// In place: row positions[cu_seqlens[r] + i] of segment r moves to row i of r, or, `to_back`, to row end - lengths[r] +
+// i, where `end` is the end of its valid range, for i < lengths[r]. Positions ascend, so no row is overwritten before
+// it was read if rows move in order, to the back the last one first; bytes of different columns never meet. A position
+// outside of the segment, and a page outside of the pool, moves nothing.
 struct CompactParams {
   Source source;
+  Pages pages;
+  bool to_back;
+  int64_t total;  // rows of `positions`
   int64_t payloads;
   const Strided* payload;    // [payloads * layers], payload-major; read and written
   const int64_t* row_bytes;  // [payloads]
-  const int32_t* positions;
+  const int32_t* positions;  // [total]
   const int32_t* lengths;
   const int32_t* cu_seqlens;
+  int32_t* free_pages;  // out: of each table, [batch] or [batch * heads], how many pages at its end, or `to_back` at
+                        // its beginning, no layer and head needs any more; nullptr where there are no pages
 };
 
 // New tokens at the end of every segment of a ragged cache [T, ...]: of token i of `count`, the row of (b, h) goes to

@@ -47,6 +47,48 @@ LKV_HD Segment segment_of(const Source& s, int64_t row, Load load = {}) {
   return r;
 }
 
+// Row `slot` of a segment; nullptr where its page is not one of the pool.
+LKV_HD char* row_at(const Pages& pages, const Segment& s, const Strided& t, int64_t slot) {
+  if (pages.tables == nullptr) return s.at(t, slot);
+  const int64_t page = pages.id(s.layer, s.b, s.h, slot >> pages.shift);
+  if (page < 0 || page >= pages.count) return nullptr;
+  return t.data + page * t.batch + s.h * t.head + (slot & ((int64_t{1} << pages.shift) - 1)) * t.token;
+}
+
+// The slots that the rows kept of a segment move to.
+struct Destination {
+  int64_t first, count;
+};
+
+LKV_HD Destination destination_of(const CompactParams& p, const Segment& s, int64_t row) {
+  if (!p.to_back) return {0, clamp(p.lengths[row], 0, s.limit)};
+  const int64_t count = clamp(p.lengths[row], 0, s.length);
+  return {s.begin + s.length - count, count};
+}
+
+// See CompactParams::free_pages.
+LKV_HD int64_t tables_of(const CompactParams& p) {
+  return p.source.batch * (p.pages.per_head ? p.source.heads : 1);
+}
+
+LKV_HD int64_t free_pages_of(const CompactParams& p, int64_t table) {
+  const int64_t readers = p.pages.per_head ? 1 : p.source.heads;  // heads that share a table
+  const int64_t per_layer = p.source.batch * p.source.heads;
+  const auto pages = [&](int64_t rows) { return (rows + (int64_t{1} << p.pages.shift) - 1) >> p.pages.shift; };
+  int64_t before = 0, after = 0, dropped = INT64_MAX;
+  for (int64_t n = 0; n < p.source.layers; ++n) {
+    for (int64_t i = 0; i < readers; ++i) {
+      const int64_t row = n * per_layer + table * readers + i;
+      const Segment segment = segment_of(p.source, row);
+      const int64_t kept = destination_of(p, segment, row).count;
+      dropped = smaller(dropped, (segment.length - kept) >> p.pages.shift);
+      before = clamp(pages(segment.length), before, INT64_MAX);
+      after = clamp(pages(kept), after, INT64_MAX);
+    }
+  }
+  return !p.to_back ? before - after : readers > 0 ? dropped : 0;
+}
+
 // The size of a segment's span if the output did not end.
 struct SpanSize {
   int64_t wanted;  // rows that the budget alone would keep
@@ -56,9 +98,14 @@ struct SpanSize {
 
 LKV_HD SpanSize span_size_of(const SpansParams& p, int64_t row) {
   const Segment segment = segment_of(p.source, row);
+  // What is dropped, in whole pages; without a division where pages are rows, as one of 64 bits is a call on a GPU.
+  const auto rounded = [&](int64_t keep) {
+    return p.page <= 1 ? keep : segment.length - (segment.length - keep) / p.page * p.page;
+  };
   SpanSize size;
-  size.wanted = clamp(p.budgets.at(segment.layer, segment.b, segment.h), 0, segment.length);
-  size.kept = p.max_budget < 0 ? size.wanted : smaller(size.wanted, p.max_budget);
+  const int64_t budget = clamp(p.budgets.at(segment.layer, segment.b, segment.h), 0, segment.length);
+  size.wanted = rounded(budget);
+  size.kept = p.max_budget < 0 ? size.wanted : rounded(smaller(budget, p.max_budget));
   if (p.padded >= 0) {
     size.kept = smaller(size.kept, p.padded);
     size.span = smaller(p.padded, p.total);

@@ -5,7 +5,7 @@ It is slow. It imports nothing compiled and runs on CPU and CUDA tensors.
 
 from lkv.reference.attend import attend
 from lkv.reference.budgets import budgets_from_scores, budgets_from_shares
-from lkv.reference.evict import evict, evict_, evict_layers
+from lkv.reference.evict import evict, evict_, evict_layers, evict_paged_
 from lkv.reference.gather import gather
 from lkv.reference.select import select, select_row
 from lkv.reference.soft_topk import soft_topk
@@ -19,6 +19,7 @@ __all__ = [
     "evict",
     "evict_",
     "evict_layers",
+    "evict_paged_",
     "gather",
     "select",
     "select_row",

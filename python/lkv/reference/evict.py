@@ -24,6 +24,7 @@ class Evicted:
     lengths: Tensor
     cu_seqlens: Tensor
     overflow: int
+    free_pages: Tensor | None = None  # of evict_paged_
 
 
 def _segments(tensor: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
@@ -61,12 +62,14 @@ def evict(
     max_budget: int | None = None,
     reserve: int = 0,
     align: int = 1,
+    page: int = 1,
     total: int | None = None,
 ) -> Evicted:
     """`lkv_ext.evict` of k, v and companions, `tensors`, in one list.
 
     Args:
         budgets, lengths, starts: integers `[B, H]`.
+        page: what is dropped of a segment is a multiple of so many rows.
         total: rows of the output where that is a bound rather than the exact number.
     """
     return evict_layers(
@@ -83,6 +86,7 @@ def evict(
         max_budget=max_budget,
         reserve=reserve,
         align=align,
+        page=page,
         total=total,
     )
 
@@ -106,8 +110,7 @@ def evict_layers(
     """
     rows = [[row for t in layers for row in _segments(t, cu_seqlens)] for layers in tensors]
     score_rows = [row for s in scores for row in _segments(s, cu_seqlens)]
-    first, valid = (None if values is None else values.flatten().tolist() for values in (starts, lengths))
-    ranges = _valid_ranges(score_rows, first, valid)
+    ranges = _valid_ranges(score_rows, _listed(starts), _listed(lengths))
     where: Spans = spans(budgets.flatten().tolist(), [length for _, length in ranges], total=total, **span_options)
     positions = select(score_rows, ranges, where, sink=sink, window=window)
     moved = [gather(payload, positions, where.offsets) for payload in rows]
@@ -126,13 +129,66 @@ def evict_layers(
     )
 
 
-def evict_(tensors: Sequence[Tensor], scores: Tensor, budgets: Tensor, **options: Any) -> Evicted:
-    """`lkv_ext.evict_`: kept rows move to the front of their segment, the rest stays as it is."""
-    result = evict(tensors, scores, budgets, **options)
-    cu_seqlens = options.get("cu_seqlens")
+def evict_(
+    tensors: Sequence[Tensor], scores: Tensor, budgets: Tensor, *, to: str = "front", page: int = 1, **options: Any
+) -> Evicted:
+    """`lkv_ext.evict_`: kept rows move to the front of their segment, or to the back of its valid range."""
+    result = evict(tensors, scores, budgets, page=page, **options)
+    rows = _segments(scores, options.get("cu_seqlens"))
+    ranges = _valid_ranges(rows, *(_listed(options.get(name)) for name in ("starts", "lengths")))
     offsets = result.cu_seqlens.tolist()
     for tensor, moved in zip(tensors, result.tensors, strict=True):
-        for i, row in enumerate(_segments(tensor, cu_seqlens)):
+        for i, row in enumerate(_segments(tensor, options.get("cu_seqlens"))):
             keep = offsets[i + 1] - offsets[i]
-            row[:keep] = moved[offsets[i] : offsets[i + 1]]
+            first = 0 if to == "front" else sum(ranges[i]) - keep
+            row[first : first + keep] = moved[offsets[i] : offsets[i + 1]]
     return result
+
+
+def evict_paged_(
+    pools: Sequence[Tensor],
+    scores: Tensor,
+    budgets: Tensor,
+    tables: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    to: str = "front",
+    **options: Any,
+) -> Evicted:
+    """`lkv_ext.evict_paged_` of one layer.
+
+    Args:
+        pools: `[P, H, page, ...]` with tables `[B, M]`, or `[P, page, ...]` with tables `[B, H, M]`.
+        budgets, lengths: integers `[B, H]`.
+    """
+    batch, heads, tokens = scores.shape
+    per_head = tables.dim() == 3
+    page = pools[0].shape[1 if per_head else 2]
+    valid = torch.full((batch, heads), tokens) if lengths is None else lengths.clamp(0, tokens)
+    result = evict([], scores, budgets, lengths=valid, page=page if to == "back" else 1, **options)
+    offsets = result.cu_seqlens.tolist()
+    dropped = torch.zeros(batch, heads, dtype=torch.int64)  # pages
+    for b in range(batch):
+        for h in range(heads):
+            row, length = b * heads + h, int(valid[b, h])
+            positions = result.positions[offsets[row] : offsets[row + 1]].long()
+            first = 0 if to == "front" else length - len(positions)
+            slots = first + torch.arange(len(positions), device=scores.device)
+            ids = tables[b, h] if per_head else tables[b]
+            for pool in pools:
+                mine = pool if per_head else pool[:, h]
+                mine[ids[slots // page].long(), slots % page] = mine[ids[positions // page].long(), positions % page]
+            dropped[b, h] = first // page
+    kept = result.lengths.cpu().long()
+    if to == "front" and per_head:
+        dropped = -(-valid // page) - -(-kept // page)
+    elif to == "front":
+        dropped = -(-valid.amax(1) // page) - -(-kept.amax(1) // page)
+    elif not per_head:
+        dropped = dropped.amin(1)
+    result.free_pages = dropped.int().to(scores.device)
+    return result
+
+
+def _listed(values: Tensor | None) -> list[int] | None:
+    return None if values is None else values.flatten().tolist()

@@ -24,17 +24,23 @@ def spans(
     layout: str = "packed",
     capacity: int | None = None,
     max_budget: int | None = None,
+    page: int = 1,
     reserve: int = 0,
     align: int = 1,
     total: int | None = None,
 ) -> Spans:
     """`keep = clamp(budget, 0, length)`, at most `max_budget`; `span = keep + reserve`, rounded up to `align`.
 
+    What is dropped is a multiple of `page`: `keep` becomes `length - floor((length - keep) / page) * page`.
     Spans lie one after the other. A span that would end after `capacity` ends there, and so do its rows. In a padded
     output all spans are as long as the longest. `total` is the size of the output; default: the sum of the spans.
     """
     wanted = [max(0, min(budget, length)) for budget, length in zip(budgets, lengths, strict=True)]
     kept = [n if max_budget is None else min(n, max_budget) for n in wanted]
+    wanted, kept = (
+        [length - (length - n) // page * page for n, length in zip(rows, lengths, strict=True)]
+        for rows in (wanted, kept)
+    )
     needed = [-(-(n + reserve) // align) * align for n in kept]
     if layout == "padded":
         padded = max(needed, default=0) if total is None else total // max(len(kept), 1)

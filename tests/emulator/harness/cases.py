@@ -164,10 +164,14 @@ def make_case(seed: int) -> Case:
         payloads.append(
             [Placed(rng.integers(1, 256, (*s, size), dtype=np.uint8), transposed, gap, lead) for s in shapes]
         )
-    return Case(segments, layout, one_of(0, 0, 1, 4, 300), one_of(0, 0, 1, 7, 300), score_type, scores,
+    case = Case(segments, layout, one_of(0, 0, 1, 4, 300), one_of(0, 0, 1, 7, 300), score_type, scores,
                 [seen for _, seen in coded], payloads, wide,
                 block=0 if kind_of_size == "production" else 64,
                 cluster=1 if kind_of_size == "crowd" else one_of(0, 1, 2, 4, 8, 16),
                 splits=one_of(-1, -1, -1, 0, 1, 3), resident_keys=one_of(-1, -1, 0, 256),
                 behind_select=rng.random() < 0.7, by_upload=rng.random() < 0.3, registers=one_of(-1, -1, 0),
                 fused=one_of(-1, 0, 1), bulk=one_of(0, 1))  # fmt: skip
+    layout.to_back = rng.random() < 0.5
+    if layout.to_back:
+        layout.page = one_of(1, 1, 4, 7, 64)
+    return case

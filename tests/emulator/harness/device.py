@@ -52,7 +52,9 @@ class Emulator:
         lib.driver_gather.argtypes = [POINTER(GatherParams), c_int, POINTER(Tuning)]
         lib.driver_evict.argtypes = [POINTER(SelectParams), POINTER(GatherParams), c_int64, c_int64, c_void_p,
                                      POINTER(Tuning)]  # fmt: skip
-        lib.driver_compact.argtypes = [POINTER(CompactParams), POINTER(Tuning)]
+        lib.driver_compact_scratch.argtypes = [c_int64, c_int64, POINTER(Tuning)]
+        lib.driver_compact_scratch.restype = c_size_t
+        lib.driver_compact.argtypes = [POINTER(CompactParams), c_void_p, POINTER(Tuning)]
         lib.driver_append.argtypes = [POINTER(AppendParams), POINTER(Tuning)]
         lib.driver_attend_scratch.argtypes = [POINTER(AttendParams), POINTER(Tuning)]
         lib.driver_attend_scratch.restype = c_size_t
@@ -115,7 +117,8 @@ class Emulator:
         self._check(self._lib.driver_evict(p, g, longest, moved, pointer(scratch), self._tuning))
 
     def compact(self, p: CompactParams) -> None:
-        self._check(self._lib.driver_compact(p, self._tuning))
+        scratch = self.empty(self._lib.driver_compact_scratch(p.total, p.payloads, self._tuning), np.uint8)
+        self._check(self._lib.driver_compact(p, pointer(scratch), self._tuning))
 
     def append(self, p: AppendParams) -> None:
         self._check(self._lib.driver_append(p, self._tuning))

@@ -12,6 +12,7 @@ from harness.device import Emulator, Schedule, pointer
 from harness.params import (
     CompactParams,
     GatherParams,
+    Pages,
     RowInts,
     SelectParams,
     Source,
@@ -79,8 +80,8 @@ class Run:
         tables = np.concatenate([np.array(segments.tokens, np.int64).view(np.uint8), others])
         uploaded = emulator.empty(tables.size, np.uint8)
         source.tokens = pointer(uploaded)
-        emulator.spans(SpansParams(source, self.ints(segments.budgets), layout.max_budget, layout.reserve, layout.align,
-                                   layout.padded, layout.total, pointer(lengths), pointer(cu_seqlens),
+        emulator.spans(SpansParams(source, self.ints(segments.budgets), layout.max_budget, layout.page, layout.reserve,
+                                   layout.align, layout.padded, layout.total, pointer(lengths), pointer(cu_seqlens),
                                    pointer(overflow), pointer(ready)), tables, uploaded)  # fmt: skip
 
         select, longest, positions = self.select(source, lengths, cu_seqlens, ready)
@@ -95,8 +96,9 @@ class Run:
         moved = [[self.strided(layer, fill=0x5A) for layer in payload] for payload in case.payloads]
         buffers = emulator.structs([one for payload in moved for one, _ in payload])
         row_bytes = self.table(np.array(self.sizes, np.int64))
-        emulator.compact(CompactParams(source, len(self.sizes), pointer(buffers), pointer(row_bytes),
-                                       pointer(positions), pointer(lengths), pointer(cu_seqlens)))  # fmt: skip
+        emulator.compact(CompactParams(source, Pages(), layout.to_back, layout.total, len(self.sizes), pointer(buffers),
+                                       pointer(row_bytes), pointer(positions), pointer(lengths), pointer(cu_seqlens),
+                                       None))  # fmt: skip
         emulator.synchronize()
 
         oracle.same("bytes uploaded with the spans", uploaded, tables)
@@ -109,7 +111,7 @@ class Run:
         for i, payload in enumerate(case.payloads):
             data = [layer.data for layer in payload]
             oracle.same(f"gathered {i}", out[i], oracle.gather(segments, data, chosen, want.cu_seqlens))
-            for got, right in zip(moved[i], oracle.compact(segments, data, chosen, want), strict=True):
+            for got, right in zip(moved[i], oracle.compact(segments, data, chosen, want, layout.to_back), strict=True):
                 oracle.same(f"compacted {i}", got[1], right)
 
     def run_hostile(self, rng: np.random.Generator) -> None:

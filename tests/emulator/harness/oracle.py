@@ -57,6 +57,8 @@ class Layout:
     align: int
     padded: int
     total: int
+    page: int = 1  # what is dropped is a multiple of so many rows
+    to_back: bool = False  # where a compaction moves to
 
 
 @dataclass
@@ -74,8 +76,10 @@ def spans(segments: Segments, layout: Layout) -> Spans:
     out = Spans(np.zeros(segments.count, np.int32), np.zeros(segments.count + 1, np.int32), 0)
     end = 0
     for row in range(segments.count):
-        wanted = clamp(segments.budget(row), 0, segments.valid(row)[1])
+        length = segments.valid(row)[1]
+        wanted = clamp(segments.budget(row), 0, length)
         keep = wanted if layout.max_budget < 0 else min(wanted, layout.max_budget)
+        wanted, keep = (length - (length - n) // layout.page * layout.page for n in (wanted, keep))
         if layout.padded >= 0:
             keep, span = min(keep, layout.padded), layout.padded
         else:
@@ -122,7 +126,9 @@ def gather(segments: Segments, payload: list[np.ndarray], positions: np.ndarray,
     return out
 
 
-def compact(segments: Segments, payload: list[np.ndarray], positions: np.ndarray, out: Spans) -> list[np.ndarray]:
+def compact(
+    segments: Segments, payload: list[np.ndarray], positions: np.ndarray, out: Spans, to_back: bool
+) -> list[np.ndarray]:
     moved = [layer.copy() for layer in payload]
     for row in range(segments.count):
         layer, b, h = segments.place(row)
@@ -130,7 +136,8 @@ def compact(segments: Segments, payload: list[np.ndarray], positions: np.ndarray
         if segments.cu_seqlens is not None:
             b = h = 0
         kept = positions[out.cu_seqlens[row] :][: out.lengths[row]]
-        moved[layer][b, h, origin : origin + kept.size] = payload[layer][b, h, origin + kept]
+        first = origin + (sum(segments.valid(row)) - kept.size if to_back else 0)
+        moved[layer][b, h, first : first + kept.size] = payload[layer][b, h, origin + kept]
     return moved
 
 

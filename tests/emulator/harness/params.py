@@ -33,11 +33,25 @@ class Source(ctypes.Structure):
     ]
 
 
+class Pages(ctypes.Structure):
+    _fields_ = [
+        ("tables", c_void_p),
+        ("layer", c_int64),
+        ("batch", c_int64),
+        ("head", c_int64),
+        ("count", c_int64),
+        ("shift", c_int32),
+        ("wide", c_bool),
+        ("per_head", c_bool),
+    ]
+
+
 class SpansParams(ctypes.Structure):
     _fields_ = [
         ("source", Source),
         ("budgets", RowInts),
         ("max_budget", c_int64),
+        ("page", c_int64),
         ("reserve", c_int64),
         ("align", c_int64),
         ("padded", c_int64),
@@ -82,12 +96,16 @@ class GatherParams(ctypes.Structure):
 class CompactParams(ctypes.Structure):
     _fields_ = [
         ("source", Source),
+        ("pages", Pages),
+        ("to_back", c_bool),
+        ("total", c_int64),
         ("payloads", c_int64),
         ("payload", c_void_p),
         ("row_bytes", c_void_p),
         ("positions", c_void_p),
         ("lengths", c_void_p),
         ("cu_seqlens", c_void_p),
+        ("free_pages", c_void_p),
     ]
 
 
@@ -196,6 +214,7 @@ MIRRORS = (
     Strided,
     RowInts,
     Source,
+    Pages,
     SpansParams,
     SelectParams,
     GatherParams,

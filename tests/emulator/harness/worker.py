@@ -11,12 +11,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from harness import append, attend, evict, soft_topk
+from harness import append, attend, compact, evict, soft_topk
 from harness.device import Emulator, Schedule
 from harness.params import Tuning
 
 SUITES: dict[str, Callable[[Emulator, int, Schedule], None]] = {
     "evict": evict.run,
+    "compact": compact.run,
     "append": append.run,
     "attend": attend.run,
     "soft_topk": soft_topk.run,
