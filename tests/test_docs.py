@@ -65,6 +65,21 @@ def test_the_quickstart_runs():
     exec(blocks[4], names | {"k": k.numpy(), "v": v.numpy(), "scores": scores.numpy()})
 
 
+def test_the_page_of_layouts_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "layouts.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    names: dict = {}
+    exec(blocks[0], names)
+    assert names["index"].free_pages.tolist() == [2, 2] and names["index"].lengths.shape == (2, 4)
+    exec(blocks[1], names)
+    assert names["left"].tolist() == [12, 9]
+    exec(blocks[2], names)
+    assert names["index"].free_pages[0].tolist() == [3, 0, 2, 3]
+    assert names["kernel_k"].shape == (256, 16, 1, 32) and names["kernel_tables"].shape == (8, 4)
+    exec(blocks[3], names)
+    assert names["index"].lengths.shape == (3, 2, 4) and names["index"].free_pages.tolist() == [2, 1]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed: make docs")
 def test_pages_build_without_a_warning(tmp_path: Path):
     done = subprocess.run(
