@@ -156,7 +156,7 @@ class Asker:
         full, *others = outcomes
         return Shown(
             title=title,
-            model=Path(model.config.name_or_path).name,
+            model=Path(model.config.name_or_path or type(model).__name__).name,
             dtype=str(model.dtype).removeprefix("torch."),
             retention=retention,
             units=[*opening, *units(tokenizer, after, text)],
