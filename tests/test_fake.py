@@ -201,11 +201,12 @@ def test_gather_of_layers() -> None:
 
 # As the ops name their tensors; all others by the name of the argument.
 NAMED = {
+    "evict_paged_": dict(pools="payload"),
     "evict_plain": dict(k="payload[0]", v="payload[1]"),
     "gather": dict(positions="index.positions", cu_seqlens="index.cu_seqlens", source_cu_seqlens="cu_seqlens"),
     "append_": dict(positions="cache.positions", lengths="cache.lengths", rows="payload", cache="cache"),
 }
-FIRST = dict(evict_plain="k", attend="q", gather="tensors", append_="rows")
+FIRST = dict(evict_paged_="pools", evict_plain="k", attend="q", gather="tensors", append_="rows")
 PARTS = ("out[0]", "out[1]", "out.positions", "out.lengths", "out.cu_seqlens")
 
 
@@ -221,7 +222,8 @@ def name_of(op: str, argument: str, i: int, count: int) -> str:
 def test_tensors_in_two_places_are_refused(call: str) -> None:
     """By the name of the one that is not where the first is, which the rows of K are."""
     op = call.removesuffix("_ragged").removesuffix("_padded").removesuffix("_layers")
-    kernel = getattr(import_module(f"lkv_ext._torch.{op.split('_')[0]}"), f"fake_{op}")
+    module = "paged" if op == "evict_paged_" else op.split("_")[0]
+    kernel = getattr(import_module(f"lkv_ext._torch.{module}"), f"fake_{op}")
     given = {name: x for name, x in good()[call].items() if op != "gather" or name not in ("batch", "heads")}
     for name, value in given.items():
         parts = value if isinstance(value, list) else [value]

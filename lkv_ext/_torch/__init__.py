@@ -5,4 +5,4 @@ shared modules, never the package's users (`lkv_ext.cache`).
 """
 
 import lkv_ext._torch.library  # noqa: F401  (first: the others register what it has loaded)
-from lkv_ext._torch import append, attend, evict, gather, select, soft_topk  # noqa: F401  (each registers its ops)
+from lkv_ext._torch import append, attend, evict, gather, paged, select, soft_topk  # noqa: F401  (each registers ops)
