@@ -151,6 +151,17 @@ def test_rows_of_one_score_have_any_stride(device: str) -> None:
             )
 
 
+@pytest.mark.parametrize("gap", [40, 60, 120])
+def test_a_threshold_in_a_wide_gap_has_next_to_no_gradient(device: str, gap: int) -> None:
+    """Many temperatures between the k highest scores and the others: nothing moves such a mask."""
+    scores = torch.zeros(2, 64, device=device)
+    scores[:, ::2] = 0.1 * gap
+    leaves = scores.requires_grad_(), torch.tensor([32.0, 32.0], device=device, requires_grad=True)
+    mask = lkv_ext.soft_topk(*leaves, 0.1)
+    for grad in torch.autograd.grad(mask, leaves, torch.ones_like(mask)):
+        assert float(grad.abs().max()) <= 0.01
+
+
 def test_scores_that_are_not_there(device: str) -> None:
     row = [0.5, -INF, NAN, 1.0, INF, -0.25, 0.125]
     scores = torch.tensor([row, row, row, [-INF] * 7, [NAN] * 7, [INF] * 7], device=device).requires_grad_()
