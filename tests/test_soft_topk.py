@@ -162,6 +162,16 @@ def test_a_threshold_in_a_wide_gap_has_next_to_no_gradient(device: str, gap: int
         assert float(grad.abs().max()) <= 0.01
 
 
+@pytest.mark.parametrize("log", [False, True], ids=["mask", "log"])
+def test_float64_keeps_its_digits(log: bool) -> None:
+    """All scores higher by as much change nothing: their gradients sum to zero, beyond what float32 tells."""
+    scores = torch.randn(3, 200, dtype=torch.float64, generator=generator(8), requires_grad=True)
+    mask = lkv_ext.soft_topk(scores, 40.5, 0.3, log=log)
+    upstream = torch.rand(3, 200, dtype=torch.float64, generator=generator(9))
+    (grad,) = torch.autograd.grad(mask, scores, upstream)
+    assert float(grad.sum(-1).abs().max()) <= 1e-9 * float(grad.abs().sum())
+
+
 def test_scores_that_are_not_there(device: str) -> None:
     row = [0.5, -INF, NAN, 1.0, INF, -0.25, 0.125]
     scores = torch.tensor([row, row, row, [-INF] * 7, [NAN] * 7, [INF] * 7], device=device).requires_grad_()
