@@ -70,9 +70,9 @@ AttendParams check_attend(const Array& q, const Ragged& cache, const std::option
   for (const Named& index : {offsets, lengths}) check_device(index, q.device);
   check_int32(offsets, {p.batch * p.heads + 1}, "[B * H + 1]");
   check_int32(lengths, {p.batch, p.heads}, "[B, H]");
-  p.q = row_layout(query, false).strided;
-  p.k = row_layout(k, true).strided;
-  p.v = row_layout(v, true).strided;
+  p.q = row_layout(query, 2).strided;
+  p.k = row_layout(k, 0).strided;
+  p.v = row_layout(v, 0).strided;
   p.cu_seqlens = reinterpret_cast<const int32_t*>(cache.cu_seqlens.data);
   p.lengths = reinterpret_cast<const int32_t*>(cache.lengths.data);
   if (sinks) {
