@@ -130,14 +130,16 @@ build/texts/ready: $(VENV)/ready
 
 smollm2: build build/texts/ready
 	$(KEEP) $(RUN) -m lkv train $(SMOLLM2) --text $(TRAINED_TEXTS) --out build/smollm2 --texts 88 --longest 3072 \
-	  --budget threshold --steps 120 --validate-every 60 --validation 16
+	  --budget threshold --steps 150 --hard 0 --temperature 1 0.1 --retention 0.03 0.4 --validate-every 75 --validation 16
 
 # The numbers of docs/real-model.md. What an interrupted run has measured is kept.
-SMOLLM2_EVAL := $(KEEP) $(RUN) -m lkv eval $(SMOLLM2) --text $(TRAINED_TEXTS) news=build/texts/news --passages 25
+SMOLLM2_EVAL := $(KEEP) $(RUN) -m lkv eval $(SMOLLM2) --text $(TRAINED_TEXTS) news=build/texts/news
 
 smollm2-eval: build build/texts/ready
-	$(SMOLLM2_EVAL) --retentions 0.05 0.15 0.3 --methods full oracle lkv kvzip snapkv streaming_llm --out docs/real-model
-	$(SMOLLM2_EVAL) --wordings unseen --retentions 0.05 0.15 --methods full oracle lkv kvzip --out docs/real-model/unseen
+	$(SMOLLM2_EVAL) --passages 25 --retentions 0.05 0.15 0.3 --methods full oracle lkv kvzip snapkv streaming_llm \
+	  --out build/smollm2-eval
+	$(SMOLLM2_EVAL) --passages 15 --retentions 0.05 0.15 --methods full oracle lkv kvzip --wordings unseen --untrained news \
+	  --out build/smollm2-eval/unseen
 
 # The CPU kernels of every instruction set that the machine runs, one after the other; a GPU has bench/gpu.py.
 bench: build

@@ -170,7 +170,7 @@ def finish(options: argparse.Namespace, results: Results, count: int) -> None:
     rows = text_report.rows(complete, options.reference)
     facts: dict[str, Any] = {
         "model": options.model,
-        "texts": options.text,
+        "domains": sorted({cell.domain for cell in cells}),
         "untrained": options.untrained,
         "passages": count,
         "wordings": options.wordings,
