@@ -36,8 +36,8 @@ def test_every_public_name_has_its_place_in_the_api():
 def test_every_page_is_in_the_navigation():
     pages = {path.name for path in DOCS.glob("*.md")}
     navigation = (ROOT / "mkdocs.yml").read_text().split("nav:")[1]
-    assert pages == set(re.findall(r"(\w+\.md)", navigation))
-    assert pages - {"index.md"} == set(re.findall(r"\((\w+\.md)\)", (DOCS / "index.md").read_text()))
+    assert pages == set(re.findall(r"([\w-]+\.md)", navigation))
+    assert pages - {"index.md"} == set(re.findall(r"\(([\w-]+\.md)\)", (DOCS / "index.md").read_text()))
 
 
 def test_the_quickstart_runs():
