@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from observations import HIDDEN, B, D, H, observe, pad
 import lkv_ext
 from lkv import policies
 from lkv.policies import AdaKV, KVzip, Random, SnapKV, StreamingLLM
+from lkv.policies.base import Wrapper
 from lkv.policies.lkv import LKV, Learned
 from lkv.policies.lkv.head_budget import HeadBudget
 from lkv.policies.lkv.token_scorer import TokenScorer
@@ -163,6 +164,20 @@ def test_budgets_are_computed_or_known_ahead() -> None:
 def test_settings_out_of_range(make, message) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", policies.names())
+def test_no_policy_protects_fewer_rows_than_none(name: str) -> None:
+    policy = policies.get(name)
+    for end in {field.name for field in fields(policy)} & {"sink", "window"}:
+        with pytest.raises(ValueError, match=f"{end} >= "):
+            replace(policy, **{end: -1})
+
+
+@pytest.mark.parametrize("name", [x for x in policies.names() if isinstance(policies.get(x), Wrapper)])
+def test_no_wrapper_takes_a_policy_of_all_layers(name: str) -> None:
+    with pytest.raises(ValueError, match="expected a scorer of scope 'layer', got 'model'"):
+        replace(policies.get(name), scorer=KVzip(across="layers"))
 
 
 def test_settings_at_the_edge_of_their_range() -> None:

@@ -130,7 +130,7 @@ def _take_cosine(module: AttentionModule, layers: Sequence[object], added: Tenso
 @keeps_tensors
 def cosines(before: Tensor, added: Tensor, padding: PaddingInfo | None) -> Tensor:
     """float32 `[2, B]`: the sum over tokens of cos(x, x + y) of `[B, n, hidden]`, and their number without padding."""
-    cosine = cosine_similarity(before.float(), (before + added).float(), dim=-1)
+    cosine = cosine_similarity(before.float(), before + added, dim=-1)
     there = torch.ones_like(cosine)
     if padding is not None:
         if padding.order is not None:

@@ -226,7 +226,7 @@ def ranks_by_score(scores: Tensor, among: Tensor) -> Tensor:
     )
 
 
-def check_ends(policy: Scorer | Wrapper) -> None:
+def check_ends(policy: Scorer | Policy) -> None:
     """Raises ValueError for a `sink` or `window` below 0."""
     for name in ("sink", "window"):
         if getattr(policy, name) < 0:

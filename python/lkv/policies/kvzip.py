@@ -10,6 +10,7 @@ from torch import Tensor
 
 import lkv_ext
 from lkv.policies.attention import attention_weights
+from lkv.policies.base import check_ends
 from lkv.policies.protocol import Observation
 from lkv.policies.uniform import uniform_budgets
 
@@ -63,6 +64,7 @@ class KVzip:
     nonnegative = True
 
     def __post_init__(self) -> None:
+        check_ends(self)
         if self.across not in ("layers", "heads", None):
             raise ValueError(f"lkv.KVzip: expected across 'layers', 'heads' or None, got {self.across!r}")
 

@@ -42,7 +42,6 @@ class SAGEKV(Scorer):
     window = 1  # the token whose query chooses
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.group not in ("union", "max", "sum"):
             raise ValueError(f"lkv.SAGEKV: expected group 'union', 'max' or 'sum', got {self.group!r}")
         if not 0 <= self.ends <= 0.5:
