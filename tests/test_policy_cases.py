@@ -250,6 +250,20 @@ def test_expected_attention_by_numbers(statistics: bool) -> None:
     torch.testing.assert_close(policy.score(0, o)[0].double(), expected, rtol=1e-4, atol=1e-6)
 
 
+def received_in_pieces(o: Observation) -> torch.Tensor:
+    """Of rows 3 to 37 in pieces of 16, float64 `[2, H, 35]`: row by row what Compactor adds to the leverage."""
+    out, group = torch.zeros(2, H, 40, dtype=torch.float64), o.queries.shape[1] // H
+    for b in range(2):
+        for h in range(H):
+            for piece in (slice(3, 19), slice(19, 35), slice(35, 38)):
+                for q in range(h * group, (h + 1) * group):
+                    logits = o.queries[b, q, piece].double() @ o.keys[b, h, piece].double().T
+                    out[b, h, piece] += logits.softmax(-1).sum(0) / group
+            out[b, h] *= o.values[b, h].double().norm(dim=-1)
+    out = torch.nn.functional.avg_pool1d(out, 3, 1, 1)[:, :, 3:38]
+    return (out - out.mean((1, 2), keepdim=True)) / out.std((1, 2), keepdim=True)
+
+
 def test_leverage_of_keys() -> None:
     o = observe(40, 40, batch=2)
     got = Leverage(sink=3, window=2, ridge=0.5).score(0, o)
@@ -265,6 +279,7 @@ def test_leverage_of_keys() -> None:
     both = Compactor(3, 2, 0.5, blending=0.3, piece=16)
     received = both.score(0, o) - 0.3 * got
     torch.testing.assert_close(replace(both, blending=0.0).score(0, o), received, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(received[:, :, 3:38].double(), received_in_pieces(o), rtol=1e-3, atol=1e-3)
     evicted = replace(both, blending=None).score(0, replace(o, budget=torch.tensor([28, 20])))
     torch.testing.assert_close(evicted - received, got * torch.tensor([0.3, 0.5])[:, None, None], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="expected an observation with budget, got none"):

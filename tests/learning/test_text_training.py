@@ -145,6 +145,13 @@ def test_the_forecast_adds_up_what_there_is_to_do() -> None:
     assert 0 < forecast.prefill_seconds(model(), 200) < 10
 
 
+def test_nothing_is_kept_for_gradients_while_the_prefill_is_timed() -> None:
+    timed, seen = model().requires_grad_(True), []
+    timed.get_decoder().register_forward_hook(lambda *given: seen.append(given[2].last_hidden_state.requires_grad))
+    forecast.prefill_seconds(timed, 20)
+    assert seen == [False, False]
+
+
 def test_by_default_a_small_model_takes_less_than_an_hour() -> None:
     """Even on one thread, on which SmolLM2 was measured to read 900 tokens in 3.4 seconds."""
     parts = forecast.forecast(command.recipe_for("smollm2", True), 3.4 * 1024 / 900, 104)
