@@ -139,6 +139,8 @@ def test_the_forecast_adds_up_what_there_is_to_do() -> None:
     assert parts["regression"] == pytest.approx(50 * 2 * 2.0 * forecast.REGRESSION)
     assert parts["distillation"] == pytest.approx(90 * 2 * 3 * 2.0 * forecast.DISTILLATION)
     assert parts["validation"] == pytest.approx(3 * 5 * 2 * 5 * 2.0 * forecast.VALIDATION)
+    own = forecast.forecast(replace(config, replies="own"), 2.0, 104)
+    assert own["reading"] == pytest.approx(parts["reading"] + 104 * 2.0 * forecast.REPLIES)
     alone = forecast.forecast(replace(config, target="attention", continuation=0), 2.0, 0)
     assert alone["reading"] == 0 and alone["validation"] == pytest.approx(parts["validation"] * 4 / 5)
     assert forecast.sentence({"reading": 600.0, "regression": 70.0}) == "about 11 minutes: reading 10, regression 1"

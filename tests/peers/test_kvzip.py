@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,16 +22,8 @@ from lkv.text import chat_frame  # noqa: E402
 
 sys.path.append(str(Path(__file__).parents[1] / "learning"))
 from tiny_folder import save  # noqa: E402
+from tiny_models import MODELS, build  # noqa: E402
 
-SMALL = dict(
-    vocab_size=259, hidden_size=32, intermediate_size=48, num_hidden_layers=3, initializer_range=0.3,
-    max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-MODELS = {
-    "four heads on one": ("Llama", dict(num_attention_heads=4, num_key_value_heads=1, head_dim=8)),
-    "norm of keys": ("Qwen3", dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)),
-    "no groups": ("Llama", dict(num_attention_heads=4, num_key_value_heads=4, head_dim=8)),
-}
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 40
 RETENTIONS = (
     0.125,
@@ -49,20 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def tiny(name: str, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    kind, options = MODELS[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SMALL, **options)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = build(name, 259)
     model.config.name_or_path = str(folder)  # where kvpress looks for the tokenizer
     return model, transformers.AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @torch.no_grad()

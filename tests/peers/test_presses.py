@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 kvpress = pytest.importorskip("kvpress", reason="kvpress is not installed: make test-kvpress")
-import transformers  # noqa: E402
+from tiny_models import MODELS, build  # noqa: E402
 from transformers import DynamicCache, PreTrainedModel  # noqa: E402
 
 from lkv import models  # noqa: E402
@@ -33,15 +33,6 @@ from lkv.policies import (  # noqa: E402
     StreamingLLM,
 )
 
-SMALL = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, initializer_range=0.3,
-    max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-MODELS = {
-    "four heads on one": ("Llama", dict(num_attention_heads=4, num_key_value_heads=1, head_dim=8)),
-    "norm of keys": ("Qwen3", dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)),
-    "no groups": ("Llama", dict(num_attention_heads=4, num_key_value_heads=4, head_dim=8)),
-}
 LENGTH, RETENTIONS = 240, (0.125, 0.25, 0.5)  # binary fractions: of others kvpress rounds down what it keeps
 Kept = list[list[list[set[int]]]]  # of each layer, sequence and head
 
@@ -92,20 +83,9 @@ PAIRS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @cache
 def tiny(name: str, attention: str = "sdpa") -> PreTrainedModel:
-    kind, options = MODELS[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SMALL, **options, attn_implementation=attention)
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    return build(name, 97, attn_implementation=attention)
 
 
 def texts(batch: int) -> torch.Tensor:
