@@ -275,8 +275,11 @@ def test_bad_input_is_refused_before_anything_is_written(case: str) -> None:
     assert all(torch.equal(t.detach(), old) for t, old in zip(tensors, before, strict=True))
 
 
+WILD = [[0, -1, 2, 3], [8, 0, 1, 2], [2**31 - 1] * 4, [-(2**31), 1, 8, 9], [1, 1, 1, 1], [7, 6, 6, 0]]
+
+
 @pytest.mark.parametrize("to", ["front", "back"])
-@pytest.mark.parametrize("ids", [[0, -1, 2, 3], [8, 0, 1, 2], [2**31 - 1] * 4, [-(2**31), 1, 8, 9], [1, 1, 1, 1], [7, 6, 6, 0]])
+@pytest.mark.parametrize("ids", WILD)
 def test_wild_tables_stay_inside_of_the_pool(ids: list[int], to: str) -> None:
     """Without a check: canaries around a pool that is a part of its memory, and other pages untouched."""
     memory = torch.rand(12, 2, 4, 3)
