@@ -39,7 +39,7 @@ SUITES = {
     "select": _SELECT,
     "isa": ("test_isa.py", "test_planted.py"),
     "threads": ("test_threads.py", "test_numpy.py", "test_torch.py"),
-    "scale": ("test_scale.py", "test_overlap.py"),
+    "scale": ("test_scale.py", "test_layouts.py", "test_overlap.py"),
     "numpy": ("test_call_threads.py", "test_numpy.py", "test_numpy_errors.py", "test_overlap.py"),
     "paged": ("test_paged.py", "test_engine_layouts.py"),
     "append": _APPEND,

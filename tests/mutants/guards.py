@@ -19,21 +19,21 @@ _MODELS += [_HF + "observed_model"]
 _LEARN = {
     "config": ["schedule"],
     "dialogue": ["dialogue", "recording"],
-    "distill": ["hard_masks", "passes", "distill", "padded_batches", "updates"],
-    "forecast": ["text_training"],
+    "distill": ["hard_masks", "passes", "distill", "padded_batches", "updates", "no_gradients"],
+    "forecast": ["text_training", "no_gradients"],
     "lessons": ["lessons", "updates", "recording"],
-    "recording": ["recording", "text_training"],
+    "recording": ["recording", "no_gradients", "text_training"],
     "records": ["records", "recording"],
     "source": ["source", "schedule"],
-    "targets": ["targets", "lessons"],
+    "targets": ["targets", "no_gradients", "lessons"],
     "train": ["updates", "resume", "train", "text_training"],
-    "validation": ["lessons"],
+    "validation": ["lessons", "no_gradients"],
 }
 _LKV = {
     "checkpoint": ["checkpoint", "fingerprint"],
     "packaged": ["packaged"],
     "fingerprint": ["fingerprint"],
-    "head_budget": ["head_budget", "hard_masks"],
+    "head_budget": ["head_budget", "hard_masks", "no_gradients"],
     "token_scorer": ["token_scorer", "hard_masks", "lkv_policy"],
 }
 _RETRIEVER = ["learning/test_retriever_training", "learning/test_padded_batches"]
@@ -69,7 +69,10 @@ GUARDS: dict[str, list[str]] = {
     },
     "python/lkv/hf/*": [*_CACHE, *_MODELS],
     **{f"python/lkv/policies/lkv/{name}.py": [f"learning/test_{x}" for x in tests] for name, tests in _LKV.items()},
-    "python/lkv/policies/lkv/*": [*_POLICIES, "learning/test_lkv_policy", "learning/test_checkpoint"],
+    "python/lkv/policies/lkv/*": [
+        *_POLICIES,
+        *("learning/test_" + x for x in ("lkv_policy", "no_gradients", "checkpoint")),
+    ],
     "python/lkv/policies/catalog.py": ["test_registry", "test_policy_budgets", "learning/test_methods"],
     "python/lkv/policies/registry.py": ["test_registry", *_POLICIES, "learning/test_methods"],
     "python/lkv/policies/*": [
@@ -91,7 +94,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/evaluate/statistics.py": ["learning/test_statistics", "learning/test_report"],
     "python/lkv/evaluate/harness.py": ["learning/test_lm_eval"],
     **{
-        f"python/lkv/evaluate/{name}.py": ["learning/test_texts_judged", "learning/test_eval_texts"]
+        f"python/lkv/evaluate/{name}.py": [f"learning/test_{x}" for x in ("texts_judged", "no_gradients", "eval_texts")]
         for name in ("forced", "forks", "oracle", "texts")
     },
     "python/lkv/evaluate/lines.py": ["learning/test_plots"],
@@ -99,7 +102,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/evaluate/results.py": ["learning/test_eval_texts"],
     "python/lkv/evaluate/text_report.py": ["learning/test_text_report", "learning/test_eval_texts"],
     **{
-        f"python/lkv/evaluate/{name}.py": [f"learning/test_{name}", "learning/test_evaluate"]
+        f"python/lkv/evaluate/{name}.py": [f"learning/test_{x}" for x in (name, "no_gradients", "evaluate")]
         for name in ("decode", "kept", "methods", "plots", "report", "soft")
     },
     "python/lkv/evaluate/*": ["learning/test_evaluate"],
@@ -123,9 +126,9 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/cli/show.py": ["learning/test_show_command"],
     "python/lkv/cli/*": ["learning/test_cli", "learning/test_train"],
     "python/lkv/show/*": ["learning/test_show", "learning/test_show_command"],
-    "python/lkv/compression.py": ["hf/test_compression"],
+    "python/lkv/compression.py": ["hf/test_compression", "learning/test_no_gradients"],
     "python/lkv/passes.py": [f"learning/test_{x}" for x in ("passes", "second_pass", "distill")],
-    "python/lkv/second_pass.py": ["learning/test_second_pass"],
+    "python/lkv/second_pass.py": ["learning/test_second_pass", "learning/test_no_gradients"],
     "python/lkv/models.py": ["learning/test_models", "learning/test_cli_eval"],
     "python/lkv/text.py": ["learning/test_text", "learning/test_dialogue", "learning/test_evaluate"],
     "python/lkv/extras.py": ["learning/test_text", "learning/test_metrics"],

@@ -56,7 +56,7 @@ def read(model: PreTrainedModel, policy: Learned, contexts: Sequence[Sequence[in
     keys: list[Tensor] = []
     values: list[Tensor] = []
     seen: list[Tensor] = []
-    for length in sorted(set(lengths)):
+    for length in set(lengths):
         rows = [b for b, n in enumerate(lengths) if n == length]
         text = torch.tensor([list(contexts[b]) for b in rows], device=device)
         tokens[rows, :length] = text

@@ -107,7 +107,6 @@ class Recorder:
     def count(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    @torch.no_grad()
     def record(self, text: Passage) -> Record:
         """Reads a passage and asks all that there is to ask.
 

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 VALUES = 64  # of every parameter, evenly spread
 
 
-@torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> str:
     """32 hexadecimal digits: a hash of names, shapes and some values of all parameters of the decoder.
 

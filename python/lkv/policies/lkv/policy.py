@@ -86,6 +86,7 @@ class LKVThreshold(Learned):
 
     scope = "model"
 
+    @torch.no_grad()
     def budgets(
         self, scores: Tensor | Sequence[Tensor], lengths: Tensor, total: Tensor, *, starts: Tensor | None = None
     ) -> Tensor:
