@@ -1,12 +1,14 @@
 """Puts what was trained where the package looks for it: a checkpoint of LKV for a model, or the retriever itself.
 
 python -m lkv.ship smollm2 --checkpoint build/smollm2/best
+python -m lkv.ship smollm2 --checkpoint build/smollm2-fixed/best --name smollm2-fixed
 python -m lkv.ship retriever --weights build/retriever --checkpoint build/lkv/best
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -31,21 +33,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", choices=names, help="as lkv.models.load knows it")
     parser.add_argument("--checkpoint", type=Path, help="folder of lkv train; its large matrix is stored as float16")
+    parser.add_argument("--name", help="that lkv.load finds it under: the model's, which is the default, or MODEL-KIND")
     parser.add_argument("--weights", type=Path, help="what lkv.retriever.train wrote; stored as bfloat16")
     options = parser.parse_args(argv)
     if options.weights and options.model != models.RETRIEVER:
         parser.error(f"expected --weights of the model {models.RETRIEVER}, got {options.model}")
+    name = options.name or options.model
+    kind = name.removeprefix(options.model)
+    if kind and not re.fullmatch(r"-\w+", kind):
+        parser.error(f"expected --name {options.model} or {options.model}-KIND, got {name}")
     if options.weights:
         model = AutoModelForCausalLM.from_pretrained(options.weights, dtype=torch.bfloat16)
         model.save_pretrained(retriever.PATH)
         build_tokenizer(Words()).save_pretrained(retriever.PATH)
     if options.checkpoint:
-        print(put(options.checkpoint, options.model))
+        print(put(options.checkpoint, name))
     return 0
 
 
 def put(source: Path, name: str) -> Path:
-    """A copy of a checkpoint in the package, in place of the one for this model; its folder.
+    """A copy of a checkpoint in the package, in place of the one of this name; its folder.
 
     Raises:
         ValueError, FileNotFoundError: for a folder without a whole checkpoint, for one that is too large beside the

@@ -38,7 +38,8 @@ def saved(folder: Path, model: PreTrainedModel, seed: int = 0, design: Design = 
 
 def test_all_fit_their_models_and_are_small() -> None:
     assert packaged.FOLDER.parent == Path(lkv.__file__).parent
-    assert "retriever" in packaged.names() and set(packaged.names()) <= {models.RETRIEVER, *models.PACKAGED}
+    known = {models.RETRIEVER, *models.PACKAGED}
+    assert "retriever" in packaged.names() and {name.partition("-")[0] for name in packaged.names()} <= known
     model, _ = models.load("retriever")
     lkv.load("retriever", model)
     files = [path for path in packaged.FOLDER.rglob("*") if path.is_file()]
@@ -67,11 +68,11 @@ def test_a_folder_goes_before_a_name(folder: Path, model: PreTrainedModel) -> No
 
 
 def test_what_there_is_is_named(folder: Path, model: PreTrainedModel) -> None:
-    with pytest.raises(FileNotFoundError, match=r"in small, found none; .* checkpoints for these models: none$"):
+    with pytest.raises(FileNotFoundError, match=r"in small, found none; .* checkpoints of these names: none$"):
         lkv.load("small")
     saved(folder / "tiny", model)
     saved(folder / "other", model)
-    with pytest.raises(FileNotFoundError, match=r"in small, found none; .* for these models: other, tiny$"):
+    with pytest.raises(FileNotFoundError, match=r"in small, found none; .* of these names: other, tiny$"):
         lkv.load("small")
 
 
@@ -110,6 +111,21 @@ def test_what_cannot_be_shipped_leaves_the_old_one(folder: Path, model: PreTrain
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             ship.put(tmp_path / name, "retriever")
     assert torch.equal(lkv.load("retriever", model).scorer.up, old.scorer.up)
+
+
+def test_a_second_checkpoint_has_a_name_of_its_own(
+    folder: Path, model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    first, second = saved(tmp_path / "a", model, 1), saved(tmp_path / "b", model, 2)
+    assert ship.main(["smollm2", "--checkpoint", str(tmp_path / "a")]) == 0
+    assert ship.main(["smollm2", "--checkpoint", str(tmp_path / "b"), "--name", "smollm2-fixed"]) == 0
+    assert packaged.names() == ["smollm2", "smollm2-fixed"]
+    for name, ours in (("smollm2", first), ("smollm2-fixed", second)):
+        assert torch.equal(lkv.load(name, model).scorer.up, ours.scorer.up.half().float())
+    for name in ("fixed", "smollm2fixed", "../smollm2-fixed", "retriever"):
+        with pytest.raises(SystemExit):
+            ship.main(["smollm2", "--checkpoint", str(tmp_path / "a"), "--name", name])
+        assert f"expected --name smollm2 or smollm2-KIND, got {name}" in capsys.readouterr().err
 
 
 def test_only_the_retriever_has_weights_to_ship(capsys: pytest.CaptureFixture) -> None:

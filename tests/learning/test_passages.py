@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 from tiny_texts import files, prose
 
+from lkv import tasks
 from lkv.tasks.documents import Document, documents
 from lkv.tasks.facts import TRAINED, UNSEEN
-from lkv.tasks.passages import Passage, passage, pieces_of
+from lkv.tasks.passages import Passage, passage, pieces_of, synthetic
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +106,21 @@ def test_texts_that_are_too_short(found: list[Document]) -> None:
     for index in range(6):
         made = passage(one, index, space, len, split="train", facts=1, continuation=20)
         assert without_facts(made) + made.continuation in text
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_a_synthetic_passage_asks_what_its_task_asks(task: str) -> None:
+    def words(text: str) -> int:
+        return len(text.split())
+
+    made = synthetic(task, 3, 300, words, split="train", questions=5)
+    scene = tasks.scene(task, 3, 300, split="train", language=tasks.English(), count=words)
+    assert made == synthetic(task, 3, 300, words, split="train", questions=5)
+    assert made.text == scene.context and made.continuation == "" and 250 < words(made.text) <= 300
+    assert (made.domain, made.document) == ("synthetic", f"{task}/3")
+    asked = {(" ".join([fact.question, fact.lead]), f" {fact.value}.") for fact in made.facts}
+    assert len(made.facts) == min(5, len(scene.questions))
+    assert asked <= {(question.text.strip(), question.answer) for question in scene.questions}
+    assert all(fact.question.endswith("?") and fact.lead and fact.kind == task for fact in made.facts)
+    others = [synthetic(task, 4, 300, words, split="train"), synthetic(task, 3, 300, words, split="test")]
+    assert all(other.text != made.text for other in others)

@@ -39,7 +39,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[Document]:
 @pytest.fixture
 def make(found: list[Document], tmp_path: Path) -> Make:
     def recorder(*, by: object = MODEL, chat: bool = True, config: TrainConfig = CONFIG, **more: object) -> Recorder:
-        return Recorder(by, tokenizer(chat), more.pop("found", found), config, tmp_path / "records", **more)
+        folder = tmp_path / str(more.pop("into", "records"))
+        return Recorder(by, tokenizer(chat), more.pop("found", found), config, folder, **more)
 
     return recorder
 
@@ -211,3 +212,36 @@ def test_without_a_continuation_there_are_questions_alone(make: Make) -> None:
     run = make(config=replace(CONFIG, continuation=0))
     record = run.record(run.passage("train", 0))
     assert not record.continues and len(record.questions) == len(record.replies) == 2
+
+
+@pytest.mark.parametrize("share", [0.25, 1 / 3, 0.5])
+def test_synthetic_texts_take_their_share_and_leave_files_as_they_are(make: Make, share: float) -> None:
+    """Tasks take turns, and so do the domains of what is left."""
+    tasks, count = ("single", "key_value"), 24
+    config = replace(CONFIG, length=900)
+    files_alone = [make(config=config).passage("train", i) for i in range(count)]
+    run = make(config=replace(config, synthetic=share, tasks=tasks), into="mixed")
+    passages = [run.passage("train", i) for i in range(count)]
+    made = [x for x in passages if x.domain == "synthetic"]
+    assert len(made) == int(count * share)
+    assert [x.facts[0].kind for x in made] == [tasks[i % 2] for i in range(len(made))]
+    assert len({x.text for x in made}) == len(made)
+    assert [x for x in passages if x.domain != "synthetic"] == files_alone[: count - len(made)]
+
+
+@torch.no_grad()
+def test_a_synthetic_text_is_recorded_without_a_continuation(make: Make) -> None:
+    config = replace(CONFIG, length=900, synthetic=0.5, tasks=("key_value",))
+    run = make(config=config)
+    records = run.run("train", 4)
+    kinds = [(x.domain == "synthetic", x.continues, len(x.questions)) for x in (records[i] for i in range(4))]
+    assert kinds == [(False, True, 3), (True, False, 9)] * 2
+    lessons = Recorded(MODEL, config.design.build(Shape.of(MODEL)), records, replace(config, batch=4))
+    _, questions, replies = lessons.distillation(0, range(4))
+    assert len(questions) == len(replies) == 4 * config.questions
+    with pytest.raises(ValueError, match="synthetic"):
+        make(config=replace(config, synthetic=0.25))
+    with pytest.raises(ValueError, match="tasks"):
+        make(config=replace(config, tasks=("single",)))
+    with pytest.raises(ValueError, match="synthetic"):
+        make(config=replace(config, synthetic=0.0))

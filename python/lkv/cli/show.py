@@ -71,10 +71,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     names = options.policy
     if len(names) > 2 or len(set(names)) < len(names):
         raise ValueError(f"lkv show: expected one --policy or two different ones, got {', '.join(names)}")
+    known = [*policies.names(), LEARNED, *packaged.names()]
     for name in names:
-        if name not in (*policies.names(), LEARNED) and not Path(name).is_dir():
-            known = ", ".join([*policies.names(), LEARNED])
-            raise ValueError(f"lkv show: expected a --policy of {known} or the folder of a checkpoint, got {name!r}")
+        if name not in known and not Path(name).is_dir():
+            raise ValueError(
+                f"lkv show: expected a --policy of {', '.join(known)} or the folder of a checkpoint, got {name!r}"
+            )
     if LEARNED in names and packaged.find(options.model) is None:
         raise ValueError(
             f"lkv show: expected a model with a checkpoint in the package for --policy {LEARNED}, of "

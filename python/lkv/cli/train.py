@@ -44,9 +44,9 @@ def run(argv: Sequence[str]) -> int:
         nargs="+",
         action="extend",
         metavar="[LABEL=]PATH",
-        help="train on passages of these files, or of all text files in these folders, and not on synthetic tasks; "
-        "each folder is a domain, of its own name or the label's; a tenth of its files is for validation, 15 %% are "
-        "never read",
+        help="train on passages of these files, or of all text files in these folders; --synthetic mixes texts of "
+        "tasks in; each folder is a domain, of its own name or the label's; a tenth of its files is for validation, "
+        "15 %% are never read",
     )
     parser.add_argument("--records", type=Path, help="folder for what the model reads; default: 'records' in --out")
     known = parser.parse_known_args([x for x in argv if x not in ("-h", "--help")] + ["--out", ""])[0]

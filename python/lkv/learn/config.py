@@ -38,6 +38,7 @@ class TrainConfig:
         validation_retentions: the mean accuracy over these decides.
         texts: passages of files that are recorded once and read again and again, where files are given. facts: that are
             woven into each. continuation: tokens behind a passage that the student has to foretell as the teacher does.
+        synthetic: share of the passages that are texts of the synthetic `tasks` in place of files.
         replies: to questions about passages: "right": the right answers, of which a small teacher foretells a part even
             where it would not give them by itself; "own": those that the teacher writes.
     """
@@ -66,6 +67,7 @@ class TrainConfig:
     texts: int = 200
     facts: int = 4
     continuation: int = 48
+    synthetic: float = 0.0
     replies: str = "right"
     seed: int = 0
 
@@ -81,6 +83,7 @@ class TrainConfig:
         expect(self.start in STARTS, f"a start of {', '.join(STARTS)}", repr(self.start))
         expect(self.replies in REPLIES, f"replies of {', '.join(REPLIES)}", repr(self.replies))
         expect(self.facts >= 1, "facts >= 1", self.facts)
+        expect(0 <= self.synthetic < 1, "synthetic in [0, 1)", self.synthetic)
         expect(self.continuation >= 0, "continuation >= 0", self.continuation)
         expect(self.warm_steps >= 0, "warm_steps >= 0", self.warm_steps)
         low, high = self.retention

@@ -26,7 +26,7 @@ from lkv.policies.lkv.fingerprint import fingerprint
 from lkv.second_pass import in_words, repeat_scores
 from lkv.tasks.documents import Document
 from lkv.tasks.facts import TRAINED
-from lkv.tasks.passages import Passage, passage
+from lkv.tasks.passages import Passage, passage, synthetic
 from lkv.text import check_known, pad_and_ends
 
 FORMAT = 1
@@ -74,6 +74,7 @@ class Recorder:
             "input": self.config.design.input,
             "kvzip": self.kvzip is not None,
             **{name: getattr(self.config, name) for name in SETTINGS},
+            **({"synthetic": self.config.synthetic, "tasks": list(self.config.tasks)} if self.config.synthetic else {}),
         }
 
     def run(self, split: str, count: int) -> Records:
@@ -93,10 +94,13 @@ class Recorder:
 
     def passage(self, split: str, index: int) -> Passage:
         config = self.config
+        length, made = config.length_of(split, index), int(index * config.synthetic)  # synthetic ones before this one
+        if int((index + 1) * config.synthetic) > made:
+            return synthetic(config.tasks[made % len(config.tasks)], made, length, self.count, split=split)
         return passage(
             self.documents,
-            index,
-            config.length_of(split, index),
+            index - made,
+            length,
             self.count,
             split=split,
             facts=config.facts,

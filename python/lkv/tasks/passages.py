@@ -1,4 +1,4 @@
-"""Passages of files with facts woven in, and what comes behind them in the file."""
+"""Passages of files with facts woven in, and what comes behind them in the file; or texts of synthetic tasks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lkv import tasks
 from lkv.tasks.documents import Document
+from lkv.tasks.english import English
 from lkv.tasks.facts import TRAINED, Fact, Wording, draw
 from lkv.tasks.scene import Count
 
@@ -76,6 +78,27 @@ def passage(
         f"lkv.tasks: expected a file of more than {space + continuation} tokens in the split {split!r} of the domain "
         f"{domain!r}, got {len(candidates)} shorter ones"
     )
+
+
+def synthetic(task: str, index: int, length: int, count: Count, *, split: str, questions: int = 16) -> Passage:
+    """The text of a synthetic task in English as a passage of the domain "synthetic", which nothing continues.
+
+    Args:
+        task, index, split: see `lkv.tasks.scene`.
+        length: tokens of the text, at most and by a few. count: tokens of a text.
+        questions: at most, drawn from all.
+
+    Raises:
+        ValueError: for an unknown task, and a length that the facts do not fit in.
+    """
+    scene = tasks.scene(task, index, length, split=split, language=English(), count=count)
+    rng = random.Random(f"synthetic/{task}/{split}/{index}")
+    facts = []
+    for question in rng.sample(scene.questions, min(questions, len(scene.questions))):
+        asked, mark, lead = question.text.strip().rpartition("?")
+        value = question.answer.strip().removesuffix(".")
+        facts.append(Fact(task, "", asked + mark, lead.strip(), value))
+    return Passage("synthetic", f"{task}/{index}", scene.context, tuple(facts), "")
 
 
 def pieces_of(text: str) -> list[str]:

@@ -100,8 +100,8 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None, *, 
     """The policy of a checkpoint, for `lkv.Cache(model, lkv.load(path))`: its weights in float32.
 
     Args:
-        path: folder that `lkv train` wrote. Where there is no file or folder of that name: the name of a model whose
-            checkpoint comes with the package (`lkv.policies.lkv.packaged.names()`), as "smollm2".
+        path: folder that `lkv train` wrote. Where there is no file or folder of that name: the name of a checkpoint
+            that comes with the package (`lkv.policies.lkv.packaged.names()`), as "smollm2".
         model: the model that it shall be used with; its device is taken.
         any_weights: also for another fine-tune of the model that it was trained for. Checkpoints without a fingerprint,
             which older ones are, fit any weights.
@@ -113,7 +113,7 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None, *, 
     folder = Path(path) if Path(path).exists() else packaged.find(path) or Path(path)
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         known = ", ".join(packaged.names()) or "none"
-        hint = "" if folder.exists() else f"; the package has checkpoints for these models: {known}"
+        hint = "" if folder.exists() else f"; the package has checkpoints of these names: {known}"
         raise FileNotFoundError(f"lkv.load: expected {CONFIG} and {WEIGHTS} in {folder}, found none{hint}")
     try:
         config = json.loads((folder / CONFIG).read_text())

@@ -1,4 +1,4 @@
-"""Checkpoints that come with the package: a folder for each model that has one, of its name in `lkv.models`."""
+"""Checkpoints that come with the package, in folders: of a model's name in `lkv.models`, or MODEL-KIND for another one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ FOLDER = Path(__file__).parents[2] / "checkpoints"
 
 
 def names() -> list[str]:
-    """Of the models that have a checkpoint here."""
+    """Of the checkpoints."""
     return sorted(path.name for path in FOLDER.glob("*") if path.is_dir())
 
 
 def find(name: str | os.PathLike[str]) -> Path | None:
-    """The folder of the checkpoint for the model of this name; None where there is none."""
+    """The folder of the checkpoint of this name; None where there is none."""
     return FOLDER / name if os.fspath(name) in names() else None
