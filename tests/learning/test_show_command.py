@@ -90,7 +90,10 @@ REFUSED = {
     "a folder": (["--text", "/"], "expected a file with text for --text, got /: Is a directory"),
     "empty": (["--text", "empty.txt"], "expected a text in empty.txt, got none"),
     "no text": (["--text", "bytes.txt"], "expected a text in UTF-8 in bytes.txt, got other bytes"),
-    "unknown": (["--policy", "h2o?"], "expected a --policy of .*, lkv or the folder of a checkpoint, got 'h2o[?]'"),
+    "unknown": (
+        ["--policy", "h2o?"],
+        "expected a --policy of .*, lkv, .*retriever.* or the folder of a checkpoint, got 'h2o[?]'",
+    ),
     "not learned": (
         ["--policy", "lkv", "--model", "/m"],
         "expected a model with a checkpoint in the package for --policy lkv, of .*retriever.*, got '/m'; lkv train",

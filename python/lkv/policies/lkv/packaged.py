@@ -1,4 +1,4 @@
-"""Checkpoints that come with the package, in folders: of a model's name in `lkv.models`, or MODEL-KIND for another one."""
+"""Checkpoints that come with the package, in folders named as models are in `lkv.models`, or MODEL-KIND for another."""
 
 from __future__ import annotations
 
