@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import runpy
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -60,9 +62,14 @@ def test_of_several_versions_the_last_is_taken(archives: Path, tmp_path: Path) -
     assert corpora.write(archives, tmp_path / "out")["essays"] == 4
 
 
-def test_the_command_says_what_it_wrote(archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_says_what_it_wrote(
+    archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     out = tmp_path / "out"
-    assert corpora.main([str(archives), str(out)]) == 0
+    monkeypatch.setattr(sys, "argv", ["corpora", str(archives), str(out)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(corpora.__file__, run_name="__main__")
+    assert ended.value.code == 0
     printed = capsys.readouterr().out.splitlines()
     assert [x for x in printed if not x.startswith(str(out / "source"))] == [
         f"{out / 'essays'}: 4 files", f"{out / 'manuals'}: 1 files", f"{out / 'news'}: 3 files"

@@ -142,6 +142,16 @@ class TestPretrained:
         verdicts = re.findall(r"^  (right|wrong) ", capsys.readouterr().out, re.MULTILINE)
         assert verdicts == ["right", "wrong", "right", "wrong"]
 
+    def test_an_answer_has_16_tokens_and_the_time_of_one_is_taken_over_12(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asker, limits, ticks = self.asker(folder), [], iter(range(100))
+        made = pretrained.answer
+        monkeypatch.setattr(pretrained, "answer", lambda *given: limits.append(given[4]) or made(*given))
+        monkeypatch.setattr(pretrained, "clock", lambda: next(ticks))
+        assert asker.judge(Method("snapkv", SnapKV()), 0.25).step == 1 / 12
+        assert limits == [16] * 4 + [1, 12]
+
     def test_questions_do_not_see_each_other(self, folder: Path) -> None:
         """Every one is asked of the rows of the text alone, and answers are those of generation from them."""
         asker = self.asker(folder)

@@ -63,6 +63,10 @@ def generation(**options):
     return [Instance("generate_until", {}, (text + QUESTION, options), i) for i, text in enumerate([TEXT, TEXT[:50]])]
 
 
+def test_the_tokenizer_is_the_one_given_and_none_by_the_name_of_the_model(loaded, judged):
+    assert judged(None).tokenizer is loaded[1]
+
+
 @pytest.mark.parametrize("policy", [None, SnapKV(), StreamingLLM()], ids=str)
 def test_nothing_evicted_gives_what_the_harness_itself_does(loaded, judged, policy):
     plain = HFLM(pretrained=loaded[0], tokenizer=loaded[1], batch_size=1)

@@ -65,6 +65,8 @@ def test_a_record_is_what_the_model_made_of_the_passage(make: Make, chat: bool, 
     paid = targets.attention(MODEL, context, record.questions, record.replies)
     torch.testing.assert_close(record.attention.float(), torch.cat(paid).clamp(min=1e-4).log(), rtol=1e-2, atol=1e-2)
     assert record.kvzip is None and record.hidden is None
+    stored = {name: getattr(record, name).dtype for name in ("tokens", "keys", "values", "attention")}
+    assert stored == dict(tokens=torch.int32, keys=torch.bfloat16, values=torch.bfloat16, attention=torch.float16)
 
 
 @torch.no_grad()

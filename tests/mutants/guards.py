@@ -40,7 +40,7 @@ _RETRIEVER = ["learning/test_retriever_training", "learning/test_padded_batches"
 _TASKS = ["learning/test_" + x for x in ("task_texts", "languages", "tasks", "task_files", "metrics", "eval_files")]
 _BUDGETS = ["test_budgets", "test_budget_competition"]
 _POLICIES = ["test_" + x for x in ("policies", "policy_cases", "policy_rules", "attention_scores", "policy_budgets")]
-_POLICIES += ["test_policy_padding", "hf/test_every_policy"]
+_POLICIES += ["test_policy_padding", "hf/test_policy_settings", "hf/test_every_policy"]
 _PARITY = ["test_parity", "test_errors", "test_properties", "test_arguments"]
 _TORCH = ["test_torch", "test_derivatives", "test_cache", "test_whole_cache"]
 _NUMPY = ["test_numpy", "test_numpy_errors"]
@@ -132,7 +132,8 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/models.py": ["learning/test_models", "learning/test_cli_eval"],
     "python/lkv/text.py": ["learning/test_text", "learning/test_dialogue", "learning/test_evaluate"],
     "python/lkv/extras.py": ["learning/test_text", "learning/test_metrics"],
-    "python/lkv/demo/*": ["learning/test_demo", "learning/test_retriever"],
+    "python/lkv/demo/*": [f"learning/test_{x}" for x in ("demo", "modules_run", "retriever")],
+    "python/lkv/__main__.py": ["learning/test_modules_run"],
     "python/lkv/*": ["learning/test_retriever", "learning/test_cli", "learning/test_evaluate"],
     "lkv_ext/_torch/budgets.py": [*_BUDGETS, "test_policy_budgets", "test_errors", "test_arguments"],
     "lkv_ext/cache.py": _RAGGED,
@@ -178,6 +179,7 @@ GUARDS: dict[str, list[str]] = {
         "test_fake",
     ]
     + _TORCH,
+    "lkv_ext/__main__.py": ["learning/test_modules_run"],
     "lkv_ext/_common/errors.py": ["test_reraise", "test_errors", "test_arguments"],
     "lkv_ext/_common/sizes.py": ["test_sizes", "test_paged", *_NUMPY, *_PARITY],
     "lkv_ext/_common/kinds.py": ["test_kinds", "test_errors", "test_arguments", *_NUMPY],
