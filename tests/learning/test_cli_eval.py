@@ -118,6 +118,18 @@ def test_methods_with_a_checkpoint(requests: Requests, checkpoint: Path) -> None
     assert requests.names == [FULL, "floor", *HEURISTICS, "lkv", *GRID, "b", "mine"]
 
 
+def test_a_grid_needs_shares(
+    requests: Requests, checkpoint: Path, model: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Biases of a competition are none for the scores of other methods."""
+    design = Design(budget="threshold", hidden=8)
+    save(tmp_path / "threshold", design.build(Shape.of(model)), design, Shape.of(model), {})
+    assert run(*SHORT, "--checkpoint", tmp_path / "threshold", "--grid") == 2
+    assert "expected beside --grid a checkpoint or a variant with fixed shares" in capsys.readouterr().err
+    assert run(*SHORT, "--checkpoint", tmp_path / "threshold", "--grid", "--variants", f"fixed={checkpoint}") == 0
+    assert requests.names == [FULL, "floor", *HEURISTICS, "lkv", *GRID, "fixed"]
+
+
 def test_the_retriever_comes_with_its_checkpoint_and_other_models_without(
     requests: Requests, checkpoint: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

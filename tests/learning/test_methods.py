@@ -22,6 +22,7 @@ from lkv.policies.random import Random
 from lkv.policies.snapkv import SnapKV
 from lkv.policies.streaming_llm import StreamingLLM
 
+FIXED = ("capped", "softmax")  # kinds of budgets with learned shares
 GRID = ("uniform+lkv-t", "lkv-h+snapkv", "lkv-h+kvzip", "uniform+kvzip")
 
 
@@ -120,6 +121,18 @@ def test_variants_come_on_top(lkv: Learned) -> None:
     assert grid["mine"] is other and set(grid) == {"lkv", *GRID, "mine"}
 
 
+@pytest.mark.parametrize("kind", ["threshold", "uniform"])
+def test_shares_are_those_of_the_first_checkpoint_that_has_some(
+    model: PreTrainedModel, lkv: Learned, kind: str
+) -> None:
+    without = Design(budget=kind, hidden=8).build(Shape.of(model))
+    assert "lkv-h+snapkv" not in learned(without) and "lkv-h+kvzip" not in learned(without, {"too": without})
+    grid = learned(without, {"too": without, "mine": lkv, "other": replace(lkv, sink=0)})
+    for name in ("lkv-h+snapkv", "lkv-h+kvzip"):
+        assert isinstance(grid[name], LKV) and grid[name].budget is lkv.budget, name
+    assert grid["lkv"] is without and grid["uniform+lkv-t"].scorer is without.scorer
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_grid_of_every_kind_of_checkpoint(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -138,7 +151,11 @@ def test_grid_of_every_kind_of_checkpoint(
 
     monkeypatch.setattr("lkv.evaluate.run.answer", evicted)
     samples = [tasks.make("single", 0, 100)]
-    methods = choose(["lkv", *GRID], learned(lkv))
+    known = learned(lkv)
+    assert [name for name in GRID if name in known] == (
+        list(GRID) if kind in FIXED else ["uniform+lkv-t", "uniform+kvzip"]
+    )
+    methods = choose(["lkv", *(name for name in GRID if name in known)], known)
     results = list(evaluate(model, tokenizer, samples, methods, Setting((0.4,), batch=1, limit=1)))
     for result, kept in zip(results, sizes, strict=True):
         assert result.kept == pytest.approx(0.4, abs=0.005), result.method

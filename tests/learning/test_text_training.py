@@ -44,6 +44,26 @@ def lines(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
 
 
+def test_a_run_may_begin_with_the_scorer_of_another(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """At a rate of 0 it stays what it was, means and offsets included; shares are fitted and learned beside it."""
+    sources = list(map(str, files(tmp_path / "texts")))
+    options = ["train", "--model", str(folder), "--text", *sources, *SMALL, "--records", str(tmp_path / "records")]
+    first, second = tmp_path / "threshold", tmp_path / "capped"
+    assert cli.main([*options, "--out", str(first), "--budget", "threshold"]) == 0
+    begin = ["--scorer", str(first / BEST), "--budget", "capped", "--warm-steps", "0"]
+    assert cli.main([*options, "--out", str(second), *begin, "--lr-scorer", "0"]) == 0
+    ours, theirs = (lkv.load(out / BEST) for out in (second, first))
+    for name, tensor in theirs.scorer.state_dict().items():
+        assert torch.equal(ours.scorer.state_dict()[name], tensor), name
+    assert ours.budget.kind == "capped" and ours.budget(0.3).std() > 0.01
+    assert not any("warm" in line for line in lines(second)) and len(lines(second)) == 4
+    for wrong in (["--hidden", "4"], ["--scale", "standard"]):
+        assert cli.main([*options, "--out", str(tmp_path / "wrong"), *begin, *wrong]) == 2
+        assert "lkv train: expected a scorer of " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("budget", ["capped", "threshold"])
 def test_from_files_to_a_checkpoint(folder: Path, tmp_path: Path, budget: str, capsys: pytest.CaptureFixture) -> None:
     sources, out = list(map(str, files(tmp_path / "texts"))), tmp_path / "run"

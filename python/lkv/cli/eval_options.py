@@ -156,7 +156,13 @@ def chosen(options: argparse.Namespace, model: PreTrainedModel) -> tuple[list[Me
         policies |= learned(lkv, more)
     else:
         names = [name for name in names if name != "lkv"]
-    default = [*names, *(GRID if options.grid and lkv is not None else []), *others]
+    grid = GRID if options.grid and lkv is not None else []
+    if absent := [name for name in grid if name not in policies]:
+        raise ValueError(
+            f"lkv eval: expected beside --grid a checkpoint or a variant with fixed shares, as --budget capped trains "
+            f"them, for {', '.join(absent)}, got budgets that depend on the text"
+        )
+    default = [*names, *grid, *others]
     return choose(options.methods or default, policies), lkv
 
 

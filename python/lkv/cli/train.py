@@ -25,7 +25,7 @@ from lkv.learn.train import BEST, STATE, Trainer, Validate
 from lkv.learn.validation import fidelity
 from lkv.models import RETRIEVER
 from lkv.policies.lkv import Learned
-from lkv.policies.lkv.checkpoint import Design
+from lkv.policies.lkv.checkpoint import Design, load
 from lkv.policies.lkv.head_budget import KINDS
 from lkv.policies.lkv.token_scorer import INPUTS, SCALES
 from lkv.tasks.documents import documents
@@ -48,6 +48,12 @@ def run(argv: Sequence[str]) -> int:
         "tasks in; each folder is a domain, of its own name or the label's; a tenth of its files is for validation, "
         "15 %% are never read",
     )
+    parser.add_argument(
+        "--scorer",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="begin with its LKV-T; --warm-steps 0 leaves out the regression",
+    )
     parser.add_argument("--records", type=Path, help="folder for what the model reads; default: 'records' in --out")
     known = parser.parse_known_args([x for x in argv if x not in ("-h", "--help")] + ["--out", ""])[0]
     recipe = recipe_for(known.model, bool(known.text))
@@ -62,7 +68,8 @@ def run(argv: Sequence[str]) -> int:
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     config = TrainConfig(design=design, **given)
     model, tokenizer, language = models.load(options)
-    trainer = Trainer(model, tokenizer, language, config, options.out)
+    scorer = None if options.scorer is None else load(options.scorer, model).token_scorer
+    trainer = Trainer(model, tokenizer, language, config, options.out, scorer=scorer)
     if options.text:
         learn_from_texts(trainer, tokenizer, options.text, options.records or options.out / "records")
     else:

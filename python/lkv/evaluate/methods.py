@@ -74,18 +74,23 @@ def learned(lkv: Learned, variants: Mapping[str, Learned] | None = None) -> dict
     """LKV, and the grid of {uniform, LKV-H} x {SnapKV, KVzip, LKV-T}.
 
     Args:
-        variants: further checkpoints by name: "lkv-t" trained with equal budgets, "threshold" and so on.
+        variants: further checkpoints by name: "lkv-t" trained with equal budgets, "threshold" and so on. The shares of
+            LKV-H are those of `lkv`, or of the first variant where budgets of `lkv` depend on the text. Without any,
+            the grid has equal budgets alone.
     """
+    more = dict(variants or {})
     uniform = HeadBudget(lkv.budget.layers, lkv.budget.heads, "uniform")
     snapkv, kvzip = SnapKV(), KVzip(across=None)
     grid: dict[str, Policy] = {
         "lkv": lkv,
         "uniform+lkv-t": with_budget(lkv.scorer, uniform, lkv.sink, lkv.window),
-        "lkv-h+snapkv": replace(lkv, scorer=snapkv, sink=snapkv.sink, window=snapkv.window),
-        "lkv-h+kvzip": replace(lkv, scorer=kvzip, sink=kvzip.sink, window=kvzip.window),
         "uniform+kvzip": kvzip,
     }
-    return grid | dict(variants or {})
+    shares = next((x for x in (lkv, *more.values()) if x.budget.static and x.budget.kind != "uniform"), None)
+    if shares is not None:
+        grid["lkv-h+snapkv"] = replace(shares, scorer=snapkv, sink=snapkv.sink, window=snapkv.window)
+        grid["lkv-h+kvzip"] = replace(shares, scorer=kvzip, sink=kvzip.sink, window=kvzip.window)
+    return grid | more
 
 
 def choose(names: list[str], known: Mapping[str, Policy]) -> list[Method]:

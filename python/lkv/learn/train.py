@@ -24,7 +24,7 @@ from lkv.learn.source import Source
 from lkv.policies.lkv import Learned, checkpoint
 from lkv.policies.lkv.checkpoint import Shape
 from lkv.policies.lkv.fingerprint import fingerprint
-from lkv.policies.lkv.token_scorer import moments
+from lkv.policies.lkv.token_scorer import TokenScorer, moments
 from lkv.tasks import Language
 from lkv.text import pad_and_ends
 
@@ -43,6 +43,7 @@ class Trainer:
         model: frozen; its parameters get no gradient.
         validate: how good a policy is on validation texts, more is better; the mean decides which checkpoint is kept as
             the best.
+        scorer: LKV-T of another run, of the same design, which a new run begins with in place of a random one.
 
     Attributes:
         lessons: what is learned from; at first texts of the tasks, others in every step.
@@ -58,6 +59,7 @@ class Trainer:
         *,
         accelerator: Accelerator | None = None,
         validate: Validate | None = None,
+        scorer: TokenScorer | None = None,
     ) -> None:
         self.accelerator = accelerator or Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
         self.model = model.eval().requires_grad_(False).to(self.accelerator.device)
@@ -67,6 +69,9 @@ class Trainer:
         self.shape, self.fingerprint = Shape.of(model), fingerprint(model)
         torch.manual_seed(config.seed)
         self.lkv = config.design.build(self.shape)
+        self.begun = scorer is not None
+        if scorer is not None:
+            self._begin_with(scorer)
         self.lessons: Lessons = Live(self.model, self.lkv, self.source, self.ends)
         modules: dict[str, nn.Module] = {"scorer": self.lkv.token_scorer, "budget": self.lkv.budget}
         for module in modules.values():
@@ -83,7 +88,8 @@ class Trainer:
     def run(self, until: int | None = None) -> Learned:
         """Trains to the last step (or to step `until`); returns the policy."""
         if not self._resume():
-            self._fit_inputs()
+            if not self.begun:
+                self._fit_inputs()
             self._fit_outputs()
         last = self.config.steps if until is None else min(until, self.config.steps)
         main = self.accelerator.is_main_process
@@ -103,6 +109,21 @@ class Trainer:
                     bar.update()
                     bar.set_postfix({name: f"{x:.3g}" for name, x in numbers.items() if name != "seconds"})
         return self.lkv
+
+    def _begin_with(self, scorer: TokenScorer) -> None:
+        """
+        Raises:
+            ValueError: for a scorer of another design, or for other heads.
+        """
+        ours = self.lkv.token_scorer
+        for name in ("layers", "heads", "features", "input", "scale"):
+            if getattr(ours, name) != getattr(scorer, name):
+                raise ValueError(
+                    f"lkv train: expected a scorer of {name} {getattr(ours, name)}, got {getattr(scorer, name)}"
+                )
+        if ours.up.shape != scorer.up.shape:
+            raise ValueError(f"lkv train: expected a scorer of hidden {ours.up.shape[-1]}, got {scorer.up.shape[-1]}")
+        ours.load_state_dict(scorer.state_dict())
 
     def _rows(self) -> list[list[int]]:
         """Texts of this process, for every part of a step."""
@@ -142,7 +163,7 @@ class Trainer:
     def _fit_outputs(self) -> None:
         """Where absolute scores and budgets begin: at the mean of the target for every head, at the shares it gives."""
         offset = self.lkv.token_scorer.offset
-        if offset is not None:
+        if offset is not None and not self.begun:
             total = torch.zeros((), device=self.accelerator.device)
             for rows in self._rows():
                 reading, wanted = self.lessons.regression(0, rows)
