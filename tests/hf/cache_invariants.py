@@ -102,6 +102,11 @@ def _check_observations(layer: RaggedLayer, present: Tensor, history: History) -
         _check_queries(observations.queries, present)
     if observations.hidden_states is not None:
         _check_log(observations.hidden_states, batch, length)
+    if observations.cosines is not None:
+        _check_log(observations.cosines, batch, length)
+        if length:
+            known = copy.deepcopy(observations.cosines).read()[..., 0]
+            assert torch.equal(known.isnan(), ~present)
     if observations.rotary is not None:
         assert any(observations.rotary is each for each in history.rotations.all)
         _check_log(observations.rotary.cos, batch, length)

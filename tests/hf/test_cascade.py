@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import fields
 from functools import lru_cache
 
 import pytest
@@ -13,17 +13,30 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lkv
-from lkv.policies import AdaKV, LAVa, LAVaScore, Observation, SnapKV
+from lkv.policies import CAKE, AcrossLayers, AdaKV, CAKEScore, LAVa, LAVaScore, Observation, SnapKV
+from lkv.policies.base import LayerWrapper
 
 LAYERS, LENGTH = 6, 60
-POLICY = LAVa(AdaKV(LAVaScore(SnapKV(window=4, kernel_size=3, pooling="max", group="max"), before=False), alpha=0.0))
+SCORE = SnapKV(window=4, kernel_size=3, pooling="max", group="max")
+POLICY = LAVa(AdaKV(LAVaScore(SCORE, before=False), alpha=0.0))
+POLICIES = {
+    "lava": POLICY,
+    "lava, some rows sure": LAVa(AdaKV(LAVaScore(SCORE), alpha=0.3)),
+    "lava, the best rows sure": LAVa(AdaKV(LAVaScore(SCORE), alpha=0.3, floor="minimum")),
+    "lava, authors' code": LAVa(AdaKV(LAVaScore(SCORE, before=True), alpha=0.0), code=True),
+    "cake": CAKE(CAKEScore(window=4), tau1=1.6, tau2=0.4),
+    "across layers": AcrossLayers(SCORE),
+    "cake of adakv": CAKE(AdaKV(CAKEScore(window=4), alpha=0.2)),
+}
 
 
-@dataclass(frozen=True)
-class Together(LAVa):
-    """All layers at once."""
+def together(policy: LayerWrapper) -> LayerWrapper:
+    """The same for all layers at once."""
 
-    scope = "model"
+    class Together(type(policy)):
+        scope = "model"
+
+    return Together(**{field.name: getattr(policy, field.name) for field in fields(policy)})
 
 
 @lru_cache
@@ -51,11 +64,12 @@ def padded(batch: int) -> Tensor:
 
 
 @pytest.mark.parametrize("retention", [0.1, 0.3, 0.7, 1.0])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch, name", [(1, name) for name in POLICIES] + [(3, "lava"), (3, "cake of adakv")])
 @torch.no_grad()
-def test_the_rows_are_those_of_one_plan(batch: int, retention: float) -> None:
+def test_the_rows_are_those_of_one_plan(batch: int, name: str, retention: float) -> None:
     """Padding, a later turn that finds heads of different rows, and tokens that are generated."""
-    caches = [lkv.Cache(model(), policy, retention=retention) for policy in (POLICY, Together(POLICY.scorer))]
+    assert POLICIES[name].scope == "cascade"
+    caches = [lkv.Cache(model(), x, retention=retention) for x in (POLICIES[name], together(POLICIES[name]))]
     mask = padded(batch)
     for turn, count in enumerate((LENGTH, 1, 17, 1)):
         if turn:
@@ -75,28 +89,30 @@ def test_the_rows_are_those_of_one_plan(batch: int, retention: float) -> None:
         assert not any(layer.due for layer in cache.ragged)
 
 
+@pytest.mark.parametrize("name", POLICIES)
 @torch.no_grad()
-def test_memory_is_the_budget_and_one_layer() -> None:
+def test_memory_is_the_budget_and_one_layer(name: str) -> None:
     """Counted when a layer has come, which is the peak; in one plan all layers are whole then."""
     peaks: dict[str, list[int]] = {}
 
-    def watched(name: str, kind: type[LAVa]) -> lkv.Cache:
-        class Watched(kind):
-            def importance(self, layer: int, observation: Observation, scores: Tensor) -> Tensor:
+    def watched(way: str, policy: LayerWrapper) -> None:
+        class Watched(type(policy)):
+            def score(self, layer: int, observation: Observation) -> Tensor:
                 rows = [
                     sum(counts) for counts in zip(*(x.row_counts for x in cache.ragged if x.row_counts), strict=True)
                 ]
-                peaks.setdefault(name, []).append(max(rows))
-                return super().importance(layer, observation, scores)
+                peaks.setdefault(way, []).append(max(rows))
+                return super().score(layer, observation)
 
-        cache = lkv.Cache(model(), Watched(POLICY.scorer), retention=0.2)
+        watching = Watched(**{field.name: getattr(policy, field.name) for field in fields(policy)})
+        cache = lkv.Cache(model(), watching, retention=0.2)
         call(model(), tokens(1, LENGTH), None, cache)
-        return cache
 
+    policy = POLICIES[name]
     whole, total = LENGTH * 2, round(0.2 * LENGTH) * 2 * LAYERS
-    watched("cascade", LAVa)
-    assert max(peaks["cascade"]) <= total + whole + 2 * LAYERS
-    watched("together", Together)
+    watched("cascade", policy)
+    assert max(peaks["cascade"]) <= total + whole + getattr(policy, "slack", 1) * 2 * LAYERS
+    watched("together", together(policy))
     assert max(peaks["together"]) == LAYERS * whole > max(peaks["cascade"])
 
 

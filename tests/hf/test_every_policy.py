@@ -14,17 +14,64 @@ from transformers import PreTrainedModel
 
 import lkv
 from lkv import policies
-from lkv.policies import AdaKV, Policy, Protect, PyramidKV, SqueezeAttention
+from lkv.policies import (
+    LUKV,
+    AcrossLayers,
+    AdaKV,
+    CAKEScore,
+    ExpectedAttention,
+    KVzap,
+    Policy,
+    Protect,
+    PyramidKV,
+    QueryStatistics,
+    SnapKV,
+    SqueezeAttention,
+)
 from lkv.policies.base import Scorer
+from lkv.policies.kvzap import Gate
+from lkv.policies.lukv import Curves
 
 NAMES = [name for name in policies.POLICIES if "second_pass" not in policies.get(name).needs]
+
+
+def gate() -> Gate:
+    torch.manual_seed(3)
+    shapes = ((16, 32), (16,)), ((4, 16), (4,))
+    return Gate(tuple(tuple(tuple(torch.randn(shape) for shape in pair) for pair in shapes) for _ in range(3)))
+
+
+def curves() -> Curves:
+    powers = torch.tensor([[0.5, 1, 2, 1], [2, 0.7, 1, 1], [1, 1.5, 0.6, 1]]).double()
+    return Curves(torch.linspace(0.01, 0.99, 99).double()[:, None, None] ** powers)
+
+
+def for_heads(policy: Policy, heads: int) -> Policy:
+    """What is made for a model: the first of 4 KV heads."""
+    if isinstance(policy, KVzap):
+        maps = ((*first, tuple(part[:heads] for part in last)) for *first, last in policy.gate.layers)
+        policy = replace(policy, gate=Gate(tuple(maps)))
+    if isinstance(policy, LUKV):
+        policy = replace(policy, curves=Curves(policy.curves.lost[:, :, :heads]))
+    inner = getattr(policy, "scorer", None)
+    return policy if inner is None else replace(policy, scorer=for_heads(inner, heads))
+
+
 GRID = {
     "pyramid of adakv": PyramidKV(AdaKV()),
     "squeezed adakv": SqueezeAttention(AdaKV()),
     "adakv of caote of h2o": AdaKV(policies.CAOTE(policies.H2O())),
     "adakv of criticalkv": AdaKV(policies.CriticalKV()),
+    "across layers of caote": AcrossLayers(policies.CAOTE()),
+    "cake of adakv": policies.CAKE(AdaKV(CAKEScore())),
+    "kvzap across layers": AcrossLayers(KVzap(gate())),
+    "lukv": LUKV(SnapKV(), curves()),
+    "statistics of other texts": ExpectedAttention(
+        statistics=QueryStatistics(torch.ones(3, 4, 8), torch.eye(8).expand(3, 4, 8, 8))
+    ),
     "lava of protection": policies.LAVa(AdaKV(policies.LAVaScore(Protect(policies.SnapKV(), sink=2)))),
 }
+FITTED = ("kvzap across layers", "lukv", "statistics of other texts")  # made for a model
 LENGTH = 50
 
 
@@ -57,7 +104,7 @@ def model(group: int) -> PreTrainedModel:
 
 @torch.no_grad()
 def read(policy: Policy, ids: Tensor, mask: Tensor | None = None, group: int = 2, **options: object) -> lkv.Cache:
-    cache = lkv.Cache(model(group), policy, **({"retention": 0.4} | options))
+    cache = lkv.Cache(model(group), for_heads(policy, 4 // group), **({"retention": 0.4} | options))
     call(model(group), ids, mask, cache)
     return cache
 
@@ -85,7 +132,7 @@ def test_the_budget_is_kept_exactly_and_the_ends_stay(name: str, group: int) -> 
         assert all(head == sorted(set(head)) for head in rows)
         ends = {*range(policy.sink), *range(LENGTH - policy.window, LENGTH)}
         assert all(ends <= set(head) for head in rows if len(head) >= len(ends))
-        if policy.scope == "layer" and not isinstance(policy, PyramidKV):
+        if policy.scope == "layer" and not isinstance(policy, (PyramidKV, LUKV)):
             per_layer = [sum(map(len, rows[n : n + 4 // group])) for n in range(0, len(rows), 4 // group)]
             assert len(set(per_layer)) == 1
         if isinstance(policy, Scorer):
@@ -128,7 +175,7 @@ def test_no_state_is_left_by_another_text(name: str) -> None:
 def test_pieces_of_a_prompt_are_the_prompt(name: str) -> None:
     """All of them are looked at where the eviction waits for the end."""
     policy, ids = POLICIES[name], tokens(1, LENGTH)
-    cache = lkv.Cache(model(2), policy, retention=0.4, chunks="last")
+    cache = lkv.Cache(model(2), for_heads(policy, 2), retention=0.4, chunks="last")
     with cache.prefill(), torch.no_grad():
         for piece in ids.split([19, 1, 30], 1):
             call(model(2), piece, None, cache)
@@ -146,11 +193,12 @@ def test_half_precision_and_files(name: str, tmp_path) -> None:
         assert cache.ragged[0].rows.k.dtype == torch.bfloat16
     finally:
         half.float()
-    cache = lkv.Cache(model(2), policy, retention=0.4, chunks="last")
+    cache = lkv.Cache(model(2), for_heads(policy, 2), retention=0.4, chunks="last")
     with torch.no_grad():
         call(model(2), ids, None, cache)
         cache.save(tmp_path / "cache")
-        other = lkv.Cache.load(tmp_path / "cache", model(2))
+        fitted = for_heads(policy, 2) if name in FITTED else None  # which files do not hold
+        other = lkv.Cache.load(tmp_path / "cache", model(2), policy=fitted)
         expected = read(policy, ids)
         for each in (cache, cache.fork(), other):
             if each is other and policy.needs & {"output_projection", "rotary"}:
@@ -166,7 +214,7 @@ def test_a_cap_while_decoding(name: str) -> None:
     """The policy is called again for rows of heads that differ: never more rows than the cap."""
     policy = POLICIES[name]
     with torch.no_grad():
-        cache = lkv.Cache(model(2), policy, retention=0.5, cap=27, interval=3)
+        cache = lkv.Cache(model(2), for_heads(policy, 2), retention=0.5, cap=27, interval=3)
         call(model(2), tokens(2, LENGTH), None, cache)
         for n in range(7):
             assert call(model(2), tokens(2, 1, n), None, cache).isfinite().all()

@@ -93,19 +93,16 @@ def test_what_is_observed(family: str, mask: str) -> None:
 
 @torch.no_grad()
 def test_queries_are_forgotten_with_the_rows() -> None:
-    """Those of a later turn are its own; what is generated without a cap is not stored."""
+    """What they have paid stays with the rows; what is generated without a cap is not stored."""
     model = build("llama")
     cache = lkv.Cache(model, H2O(), retention=0.5)
     call(model, tokens(1, 20), None, cache)
-    nothing = pytest.raises(ValueError, match="expected queries of tokens since the last eviction, got none")
-    with nothing:
-        cache.evict(retention=0.1)
+    assert cache.ragged[0].observations.all_queries.empty
     call(model, tokens(1, 1, 1), None, cache)
-    with nothing:
+    with pytest.raises(ValueError, match="expected queries of tokens since the last eviction, got none"):
         cache.evict(retention=0.1)
     call(model, tokens(1, 6, 2), None, cache)  # which is a prompt, and evicts
-    with nothing:
-        cache.evict(retention=0.1)
+    assert cache.ragged[0].observations.all_queries.empty
     waiting = lkv.Cache(model, H2O(), retention=0.5, chunks="last")
     call(model, tokens(1, 20), None, waiting)
     waiting.crop(-5)
@@ -113,6 +110,36 @@ def test_queries_are_forgotten_with_the_rows() -> None:
     waiting.batch_select_indices(torch.tensor([0, 0]))
     o = observe(waiting.ragged[0], waiting.settings.observe, 1)
     assert o.queries.shape[0] == o.query_mask.shape[0] == 2 and torch.equal(o.queries[0], o.queries[1])
+
+
+@torch.no_grad()
+def test_cosines_go_with_their_tokens(tmp_path) -> None:
+    """Cropped ones, those that a mask hides later, sequences that are chosen, and what is in a file."""
+    model, ids = build("llama"), tokens(2, 30)
+
+    def cosine(cache: lkv.Cache) -> Tensor:
+        return torch.stack([observe(x, cache.settings.observe, 1).attention_cosine for x in cache.ragged])
+
+    def read(count: int) -> lkv.Cache:
+        cache = lkv.Cache(model, SqueezeAttention(), retention=0.5, chunks="last")
+        call(model, ids[:, :count], None, cache)
+        return cache
+
+    cache, few = read(24), cosine(read(19))
+    cache.crop(-5)
+    torch.testing.assert_close(cosine(cache), few)
+    cache.save(tmp_path / "cache")
+    torch.testing.assert_close(cosine(lkv.Cache.load(tmp_path / "cache", model)), few)
+    cache.batch_select_indices(torch.tensor([1]))
+    torch.testing.assert_close(cosine(cache), few[:, 1:])
+
+    hiding, mask = read(20), torch.ones(2, 24, dtype=torch.long)
+    each = torch.cat([x.observations.cosines.read() for x in hiding.ragged], 2)
+    mask[0, 5:9] = 0
+    call(model, ids[:, 20:24], mask, hiding)
+    later = torch.cat([x.observations.cosines.read()[:, 20:] for x in hiding.ragged], 2)
+    shown = torch.cat([each, later], 1)[0, mask[0].bool()]
+    torch.testing.assert_close(cosine(hiding)[:, 0], shown.mean(0))
 
 
 @torch.no_grad()

@@ -69,12 +69,29 @@ GUARDS: dict[str, list[str]] = {
     },
     "python/lkv/hf/*": [*_CACHE, *_MODELS],
     **{f"python/lkv/policies/lkv/{name}.py": [f"learning/test_{x}" for x in tests] for name, tests in _LKV.items()},
+    "python/lkv/policies/lkv/policy.py": [
+        *("learning/test_" + x for x in ("lkv_policy", "no_gradients")),
+        "hf/test_decoding_policies",
+    ],
     "python/lkv/policies/lkv/*": [
         *_POLICIES,
         *("learning/test_" + x for x in ("lkv_policy", "no_gradients", "checkpoint")),
     ],
     "python/lkv/policies/catalog.py": ["test_registry", "test_policy_budgets", "learning/test_methods"],
     "python/lkv/policies/registry.py": ["test_registry", *_POLICIES, "learning/test_methods"],
+    **{
+        f"python/lkv/policies/{name}.py": [*tests, *_POLICIES]
+        for name, tests in {
+            "across": ["hf/test_cascade"],
+            "cake": ["hf/test_cascade"],
+            "expected_attention": ["test_offline_policies", "hf/test_offline"],
+            "h2o": ["hf/test_decoding_policies"],
+            "kvzap": ["test_offline_policies"],
+            "lava": ["hf/test_cascade"],
+            "lukv": ["test_offline_policies", "hf/test_offline"],
+            "rkv": ["hf/test_decoding_policies"],
+        }.items()
+    },
     "python/lkv/policies/*": [
         *_POLICIES,
         "learning/test_scores_of_models",
@@ -127,6 +144,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/cli/*": ["learning/test_cli", "learning/test_train"],
     "python/lkv/show/*": ["learning/test_show", "learning/test_show_command"],
     "python/lkv/compression.py": ["hf/test_compression", "learning/test_no_gradients"],
+    "python/lkv/offline.py": ["hf/test_offline"],
     "python/lkv/passes.py": [f"learning/test_{x}" for x in ("passes", "second_pass", "distill")],
     "python/lkv/second_pass.py": ["learning/test_second_pass", "learning/test_no_gradients"],
     "python/lkv/models.py": ["learning/test_models", "learning/test_cli_eval"],

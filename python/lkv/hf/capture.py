@@ -122,19 +122,18 @@ def _take_cosine(module: AttentionModule, layers: Sequence[object], added: Tenso
     layer = _observing(layers, module.layer_idx)
     if layer is None or layer.observations.residual is None:
         return
-    found = cosines(layer.observations.residual, added, layer.observations.padding)
-    layer.observations.residual = layer.observations.padding = None
-    layer.cosines = found if layer.cosines is None else layer.cosines + found
+    observations = layer.observations
+    observations.cosines.push(cosines(observations.residual, added, observations.padding))
+    observations.residual = observations.padding = None
 
 
 @keeps_tensors
 def cosines(before: Tensor, added: Tensor, padding: PaddingInfo | None) -> Tensor:
-    """float32 `[2, B]`: the sum over tokens of cos(x, x + y) of `[B, n, hidden]`, and their number without padding."""
+    """float32 `[B, n, 1]`: cos(x, x + y) of `[B, n, hidden]`, in the order of the rows; NaN for padding."""
     cosine = cosine_similarity(before.float(), before + added, dim=-1)
-    there = torch.ones_like(cosine)
     if padding is not None:
         if padding.order is not None:
             cosine = cosine.gather(1, padding.order.to(cosine.device))
         counts = torch.tensor(padding.counts, device=cosine.device)[:, None]
-        there = (torch.arange(cosine.shape[1], 0, -1, device=cosine.device) <= counts).float()
-    return torch.stack([(cosine * there).sum(1), there.sum(1)])
+        cosine = cosine.masked_fill(torch.arange(cosine.shape[1], 0, -1, device=cosine.device) > counts, torch.nan)
+    return cosine[..., None]

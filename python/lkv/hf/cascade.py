@@ -1,10 +1,10 @@
-"""Earlier layers of a call shrink as later ones arrive, for policies of scope "cascade": LAVa's memory bound.
+"""Earlier layers of a call shrink as later ones arrive, for policies of scope "cascade": a bound on memory.
 
 When a layer has attended, it is scored, and every layer so far is brought to its share of what the whole model keeps.
-Shares only fall, and the rows of a smaller budget are among those of a larger one, so that in the end the rows are
-those of one plan for all layers. Rounding may move a row between layers: until the last layer has come every head
-keeps one more than its share. Beside the budget and these, one layer at a time is whole, and 4 bytes for each of its
-rows stay until the call ends.
+Shares only fall, so that in the end the rows are those of one plan for all layers. Rounding may move rows between
+layers: until the last layer has come every head keeps `slack` rows more than its share. Beside the budget and these,
+one layer at a time is whole, and 4 bytes for each of its rows stay until the call ends, or 8 where budgets of heads
+are made of the scores of rows that are gone.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from lkv.hf.observation import ObservedLayer
 from lkv.hf.planning import EvictionPlan, L, check_budgets, check_heads, score
 from lkv.hf.settings import Settings
-from lkv.policies import Weighs
-from lkv_ext.shared import keeps_tensors
+from lkv.policies import Carried, Weighs
+from lkv_ext.shared import apportion, keeps_tensors
 
 
 class Cascade(Generic[L]):
@@ -27,13 +27,17 @@ class Cascade(Generic[L]):
     Attributes:
         layers: in the order in which they came.
         scores: `[B, H, P + 1]` of each by position, what is no row last.
+        scored: scores `[B, H, L]`, lengths and starts `[B, H]` of each as it was before any eviction of this call.
         importance: `[B]` of each.
+        carried: what has been accumulated of those that were not evicted since.
     """
 
     def __init__(self) -> None:
         self.layers: list[L] = []
         self.scores: list[Tensor] = []
+        self.scored: list[tuple[Tensor, Tensor, Tensor]] = []
         self.importance: list[Tensor] = []
+        self.carried: dict[int, Carried | None] = {}
 
     @keeps_tensors
     def plan(self, layer: L, settings: Settings) -> list[tuple[L, EvictionPlan]]:
@@ -45,11 +49,15 @@ class Cascade(Generic[L]):
         policy = settings.policy
         check_heads([*self.layers, layer], policy)
         wanted = [settings.target(count) * layer.heads * layer.rank[1] for count in layer.token_counts]
-        found, observed = score(layer, policy, None, [settings.target(count) for count in layer.token_counts])
+        targets = [settings.target(count) for count in layer.token_counts]
+        found, observed, self.carried[layer.index] = score(layer, policy, None, targets)
         length = int(observed.positions.shape[2]) if layer.rows is None else layer.rows.seen
         by_place = found.new_zeros(*found.shape[:2], length + 1)
         at = observed.positions.long().masked_fill(~observed.valid(), length)
         self.scores.append(by_place.scatter_(2, at, found))
+        nested = getattr(policy, "nested", False)
+        if not nested:
+            self.scored.append((found, observed.lengths, observed.starts))
         if isinstance(policy, Weighs):
             self.importance.append(policy.importance(layer.index, observed, found))
         self.layers.append(layer)
@@ -63,12 +71,16 @@ class Cascade(Generic[L]):
         scores = [s.gather(2, at.clamp(0, s.shape[2] - 1)) for s, (at, _, _) in zip(self.scores, rows, strict=True)]
         lengths, starts = (torch.stack([x[n].to(found.device) for x in rows]) for n in (1, 2))
         more: dict[str, Any] = {"importance": torch.stack(self.importance)} if self.importance else {}
-        budgets = policy.budgets(scores, lengths, torch.tensor(totals), starts=starts, **more)
+        whole = scores, lengths, starts
+        if not nested:
+            whole = [x[0] for x in self.scored], *(torch.stack([x[n] for x in self.scored]) for n in (1, 2))
+        budgets = policy.budgets(whole[0], whole[1], torch.tensor(totals), starts=whole[2], **more)
         check_budgets(policy, budgets, lengths.shape)
-        budgets = (budgets.to(lengths.device) + (0 if complete else 1)).clamp(min=0).minimum(lengths)
+        budgets = budgets.to(lengths.device).clamp(min=0)
+        budgets = _within(budgets, lengths) if complete else (budgets + getattr(policy, "slack", 1)).minimum(lengths)
         counts = budgets.sum(2).tolist()
         return [
-            (x, EvictionPlan(s, b, n, policy.sink, policy.window))
+            (x, EvictionPlan(s, b, n, policy.sink, policy.window, self.carried.pop(x.index, None)))
             for x, s, b, n in zip(self.layers, scores, budgets.unbind(0), counts, strict=True)
             if complete or n != x.row_counts
         ]
@@ -79,6 +91,15 @@ class Cascade(Generic[L]):
         ends = min(settings.policy.sink + settings.policy.window, length)
         later = layers - len(self.layers)
         return max(wanted - later * heads * ends, wanted * len(self.layers) // layers)
+
+
+def _within(budgets: Tensor, there: Tensor) -> Tensor:
+    """Budgets `[N, B, H]` of the same total, none above what is there: what rounding has cost a head goes to others."""
+    if not bool((budgets > there).any()):
+        return budgets
+    flat, caps = (x.transpose(0, 1).flatten(1) for x in (budgets, there))
+    found = apportion(flat.double(), flat.sum(1).minimum(caps.sum(1)), torch.zeros_like(flat), caps)
+    return found.view(flat.shape[0], len(budgets), -1).transpose(0, 1)
 
 
 def _rows(layer: ObservedLayer) -> tuple[Tensor, Tensor, Tensor]:

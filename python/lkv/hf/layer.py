@@ -21,7 +21,7 @@ from lkv_ext.shared import keeps_tensors
 
 COUNTS = (
     *("token_counts", "row_counts", "evicted", "evictions", "due"),
-    *("scaling", "softcap", "sinks", "cosines", "is_initialized"),
+    *("scaling", "softcap", "sinks", "carried_heads", "is_initialized"),
 )
 _COUNTS = attrgetter(*COUNTS)
 
@@ -117,11 +117,11 @@ class RaggedLayer(Storage):
         """New packed rows, and attention to all."""
         padding = call.padding
         if padding is None:
-            rows.append_unchecked(key, value)
+            rows.append_unchecked(key, value, _zeros(rows, key))
         else:
             if padding.order is not None:
                 key, value = _in_order(key, padding.order), _in_order(value, padding.order)
-            rows.append(key, value, valid=padding.counts)
+            rows.append(key, value, _zeros(rows, key), valid=padding.counts)
             self.evicted = rows.seen
         self._count(call, module, query)
         self.due = self.due or call.prompt
@@ -183,6 +183,11 @@ class RaggedLayer(Storage):
             self.evicted = snapshot.length
         self.observations.restore(snapshot.queries, snapshot.length)
         return True
+
+
+def _zeros(rows: RaggedCache, keys: Tensor) -> list[Tensor]:
+    """What has been accumulated of new rows: nothing, for each companion of the rows."""
+    return [c.new_zeros(*keys.shape[:3], *c.shape[1:]) for c in rows.companions]
 
 
 def _in_order(tensor: Tensor, order: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from lkv.hf.queries import AllQueries, LastQueries, QueriesSnapshot
 from lkv.hf.settings import Settings
 from lkv.hf.token_log import Rotary, RotaryView, Rotations, TokenLog
 from lkv.hf.versions import AttentionModule, output_projection
-from lkv.policies import Observation
+from lkv.policies import Carried, Observation
 from lkv_ext import RaggedCache
 
 T = TypeVar("T")
@@ -26,6 +26,7 @@ class ObservationBuffer:
         queries: of the last tokens. hidden_states, rotary: of all tokens; the rotary embedding is shared with the other
             layers that are given the same.
         all_queries: of the tokens since the last eviction; of generated ones where a cap evicts them.
+        cosines: what attention did to each token, `[B, L, 1]`; NaN for padding and hidden tokens.
         hooked: whether a hook has to hand over what the attention module is called with.
         module: the attention module of the last call, for what is read of the model; borrowed: copies have the same.
         residual, padding: what came into the layer and the padding in it, on the way from one hook to the other.
@@ -43,6 +44,7 @@ class ObservationBuffer:
         self.residual: Tensor | None = None
         self.padding: PaddingInfo | None = None
         self.hidden_states = TokenLog() if "hidden_states" in settings.observe else None
+        self.cosines = TokenLog() if "attention_cosine" in settings.observe else None
         self.rotary: Rotary | None = None
         self.rotates = bool(settings.observe & {"pre_rope_keys", "rotary"})
 
@@ -101,10 +103,12 @@ class ObservationBuffer:
         for part in (self.queries, self.all_queries):
             if part is not None:
                 part.hide(leaving)
+        if self.cosines is not None and self.cosines.length:
+            self.cosines.blank(leaving)
 
     def select(self, indices: Tensor) -> None:
         """Keeps the sequences `indices`, in that order. `Rotations` selects for all layers."""
-        for part in (self.queries, self.all_queries, self.hidden_states):
+        for part in (self.queries, self.all_queries, self.hidden_states, self.cosines):
             if part is not None:
                 part.select(indices)
 
@@ -116,7 +120,7 @@ class ObservationBuffer:
         self._truncate(length)
 
     def _truncate(self, length: int) -> None:
-        for part in (self.all_queries, self.hidden_states, self.rotary):
+        for part in (self.all_queries, self.hidden_states, self.cosines, self.rotary):
             if part is not None:
                 part.truncate(length)
         if length == 0:
@@ -144,16 +148,19 @@ class ObservedLayer(Protocol):
     rows: RaggedCache | None
     token_counts: list[int]
     row_counts: list[int]
+    evicted: int
+    settings: Settings
     observations: ObservationBuffer
     scaling: float
     softcap: float | None
     sinks: Tensor | None
-    cosines: Tensor | None
 
     @property
     def heads(self) -> int: ...
 
     def whole(self) -> tuple[Tensor, Tensor]: ...
+
+    def carried(self) -> Carried | None: ...
 
 
 def observe(layer: ObservedLayer, needs: frozenset[str], window: int) -> Observation:
@@ -172,7 +179,12 @@ def observe(layer: ObservedLayer, needs: frozenset[str], window: int) -> Observa
     observations = layer.observations
     queries = places = filled = pre_rope = hidden = weight = cosine = rotary_view = None
     if "all_queries" in needs:
-        queries, places, filled = _observed(observations.all_queries, "all_queries").read()
+        all_queries = _observed(observations.all_queries, "all_queries")
+        settled = (
+            layer.rows is not None and layer.evicted == layer.rows.seen
+        )  # and what is carried is all that there is
+        if not (all_queries.empty and settled and layer.carried() is not None):
+            queries, places, filled = all_queries.read()
     elif "queries" in needs:
         queries, places, filled = _observed(observations.queries, "queries").read(max(window, 1))
     if "pre_rope_keys" in needs:
@@ -183,8 +195,8 @@ def observe(layer: ObservedLayer, needs: frozenset[str], window: int) -> Observa
     if "output_projection" in needs:
         weight = output_projection(_borrowed(observations))
     if "attention_cosine" in needs:
-        total, count = _observed(layer.cosines, "attention_cosine")
-        cosine = total / count.clamp(min=1)
+        each = _observed(observations.cosines, "attention_cosine").read()[..., 0]
+        cosine = each.nansum(1) / each.isfinite().sum(1).clamp(min=1)
     if "rotary" in needs:
         embedding = rotary_embedding(_borrowed(observations))
         rotary_view = RotaryView(_observed(observations.rotary, "rotary"), embedding, layer.token_counts)

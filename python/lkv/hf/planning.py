@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lkv.hf.observation import ObservedLayer, observe
 from lkv.hf.settings import Settings
-from lkv.policies import Ahead, Layered, Observation, Policy, Weighs
-from lkv.policies.base import refiner
+from lkv.policies import Ahead, Carried, Layered, Observation, Policy, Weighs
+from lkv.policies.base import accumulator, refiner
 from lkv_ext.shared import keeps_tensors
 
 NOT_FOR_SCORES = frozenset({"output_projection", "attention_cosine"})  # needed where scores are given, too
@@ -29,6 +29,7 @@ class EvictionPlan:
         budgets: int `[B, H]`; None with the scores.
         row_counts: per sequence, rows of all heads together that will be left.
         sink, window: the first and last rows of every head that stay whatever their scores.
+        carried: what the policy of the layer has accumulated until now.
     """
 
     scores: Tensor | None
@@ -36,6 +37,7 @@ class EvictionPlan:
     row_counts: list[int]
     sink: int = 0
     window: int = 0
+    carried: Carried | None = None
 
 
 @keeps_tensors
@@ -85,14 +87,27 @@ def _wanted(layer: ObservedLayer, settings: Settings, rows: int | None) -> list[
     return [layer.heads * count for count in wanted]
 
 
-def score(layer: ObservedLayer, policy: Policy, given: Tensor | None, budget: list[int]) -> tuple[Tensor, Observation]:
-    """Scores of a layer and what they were made of; `budget`: rows per head, on average, by sequence."""
+def score(
+    layer: ObservedLayer, policy: Policy, given: Tensor | None, budget: list[int]
+) -> tuple[Tensor, Observation, Carried | None]:
+    """Scores of a layer, what they were made of, and what its own policy carries on.
+
+    Args:
+        budget: rows per head, on average, by sequence.
+    """
     observed = observe(layer, policy.needs if given is None else policy.needs & NOT_FOR_SCORES, policy.window)
     if "budget" in policy.needs:
         observed = replace(observed, budget=torch.tensor(budget))
+    own, here = accumulator(layer.settings.policy), accumulator(policy) if given is None else None
+    carried = None
+    if own is not None:  # whoever evicts: the queries since the last eviction are there for the last time
+        shown = observed if own == here else observe(layer, own.needs, layer.settings.policy.window)
+        carried = own.accumulate(layer.index, shown, layer.carried())
+    if here is not None:
+        observed = replace(observed, carried=carried if own == here else here.accumulate(layer.index, observed, None))
     scores = policy.score(layer.index, observed) if given is None else given
     _check_scores(policy, scores, observed)
-    return scores, observed
+    return scores, observed, None if carried is None else replace(carried, scores=None)
 
 
 def _refine(layer: ObservedLayer, policy: Policy, observed: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
@@ -133,12 +148,12 @@ def _plan(layer: ObservedLayer, settings: Settings, rows: int | None, given: Ten
     totals = list(map(min, layer.row_counts, _wanted(layer, settings, rows)))
     if totals == layer.row_counts:
         return EvictionPlan(None, None, totals)
-    scores, observed = score(layer, policy, given, [total // layer.heads for total in totals])
+    scores, observed, carried = score(layer, policy, given, [total // layer.heads for total in totals])
     budgets = policy.budgets(scores, observed.lengths, torch.tensor(totals), starts=observed.starts)
     check_budgets(policy, budgets, observed.lengths.shape)
     budgets = budgets if budgets.is_cpu else _within(budgets, totals)
     scores = _refine(layer, policy, observed, scores, budgets)
-    return EvictionPlan(scores, budgets, totals, policy.sink, policy.window)
+    return EvictionPlan(scores, budgets, totals, policy.sink, policy.window, carried)
 
 
 def _plan_ahead(
@@ -148,14 +163,14 @@ def _plan_ahead(
     wanted = [min(n, settings.target(n) if rows is None else rows) for n in counts]
     if wanted == counts:
         return EvictionPlan(None, None, layer.row_counts)
-    scores, observed = score(layer, policy, given, wanted)
+    scores, observed, carried = score(layer, policy, given, wanted)
     budgets = ahead.ahead(layer.index, torch.tensor(wanted), torch.tensor(counts))
     check_budgets(policy, budgets, observed.lengths.shape)
     # Whole rows are as many as there are tokens; of packed ones only the device knows.
     there = torch.tensor(counts)[:, None] if layer.rows is None else observed.lengths.cpu()
     budgets = budgets.clamp(min=0).minimum(there)
     scores = _refine(layer, policy, observed, scores, budgets)
-    return EvictionPlan(scores, budgets, budgets.sum(1).tolist(), policy.sink, policy.window)
+    return EvictionPlan(scores, budgets, budgets.sum(1).tolist(), policy.sink, policy.window, carried)
 
 
 def _within(budgets: Tensor, totals: list[int]) -> Tensor:
@@ -176,10 +191,11 @@ def _plan_together(
         return [EvictionPlan(None, None, layer.row_counts) for layer in layers]
     check_heads(layers, policy)
     mean = [total // _heads(layers) for total in totals]
-    scores, lengths, importance, starts = [], [], [], None
+    scores, lengths, importance, carried, starts = [], [], [], [], None
     for layer, known in zip(layers, given, strict=True):
-        found, observed = score(layer, policy, known, mean)
+        found, observed, sums = score(layer, policy, known, mean)
         scores.append(found)
+        carried.append(sums)
         lengths.append(observed.lengths)
         starts = observed.starts  # the same for all: padding while rows are whole, then 0
         if isinstance(policy, Weighs):
@@ -193,8 +209,8 @@ def _plan_together(
         each = zip(layers, scores, budgets.unbind(0), strict=True)
         scores = [_refine(x, policy, observe(x, policy.needs, policy.window), s, b) for x, s, b in each]
     counts = budgets.sum(2).tolist()  # what a layer is left with is the policy's choice: a synchronisation on CUDA
-    ends = policy.sink, policy.window
-    return [EvictionPlan(s, b, n, *ends) for s, b, n in zip(scores, budgets.unbind(0), counts, strict=True)]
+    ends, parts = (policy.sink, policy.window), (scores, budgets.unbind(0), counts, carried)
+    return [EvictionPlan(s, b, n, *ends, sums) for s, b, n, sums in zip(*parts, strict=True)]
 
 
 def _check_scores(policy: Policy, scores: Tensor, observed: Observation) -> None:

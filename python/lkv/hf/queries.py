@@ -217,6 +217,11 @@ class AllQueries:
             self._parts = [(self._parts[0][0], Slots(queries, places, filled))]
         return self._parts[0][1]
 
+    @property
+    def empty(self) -> bool:
+        """No query has come since the last eviction."""
+        return not self._parts
+
     def forget(self) -> None:
         """After an eviction: what rows have received is settled."""
         self._parts = []

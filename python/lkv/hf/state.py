@@ -20,8 +20,9 @@ from lkv import policies
 from lkv.hf.calls import Calls
 from lkv.hf.layer import RaggedLayer
 from lkv.hf.settings import Settings
-from lkv.hf.token_log import Rotary
+from lkv.hf.token_log import Rotary, TokenLog
 from lkv.hf.versions import HFLayer, own_layers
+from lkv.policies.base import accumulator
 
 FORMAT = 1
 COUNTS = ("evicted", "evictions", "due", "scaling", "softcap", "sinks")
@@ -128,15 +129,20 @@ def fingerprint(config: PretrainedConfig) -> State:
 
 
 def _of_ragged(layer: RaggedLayer, rotaries: list[Rotary]) -> State:
-    observations, hidden = layer.observations, layer.observations.hidden_states
+    observations = layer.observations
     return {key: getattr(layer, name) for name, key in _PLAIN.items()} | {
         "rows": None if layer.rows is None else layer.rows.__getstate__() | {"companions": list(layer.rows.companions)},
         "queries": None if observations.queries is None else observations.queries.state(),
         "all_queries": None if observations.all_queries is None else observations.all_queries.state(),
-        "cosines": layer.cosines,
-        "hidden_states": hidden.read() if hidden is not None and hidden.length else None,
+        "carried_heads": layer.carried_heads,
+        "cosines": _read(observations.cosines),
+        "hidden_states": _read(observations.hidden_states),
         "rotary": rotaries.index(observations.rotary) if observations.rotary in rotaries else None,
     }
+
+
+def _read(log: TokenLog | None) -> Tensor | None:
+    return log.read() if log is not None and log.length else None
 
 
 def _into_ragged(layer: RaggedLayer, state: State) -> None:
@@ -150,6 +156,8 @@ def _into_ragged(layer: RaggedLayer, state: State) -> None:
         rows.__setstate__(state["rows"] | {"companions": tuple(state["rows"]["companions"])})
         layer.rows = rows
         _expect(rows.batch == len(tokens) and layer.keys is None, f"rows of {len(tokens)} sequences", rows.batch)
+        if accumulator(layer.settings.policy) is None:  # those of another policy
+            rows.companions = ()
         _expect(rows.lengths.sum(1).tolist() == rows_now, f"{rows_now} rows", rows.lengths.sum(1).tolist())
     elif layer.keys is not None:
         keys, values = layer.whole()
@@ -167,12 +175,13 @@ def _into_ragged(layer: RaggedLayer, state: State) -> None:
         observations.queries.load(state["queries"], len(tokens), length)
     if observations.all_queries is not None:
         observations.all_queries.load(state.get("all_queries"), len(tokens), length)
-    layer.cosines = state.get("cosines")
-    if observations.hidden_states is not None and state["hidden_states"] is not None:
-        _expect(
-            state["hidden_states"].shape[1] == length, f"hidden states of {length} tokens", state["hidden_states"].shape
-        )
-        observations.hidden_states.push(state["hidden_states"])
+    layer.carried_heads = heads = state.get("carried_heads") if accumulator(layer.settings.policy) else None
+    _expect(heads is None or heads.shape[:2] == (len(tokens), layer.heads), "sums of heads [B, H, n]", heads)
+    for name, log in (("hidden_states", observations.hidden_states), ("cosines", observations.cosines)):
+        known = state.get(name)
+        if log is not None and known is not None:
+            _expect(known.dim() == 3 and known.shape[1] == length, f"{name} of {length} tokens", known.shape)
+            log.push(known)
     if state["rotary"] is not None:
         observations.rotary = layer.rotations.all[state["rotary"]]
 

@@ -13,6 +13,7 @@ from lkv.hf.planning import EvictionPlan
 from lkv.hf.settings import Settings
 from lkv.hf.token_log import Rotations
 from lkv.hf.versions import CacheLayerMixin, new_tokens, tokens_to_drop
+from lkv.policies import Carried
 from lkv_ext.shared import keeps_tensors
 
 
@@ -27,7 +28,7 @@ class Storage(CacheLayerMixin):
         row_counts: per sequence, rows of all heads together.
         evicted: logical length, padding included, at the last eviction: what came before cannot be cropped.
         due: tokens of a prompt have come since the last eviction.
-        cosines: float32 `[2, B]`, where observed: sum over all tokens of the cosine of `Observation`, and their number.
+        carried_heads: `[B, H, n]`, what the policy has accumulated of heads; of rows it is a companion of `rows`.
     """
 
     is_sliding = False
@@ -50,7 +51,7 @@ class Storage(CacheLayerMixin):
         self.scaling = 1.0
         self.softcap: float | None = None
         self.sinks: Tensor | None = None
-        self.cosines: Tensor | None = None
+        self.carried_heads: Tensor | None = None
         self._home: torch.device | None = None
         self.observations = ObservationBuffer(self.settings, self.rotations)
 
@@ -63,6 +64,11 @@ class Storage(CacheLayerMixin):
         if keys is None or values is None:
             raise ValueError(f"lkv.Cache: expected whole rows in layer {self.index}, got packed ones or no tokens")
         return keys, values
+
+    def carried(self) -> Carried | None:
+        """What the policy had accumulated at the last eviction; 0 for rows that came since. None: nothing."""
+        sums = None if self.rows is None or not self.rows.companions else self.rows.padded(self.rows.companions[0])
+        return None if sums is None and self.carried_heads is None else Carried(sums, self.carried_heads)
 
     @property
     def heads(self) -> int:
@@ -157,7 +163,8 @@ class Storage(CacheLayerMixin):
             return
         order = indices.tolist()  # one synchronisation on CUDA
         self.token_counts, self.row_counts = [self.token_counts[b] for b in order], [self.row_counts[b] for b in order]
-        self.cosines = None if self.cosines is None else self.cosines[:, indices.to(self.cosines.device)]
+        heads = self.carried_heads
+        self.carried_heads = None if heads is None else heads[indices.to(heads.device)]
         self.observations.select(indices)
 
     # What a cache calls.
@@ -167,6 +174,7 @@ class Storage(CacheLayerMixin):
         """Evicts all rows but those of the plan; whole rows are packed, and the whole ones let go."""
         reserve, scores, budgets = self.settings.reserve, plan.scores, plan.budgets
         everything = scores is None
+        sums = () if plan.carried is None or plan.carried.rows is None else (plan.carried.rows,)
         if self.rows is None:
             keys, values = self.whole()
             batch, heads, length = keys.shape[:3]
@@ -186,16 +194,22 @@ class Storage(CacheLayerMixin):
                 window=plan.window,
                 capacity=capacity,
                 reserve=reserve,
+                companions=sums,
             )
             tail = min(self.token_counts, default=0) if everything else 0
             self.rows = lkv_ext.RaggedCache(kept, length, free=reserve, tail=tail)
             self.keys = self.values = None
         elif scores is not None and budgets is not None:
             packed = self.rows.packed(scores)
+            if sums:
+                each = [self.rows.packed(part) for part in sums[0].unbind(-1)]
+                self.rows.companions = (torch.stack(each, -1),)
             self.rows.evict(packed, budgets, sink=plan.sink, window=plan.window, reserve=reserve)
         else:
             self.due = False
             return
+        if plan.carried is not None:
+            self.carried_heads = plan.carried.heads
         self.row_counts, self.due = plan.row_counts, False
         if not everything:
             self.evicted, self.evictions = self.get_seq_length(), self.evictions + 1

@@ -41,6 +41,12 @@ class TokenLog:
             self.length = length
 
     @keeps_tensors
+    def blank(self, leaving: Tensor) -> None:
+        """NaN for some tokens: bool `[B, L]`."""
+        whole = self.read()
+        self._parts = [whole.masked_fill(leaving[..., None].to(whole.device), torch.nan)]
+
+    @keeps_tensors
     def select(self, indices: Tensor) -> None:
         """Sequences `indices`, in that order."""
         self._parts = [p if p.shape[0] == 1 else p[indices.to(p.device).clone()] for p in self._parts]

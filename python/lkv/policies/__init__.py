@@ -5,6 +5,7 @@ policy = lkv.policies.get("adakv")        # or AdaKV(SnapKV(window=64), alpha=0.
 
 from __future__ import annotations
 
+from lkv.policies.across import AcrossLayers
 from lkv.policies.adakv import AdaKV
 from lkv.policies.base import Protect, Scorer
 from lkv.policies.cake import CAKE, CAKEScore
@@ -15,13 +16,27 @@ from lkv.policies.defensivekv import DefensiveScore
 from lkv.policies.expected_attention import ExpectedAttention, QueryStatistics
 from lkv.policies.h2o import H2O
 from lkv.policies.keys import KeyDiff, KNorm
+from lkv.policies.kvzap import KVzap
 from lkv.policies.kvzip import KVzip, Repetition
 from lkv.policies.lagkv import LagKV
 from lkv.policies.lava import LAVa, LAVaScore
-from lkv.policies.protocol import NEEDS, SCOPES, Ahead, Layered, Observation, Policy, Refines, Weighs
+from lkv.policies.lukv import LUKV
+from lkv.policies.protocol import (
+    NEEDS,
+    SCOPES,
+    Accumulates,
+    Ahead,
+    Carried,
+    Layered,
+    Observation,
+    Policy,
+    Refines,
+    Weighs,
+)
 from lkv.policies.pyramidkv import PyramidKV
 from lkv.policies.random import Random
 from lkv.policies.registry import POLICIES, get, names
+from lkv.policies.rkv import RKV
 from lkv.policies.sagekv import SAGEKV
 from lkv.policies.snapkv import SnapKV
 from lkv.policies.squeeze import SqueezeAttention
@@ -33,14 +48,19 @@ __all__ = [
     "CAKE",
     "CAOTE",
     "H2O",
+    "LUKV",
     "NEEDS",
     "POLICIES",
+    "RKV",
     "SAGEKV",
     "SCOPES",
     "TOVA",
+    "Accumulates",
+    "AcrossLayers",
     "AdaKV",
     "Ahead",
     "CAKEScore",
+    "Carried",
     "Compactor",
     "CriticalKV",
     "DefensiveScore",
@@ -49,6 +69,7 @@ __all__ = [
     "FastCAOTE",
     "HeadKV",
     "KNorm",
+    "KVzap",
     "KVzip",
     "KeyDiff",
     "LAVa",

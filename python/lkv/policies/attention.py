@@ -16,11 +16,10 @@ from torch import Tensor
 from lkv.policies.protocol import Observation
 
 
-def attention_weights(observation: Observation, head: int) -> Tensor:
-    """float32 `[B, G, w, L]`: what each query pays to the rows of one KV head, whose G query heads share it.
+def attention_logits(observation: Observation, head: int) -> tuple[Tensor, Tensor]:
+    """float32 `[B, G, w, L]`, the logits of each query of the G query heads of one KV head, and what each query sees.
 
-    Softmax over the rows that a query sees, and over the sink of its head where the model has sinks. Zeros for rows
-    outside the valid ones, and for queries that are not there.
+    That is bool `[B, w, L]`: nothing outside the valid rows, and nothing by queries that are not there.
     """
     keys = observation.keys[:, head]
     batch, length, dim = keys.shape
@@ -35,6 +34,17 @@ def attention_weights(observation: Observation, head: int) -> Tensor:
         logits = logits.div_(observation.softcap).tanh_().mul_(observation.softcap)
     visible = observation.positions[:, head, None, :] <= observation.part("query_positions")[..., None]
     visible = visible & observation.valid()[:, head, None] & observation.part("query_mask")[..., None]
+    return logits, visible
+
+
+def attention_weights(observation: Observation, head: int) -> Tensor:
+    """float32 `[B, G, w, L]`: what each query pays to the rows of one KV head, whose G query heads share it.
+
+    Softmax over the rows that a query sees, and over the sink of its head where the model has sinks. Zeros for rows
+    outside the valid ones, and for queries that are not there.
+    """
+    logits, visible = attention_logits(observation, head)
+    batch, group, count, length = logits.shape
     # For a query that sees nothing a softmax would give NaN: such queries are masked out instead.
     logits.masked_fill_(~visible[:, None], torch.finfo(torch.float32).min)
     if observation.sinks is not None:

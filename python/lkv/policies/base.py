@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lkv.policies.protocol import Ahead, Layered, Observation, Policy, Refines, Weighs
+from lkv.policies.protocol import Accumulates, Ahead, Layered, Observation, Policy, Refines, Weighs
 from lkv.policies.uniform import uniform_budgets
 
 
@@ -118,6 +118,11 @@ class ImportanceWrapper(LayerWrapper):
     def scope(self) -> str:
         return "model"
 
+    @property
+    def slack(self) -> int:
+        """Rows of a head by which rounding may raise its budget as later layers arrive, for scope "cascade"."""
+        return 4
+
     @abstractmethod
     def importance(self, layer: int, observation: Observation, scores: Tensor) -> Tensor: ...
 
@@ -205,6 +210,15 @@ def refiner(policy: object) -> Refines | None:
         if policy is None:
             return None
     return policy
+
+
+def accumulator(policy: object) -> Accumulates | None:
+    """The one whose sums go on from eviction to eviction: a policy or what it wraps. None: there are none."""
+    while policy is not None:
+        if isinstance(policy, Accumulates) and getattr(policy, "accumulates", True):
+            return policy
+        policy = getattr(policy, "scorer", None)
+    return None
 
 
 def scores_once(policy: Policy) -> bool:

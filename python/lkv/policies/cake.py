@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lkv.policies.attention import attention_weights, evictable, grouped, pooled
-from lkv.policies.base import ImportanceWrapper, Scorer
+from lkv.policies.base import ImportanceWrapper, Scorer, refiner
 from lkv.policies.protocol import Observation, Policy
 
 
@@ -52,8 +52,8 @@ class CAKE(ImportanceWrapper):
 
     The dispersion is the entropy of the attention of the last queries to the rows before the window, summed over
     query heads and queries; the shift the sum over heads and rows of its variance over the queries. Shares are made
-    whole as in the authors' code, then what is left over or too much is spread evenly. The authors shrink earlier
-    layers as later ones arrive, with the same rows in the end; here it is done once. Their choice of `tau1` and `tau2`
+    whole as in the authors' code, then what is left over or too much is spread evenly. Earlier layers shrink as later
+    ones arrive (scope "cascade"), as theirs do. Their choice of `tau1` and `tau2`
     for models and budgets is in their repository (Llama-3.1-8B, 1024 rows: 1.6 and 0.4).
 
     Attributes:
@@ -70,6 +70,10 @@ class CAKE(ImportanceWrapper):
             raise ValueError(f"lkv.CAKE: expected tau1 and tau2 above 0, got {self.tau1} and {self.tau2}")
         if self.window < 2:
             raise ValueError(f"lkv.CAKE: expected a scorer of a window of 2 or more queries, got {self.window}")
+
+    @property
+    def scope(self) -> str:
+        return "model" if refiner(self.scorer) is not None else "cascade"
 
     @property
     def needs(self) -> frozenset[str]:

@@ -10,7 +10,7 @@ from lkv.policies.cake import CAKE
 from lkv.policies.caote import CAOTE, FastCAOTE
 from lkv.policies.compactor import Compactor
 from lkv.policies.criticalkv import CriticalKV
-from lkv.policies.defensivekv import defensive_kv
+from lkv.policies.defensivekv import defensive_kv, layer_defensive_kv
 from lkv.policies.expected_attention import ExpectedAttention
 from lkv.policies.h2o import H2O
 from lkv.policies.keys import KeyDiff, KNorm
@@ -20,6 +20,7 @@ from lkv.policies.lava import LAVa, lava_code
 from lkv.policies.protocol import Policy
 from lkv.policies.pyramidkv import PyramidKV
 from lkv.policies.random import Random
+from lkv.policies.rkv import RKV
 from lkv.policies.sagekv import SAGEKV
 from lkv.policies.snapkv import SnapKV
 from lkv.policies.squeeze import SqueezeAttention
@@ -109,6 +110,10 @@ CATALOG: dict[str, Entry] = {
         "attention of 1 query", "2503.08879", PAPER,
     ),
     "tova": _row(TOVA, "attention of the last query, mean of all heads", EQUAL, "attention of 1 query", "2401.06104"),
+    "rkv": _row(
+        RKV, "0.07 of the attention of the last 8 queries, minus 0.93 of the likeness to other keys", EQUAL,
+        "attention of w queries, keys times keys", "2505.24133",
+    ),
     "pyramidkv": _row(
         PyramidKV, "attention of the last 8 queries, maximum of 7 tokens", "layers in equal steps, the first keep most",
         WINDOW, "2406.02069",
@@ -120,6 +125,10 @@ CATALOG: dict[str, Entry] = {
     "defensivekv": _row(
         defensive_kv, "largest attention of any of the last 32 queries, times the norm of the projected value", COMPETE,
         f"{WINDOW}, projection of values", "ICLR 2026",
+    ),
+    "layer_defensivekv": _row(
+        layer_defensive_kv, "as defensivekv", "heads of all layers compete", f"{WINDOW}, projection of values",
+        "ICLR 2026",
     ),
     "expected_attention": _row(
         ExpectedAttention, "attention that queries of the text's mean and covariance would pay later", EQUAL,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lkv.policies.across import AcrossLayers
 from lkv.policies.adakv import AdaKV
 from lkv.policies.attention import attention_weights, evictable
 from lkv.policies.base import Scorer, ranks_by_score
@@ -25,11 +26,16 @@ class DefensiveScore(Scorer):
     % of the mean attention come first, as many of a head as its mean budget has beside the window. Of the 90 % the
     authors take off the attention to the last rows before the window, as many as it has: their comment means the
     window's own. They average that over a batch, here it is of each sequence.
+
+    Attributes:
+        sure: rows that come first have a score of inf. False: that of the best row of the layer, as in the authors'
+            code, which is the same where the heads of a layer compete. Where layers do, it decides among them.
     """
 
     window: int = 32
     kernel_size: int = 5
     sink: int = 0
+    sure: bool = True
 
     needs = frozenset({"queries", "output_projection", "budget"})
     nonnegative = True
@@ -43,7 +49,7 @@ class DefensiveScore(Scorer):
             )
 
     def score(self, layer: int, observation: Observation) -> Tensor:
-        """float32 `[B, H, L]`; inf for rows that come first, 0 outside the valid rows and in the window."""
+        """float32 `[B, H, L]`; inf or the largest where rows come first, 0 outside the valid rows and in the window."""
         before = evictable(observation, self.window)
         count = before.sum(-1).clamp(min=1)
         ranks = observation.ranks()
@@ -66,7 +72,10 @@ class DefensiveScore(Scorer):
         norms = projected_norms(observation)
         scores = scores * norms / norms.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         first = self._first(observation, mean, before, bias.mean(1))
-        return scores.masked_fill(~before, 0).masked_fill(first, torch.inf)
+        scores = scores.masked_fill(~before, 0)
+        if self.sure:
+            return scores.masked_fill(first, torch.inf)
+        return torch.where(first, scores.amax((1, 2), keepdim=True), scores)
 
     def _first(self, observation: Observation, mean: Tensor, before: Tensor, bias: Tensor) -> Tensor:
         """bool `[B, H, L]`: the best rows by mean attention whose sum stays below the threshold."""
@@ -78,6 +87,15 @@ class DefensiveScore(Scorer):
         # Where rounding keeps a sum below the threshold, argmax finds none, as with the authors.
         count = reached.byte().argmax(-1).minimum(most)
         return before & (ranks < count[..., None])
+
+
+def layer_defensive_kv() -> AcrossLayers:
+    """The layer variant, as published: the heads of all layers compete.
+
+    The authors hold all layers until the last one has come, and name a cascade as the remedy, which this is. The rows
+    of their window have the score of the best row of their layer; here they stay.
+    """
+    return AcrossLayers(DefensiveScore(sure=False))
 
 
 def defensive_kv() -> AdaKV:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lkv.policies.attention import evictable, grouped
@@ -14,7 +17,10 @@ from lkv.policies.protocol import Observation
 
 @dataclass(frozen=True, eq=False)
 class QueryStatistics:
-    """Queries before RoPE of many texts: mean `[N, Hq, D]` and covariance `[N, Hq, D, D]`, float32."""
+    """Queries before RoPE of many texts: mean `[N, Hq, D]` and covariance `[N, Hq, D, D]`, float32.
+
+    `lkv.offline.query_statistics(model, texts)` collects them.
+    """
 
     mean: Tensor
     covariance: Tensor
@@ -25,6 +31,25 @@ class QueryStatistics:
                 "lkv.QueryStatistics: expected mean [N, Hq, D] and covariance [N, Hq, D, D], got "
                 f"{list(self.mean.shape)} and {list(self.covariance.shape)}"
             )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes a safetensors file in the layout of kvpress: query_mean and query_cov."""
+        save_file({"query_mean": self.mean.contiguous(), "query_cov": self.covariance.contiguous()}, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> QueryStatistics:
+        """Reads what `save` wrote, or the published model.safetensors of kvpress.
+
+        Raises:
+            ValueError: for a file of another kind.
+        """
+        try:
+            found = load_file(path)
+            return cls(found["query_mean"].float(), found["query_cov"].float())
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(
+                f"lkv.QueryStatistics: expected a safetensors file with query_mean and query_cov in {path}, {error}"
+            ) from None
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ class LAVa(ImportanceWrapper):
     the window layer l keeps `e_l / sum(e)`, none more than it has. Heads of a layer compete for them, without a floor.
 
     Earlier layers shrink as later ones arrive (scope "cascade"), with the same rows in the end as if all layers were
-    there: shares only fall, and the rows of a smaller budget are among those of a larger one. Of the authors' code, and
-    over a scorer that chooses rows by budgets of heads, all layers are divided among at once (scope "model").
+    there, as shares only fall. Over a scorer that chooses rows by budgets of heads all layers are divided among at once
+    (scope "model").
 
     Attributes:
         scorer: scores, and budgets of the heads of a layer.
@@ -68,7 +68,16 @@ class LAVa(ImportanceWrapper):
 
     @property
     def scope(self) -> str:
-        return "model" if self.code or refiner(self.scorer) is not None else "cascade"
+        return "model" if refiner(self.scorer) is not None else "cascade"
+
+    @property
+    def nested(self) -> bool:
+        """The rows of a smaller budget are the best of those of a larger one: no scores of others are looked at."""
+        return not self.code and isinstance(self.scorer, AdaKV) and self.scorer.alpha == 0
+
+    @property
+    def slack(self) -> int:
+        return 1 if self.nested else 4
 
     def importance(self, layer: int, observation: Observation, scores: Tensor) -> Tensor:
         return entropies(scores, evictable(observation, self.window, self.sink))

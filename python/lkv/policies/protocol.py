@@ -6,9 +6,10 @@ a cap in the middle of decoding. The caller (`lkv.Cache`) owns the rows, the que
 
 How other methods fit:
 
-- A cascade (LAVa): scope "cascade". After layer l the caller calls `score` for it, and then `budgets` with the list of
-  the scores of layers 0..l, those of earlier layers being what survived, and `starts` `[N, B, H]`; a layer whose budget
-  shrank is evicted again. For budgets that only fall as layers arrive and rows of the largest scores; else "model".
+- A cascade (LAVa, CAKE): scope "cascade". After layer l the caller calls `score` for it, and then `budgets` with the
+  scores of all rows of layers 0..l, those that are gone included, and `starts` `[N, B, H]`; a layer whose budget shrank
+  is evicted again. For budgets that only fall as layers arrive, but for `slack` rows of a head by rounding, and rows of
+  the largest scores; else "model". With an attribute `nested` that is True only scores of rows that are left are shown.
 - A second pass (KVzip): needs "second_pass", and has a `repetition` that tells how the text comes again. `score` says
   what a chunk's queries make of the rows that they read: `lkv.second_pass` computes it, and takes the maximum over
   chunks. Budgets follow when all scores are there, with scope "model".
@@ -20,6 +21,8 @@ How other methods fit:
 - A total that is divided among the layers first: see `Layered` where it is known before the scores are (PyramidKV), and
   `Weighs` where something is measured of each layer (LAVa, CAKE, SqueezeAttention). Scores that depend on the budget of
   a head (CriticalKV, SAGE-KV, H2O): see `Refines`.
+- Sums that go on (H2O, the standard scale of LKV's threshold): see `Accumulates`. The caller keeps them between two
+  evictions, those of rows with the rows.
 - Hidden states or keys before RoPE: named in `needs`, they arrive as further fields of the observation. Hidden states
   are of tokens, not of rows: `hidden_states[b, positions[b, h, i]]` is that of a row, and a policy that scores tokens
   does so once and gathers the scores by `positions`.
@@ -54,6 +57,21 @@ class Rotation(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Carried:
+    """What a policy accumulates of one layer, for `Accumulates`.
+
+    Attributes:
+        rows: float32 `[B, H, L, n]`, n numbers for each row. They move with it, and are 0 where a row has just come.
+        heads: `[B, H, n]`, numbers for each head.
+        scores: `[B, H, L]`, made of the rows on the way, for `score` to use; not kept.
+    """
+
+    rows: Tensor | None = None
+    heads: Tensor | None = None
+    scores: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """What a policy sees of one layer: its rows, and the last queries.
 
@@ -84,6 +102,8 @@ class Observation:
             with scope "model"; where the policy needs it.
         attention_cosine: float32 `[B]` where the policy needs it: the cosine between the residual stream before the
             attention of the layer and behind it, mean over all tokens so far.
+        carried: what `accumulate` has made of this observation and all before, for a policy that `Accumulates`; None:
+            the rows are all that there ever was.
     """
 
     keys: Tensor
@@ -103,6 +123,7 @@ class Observation:
     attention_cosine: Tensor | None = None
     rotary: Rotation | None = None
     budget: Tensor | None = None
+    carried: Carried | None = None
 
     def part(self, name: str) -> Tensor:
         """A field that is there because the policy needs it. Raises ValueError where it is not."""
@@ -197,6 +218,27 @@ class Refines(Protocol):
 
         Returns:
             float `[B, H, L]`. Outside the valid rows anything but NaN.
+        """
+        ...
+
+
+@runtime_checkable
+class Accumulates(Protocol):
+    """What a policy may have in addition: sums over all that ever came, rows that are gone included (H2O).
+
+    It is called once before every eviction, and `score` is given the result as `Observation.carried`. Of policies
+    within each other the outermost one accumulates. An attribute `accumulates` that is False turns it off.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def accumulate(self, layer: int, observation: Observation, before: Carried | None) -> Carried:
+        """What has been accumulated until now.
+
+        Args:
+            observation: what `score` will be shown. Its queries are those since the last eviction; None: none came.
+            before: the same as of the last eviction, of the rows that are here; None: there was none.
         """
         ...
 

@@ -19,9 +19,10 @@ from lkv.policies.protocol import Observation
 class SAGEKV(Scorer):
     """Of B rows a quarter are the first ones, a quarter the last ones, and half are chosen by the last query.
 
-    In the paper every query head chooses B / 2G rows of its own, and attends to no others: rows are stored up to G
-    times. Here rows are stored once and all query heads of a group attend to all of them, so that what the heads choose
-    has to be made one choice:
+    In the paper every query head chooses B / 2G rows of its own, and attends to no others. Here rows are stored once
+    and all query heads of a group attend to all of them. Repeated KV heads would give each query head its own rows, but
+    also its own copy of the two ends: (G + 1) / 2 times the rows that the paper counts. So there is no exact variant,
+    and what the heads choose is made one choice:
 
     - "union": the best rows of every query head, as many of each as make B / 2 together. Without an overlap these are
       exactly the B / 2G of the paper; where heads agree, the rows that are saved go to their next best.

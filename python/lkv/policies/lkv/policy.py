@@ -12,7 +12,7 @@ from torch import Tensor
 import lkv_ext
 from lkv.policies.lkv.head_budget import HeadBudget
 from lkv.policies.lkv.token_scorer import TokenScorer
-from lkv.policies.protocol import Observation, Policy
+from lkv.policies.protocol import Carried, Observation, Policy
 
 # The protocol allows `ahead` in the place of `budgets`, which a type cannot express.
 if TYPE_CHECKING:
@@ -57,12 +57,15 @@ class Learned(Base):
         """float32 `[B, H, L]`, on the scale of LKV-T where it scores."""
         if not isinstance(self.scorer, TokenScorer):
             return self.scorer.score(layer, observation)
-        if self.scorer.input == "kv":
-            raw = self.scorer.raw(layer, torch.cat([observation.part("pre_rope_keys"), observation.values], -1))
-        else:  # of tokens, those included whose rows are gone
-            raw = self.scorer.raw(layer, observation.part("hidden_states")[:, None])
-            raw = raw.gather(2, observation.positions.long().clamp(0, raw.shape[2] - 1))
-        return self.scorer.scaled(raw, observation.valid())
+        return self.scorer.scaled(self.raw(layer, observation), observation.valid())
+
+    def raw(self, layer: int, observation: Observation) -> Tensor:
+        """float32 `[B, H, L]`: what LKV-T gives before it is scaled."""
+        scorer = self.token_scorer
+        if scorer.input == "kv":
+            return scorer.raw(layer, torch.cat([observation.part("pre_rope_keys"), observation.values], -1))
+        raw = scorer.raw(layer, observation.part("hidden_states")[:, None])  # of tokens whose rows are gone, too
+        return raw.gather(2, observation.positions.long().clamp(0, raw.shape[2] - 1))
 
 
 class LKV(Learned):
@@ -82,9 +85,41 @@ class LKV(Learned):
 
 
 class LKVThreshold(Learned):
-    """All tokens of all heads compete, with a bias for every head: budgets that depend on the text."""
+    """All tokens of all heads compete, with a bias for every head: budgets that depend on the text.
+
+    Scores that are standardised are so over all tokens that a head has had, those included that are gone: sums go on
+    from eviction to eviction, and with `cap=` a row is worth next to the others what it would be in the whole text.
+    """
 
     scope = "model"
+
+    @property
+    def accumulates(self) -> bool:
+        return isinstance(self.scorer, TokenScorer) and self.scorer.scale == "standard"
+
+    @torch.no_grad()
+    def accumulate(self, layer: int, observation: Observation, before: Carried | None) -> Carried:
+        """float64, of every head: how many tokens it has had, sums of their scores and squares, and the next place."""
+        raw, new, places = self.raw(layer, observation), observation.valid(), observation.positions.long()
+        known = raw.new_zeros(*raw.shape[:2], 4, dtype=torch.float64)
+        if before is not None and before.heads is not None:
+            known = before.heads
+            new = new & (places >= known[..., 3:].long())
+        scores = raw.double().masked_fill(~new, 0)
+        last = (places + 1).masked_fill(~new, 0).amax(-1).maximum(known[..., 3].long())
+        sums = torch.stack([new.sum(-1).double(), scores.sum(-1), (scores**2).sum(-1)], -1) + known[..., :3]
+        return Carried(heads=torch.cat([sums, last[..., None].double()], -1), scores=raw)
+
+    @torch.no_grad()
+    def score(self, layer: int, observation: Observation) -> Tensor:
+        """float32 `[B, H, L]`, on the scale of LKV-T where it scores; 0 outside the valid rows."""
+        carried = observation.carried
+        if not self.accumulates or carried is None or carried.heads is None or carried.scores is None:
+            return super().score(layer, observation)
+        count, total, squares, _ = carried.heads[..., None, :].unbind(-1)
+        mean = total / count.clamp(min=1)
+        deviation = (squares / count.clamp(min=1) - mean**2).clamp(min=0).add(1e-6).sqrt()
+        return ((carried.scores - mean) / deviation).float().masked_fill(~observation.valid(), 0)
 
     @torch.no_grad()
     def budgets(
