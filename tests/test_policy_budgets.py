@@ -210,7 +210,7 @@ class TestLKV:
 # name: needs, scope, sink, window with the policy's defaults
 DEFAULTS = {
     "adakv": ({"queries"}, "layer", 0, 32),
-    "cake": ({"queries"}, "model", 0, 32),
+    "cake": ({"queries"}, "cascade", 0, 32),
     "caote": ({"queries"}, "layer", 0, 32),
     "compactor": ({"all_queries", "budget", "pre_rope_keys"}, "layer", 8, 4),
     "criticalkv": ({"output_projection", "queries"}, "layer", 0, 32),
@@ -223,9 +223,11 @@ DEFAULTS = {
     "kvzip": ({"queries", "second_pass"}, "model", 4, 0),
     "lagkv": (set(), "layer", 4, 0),
     "lava": ({"queries"}, "cascade", 0, 32),
-    "lava_code": ({"queries"}, "model", 0, 32),
+    "lava_code": ({"queries"}, "cascade", 0, 32),
+    "layer_defensivekv": ({"budget", "output_projection", "queries"}, "cascade", 0, 32),
     "pyramidkv": ({"queries"}, "layer", 0, 8),
     "random": (set(), "layer", 4, 32),
+    "rkv": ({"queries"}, "layer", 0, 8),
     "sagekv": ({"queries"}, "layer", 0, 1),
     "snapkv": ({"queries"}, "layer", 0, 32),
     "squeeze": ({"attention_cosine"}, "model", 4, 0),
