@@ -32,7 +32,9 @@ def query_statistics(model: PreTrainedModel, texts: Iterable[Tensor], *, sink: i
     Raises:
         ValueError: for no text of more than `sink` tokens.
     """
-    count, sums, products = 0, [], []
+    count = 0
+    sums: list[Tensor] = []
+    products: list[Tensor] = []
     for ids in texts:
         if ids.shape[1] <= sink:
             continue

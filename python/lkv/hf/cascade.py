@@ -71,10 +71,11 @@ class Cascade(Generic[L]):
         scores = [s.gather(2, at.clamp(0, s.shape[2] - 1)) for s, (at, _, _) in zip(self.scores, rows, strict=True)]
         lengths, starts = (torch.stack([x[n].to(found.device) for x in rows]) for n in (1, 2))
         more: dict[str, Any] = {"importance": torch.stack(self.importance)} if self.importance else {}
-        whole = scores, lengths, starts
+        shown, of, first = scores, lengths, starts
         if not nested:
-            whole = [x[0] for x in self.scored], *(torch.stack([x[n] for x in self.scored]) for n in (1, 2))
-        budgets = policy.budgets(whole[0], whole[1], torch.tensor(totals), starts=whole[2], **more)
+            shown = [each for each, _, _ in self.scored]
+            of, first = (torch.stack([each[n].to(found.device) for each in self.scored]) for n in (1, 2))
+        budgets = policy.budgets(shown, of, torch.tensor(totals), starts=first, **more)
         check_budgets(policy, budgets, lengths.shape)
         budgets = budgets.to(lengths.device).clamp(min=0)
         budgets = _within(budgets, lengths) if complete else (budgets + getattr(policy, "slack", 1)).minimum(lengths)
