@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import pytest
@@ -87,6 +87,26 @@ def test_the_rows_are_those_of_one_plan(batch: int, name: str, retention: float)
         expected = [(round(retention * (int(n) - 1)) + 1) * 2 * LAYERS for n in mask.sum(1)]
         assert rows == expected
         assert not any(layer.due for layer in cache.ragged)
+
+
+@dataclass(frozen=True)
+class OneHead(SnapKV):
+    """The rows of the first head are worth more than all others."""
+
+    def score(self, layer: int, observation: Observation) -> Tensor:
+        scores = super().score(layer, observation)
+        scores[:, 0] += 1
+        return scores
+
+
+@torch.no_grad()
+def test_a_head_that_wins_all_does_so_against_rows_that_are_gone() -> None:
+    """It keeps fewer than it has won, as others are sure of some: of a smaller total it would win fewer of its rows."""
+    policy, ids = LAVa(AdaKV(OneHead(window=4), alpha=0.5)), tokens(1, LENGTH)
+    caches = [lkv.Cache(model(), x, retention=0.3) for x in (policy, together(policy))]
+    for cache in caches:
+        call(model(), ids, None, cache)
+    assert kept(caches[0], 0) == kept(caches[1], 0)
 
 
 @pytest.mark.parametrize("name", POLICIES)
