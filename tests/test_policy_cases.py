@@ -309,4 +309,7 @@ def test_defensive_scores_by_the_authors_steps(budget: int) -> None:
         assert set(got[h].isinf().nonzero().flatten().tolist()) == first
         rest = [n for n in range(34) if n not in first]
         torch.testing.assert_close(got[h, rest], scores[h, rest])
+        certain = DefensiveScore(window=6, sure=False).score(0, o)[0]
+        torch.testing.assert_close(certain[h, sorted(first)], scores.max().expand(len(first)))
+        torch.testing.assert_close(certain[h, rest], scores[h, rest])
     assert (got[:, 34:] == 0).all()

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from families import tokens
-from test_every_policy import kept, model
+from test_every_policy import curves, for_heads, gate, kept, model
 
 import lkv
 from lkv import policies
@@ -16,8 +16,11 @@ from lkv.policies import (
     CAKE,
     CAOTE,
     H2O,
+    LUKV,
+    RKV,
     SAGEKV,
     TOVA,
+    AcrossLayers,
     AdaKV,
     CAKEScore,
     Compactor,
@@ -28,6 +31,7 @@ from lkv.policies import (
     HeadKV,
     KeyDiff,
     KNorm,
+    KVzap,
     KVzip,
     LagKV,
     LAVa,
@@ -43,11 +47,15 @@ from lkv.policies import (
     SqueezeAttention,
     StreamingLLM,
 )
+from lkv.policies.kvzap import Gate
+from lkv.policies.lukv import Curves
 
 LENGTH, RETENTIONS = 60, (0.2, 0.5)
 TABLE, OTHER_TABLE = ((0.9, 0.1), (0.5, 0.3), (0.2, 0.6)), ((0.1, 0.9), (0.5, 0.3), (0.2, 0.6))
 SNAP = SnapKV(window=4, sink=1)
 STATISTICS = QueryStatistics(torch.linspace(-1, 1, 96).view(3, 4, 8), torch.eye(8).expand(3, 4, 8, 8))
+GATE = for_heads(KVzap(gate()), 2).gate
+OTHER_GATE = Gate(GATE.layers[::-1])
 ENDS = dict(sink=3, window=6)
 # A policy with settings that fit a short text, and for every setting another value.
 SETTINGS: dict[str, tuple[Policy, dict[str, object]]] = {
@@ -57,6 +65,10 @@ SETTINGS: dict[str, tuple[Policy, dict[str, object]]] = {
     "SnapKV of a maximum": (replace(SNAP, pooling="max"), dict(group_first=True)),
     "AdaKV": (AdaKV(SNAP), dict(scorer=TOVA(), alpha=0.9)),
     "AdaKV of a large part": (AdaKV(SNAP, alpha=0.6), dict(floor="minimum")),
+    "AcrossLayers": (AcrossLayers(SNAP), dict(scorer=TOVA())),
+    "RKV": (RKV(window=4, mix=0.9), dict(kernel_size=1, mix=0.1, threshold=-1.0, **ENDS)),
+    "KVzap": (KVzap(GATE, window=2), dict(gate=OTHER_GATE, **ENDS)),
+    "LUKV": (for_heads(LUKV(SNAP, curves()), 2), dict(scorer=TOVA(), curves=Curves(curves().lost[:, :, 2:]))),
     "KVzip": (KVzip(sink=2), dict(sink=6, across="heads", repetition=Repetition(chunk=16))),
     "LAVa": (LAVa(AdaKV(LAVaScore(replace(SNAP, sink=0)), alpha=0.2)), dict(scorer=AdaKV(SNAP), code=True)),
     "LAVaScore": (AdaKV(LAVaScore(SNAP)), {}),  # a number for each head
@@ -85,7 +97,7 @@ SETTINGS: dict[str, tuple[Policy, dict[str, object]]] = {
 }  # fmt: skip
 CASES = [(name, setting) for name, (_, others) in SETTINGS.items() for setting in others]
 # Others change scores of single rows by what no row of such a text is near to; the cases of the method have them.
-ELSEWHERE = {"LAVaScore": {"scorer", "before"}, "PyramidKV": {"whole"}}
+ELSEWHERE = {"DefensiveScore": {"sure"}, "LAVaScore": {"scorer", "before"}, "PyramidKV": {"whole"}}
 
 
 @cache
