@@ -14,7 +14,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lkv import retriever
 from lkv.extras import MissingPackage, need
@@ -54,6 +61,31 @@ def load(
     chosen = _default(name, torch.device(device)) if dtype is None else _dtype(dtype)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=chosen)
     return model.eval().to(device), AutoTokenizer.from_pretrained(name)
+
+
+def config(name: str | os.PathLike) -> PretrainedConfig:
+    """What a model looks like, without its weights.
+
+    Args:
+        name: as for `load`, or a config.json.
+
+    Raises:
+        lkv.extras.MissingPackage, FileNotFoundError: as `load`.
+        ValueError: where transformers finds no config of that name, or one that it does not know.
+    """
+    if name == RETRIEVER:
+        name = retriever.PATH
+    path = _packaged(str(name)) if name in PACKAGED else Path(name)
+    try:
+        if path.suffix == ".gguf":
+            path.stat()
+            need("gguf", "gguf", "models in GGUF files")
+            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except FileNotFoundError:
+        raise
+    except (ValueError, KeyError, NotImplementedError, OSError) as error:
+        raise ValueError(f"lkv.models.config: expected a model that transformers knows, got {name}: {error}") from error
 
 
 def convert(path: Path) -> Path:

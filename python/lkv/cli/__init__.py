@@ -1,4 +1,4 @@
-"""The `lkv` command: `lkv train`, `eval`, `lm-eval`, `show` and `policies`; `lkv <command> --help` lists options."""
+"""The `lkv` command: `lkv train`, `eval`, `lm-eval`, `show`, `plan` and `policies`; each has `--help`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lkv.extras import MissingPackage
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser("lkv", description="learned KV-cache eviction")
-    parser.add_argument("command", choices=("train", "eval", "lm-eval", "show", "policies"))
+    parser.add_argument("command", choices=("train", "eval", "lm-eval", "show", "plan", "policies"))
     command = parser.parse_args(argv[:1]).command
     try:
         if command == "train":
@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from lkv.cli.lm_eval import run
         elif command == "show":
             from lkv.cli.show import run
+        elif command == "plan":
+            from lkv.cli.plan import run
         else:
             from lkv.cli.policies import run
         return run(argv[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lkv.policies import NEEDS, Policy
+from lkv.policies.uniform import rows_kept
 
 OBSERVED = NEEDS - {"second_pass"}  # needs that the adapter can meet
 
@@ -59,7 +60,7 @@ class Settings:
     def target(self, length: int) -> int:
         """Rows per head to keep of a prompt or turn, given the logical length of the sequence, padding not counted."""
         if self.retention is not None:
-            rows = max(1, round(self.retention * length))
+            rows = rows_kept(length, self.retention)
         else:
             rows = length if self.budget is None else self.budget
         return rows if self.cap is None else min(rows, self.cap)

@@ -7,6 +7,11 @@ from torch import Tensor
 from lkv_ext.shared import apportion
 
 
+def rows_kept(length: int, retention: float) -> int:
+    """Rows that a head keeps of `length` tokens, on average over heads: at least one."""
+    return max(1, round(retention * length))
+
+
 def uniform_budgets(lengths: Tensor, total: Tensor) -> Tensor:
     """int64 `[B, H]`: an even share of the total for every head of a sequence.
 
