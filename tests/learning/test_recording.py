@@ -69,6 +69,16 @@ def test_a_record_is_what_the_model_made_of_the_passage(make: Make, chat: bool, 
     assert stored == dict(tokens=torch.int32, keys=torch.bfloat16, values=torch.bfloat16, attention=torch.float16)
 
 
+@pytest.mark.parametrize("letters", [12, 150])
+def test_a_continuation_is_as_long_as_wanted(make: Make, letters: int) -> None:
+    """Whatever is usual: texts end early enough for it."""
+    run = make(config=replace(CONFIG, continuation=letters))
+    for i in range(6):
+        text = run.passage("train", i)
+        assert run.count(text.continuation) > letters and run.count(text.text) <= CONFIG.length
+        assert len(exchange(run.tokenizer, text, letters + 1).continuation) == letters + 1
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("target", ["kvzip", "both"])
 def test_a_second_pass_repeats_the_passage_alone(make: Make, target: str) -> None:

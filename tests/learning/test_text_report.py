@@ -69,6 +69,12 @@ def test_kinds_of_values_apart() -> None:
     assert "ahead" not in row["kinds"]["word"]
 
 
+def test_kinds_are_in_the_order_of_their_names() -> None:
+    kinds = ["word", "code", "name", "date", "number", "amount", "place"]
+    (row,) = rows([cell(0, "lkv", [fact(1, 2, 0.5, kind) for kind in kinds])])
+    assert list(row["kinds"]) == sorted(kinds)
+
+
 def test_the_reference_is_ahead_where_it_has_more_right_and_loses_less() -> None:
     found = {x["method"]: x for x in rows([*OTHER, *LKV][::-1]) if x["domain"] == "all"}
     assert "ahead" not in found["lkv"]
@@ -97,6 +103,8 @@ def test_shares_of_heads_are_means_over_passages() -> None:
     more = replace(LKV[1], rows=[[20, 20], [0, 200]], tokens=200)
     found = shares([LKV[0], more, cell(0, "full", [])])
     assert found["lkv"] == {"0.15": [[0.1, 0.15], [0.075, 0.575]]} and set(found) == {"lkv", "full"}
+    thirds = replace(LKV[0], rows=[[1, 2], [3, 3]], tokens=3)
+    assert shares([thirds])["lkv"]["0.15"] == [[0.3333, 0.6667], [1.0, 1.0]]  # files stay short
 
 
 def test_tables() -> None:

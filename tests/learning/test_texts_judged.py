@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -202,6 +204,36 @@ def test_questions_together_are_as_one_by_one(talk: Exchange) -> None:
                 (alone,) = foretold(MODEL, cache, len(talk.context), talk.questions[part], talk.answers[part])
                 torch.testing.assert_close(got, alone, atol=1e-4, rtol=1e-4)
                 assert got.shape == (len(talk.answers[i]), 259)
+
+
+@pytest.mark.parametrize("see", [False, True])
+def test_costs_are_differences_of_the_clock(
+    text: Passage, talk: Exchange, see: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that goes on by one each time that it is read, and does not begin at zero."""
+    ticks = itertools.count(10_000)
+    monkeypatch.setattr(time, "process_time", lambda: next(ticks))
+    talk = replace(talk, continuation=[]) if see else talk
+    methods = choose([FULL, "oracle", "lkv", "kvzip"], KNOWN)
+    cells = judged(text, talk, [(method, 0.3) for method in methods], see_question=see)
+    texts = 3 if see else 1
+    for cell, method in zip(cells, methods, strict=True):
+        assert cell.seconds["prefill"] == (2 * texts if see else 1)  # the question is read after the text
+        assert cell.seconds["second_pass"] == (texts if method.second_pass else 0)
+        assert cell.seconds["scores"] == (0 if method.second_pass or method.name == FULL else texts)
+        assert cell.seconds["eviction"] == texts
+
+
+def test_an_oracle_sees_no_padding() -> None:
+    """Neither in front of a text nor behind it, whatever stands there."""
+    scores = [torch.rand(2, 2, 20, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    lengths, total = torch.tensor([[20, 20], [12, 12]]).expand(3, 2, 2), torch.tensor([6 * 15, 6 * 14])
+    starts = torch.tensor([[0, 0], [5, 5]])
+    wanted = Oracle().budgets([x[1:, :, 5:17] for x in scores], lengths[:, 1:], total[1:])
+    for x in scores:
+        x[1, :, :5] = x[1, :, 17:] = 9.0
+    got = Oracle().budgets(scores, lengths, total, starts=starts)
+    assert torch.equal(got[:, 1:], wanted) and (got <= lengths).all()
 
 
 def test_free_answers(text: Passage, talk: Exchange) -> None:

@@ -156,7 +156,7 @@ class Recorded:
         if self.config.target == "kvzip":
             return record.kvzip
         weighted = record.kvzip.float() + math.log(self.config.kvzip_weight)
-        return torch.maximum(record.attention.float(), weighted)
+        return torch.maximum(record.attention, weighted)
 
 
 def _unrotated(record: Record, dtype: torch.dtype) -> Tensor:
