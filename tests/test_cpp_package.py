@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lkv_ext
+from lkv_ext import layout
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = str(Path(sys.executable).parent)
@@ -78,7 +79,15 @@ def test_the_example_evicts_what_the_operator_evicts(installed: Path, tmp_path: 
         begin, count = int(kept.cu_seqlens[row]), int(kept.lengths.flatten()[row])
         first, last = kept.positions[begin], kept.positions[begin + count - 1]
         expected.append([row, count, length, int(first), int(last), float(f"{kept.k[begin, 0]:g}")])
-    assert found == expected
+    page, pages = 16, 63
+    pool = torch.arange(batch * pages * 2 * page * heads * dim, dtype=torch.float32)
+    k, v = layout.flashinfer(pool.view(batch * pages, 2, page, heads, dim), "NHD")
+    tables = (torch.arange(batch * pages) * 37 % (batch * pages)).view(batch, pages)
+    index = lkv_ext.evict_paged_([k, v], scores, [100, 300], tables, [length] * batch, window=16, check=True)
+    for b in range(batch):
+        first = k[tables[b, 0], 0, 0, 0]
+        expected.append([b, int(index.free_pages[b]), pages, float(f"{first:g}")])
+    assert found == expected and expected[-1][1] == pages - 19  # 300 rows of 16 to a page
 
 
 def test_nothing_but_headers_libraries_and_the_package_is_installed(installed: Path) -> None:

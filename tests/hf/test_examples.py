@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import runpy
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,14 @@ def test_a_policy_of_its_own(run):
     tokens, size = numbers(counts[-1])
     assert outputs and 400 < tokens < 464
     assert size == (100 + tokens - 400) * ROW_BYTES  # 25 % of the text, and what followed
+
+
+@pytest.mark.skipif(find_spec("transformers.generation.continuous_batching.cache_allocators") is None, reason="too old")
+def test_continuous_batching(run, tmp_path):
+    text = "\n\n".join(" ".join(f"word{(i * n) % 60 + 1}" for i in range(64)) for n in range(1, 7))
+    (tmp_path / "text").write_text(text)
+    whole, evicted = (line for line in run("continuous_batching.py", tmp_path / "text")[0] if "forward passes" in line)
+    _, steps, blocks, freed = numbers(whole)
+    assert blocks == 24 and freed == 0
+    share, fewer, _, freed = numbers(evicted)
+    assert share == 25 and fewer < steps and freed >= 6 * 3  # 48 of 64 rows, in blocks of 16

@@ -67,6 +67,7 @@ GUARDS: dict[str, list[str]] = {
             "token_log": "observed",
         }.items()
     },
+    "python/lkv/hf/batching.py": [_HF + "batching"],
     "python/lkv/hf/*": [*_CACHE, *_MODELS],
     **{f"python/lkv/policies/lkv/{name}.py": [f"learning/test_{x}" for x in tests] for name, tests in _LKV.items()},
     "python/lkv/policies/lkv/policy.py": [
