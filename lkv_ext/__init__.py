@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lkv_ext._torch.select import select
     from lkv_ext._torch.soft_topk import soft_topk
     from lkv_ext.cache import RaggedCache
+    from lkv_ext.paged_cache import PageAllocator, PagedCache
     from lkv_ext.ragged import PagedIndex, RaggedIndex, RaggedKV
 
 _HOME = {
@@ -39,12 +40,16 @@ _HOME = {
     "RaggedIndex": "ragged",
     "PagedIndex": "ragged",
     "RaggedCache": "cache",
+    "PagedCache": "paged_cache",
+    "PageAllocator": "paged_cache",
     "attend": "_torch.attend",
     "soft_topk": "_torch.soft_topk",
 }
 
-__all__ = ["Blend", "Minimum", "PagedIndex", "RaggedCache", "RaggedIndex", "RaggedKV", "attend", "budgets_from_scores"]
+__all__ = ["Blend", "Minimum", "PageAllocator", "PagedCache", "PagedIndex", "RaggedCache", "RaggedIndex", "RaggedKV"]
 __all__ += [
+    "attend",
+    "budgets_from_scores",
     "budgets_from_shares",
     "build_info",
     "evict",

@@ -15,6 +15,7 @@ from lkv_ext._torch import cache_state, spans
 from lkv_ext._torch.cache_rows import RESERVE, CacheRows
 from lkv_ext._torch.ints import device_of, int_list
 from lkv_ext._torch.modes import keeps_tensors, plain
+from lkv_ext.paged_cache import Allocator, PagedCache
 from lkv_ext.ragged import RaggedKV
 
 
@@ -135,6 +136,24 @@ class RaggedCache(CacheRows):
         lengths = torch.zeros(batch, heads, dtype=torch.int32, device=device)
         ends = torch.arange(rows + 1, dtype=torch.int32, device=device) * reserve
         return cls(RaggedKV(k, v, (), positions, lengths, ends, 0, reserve=reserve, align=align), 0, free=reserve)
+
+    @staticmethod
+    def paged(pools: Sequence[Tensor], allocator: Allocator, *, heads: int, batch: int = 1) -> PagedCache:
+        """A cache whose rows lie in the pages of a pool that it shares with those of other requests.
+
+        Args:
+            pools: K `[P, page, D]`, V `[P, page, Dv]` and whatever moves with them, `[P, page, ...]`; a page, of a
+                power of two of rows, is one head's. `lkv_ext.layout.heads_as_sequences` makes such views of pools
+                whose pages hold all heads.
+            allocator: a `PageAllocator` of the P pages, or an object of the engine with the same `take` and `give`,
+                shared by the caches of the pool.
+            heads: KV heads.
+            batch: sequences, which grow together.
+
+        Raises:
+            ValueError, TypeError: for pools that do not fit each other or have no pages of one head.
+        """
+        return PagedCache(pools, allocator, heads=heads, batch=batch)
 
     @keeps_tensors
     def select_batch(self, indices: Tensor | Sequence[int]) -> None:

@@ -67,7 +67,7 @@ def test_the_quickstart_runs():
 
 def test_the_page_of_layouts_runs():
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "layouts.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict = {}
     exec(blocks[0], names)
     assert names["index"].free_pages.tolist() == [2, 2] and names["index"].lengths.shape == (2, 4)
@@ -77,6 +77,9 @@ def test_the_page_of_layouts_runs():
     assert names["index"].free_pages[0].tolist() == [3, 0, 2, 3]
     assert names["kernel_k"].shape == (256, 16, 1, 32) and names["kernel_tables"].shape == (8, 4)
     exec(blocks[3], names)
+    assert names["first"].pages == 7 + 19 + 2 + 32 and names["allocator"].free == 512 - 60
+    assert names["out"].shape == (1, 8, 1, 64)
+    exec(blocks[4], names)
     assert names["index"].lengths.shape == (3, 2, 4) and names["index"].free_pages.tolist() == [2, 1]
 
 

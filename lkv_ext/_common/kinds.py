@@ -50,6 +50,8 @@ SIGNATURES: dict[str, dict[str, str]] = {
     "RaggedCache.packed": dict(scores="array"),
     "RaggedCache.to": dict(device="device"),
     "RaggedCache.load": dict(device="device"),
+    "PagedCache.append": dict(k="array", v="array", companions="arrays"),
+    "PagedCache.evict": dict(scores="array", budgets="integers", sink="count", window="count"),
 }
 
 # The fields of what evict, select and their relatives return.
@@ -153,7 +155,10 @@ KINDS: dict[str, tuple[Kind, str]] = {
     "floor": (_named("Blend", "Minimum"), "as a Blend or Minimum"),
     "RaggedKV": (_named("RaggedKV"), "as a RaggedKV"),
     "RaggedIndex": (_named("RaggedIndex", "PagedIndex", "RaggedKV"), "as a RaggedIndex"),
-    "RaggedCache": (lambda value: hasattr(value, "cu_seqlens"), "as a RaggedCache or RaggedKV"),
+    "RaggedCache": (
+        lambda value: hasattr(value, "cu_seqlens") or hasattr(value, "tables"),
+        "as a RaggedCache or RaggedKV",
+    ),
 }
 for _one, _fits, _word, _a in (("array", _ndarray, "array", "an"), ("tensor", _tensor, "dense tensor", "a")):
     KINDS[_one] = _fits, f"as {_a} {_word}"

@@ -33,8 +33,9 @@ def attend(
     Args:
         q: `[B, Hq, n, D]`, float32, float16 or bfloat16, any strides with contiguous rows; Hq is a multiple of H, and
             query heads `[h * Hq / H, (h + 1) * Hq / H)` read KV head h. Under autocast q is cast first.
-        cache: a `RaggedCache`, or packed `RaggedKV` of one layer; K and V float32, float16 or bfloat16, not
-            necessarily the same. Rows are read as they are and summed in float32: the cache is never cast.
+        cache: a `RaggedCache`, a `PagedCache`, or packed `RaggedKV` of one layer; K and V float32, float16 or bfloat16,
+            not necessarily the same. Rows are read as they are and summed in float32: the cache is never cast. Rows in
+            pages are read there by flash_attn_2 (multiples of 256 rows) and flashinfer; lkv copies them first.
         causal: the last n rows of every head are those of the n queries themselves, and query i sees all rows but the
             last n - 1 - i. False: every query sees every row.
         scale: of the logits, default `D ** -0.5`.
@@ -87,6 +88,8 @@ def attend(
             if read is not None:
                 out = read(call).unflatten(0, (*cache.lengths.shape, q.shape[2]))  # [B, H, n, group, Dv]
                 return out.transpose(1, 2).flatten(2, 3).transpose(1, 2)
+        if cache.k.dim() == 3:  # in pages, which our kernels do not read
+            cache = cache.packed()  # type: ignore[attr-defined]
         spans = (cache.k, cache.v, cache.cu_seqlens, cache.lengths, cache.max_length)
         return ops.attend(q, *spans, causal, scale, softcap or 0.0, sinks).transpose(1, 2)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:

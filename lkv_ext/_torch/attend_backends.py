@@ -65,12 +65,19 @@ class Call:
         return getattr(self.cache, "align", 1)
 
     @property
+    def in_pages(self) -> bool:
+        """Whether rows lie in the pages of `block_table`, which are not those of spans."""
+        return self.cache.k.dim() == 3
+
+    @property
     def is_tight(self) -> bool:
         """Whether spans are known to have no slack."""
         return getattr(self.cache, "reserve", None) == 0 and self.align == 1
 
     def pages(self) -> tuple[Tensor, Tensor]:
         """K and V `[pages, align, 1, D]`."""
+        if self.in_pages:
+            return self.cache.k[:, :, None], self.v[:, :, None]
         whole = len(self.cache.k) // self.align * self.align
         k, v = (t[:whole].unflatten(0, (-1, self.align))[:, :, None] for t in (self.cache.k, self.v))
         return k, v
@@ -113,8 +120,12 @@ class Backend:
     by_default: bool = True
 
 
-def _lacks(call: Call, dims: range | tuple[int, ...], softcap: bool, sinks: bool = True) -> str | None:
+def _lacks(
+    call: Call, dims: range | tuple[int, ...], softcap: bool, sinks: bool = True, pages: bool = True
+) -> str | None:
     q, k, v = call.queries, call.cache.k, call.v
+    if call.in_pages and not pages:
+        return "rows that are not in pages"
     fits = q.dtype == k.dtype == v.dtype in HALF and q.shape[-1] == k.shape[-1] == v.shape[-1] in dims
     if fits and (softcap or call.softcap is None) and (sinks or call.sinks is None):
         return None
@@ -226,9 +237,14 @@ def _flashinfer() -> Callable[[Call], Tensor] | None:
         counts = -(-lengths // size)
         ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
         total = int(ends[-1])
-        first = cache.cu_seqlens[:-1] // size - ends[:-1].to(device)  # of each segment, counted from its own pages
-        indices = first.repeat_interleave(counts.to(device), output_size=total)
-        indices += torch.arange(total, dtype=torch.int32, device=device)
+        own = ends[:-1].to(device)  # where the pages of each segment begin in the list of all
+        segment = torch.arange(len(counts), device=device).repeat_interleave(counts.to(device), output_size=total)
+        place = torch.arange(total, dtype=torch.int32, device=device) - own[segment]
+        if call.in_pages:
+            assert cache.block_table is not None
+            indices = cache.block_table[segment, place]
+        else:
+            indices = (cache.cu_seqlens[:-1] // size)[segment] + place
         last = lengths - (counts - 1).clamp(min=0) * size
         planned = wrapper(device)
         planned.plan(
@@ -252,9 +268,9 @@ def _flashinfer() -> Callable[[Call], Tensor] | None:
 
 
 BACKENDS: dict[str, Backend] = {
-    "flash_attn": Backend(_flash_attn_3, lambda call: _lacks(call, range(1, 257), softcap=False)),
+    "flash_attn": Backend(_flash_attn_3, lambda call: _lacks(call, range(1, 257), softcap=False, pages=False)),
     "flash_attn_2": Backend(_flash_attn_2, _flash_attn_2_lacks),
-    "torch": Backend(_torch_varlen, lambda call: _lacks(call, range(1, 257), softcap=False)),
+    "torch": Backend(_torch_varlen, lambda call: _lacks(call, range(1, 257), softcap=False, pages=False)),
     "flashinfer": Backend(
         _flashinfer, lambda call: _lacks(call, (64, 128, 256), softcap=True, sinks=False), by_default=False
     ),

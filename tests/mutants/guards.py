@@ -158,10 +158,11 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/*": ["learning/test_retriever", "learning/test_cli", "learning/test_evaluate"],
     "lkv_ext/_torch/budgets.py": [*_BUDGETS, "test_policy_budgets", "test_errors", "test_arguments"],
     "lkv_ext/cache.py": _RAGGED,
+    "lkv_ext/paged_cache.py": ["test_paged_cache"],
     "lkv_ext/_torch/cache_rows.py": _RAGGED,
     "lkv_ext/_torch/cache_state.py": _RAGGED,
     "lkv_ext/_torch/append.py": [*_RAGGED, "test_fake"],
-    "lkv_ext/_torch/attend_backends.py": ["test_attend_backends"],
+    "lkv_ext/_torch/attend_backends.py": ["test_attend_backends", "test_paged_cache"],
     "lkv_ext/_torch/attend.py": [
         "test_attend",
         "test_attend_backends",
