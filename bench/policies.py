@@ -2,13 +2,14 @@
 
 python bench/policies.py                         both, into bench/results/policies-<device>.json, and as a table
 python bench/policies.py --work layer            one of them; what the file has of the other stays
+python bench/policies.py --policies h2o tova     some policies, as well
 python bench/policies.py --page docs/policies.md also puts the table between its two markers there
 
 Counted is all that a policy makes of what was observed, until its rows are chosen: scores, budgets, and what it reads
 beside keys and values. Moving the rows is the row "evict", the same for all. Of the model all layers are evicted by
-`lkv.Cache.evict` after one text was read; of the layer random tensors are scored. Methods that look at all queries, or
-compare all rows with each other, are measured on one of the 8 KV heads of that layer, and their time is multiplied.
-Peaks are measured apart from times.
+`lkv.Cache.evict` after one text was read; of the layer random tensors are scored. Methods that do much for each
+head alone are measured on one of the 8 KV heads of that layer, and their time is multiplied. Peaks are measured apart
+from times.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ from lkv.policies.base import refiner
 MARK = "costs"
 MODEL, TOKENS = "smollm2", 4096
 LENGTH, HEADS, GROUP, DIM, HIDDEN = 32768, 8, 4, 128, 4096  # of Llama-3.1-8B
-ONE_HEAD = ("h2o", "rkv", "expected_attention", "compactor")
-NEEDS = frozenset({"queries", "all_queries", "pre_rope_keys", "rotary", "output_projection", "attention_cosine"})
+ONE_HEAD = ("h2o", "rkv", "expected_attention", "compactor", "criticalkv", "defensivekv", "layer_defensivekv")
+NEEDS = policies.NEEDS - {"hidden_states", "second_pass"}
 Calls = Iterator[tuple[str, Callable[[], object], int]]  # name, what is measured, by how much it is multiplied
 
 
 def of_the_model() -> Calls:
     """All layers of a small model that has read one text."""
-    model, tokenizer = models.load(MODEL, dtype="float32", device="cpu")
+    model, tokenizer = models.load(MODEL, dtype="bfloat16", device="cpu")
     words = tokenizer(ESSAY.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
     ids = torch.tensor([(words * (TOKENS // len(words) + 1))[:TOKENS]])
     yield "prefill", lambda: prefill(model, ids[:, :TOKENS]), 1
@@ -117,37 +118,39 @@ def of_the_layer() -> Calls:
 
 
 def one_head(seen: Observation) -> Observation:
-    parts = ("keys", "values", "positions", "lengths", "starts")
-    return replace(seen, queries=seen.queries[:, :GROUP], **{name: getattr(seen, name)[:, :1] for name in parts})
+    names = ("keys", "values", "positions", "lengths", "starts")
+    parts: dict[str, Any] = {name: getattr(seen, name)[:, :1] for name in names}
+    parts["output_projection"] = seen.part("output_projection")[:, : GROUP * DIM]
+    return replace(seen, queries=seen.part("queries")[:, :GROUP], **parts)
 
 
 WORK = {"model": of_the_model, "layer": of_the_layer}
 
 
-def child(work: str, what: str) -> dict[str, float]:
+def child(work: str, what: str, names: list[str]) -> dict[str, float]:
     """Times in seconds, or peaks in bytes, of all calls, by a process of its own."""
     environment = os.environ | (RETURN_BLOCKS if what == "peak" else {})
-    command = [sys.executable, __file__, "--work", work, "--child", what]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, __file__, "--work", work, "--child", what, "--policies", *names]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode:
-        raise SystemExit(f"{work}, {what}:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{work}, {what}: failed")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """The faster of two runs; of one that takes long, one."""
+    """The faster of two runs; of what takes long, one."""
     found: list[float] = []
-    while len(found) < 2 and sum(found) < 5:
+    while len(found) < 2 and sum(found) < 3:
         begin = time.process_time()
         call()
         found.append(time.process_time() - begin)
     return min(found)
 
 
-def measured(work: str, what: str) -> dict[str, float]:
+def measured(work: str, what: str, names: list[str]) -> dict[str, float]:
     found = {}
     for name, call, times in WORK[work]():
-        if what == "peak" and name == "prefill":
+        if name not in names or (what == "peak" and name == "prefill"):
             continue
         found[name] = times * seconds(call) if what == "times" else measure(call, "cpu")
         print(work, what, name, found[name], file=sys.stderr, flush=True)
@@ -156,30 +159,39 @@ def measured(work: str, what: str) -> dict[str, float]:
 
 def markdown(facts: dict[str, object], found: dict[str, dict[str, dict[str, float]]]) -> str:
     head = ("policy", "model, added", "of the prefill", "memory", "layer, added", "memory")
-    model, layer = (found.get(work, {"times": {}, "peak": {}}) for work in WORK)
-    base, read = model["times"].get("evict", 0.0), model["times"].get("prefill", 0.0)
+    model, layer = ({"times": {}, "peak": {}} | found.get(work, {}) for work in WORK)
+    base, read = model["times"].get("evict", 0.0), model["times"].get("prefill", float("nan"))
     body = []
     for name in [*policies.POLICIES, "lkv"]:
         row = [f"`{name}`", "", "", "", "", ""]
-        if name in model["times"]:
+        if name in model["times"] and name in model["peak"]:
             more = max(model["times"][name] - base, 0.0)
             row[1:4] = [f"{more:.2f} s", f"{more / read:.1%}", f"{model['peak'][name] / 2**20:.0f} MiB"]
-        if name in layer["times"]:
+        if name in layer["times"] and name in layer["peak"]:
             time_of, memory = (" (8 times 1 head)", " (1 head)") if name in ONE_HEAD else ("", "")
             row[4:] = [f"{layer['times'][name]:.2f} s{time_of}", f"{layer['peak'][name] / 2**20:.0f} MiB{memory}"]
         body.append(row)
     moved = f"{base:.2f} s and {model['peak'].get('evict', 0) / 2**20:.0f} MiB"
     return (
         f"{facts['cpu']}, {facts['cpu_isa']}, one thread, torch {facts['torch']}, {facts['date']}. Model: {MODEL}, "
-        f"float32, {TOKENS} tokens, {RETENTION:.0%} kept; its prefill takes {read:.1f} s; moving the rows "
+        f"bfloat16, {TOKENS} tokens, {RETENTION:.0%} kept; its prefill takes {read:.1f} s; moving the rows "
         f"takes {moved}, which memory counts and time does not. "
         f"Layer: {LENGTH} tokens, {HEADS} KV heads of {GROUP} query heads, D = {DIM}, bfloat16.\n\n" + table(head, body)
     )
 
 
+def earlier(path: Path, facts: dict[str, object]) -> dict[str, dict[str, dict[str, float]]]:
+    """What the file has of the same machine, by work, times or peak, and policy."""
+    known = json.loads(path.read_text()) if path.exists() else None
+    same = known is not None and all(known["machine"].get(name) == facts.get(name) for name in SAME)
+    return known["found"] if same else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", nargs="+", default=list(WORK), choices=WORK, help="default: %(default)s")
+    every = ["prefill", "evict", *policies.POLICIES, "lkv"]
+    parser.add_argument("--policies", nargs="*", default=every, choices=every, help="default: all")
     parser.add_argument("--page", type=Path, help="file with the two markers")
     parser.add_argument("--child", choices=("times", "peak"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -187,16 +199,17 @@ def main() -> None:
     torch.manual_seed(0)
     if args.child:
         with torch.inference_mode():
-            print(json.dumps(measured(args.work[0], args.child)))
+            print(json.dumps(measured(args.work[0], args.child, args.policies)))
         return
     path, facts = HERE / "results" / f"policies-{slug('cpu')}.json", machine("cpu")
-    earlier = json.loads(path.read_text()) if path.exists() else None
-    found = {}
-    if earlier is not None and all(earlier["machine"].get(name) == facts.get(name) for name in SAME):
-        found = earlier["found"]
-    for work in args.work:
-        found[work] = {what: child(work, what) for what in ("times", "peak")}
-        replace_text(path, json.dumps({"machine": facts, "found": found}, indent=1) + "\n")
+    for work in args.work if args.policies else ():
+        for what in ("times", "peak"):
+            more = child(work, what, args.policies)
+            found = earlier(path, facts)  # now: another process may have measured the other work
+            found[work] = found.get(work, {})
+            found[work][what] = found[work].get(what, {}) | more
+            replace_text(path, json.dumps({"machine": facts, "found": found}, indent=1) + "\n")
+    found = earlier(path, facts)
     shown = markdown(facts, found)
     print(shown)
     if args.page:

@@ -237,7 +237,7 @@ class Cache(Copies):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of K and V in all layers, slack and transformers' own layers included."""
+        """Bytes of K and V in all layers, slack, transformers' own layers and sums that a policy carries included."""
         return sum(
             layer.rows.nbytes
             if isinstance(layer, RaggedLayer) and layer.rows is not None
@@ -247,7 +247,7 @@ class Cache(Copies):
 
     @property
     def retained_bytes(self) -> int:
-        """Bytes of the rows in use in the layers that are evicted; synchronises on CUDA."""
+        """Bytes of the rows in use in the layers that are evicted, sums of a policy included; synchronises on CUDA."""
         return sum(
             layer.rows.retained_bytes
             if layer.rows is not None
