@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lkv import cli, retriever, tasks
+from lkv import cli, policies, retriever, tasks
 from lkv.cli import eval as command
 from lkv.cli import models
 from lkv.evaluate import metrics
@@ -128,6 +128,18 @@ def test_a_grid_needs_shares(
     assert "expected beside --grid a checkpoint or a variant with fixed shares" in capsys.readouterr().err
     assert run(*SHORT, "--checkpoint", tmp_path / "threshold", "--grid", "--variants", f"fixed={checkpoint}") == 0
     assert requests.names == [FULL, "floor", *HEURISTICS, "lkv", *GRID, "fixed"]
+
+
+def test_all_methods_by_one_word(requests: Requests, checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
+    """Those of the default first, then every other name; those of a grid beside them."""
+    others = [name for name in policies.names() if name not in HEURISTICS]
+    assert run(*SHORT, "--policies", "all") == 0
+    assert requests.names == [FULL, "floor", *HEURISTICS, *others]
+    requests.methods.clear()
+    assert run(*SHORT, "--methods", "all", "--checkpoint", checkpoint, "--grid") == 0
+    assert requests.names == [FULL, "floor", *HEURISTICS, *others, "lkv", *GRID]
+    assert run(*SHORT, "--policies", "all", "snapkv") == 2
+    assert "expected --methods all alone, got all snapkv" in capsys.readouterr().err
 
 
 def test_the_retriever_comes_with_its_checkpoint_and_other_models_without(

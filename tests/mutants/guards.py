@@ -144,6 +144,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/cli/show.py": ["learning/test_show_command"],
     "python/lkv/cli/plan.py": ["learning/test_plan_command"],
     "python/lkv/cli/*": ["learning/test_cli", "learning/test_train"],
+    "python/lkv/press/*": ["peers/test_lkv_press"],
     "python/lkv/show/*": ["learning/test_show", "learning/test_show_command"],
     "python/lkv/compression.py": ["hf/test_compression", "learning/test_no_gradients"],
     "python/lkv/offline.py": ["hf/test_offline"],

@@ -17,6 +17,7 @@ from lkv.policies.lkv import Learned
 from lkv.policies.lkv.checkpoint import load
 from lkv.tasks import files
 
+ALL = "all"  # of `--methods`
 METHODS = [FULL, FLOOR, *COMPARED, "lkv"]
 TEXT_METHODS = [FULL, *ORACLES, *COMPARED, "lkv"]
 GRID = ["uniform+kvzip", "uniform+lkv-t", "lkv-h+snapkv", "lkv-h+kvzip"]
@@ -70,8 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", nargs="*", default=[], metavar="NAME=PATH", help="more checkpoints, as methods")
     parser.add_argument(
         "--methods",
+        "--policies",
         nargs="+",
-        help=f"default: {' '.join(METHODS)}, with --text {' '.join(TEXT_METHODS)}; and the variants",
+        help=f"default: {' '.join(METHODS)}, with --text {' '.join(TEXT_METHODS)}; and the variants. all: these "
+        "and every name of `lkv policies`",
     )
     parser.add_argument("--grid", action="store_true", help=f"add {' '.join(GRID)}")
     parser.add_argument(
@@ -148,7 +151,13 @@ def chosen(options: argparse.Namespace, model: PreTrainedModel) -> tuple[list[Me
     """The methods, and LKV if there is a checkpoint."""
     path = models.checkpoint(options)
     policies = heuristics() | (ORACLES if options.text else {})
+    given = options.methods or []
     names = TEXT_METHODS if options.text else METHODS
+    if ALL in given:
+        if given != [ALL]:
+            raise ValueError(f"lkv eval: expected --methods {ALL} alone, got {' '.join(given)}")
+        given = []
+        names = [*names[:-1], *(name for name in policies if name not in names), names[-1]]
     lkv, others = None, variants(options)
     if path is not None:
         lkv = load(path, model, any_weights=options.any_weights)
@@ -163,7 +172,7 @@ def chosen(options: argparse.Namespace, model: PreTrainedModel) -> tuple[list[Me
             f"them, for {', '.join(absent)}, got budgets that depend on the text"
         )
     default = [*names, *grid, *others]
-    return choose(options.methods or default, policies), lkv
+    return choose(given or default, policies), lkv
 
 
 def variants(options: argparse.Namespace) -> dict[str, str]:
