@@ -1,0 +1,171 @@
+"""Scores of the rows of a prompt by what an engine's cache holds of them: keys after RoPE, and values.
+
+LKV-T reads keys before RoPE: they are turned back by the rotary embedding of the model's config, as transformers
+computes it, in chunks, to the rounding of the cache.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lkv import policies
+from lkv.hf.token_log import Rotary
+from lkv.policies import Observation, Policy
+from lkv.policies.base import scores_once
+from lkv.policies.lkv import Learned, TokenScorer
+from lkv.policies.lkv.checkpoint import load
+
+CHUNK = 4096  # tokens whose keys are there before RoPE at once
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the same for every length of a prompt
+
+
+class Scorer(Protocol):
+    """
+    Attributes:
+        sink, window: first and last rows that every head keeps by the method.
+    """
+
+    sink: int
+    window: int
+
+    def score(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        """Scores of all rows of a prompt in one layer; higher is kept.
+
+        Args:
+            layer: its index in the model. keys, values: `[T, H, D]`, `[T, H, Dv]`, keys after RoPE.
+            positions: int `[T]`, those that the keys were rotated by.
+
+        Returns:
+            float32 `[H, T]`.
+        """
+        ...
+
+
+class ByPolicy:
+    """A policy that looks at keys, values and their order alone."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.sink, self.window = policy, policy.sink, policy.window
+
+    @torch.no_grad()
+    def score(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        count, heads = keys.shape[:2]
+        lengths = torch.full((1, heads), count, device=keys.device)
+        observation = Observation(
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            positions.expand(1, heads, -1),
+            lengths,
+            torch.zeros_like(lengths),
+        )
+        return self.policy.score(layer, observation)[0].float()
+
+
+class ByLKV:
+    """LKV-T, of some of a layer's heads where they are shared out among GPUs."""
+
+    def __init__(self, learned: Learned, rotation: nn.Module, heads: range) -> None:
+        self.mlp = of_heads(learned.token_scorer, heads)
+        self.rotation, self.sink, self.window = rotation, learned.sink, learned.window
+
+    @torch.no_grad()
+    def score(self, layer: int, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        for module in (self.mlp, self.rotation):
+            module.to(keys.device)
+        parts = []
+        for k, v, at in zip(keys.split(CHUNK), values.split(CHUNK), positions.split(CHUNK), strict=True):
+            before = undo(self.rotation, k.transpose(0, 1)[None], at[None])
+            parts.append(self.mlp.raw(layer, torch.cat([before, v.transpose(0, 1)[None]], -1)))
+        raw = torch.cat(parts, 2)
+        return self.mlp.scaled(raw, torch.ones_like(raw, dtype=torch.bool))[0]
+
+
+def scorer(policy: str, model_config: Any, heads: range | None = None) -> Scorer:
+    """
+    Args:
+        policy: the name of a policy that needs nothing but keys and values, or a checkpoint as `lkv.load` takes it. Its
+            weights are not compared with the model's: an engine has them in another form.
+        model_config: of vLLM (`hf_text_config` is read), or a config of transformers.
+        heads: which KV heads of every layer `score` gets; default: all.
+
+    Raises:
+        ValueError: for a policy that needs more than keys and values, a checkpoint of another model, and a model whose
+            rotations are not known.
+        FileNotFoundError: for a policy that is neither a name nor a checkpoint.
+    """
+    if policy in policies.names():
+        found = policies.get(policy)
+        if found.needs or found.scope != "layer" or not scores_once(found):
+            raise ValueError(
+                f"lkv.vllm: expected a policy that scores by keys and values alone, as knorm, keydiff, streaming_llm "
+                f"or a checkpoint of LKV, got {policy!r}, which needs {', '.join(sorted(found.needs)) or 'all layers'}"
+            )
+        return ByPolicy(found)
+    config: PretrainedConfig = getattr(model_config, "hf_text_config", model_config)
+    model = cast(PreTrainedModel, SimpleNamespace(config=config, device="cpu"))  # all that `load` reads of one
+    learned = load(policy, model, any_weights=True)
+    if learned.needs != {"pre_rope_keys"}:
+        raise ValueError(
+            f"lkv.vllm: expected a checkpoint that scores keys and values, got {policy}, which reads hidden states: "
+            "train one with --input kv"
+        )
+    return ByLKV(learned, rotation_of(config), range(learned.token_scorer.heads) if heads is None else heads)
+
+
+def of_heads(scorer: TokenScorer, heads: range) -> TokenScorer:
+    """The same MLPs, of some heads of every layer."""
+    part = TokenScorer(scorer.layers, len(heads), scorer.features, scorer.input, scorer.up.shape[-1], scorer.scale)
+    part.load_state_dict({name: t[:, heads.start : heads.stop] for name, t in scorer.state_dict().items()})
+    return part.eval()
+
+
+def undo(rotation: nn.Module, keys: Tensor, positions: Tensor) -> Tensor:
+    """Keys `[1, H, n, D]` of tokens at `positions` `[1, n]` as they were before RoPE."""
+    rotary = Rotary()
+    rotary.push(0, *rotation(keys, positions), None)
+    return rotary.undo(keys)
+
+
+def rotation_of(config: PretrainedConfig) -> nn.Module:
+    """The rotary embedding of a model, from its config.
+
+    Raises:
+        ValueError: where it depends on the length of a text or on the layer, or is not of the form that `undo` turns
+            back, which is tried.
+    """
+    with torch.device("meta"):
+        decoder = AutoModelForCausalLM.from_config(config).get_decoder()
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    made = getattr(decoder, "rotary_emb", None)
+    apply = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
+    if (
+        made is None
+        or apply is None
+        or kind not in STATIC_ROPE
+        or not all(getattr(config, "no_rope_layers", None) or [1])
+    ):
+        raise _unknown(config, f"{kind!r}")
+    rotation: nn.Module = type(made)(config=config)
+    dim = rotation(torch.zeros(1), torch.zeros(1, 1, dtype=torch.long))[0].shape[-1]
+    keys, at = torch.randn(1, 1, 64, dim, generator=torch.Generator().manual_seed(0)), torch.arange(0, 6400, 100)[None]
+    try:
+        rotated = apply(keys, keys, *rotation(keys, at))[1]
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise _unknown(config, str(error)) from error
+    if rotated.shape != keys.shape or not torch.allclose(undo(rotation, rotated, at), keys, atol=1e-4):
+        raise _unknown(config, "pairs that are not halves of a head")
+    return rotation
+
+
+def _unknown(config: PretrainedConfig, got: str) -> ValueError:
+    return ValueError(
+        f"lkv.vllm: expected a model of one rotary embedding of the kinds {', '.join(STATIC_ROPE)} for a checkpoint of "
+        f"LKV, got {config.model_type} with {got}: take a policy that reads keys after RoPE, as keydiff"
+    )

@@ -1,0 +1,70 @@
+"""What every head of a layer keeps of a prompt, from its length alone: scheduler and workers compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from lkv.policies.lkv import Learned
+
+STEP = 64  # multiples of the retention are whole numbers of 1 / STEP: a few bytes of a spec that is compared
+
+
+def multiples(
+    learned: Learned | None, retention: float, counts: str, layers: int, heads: int, classes: int = 4
+) -> list[tuple[float, ...]]:
+    """Shares of the heads of every layer, as multiples of the retention; their mean is 1, to the rounding.
+
+    An engine has a pool for every class of layers, and pads classes to the same number of layers: so classes are of
+    the same size, or differ by one layer where nothing else is possible. Layers of a class keep what they keep on
+    average, head by head.
+
+    Args:
+        learned: the checkpoint; None: a policy without shares.
+        retention: of the engine. counts: "equal": 1 for every layer; "layer": a number for every layer; "head": one for
+            each head of it.
+        layers, heads: of the model. classes: at most.
+
+    Returns:
+        For every layer one number, or `heads` of them.
+
+    Raises:
+        ValueError: for counts that are not equal without shares that are known before the text is.
+    """
+    if counts == "equal":
+        return [(1.0,)] * layers
+    if learned is None:
+        raise ValueError(
+            f"lkv.vllm: expected counts 'equal' with a policy that has no shares of its own, got {counts!r}: give the "
+            "folder of a checkpoint of LKV as the policy"
+        )
+    if not learned.budget.static:
+        raise ValueError(
+            f"lkv.vllm: expected counts 'equal' with a checkpoint whose budgets depend on the text (kind 'threshold'), "
+            f"got {counts!r}: train one with lkv train --budget capped"
+        )
+    with torch.no_grad():
+        shares = learned.budget(retention).double().cpu()  # [N, H]
+    if shares.shape != (layers, heads):
+        raise ValueError(f"lkv.vllm: expected shares of a model of {[layers, heads]}, got {list(shares.shape)}")
+    if counts == "layer":
+        shares = shares.mean(1, keepdim=True)
+    order = sorted(range(layers), key=lambda i: (float(shares[i].mean()), i))
+    found: list[tuple[float, ...]] = [()] * layers
+    for members in _classes(order, classes):
+        mean = shares[members].mean(0) / retention
+        each = tuple(max(1, round(STEP * float(x))) / STEP for x in mean)
+        for layer in members:
+            found[layer] = each
+    return found
+
+
+def _classes(order: Sequence[int], classes: int) -> list[list[int]]:
+    """Layers in that order, cut into runs of the same length; into as many as can be, at most `classes`."""
+    count = max(d for d in range(1, classes + 1) if len(order) % d == 0)
+    if count == 1:
+        count = min(classes, len(order))
+    cuts = [round(i * len(order) / count) for i in range(count + 1)]
+    return [list(order[a:b]) for a, b in pairwise(cuts)]
