@@ -31,7 +31,7 @@ MODELS = {
     "llama3": ("Llama", dict(rope_parameters=LLAMA3)),
     "yarn": ("Llama", dict(rope_parameters=YARN)),
     "qwen3": ("Qwen3", dict(head_dim=8)),
-    "stablelm": ("StableLm", {}),  # turns a quarter of a head
+    "phi3": ("Phi3", dict(partial_rotary_factor=0.5, pad_token_id=0)),
 }
 TOKENS = 150
 
@@ -153,5 +153,7 @@ ROPES = {
 def test_rotations_that_are_not_known_are_refused(case: str) -> None:
     family, options = ROPES[case]
     config = getattr(transformers, f"{family}Config")(**{**SMALL, "pad_token_id": 0, **options})
-    with pytest.raises(ValueError, match="expected a model of one rotary embedding"):
+    with pytest.raises(
+        ValueError, match="expected a model of gemma2, .* with one rotary embedding of default, .*, got"
+    ):
         scores.rotation_of(config)

@@ -6,7 +6,7 @@ computes it, in chunks, to the rounding of the cache.
 
 from __future__ import annotations
 
-import sys
+import inspect
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lkv import policies
+from lkv.hf.capture import ROTATED
 from lkv.hf.token_log import Rotary
 from lkv.policies import Observation, Policy
 from lkv.policies.base import scores_once
@@ -136,36 +137,24 @@ def rotation_of(config: PretrainedConfig) -> nn.Module:
     """The rotary embedding of a model, from its config.
 
     Raises:
-        ValueError: where it depends on the length of a text or on the layer, or is not of the form that `undo` turns
-            back, which is tried.
+        ValueError: for a model whose keys are not known to be turned by halves and by nothing else, and for rotations
+            that depend on the length of a text or on the layer.
     """
-    with torch.device("meta"):
-        decoder = AutoModelForCausalLM.from_config(config).get_decoder()
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    made = getattr(decoder, "rotary_emb", None)
-    apply = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
-    if (
-        made is None
-        or apply is None
-        or kind not in STATIC_ROPE
-        or not all(getattr(config, "no_rope_layers", None) or [1])
-    ):
-        raise _unknown(config, f"{kind!r}")
-    rotation: nn.Module = type(made)(config=config)
-    dim = rotation(torch.zeros(1), torch.zeros(1, 1, dtype=torch.long))[0].shape[-1]
-    keys, at = torch.randn(1, 1, 64, dim, generator=torch.Generator().manual_seed(0)), torch.arange(0, 6400, 100)[None]
-    try:
-        rotated = apply(keys, keys, *rotation(keys, at))[1]
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise _unknown(config, str(error)) from error
-    if rotated.shape != keys.shape or not torch.allclose(undo(rotation, rotated, at), keys, atol=1e-4):
-        raise _unknown(config, "pairs that are not halves of a head")
+    if config.model_type not in ROTATED or kind not in STATIC_ROPE:
+        raise _unknown(config, repr(kind))
+    with torch.device("meta"):
+        decoder = AutoModelForCausalLM.from_config(config).get_decoder()
+    rotation: nn.Module = type(decoder.rotary_emb)(config=config)
+    if list(inspect.signature(rotation.forward).parameters) != ["x", "position_ids"]:
+        raise _unknown(config, "one for each kind of layer")
     return rotation
 
 
 def _unknown(config: PretrainedConfig, got: str) -> ValueError:
     return ValueError(
-        f"lkv.vllm: expected a model of one rotary embedding of the kinds {', '.join(STATIC_ROPE)} for a checkpoint of "
-        f"LKV, got {config.model_type} with {got}: take a policy that reads keys after RoPE, as keydiff"
+        f"lkv.vllm: expected a model of {', '.join(sorted(ROTATED))} with one rotary embedding of "
+        f"{', '.join(STATIC_ROPE)} for a checkpoint of LKV, got {config.model_type} with {got}: take a policy that "
+        "reads keys after RoPE, as keydiff"
     )
