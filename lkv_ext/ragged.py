@@ -42,6 +42,24 @@ class PackedRows(Protocol):
     def block_table(self) -> Tensor | None: ...
 
 
+class PagedRows(Protocol):
+    """What `attend` reads of a `PagedCache`.
+
+    Attributes:
+        k: the pool `[P, page, D]`.
+        v: the pool `[P, page, Dv]`.
+        lengths: int32 `[B, H]`: rows in use.
+    """
+
+    @property
+    def k(self) -> Tensor: ...
+    @property
+    def v(self) -> Tensor: ...
+    @property
+    def lengths(self) -> Tensor: ...
+    def packed(self) -> RaggedKV: ...
+
+
 @dataclass(eq=False, slots=True)
 class RaggedIndex:
     """Which rows each (sequence, KV head) keeps, and where they go.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,14 +14,14 @@ from lkv_ext._common.kinds import described, is_of
 from lkv_ext._torch import derivatives, fake, vmap
 from lkv_ext._torch.attend_backends import BACKENDS, HALF, Call
 from lkv_ext._torch.library import ops
-from lkv_ext.ragged import PackedRows
+from lkv_ext.ragged import PackedRows, PagedRows
 
 FLOATS = (torch.float32, *HALF)
 
 
 def attend(
     q: Tensor,
-    cache: PackedRows,
+    cache: PackedRows | PagedRows,
     causal: bool = True,
     *,
     scale: float | None = None,
@@ -88,9 +89,10 @@ def attend(
             if read is not None:
                 out = read(call).unflatten(0, (*cache.lengths.shape, q.shape[2]))  # [B, H, n, group, Dv]
                 return out.transpose(1, 2).flatten(2, 3).transpose(1, 2)
-        if cache.k.dim() == 3:  # in pages, which our kernels do not read
-            cache = cache.packed()  # type: ignore[attr-defined]
-        spans = (cache.k, cache.v, cache.cu_seqlens, cache.lengths, cache.max_length)
+        rows: Any = cache
+        if rows.k.dim() == 3:  # in pages, which our kernels do not read
+            rows = rows.packed()
+        spans = (rows.k, rows.v, rows.cu_seqlens, rows.lengths, rows.max_length)
         return ops.attend(q, *spans, causal, scale, softcap or 0.0, sinks).transpose(1, 2)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("attend", error, given=locals())
@@ -102,7 +104,7 @@ def _shape(q: object) -> object:
 
 def _call(
     q: Tensor,
-    cache: PackedRows,
+    cache: PackedRows | PagedRows,
     causal: bool,
     scale: float,
     softcap: float | None,
@@ -124,7 +126,7 @@ def _call(
         if sinks.device != q.device:
             raise ValueError(f"expected sinks on {q.device}, got {sinks.device}")
         sinks = sinks.unflatten(0, (heads, -1))
-    return Call(queries, cache, n, causal, scale, softcap, sinks)
+    return Call(queries, cast(PackedRows, cache), n, causal, scale, softcap, sinks)
 
 
 def _reader(call: Call, backend: str | None) -> Callable[[Call], Tensor] | None:
