@@ -1,0 +1,178 @@
+"""vLLM's attention on a CPU, of prompts that are evicted when they end."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+
+import lkv_ext
+from lkv.vllm.layers import Layers
+from lkv.vllm.metadata import Ended, Evicting
+from lkv.vllm.spec import EvictedSpec
+
+
+class Backend(Layers, CPUAttentionBackend):  # type: ignore[misc]
+    """CPU_ATTN whose layers may be evicted; without settings it is CPU_ATTN."""
+
+    @staticmethod
+    def get_impl_cls() -> type[Attention]:
+        return Attention
+
+    @staticmethod
+    def get_builder_cls() -> type[Builder]:
+        return Builder
+
+
+class Builder(Evicting, CPUAttentionMetadataBuilder):  # type: ignore[misc]
+    """Plans the kernel's work for the sequences that attention will see."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.evicts and self.heads > 1:
+            self.num_heads, self.num_kv_heads = self.num_heads // self.num_kv_heads, 1
+
+
+class Attention(CPUAttentionBackendImpl):  # type: ignore[misc]
+    """Attends as CPU_ATTN does, and moves the kept rows of the prompts that end in the step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.layers = Backend.plan(self, get_current_vllm_config())
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        super().process_weights_after_loading(act_dtype)
+        if self.layers is not None:
+            self.layers.loaded(self)
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        step = None if self.layers is None else _step(get_forward_context().attn_metadata, layer.layer_name)
+        if step is not None and step.slots is not None:
+            tokens = len(step.slots) // key.shape[1]
+            key, value = (x[:tokens].reshape(-1, 1, x.shape[-1]) for x in (key, value))
+            slot_mapping = step.slots
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        step = getattr(attn_metadata, "step", None)
+        if step is None:
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        self._attend(layer, query, kv_cache, attn_metadata, output)
+        for ended in step.ended:
+            self._move(layer, kv_cache, ended)
+        if step.replayed is not None:
+            tokens, metadata = step.replayed
+            again = torch.empty_like(output[tokens])
+            self._attend(layer, query[tokens], kv_cache, metadata, again)
+            output[tokens] = again
+        return output
+
+    def _attend(self, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any, output: Tensor) -> None:
+        step = metadata.step
+        if step.slots is None:
+            super().forward(layer, query, None, None, kv_cache, metadata, output)
+            return
+        heads = self.num_kv_heads
+        tokens, group = metadata.num_actual_tokens // heads, self.num_queries_per_kv
+        apart = query[:tokens].reshape(tokens * heads, group, -1)
+        if step.order is not None:
+            apart = apart[step.order]
+        attended = torch.empty_like(apart)
+        super().forward(layer, apart, None, None, kv_cache, metadata, attended)
+        together = output[:tokens].view(tokens * heads, group, -1)
+        if step.order is None:
+            together.copy_(attended)
+        else:
+            together[step.order] = attended
+
+    def _move(self, layer: Any, kv_cache: Tensor, ended: Ended) -> None:
+        """Writes the kept rows of a prompt behind `drop`, in their order."""
+        page = kv_cache.shape[2]
+        interior = _interior(layer.isa, kv_cache.dtype, page, self.head_size)
+        keys, values = interior.read(kv_cache, ended.tables, self.num_kv_heads)
+        keys, values = keys[:, : ended.prompt], values[:, : ended.prompt]
+        budgets = [ended.prompt - drop for drop in ended.drops] * (self.num_kv_heads // len(ended.drops))
+        kept = lkv_ext.evict(
+            keys[None], values[None], self.layers.scores(self, keys, values), budgets,
+            sink=self.layers.sink,
+            window=self.layers.window,
+        )  # fmt: skip
+        if len(ended.drops) == 1:  # the heads of a row lie beside each other
+            slots = _slots(ended.tables[0], ended.drops[0], ended.prompt, page)
+            k, v = (x.view(self.num_kv_heads, -1, x.shape[-1]).transpose(0, 1).contiguous() for x in (kept.k, kept.v))
+        else:
+            spans = zip(ended.tables, ended.drops, strict=True)
+            slots = torch.cat([_slots(table, drop, ended.prompt, page) for table, drop in spans])
+            k, v = kept.k[:, None], kept.v[:, None]
+        super().do_kv_cache_update(layer, k, v, kv_cache, slots)
+
+
+def _step(metadata: Any, name: str) -> Any:
+    own = metadata.get(name) if isinstance(metadata, dict) else metadata
+    return getattr(own, "step", None)
+
+
+def _slots(table: Tensor, start: int, end: int, page: int) -> Tensor:
+    """int64 `[end - start]`: slots of tokens of a sequence."""
+    tokens = torch.arange(start, end)
+    return table[tokens // page] * page + tokens % page
+
+
+class Interior:
+    """Where the numbers of a row lie inside a block, which vLLM's CPU kernels decide by instruction set.
+
+    Found out by writing numbers through the op that writes rows. All rows are written by that op; this reads them.
+    """
+
+    def __init__(self, isa: str, dtype: torch.dtype, page: int, dim: int) -> None:
+        self.shape = page, dim
+        count, base = page * dim, 128  # bfloat16 holds integers up to 256
+        index, digits = torch.arange(count), []
+        while base ** len(digits) < count:
+            row = (index // base ** len(digits) % base).view(page, 1, dim).to(dtype)
+            block = torch.zeros(1, 1, 2 * page, dim, dtype=dtype)
+            keys, values = block.chunk(2, dim=2)
+            ops.cpu_attn_reshape_and_cache(row, row, keys, values, torch.arange(page), isa)
+            digits.append(block.view(2, count).long())
+        found = sum(digit * base**i for i, digit in enumerate(digits))
+        self.order = found.argsort(1)  # type: ignore[union-attr]
+        if not torch.equal(found.sort(1).values, index.expand(2, count)):  # type: ignore[union-attr]
+            raise RuntimeError(
+                f"lkv.vllm: blocks of {isa} of {dtype} do not hold rows as they come: start without lkv settings"
+            )
+
+    def read(self, kv_cache: Tensor, tables: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[H, tokens, D]` in the blocks of `tables`, `[1 or H, blocks]`."""
+        page, dim = self.shape
+        blocks = kv_cache[tables]  # [1, blocks, H, page, 2 * D] or [H, blocks, 1, page, 2 * D]
+        flat = blocks.transpose(1, 2).reshape(heads, tables.shape[1], 2, page * dim)
+        k, v = (flat[:, :, i].index_select(-1, order).view(heads, -1, dim) for i, order in enumerate(self.order))
+        return k, v
+
+
+_interior = cache(Interior)
+
+__all__ = ["Attention", "Backend", "Builder", "EvictedSpec", "Interior"]

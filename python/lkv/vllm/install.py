@@ -1,0 +1,56 @@
+"""Where the plug-in enters vLLM: the config of an engine before it starts, and a worker before it loads its model."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from lkv.vllm import requests
+from lkv.vllm.refusals import check
+from lkv.vllm.scores import scorer
+from lkv.vllm.settings import KEY, Settings, from_environment
+
+
+def register() -> None:
+    """The entry point in `vllm.general_plugins`, called in every process of vLLM.
+
+    Engines that are configured from here on read their lkv settings. One without settings is as without this package.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    create = EngineArgs.create_engine_config
+    if hasattr(create, "__lkv__"):
+        return
+
+    @functools.wraps(create)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = from_environment()
+        if given is not None and KEY not in self.additional_config:
+            self.additional_config = {**self.additional_config, KEY: given}
+        config = create(self, *args, **kwargs)
+        engine(config)
+        return config
+
+    create_engine_config.__lkv__ = True  # type: ignore[attr-defined]
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def engine(vllm_config: Any) -> None:
+    """Prepares the config of an engine that evicts; raises ValueError where it cannot."""
+    settings = Settings.of(vllm_config.additional_config)
+    if settings is None:
+        return
+    check(vllm_config, settings)
+    model = vllm_config.model_config
+    scorer(settings.policy, model)  # which refuses what it does not know
+    if requests.NAME not in (model.logits_processors or ()):
+        model.logits_processors = [*(model.logits_processors or ()), requests.NAME]
+
+
+def worker(vllm_config: Any) -> None:
+    """Puts our attention in the place of vLLM's, in a worker that evicts, before it builds its model."""
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CPU_ATTN, "lkv.vllm.cpu.Backend")
+    selector._cached_get_attn_backend.cache_clear()  # where this process has had another engine

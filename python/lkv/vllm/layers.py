@@ -1,0 +1,100 @@
+"""The layers of a model that are evicted: the spec of each one, the rows it keeps, and its scores."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
+
+from lkv import policies
+from lkv.policies.lkv.checkpoint import load
+from lkv.vllm.refusals import check_layer
+from lkv.vllm.scores import scorer
+from lkv.vllm.settings import Settings
+from lkv.vllm.shares import multiples
+from lkv.vllm.spec import EvictedHeadsSpec, EvictedSpec
+
+FULL_SPEC = FullAttentionSpec
+
+
+class Plan:
+    """What one attention layer needs to be evicted. It knows its place in the model once the weights are loaded."""
+
+    def __init__(self, settings: Settings, vllm_config: Any, backend: type[Layers]) -> None:
+        self.settings, self.vllm_config, self.backend = settings, vllm_config, backend
+        self.index = -1
+        self.scorer = scorer(settings.policy, vllm_config.model_config)
+        self.sink = self.scorer.sink if settings.sink is None else settings.sink
+        self.window = self.scorer.window if settings.window is None else settings.window
+
+    def loaded(self, attention: Any) -> None:
+        """Gives the layer of this attention the backend that makes its spec."""
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for name, layer in layers.items():
+            if getattr(layer, "impl", None) is attention:
+                self.index = extract_layer_index(name)
+                layer.attn_backend = of_shares(self.backend, self.settings, self._shares(attention.num_kv_heads))
+
+    def scores(self, attention: Any, keys: Tensor, values: Tensor) -> Tensor:
+        """float32 `[1, H, T]`, of keys and values `[H, T, D]`."""
+        positions = torch.arange(keys.shape[1], device=keys.device)
+        found: Tensor = self.scorer.score(self.index, keys.transpose(0, 1), values.transpose(0, 1), positions)
+        return found[None]
+
+    def _shares(self, heads: int) -> tuple[float, ...]:
+        """Of this layer: one number, or one per head."""
+        found, count = shares_of(self.settings, self.vllm_config.model_config.hf_text_config, heads), {"head": heads}
+        if self.index >= len(found) or len(found[self.index]) != count.get(self.settings.counts, 1):
+            raise ValueError(
+                f"lkv.vllm: expected {count.get(self.settings.counts, 1)} of shares for layer {self.index} of the model, "
+                f"got {[list(row) for row in found]}"
+            )
+        return found[self.index]
+
+
+def shares_of(settings: Settings, config: Any, heads: int) -> list[tuple[float, ...]]:
+    """Of all layers of a model of this config of transformers, whose layers have as many KV heads."""
+    if settings.shares is not None:
+        return list(settings.shares)
+    learned = None
+    if settings.counts != "equal" and settings.policy not in policies.names():
+        learned = load(settings.policy, SimpleNamespace(config=config, device="cpu"), any_weights=True)
+    return multiples(learned, settings.retention, settings.counts, config.num_hidden_layers, heads)
+
+
+class Layers:
+    """Makes the spec of a backend of vLLM that of an evicted layer; before the backend in the order of bases."""
+
+    settings: Settings | None = None
+    shares: tuple[float, ...] = (1.0,)
+
+    @classmethod
+    def plan(cls, attention: Any, vllm_config: Any) -> Plan | None:
+        """Of a layer that is being built; None where it is not evicted."""
+        settings = Settings.of(vllm_config.additional_config)
+        if settings is None or attention.attn_type != "decoder" or attention.sliding_window not in (None, -1, (-1, -1)):
+            return None
+        check_layer(attention)
+        return Plan(settings, vllm_config, cls)
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        spec = super().customize_spec(spec)  # type: ignore[misc]
+        if cls.settings is None or type(spec) is not FULL_SPEC:
+            return spec
+        if len(cls.shares) == 1:
+            return replace_as(spec, EvictedSpec, settings=cls.settings, shares=cls.shares)
+        return replace_as(spec, EvictedHeadsSpec, settings=cls.settings, shares=cls.shares, num_head_slots=1)
+
+
+@cache
+def of_shares(backend: type[Layers], settings: Settings, shares: tuple[float, ...]) -> type[Layers]:
+    """The backend of the layers whose heads keep these shares."""
+    return type(
+        backend.__name__, (backend,), {"settings": settings, "shares": shares, "__module__": backend.__module__}
+    )

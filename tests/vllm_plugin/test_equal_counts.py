@@ -1,0 +1,109 @@
+"""Equal counts, every head its own rows, the prefix cache on, prompts in chunks: tokens of the masked dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+from compared import check, compare, prompts  # noqa: E402
+from dense import generate  # noqa: E402
+from engine import BLOCK, SETTINGS, answers, engine, free_blocks, greedy, run, scheduler  # noqa: E402
+from vllm.exceptions import VLLMValidationError  # noqa: E402
+
+RETENTIONS = ({"retention": 0.25}, {"retention": 1.0}, False)
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> Iterator[Any]:
+    with engine(folder, SETTINGS, max_num_batched_tokens=96) as llm:
+        yield llm
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(llm: Any) -> Iterator[None]:
+    free = free_blocks(llm)
+    yield
+    assert free_blocks(llm) == free
+    assert all(not manager.requests for manager in scheduler(llm).kv_cache_manager.coordinator.single_type_managers)
+
+
+def test_prompts_around_blocks_and_budgets(llm: Any, dense: Any) -> None:
+    texts = prompts(1, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129, 200, 256, 300)
+    check(llm, dense, texts, SETTINGS, greedy(10))
+
+
+def test_the_eviction_shows(llm: Any, dense: Any) -> None:
+    """The dense model without the mask says something else: the comparison can fail."""
+    [text] = prompts(200)
+    [(tokens, _)] = answers(llm, [text], greedy(16))
+    assert tokens != generate(dense, text, 16, None)[0]
+
+
+@pytest.mark.parametrize("own", RETENTIONS, ids=str)
+def test_a_request_of_its_own_retention(llm: Any, dense: Any, own: Any) -> None:
+    retention = own["retention"] if own else 1.0
+    check(llm, dense, prompts(190, 129), SETTINGS, greedy(10, extra_args={"lkv": own}), retention=retention)
+
+
+@pytest.mark.parametrize("own", ["off", {"retention": 0}, {"retention": "all"}, {}, {"policy": "knorm"}, True], ids=str)
+def test_what_a_request_cannot_say(llm: Any, own: Any) -> None:
+    with pytest.raises(VLLMValidationError, match="lkv.vllm: expected extra_args"):
+        answers(llm, prompts(60), greedy(1, extra_args={"lkv": own}))
+
+
+def test_prefixes_are_shared_as_far_as_nothing_is_written(llm: Any, dense: Any) -> None:
+    [long] = prompts(400, seed=2)
+    texts = [long[:n] for n in (400, 399, 300, 256, 129, 100)] + [long[:200] + prompts(150, seed=3)[0]]
+    cached = []
+    for text in texts:
+        [output] = run(llm, [text], greedy(8))
+        cached.append(output.num_cached_tokens)
+        compare(dense, [text], SETTINGS, [answers(llm, [text], greedy(8))[0]])
+    assert cached[0] == 0 and all(n > 0 for n in cached[1:4]), cached
+    assert all(n <= len(text) // 2 for n, text in zip(cached, texts, strict=True))
+
+
+def test_what_a_request_without_eviction_publishes_is_not_written(llm: Any, dense: Any) -> None:
+    [long] = prompts(300, seed=4)
+    off = greedy(6, extra_args={"lkv": False})
+    check(llm, dense, [long], SETTINGS, off, retention=1.0)  # publishes all of its blocks
+    for text in (long[:290], long[:260]):
+        check(llm, dense, [text], SETTINGS, greedy(6))
+    check(llm, dense, [long], SETTINGS, off, retention=1.0)  # reads them again
+    [output] = run(llm, [long], off)
+    assert output.num_cached_tokens > 0
+    check(llm, dense, [long[:280]], SETTINGS, greedy(6, extra_args={"lkv": {"retention": 0.2}}), retention=0.2)
+    check(llm, dense, [long], SETTINGS, off, retention=1.0)
+
+
+def test_aborted_in_the_middle_of_a_prompt(llm: Any) -> None:
+    llm_engine = llm.llm_engine
+    [text] = prompts(300, seed=5)
+    llm_engine.add_request("aborted", {"prompt_token_ids": text}, greedy(4))
+    llm_engine.step()
+    [request] = scheduler(llm).running
+    assert 0 < request.num_computed_tokens < len(text)
+    llm_engine.abort_request(["aborted"], internal=False)
+    while llm_engine.has_unfinished_requests():
+        llm_engine.step()
+
+
+def test_many_short_requests(llm: Any) -> None:
+    texts = [text for seed in range(40) for text in prompts(*[20 + seed % 60] * 5, seed=seed)]
+    assert len(answers(llm, texts, greedy(1))) == len(texts)
+
+
+def test_blocks_go_back_when_the_prompt_ends(llm: Any) -> None:
+    [text] = prompts(256, seed=6)
+    llm_engine, free = llm.llm_engine, free_blocks(llm)
+    llm_engine.add_request("one", {"prompt_token_ids": text}, greedy(8))
+    held = []
+    while llm_engine.has_unfinished_requests():
+        llm_engine.step()
+        held.append(free - free_blocks(llm))
+    assert held[2] == 256 // BLOCK  # the third chunk of 96 tokens ends the prompt
+    assert set(held[3:-1]) == {128 // BLOCK + 1} and held[-1] == 0
