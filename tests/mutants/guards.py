@@ -149,7 +149,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/compression.py": ["hf/test_compression", "learning/test_no_gradients"],
     "python/lkv/offline.py": ["hf/test_offline"],
     "python/lkv/memory.py": ["hf/test_memory_footprint", "learning/test_plan_command"],
-    **{f"python/lkv/vllm/{name}.py": [f"learning/test_engine_{name}"] for name in ("scores", "shares")},
+    **{f"python/lkv/vllm/{name}.py": [f"learning/test_engine_{name}"] for name in ("scores", "settings", "shares")},
     **{
         f"python/lkv/vllm/{name}.py": [
             f"vllm_plugin/test_{x}" for x in ("equal_counts", "shares", "small_pools", "refusals")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+import prometheus_client  # noqa: E402
 from compared import check, compare, prompts  # noqa: E402
 from dense import generate  # noqa: E402
 from engine import BLOCK, SETTINGS, answers, engine, free_blocks, greedy, run, scheduler  # noqa: E402
@@ -107,3 +108,16 @@ def test_blocks_go_back_when_the_prompt_ends(llm: Any) -> None:
         held.append(free - free_blocks(llm))
     assert held[2] == 256 // BLOCK  # the third chunk of 96 tokens ends the prompt
     assert set(held[3:-1]) == {128 // BLOCK + 1} and held[-1] == 0
+
+
+def test_what_was_evicted_is_counted(llm: Any) -> None:
+    before = counted()
+    answers(llm, prompts(256, 30, seed=7), greedy(3))
+    prompts_, blocks, rows, seconds = (b - a for a, b in zip(before, counted(), strict=True))
+    assert (prompts_, blocks, rows) == (1, 128 // BLOCK, 128 * 4 * 4)  # four layers of four heads
+    assert 0 < seconds < 60
+
+
+def counted() -> list[float]:
+    names = ("evicted_prompts", "freed_blocks", "evicted_rows", "eviction_seconds")
+    return [prometheus_client.REGISTRY.get_sample_value(f"lkv:{name}_total") or 0.0 for name in names]

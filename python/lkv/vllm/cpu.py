@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 import lkv_ext
+from lkv.vllm import metrics
 from lkv.vllm.layers import Layers
 from lkv.vllm.metadata import Ended, Evicting
 from lkv.vllm.spec import EvictedSpec
@@ -81,8 +83,12 @@ class Attention(CPUAttentionBackendImpl):  # type: ignore[misc]
         if step is None:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         self._attend(layer, query, kv_cache, attn_metadata, output)
-        for ended in step.ended:
-            self._move(layer, kv_cache, ended)
+        if step.ended:
+            start = time.perf_counter()
+            for ended in step.ended:
+                self._move(layer, kv_cache, ended)
+                metrics.ROWS.inc(sum(ended.drops) * (self.num_kv_heads // len(ended.drops)))
+            metrics.SECONDS.inc(time.perf_counter() - start)
         if step.replayed is not None:
             tokens, metadata = step.replayed
             again = torch.empty_like(output[tokens])

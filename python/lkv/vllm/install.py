@@ -42,7 +42,13 @@ def engine(vllm_config: Any) -> None:
         return
     check(vllm_config, settings)
     model = vllm_config.model_config
-    scorer(settings.policy, model)  # which refuses what it does not know
+    try:
+        scorer(settings.policy, model)
+    except FileNotFoundError:
+        raise ValueError(
+            f"lkv.vllm: expected policy to be of those of `lkv policies` or the folder of a checkpoint of LKV, got "
+            f"{settings.policy!r}"
+        ) from None
     if requests.NAME not in (model.logits_processors or ()):
         model.logits_processors = [*(model.logits_processors or ()), requests.NAME]
 

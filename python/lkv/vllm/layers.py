@@ -48,12 +48,10 @@ class Plan:
 
     def _shares(self, heads: int) -> tuple[float, ...]:
         """Of this layer: one number, or one per head."""
-        found, count = shares_of(self.settings, self.vllm_config.model_config.hf_text_config, heads), {"head": heads}
-        if self.index >= len(found) or len(found[self.index]) != count.get(self.settings.counts, 1):
-            raise ValueError(
-                f"lkv.vllm: expected {count.get(self.settings.counts, 1)} of shares for layer {self.index} of the model, "
-                f"got {[list(row) for row in found]}"
-            )
+        found = shares_of(self.settings, self.vllm_config.model_config.hf_text_config, heads)
+        count = heads if self.settings.counts == "head" else 1
+        if self.index >= len(found) or len(found[self.index]) != count:
+            raise ValueError(f"lkv.vllm: expected {count} of shares for layer {self.index} of the model, got {found}")
         return found[self.index]
 
 

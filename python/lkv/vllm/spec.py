@@ -12,6 +12,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from lkv.vllm import metrics
 from lkv.vllm.settings import OFF, Settings, dropped
 
 
@@ -76,8 +77,17 @@ class EvictedManager(FullAttentionManager):  # type: ignore[misc]
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         request = self.requests.get(request_id)
-        if request is not None and processed_computed_tokens >= request.num_prompt_tokens:
-            self._remove_blocks_in_range(request_id, 0, self.drops(request)[0] // self.block_size)
+        if request is None or processed_computed_tokens < request.num_prompt_tokens:
+            return
+        freed = self._free_dropped(request_id, self.drops(request))
+        metrics.BLOCKS.inc(freed)
+        metrics.PROMPTS.inc(freed > 0 and self.kv_cache_group_id == 0)
+
+    def _free_dropped(self, request_id: str, drops: list[int]) -> int:
+        """Blocks that were freed, none where it has been done."""
+        free = self.block_pool.get_num_free_blocks()
+        self._remove_blocks_in_range(request_id, 0, drops[0] // self.block_size)
+        return int(self.block_pool.get_num_free_blocks() - free)
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         if request.resumable:
@@ -123,21 +133,16 @@ class EvictedHeadsManager(EvictedManager):
             self.new_block_ids.extend(block.block_id for block in new)
         return list(new)
 
-    def remove_skipped_blocks(
-        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
-    ) -> None:
-        request = self.requests.get(request_id)
-        if request is None or processed_computed_tokens < request.num_prompt_tokens:
-            return
-        blocks, heads, freed = self.req_to_blocks[request_id], self.kv_cache_spec.tables, []
-        for head, drop in enumerate(self.drops(request)):
+    def _free_dropped(self, request_id: str, drops: list[int]) -> int:
+        blocks, heads, freed = self.req_to_blocks[request_id], len(drops), []
+        for head, drop in enumerate(drops):
             for at in range(head, drop // self.block_size * heads, heads):
                 if blocks[at] == self._null_block:
                     break
                 freed.append(blocks[at])
                 blocks[at] = self._null_block
-        if freed:
-            self.block_pool.free_blocks(freed)
+        self.block_pool.free_blocks(freed)
+        return len(freed)
 
     def _needed(self, num_tokens: int) -> int:
         return cdiv(num_tokens, self.block_size) * int(self.kv_cache_spec.tables)
