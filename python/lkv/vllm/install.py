@@ -1,4 +1,4 @@
-"""Where the plug-in enters vLLM: the config of an engine before it starts, and a worker before it loads its model."""
+"""Where the plug-in enters vLLM: the config of an engine, before it starts."""
 
 from __future__ import annotations
 
@@ -51,12 +51,3 @@ def engine(vllm_config: Any) -> None:
         ) from None
     if requests.NAME not in (model.logits_processors or ()):
         model.logits_processors = [*(model.logits_processors or ()), requests.NAME]
-
-
-def worker(vllm_config: Any) -> None:
-    """Puts our attention in the place of vLLM's, in a worker that evicts, before it builds its model."""
-    from vllm.v1.attention import selector
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-    register_backend(AttentionBackendEnum.CPU_ATTN, "lkv.vllm.cpu.Backend")
-    selector._cached_get_attn_backend.cache_clear()  # where this process has had another engine

@@ -12,6 +12,7 @@ import numpy as np
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
+from lkv.vllm import backends
 from lkv.vllm.settings import OFF, Settings, request_retention
 
 NAME = "lkv.vllm.requests:Requests"
@@ -51,9 +52,7 @@ class Requests(LogitsProcessor):  # type: ignore[misc]
         self.retentions = np.full(rows, OFF)
         self.builders = 0
         if self.settings is not None:
-            from lkv.vllm.install import worker
-
-            worker(vllm_config)
+            backends.install()
             _OF_CONFIG[id(vllm_config)] = self
 
     def is_argmax_invariant(self) -> bool:
