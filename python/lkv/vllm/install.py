@@ -5,9 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from lkv.vllm import requests
-from lkv.vllm.refusals import check
-from lkv.vllm.scores import scorer
 from lkv.vllm.settings import KEY, Settings, from_environment
 
 
@@ -40,6 +37,10 @@ def engine(vllm_config: Any) -> None:
     settings = Settings.of(vllm_config.additional_config)
     if settings is None:
         return
+    from lkv.vllm import requests
+    from lkv.vllm.refusals import check
+    from lkv.vllm.scores import scorer
+
     check(vllm_config, settings)
     model = vllm_config.model_config
     try:
