@@ -22,7 +22,7 @@ HEADS = {"counts": "head", "shares": [[1.0, 1.0]]}
 
 def configured(folder: Path, settings: Any, **options: Any) -> Any:
     lkv.vllm.register()
-    options = {"dtype": "float32", "block_size": 32, "max_model_len": 512, **options}
+    options = {"dtype": "float32", "block_size": 32, "max_model_len": 512, "enable_prefix_caching": False, **options}
     additional = {} if settings is None else {"lkv": settings}
     return EngineArgs(
         str(folder), skip_tokenizer_init=True, additional_config=additional, **options
@@ -36,7 +36,8 @@ def configured(folder: Path, settings: Any, **options: Any) -> Any:
         ({"kv_cache_dtype": "fp8"}, {}, "remove --kv-cache-dtype"),
         ({"tensor_parallel_size": 2}, {}, "remove --tensor-parallel-size"),
         ({"disable_hybrid_kv_cache_manager": True}, {}, "remove --disable-hybrid-kv-cache-manager"),
-        ({"enable_prefix_caching": True}, HEADS, "add --no-enable-prefix-caching"),
+        ({"enable_prefix_caching": True}, {}, "add --no-enable-prefix-caching"),
+        ({}, HEADS, "set counts to 'equal'"),
         ({}, {"retention": 1.5}, "expected retention in"),
         ({}, {"counts": "rows"}, "expected counts of equal, layer, head"),
         ({}, {"budget": 3}, "expected settings of policy, retention"),
@@ -50,7 +51,8 @@ def configured(folder: Path, settings: Any, **options: Any) -> Any:
         "fp8",
         "tensor_parallel",
         "no_hybrid_manager",
-        "prefix_cache_of_heads",
+        "prefix_cache",
+        "heads",
         "retention",
         "counts",
         "unknown",
@@ -72,7 +74,7 @@ CONFIG = {
         "has_inner_state": False, "is_multimodal_model": False, "runner_type": "generate",
         "enable_prompt_embeds": False,
     },
-    "cache_config": {"cache_dtype": "auto", "kv_sharing_fast_prefill": False, "enable_prefix_caching": True},
+    "cache_config": {"cache_dtype": "auto", "kv_sharing_fast_prefill": False, "enable_prefix_caching": False},
     "parallel_config": {
         "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "pipeline_parallel_size": 1,
         "tensor_parallel_size": 1, "data_parallel_size": 1, "use_ubatching": False,
@@ -89,6 +91,7 @@ OTHERS = {
     "model_config.runner_type": "pooling",
     "model_config.enable_prompt_embeds": True,
     "cache_config.kv_sharing_fast_prefill": True,
+    "cache_config.enable_prefix_caching": True,
     "parallel_config.decode_context_parallel_size": 2,
     "parallel_config.prefill_context_parallel_size": 2,
     "parallel_config.pipeline_parallel_size": 2,
