@@ -126,7 +126,7 @@ def report(facts: dict[str, Any]) -> str:
         f"{facts['batch']:,} x {facts['context']:,} tokens, retention {facts['retention']}",
         "",
     ]
-    rows = [("layers", "", "KV heads", "rows full", "kept", "bytes full", "kept", "page waste")]
+    rows: list[tuple[str, ...]] = [("layers", "", "KV heads", "rows full", "kept", "bytes full", "kept", "page waste")]
     for kind, group in groupby(facts["layers"], lambda layer: {**layer, "index": None}):
         rows.append(_row([layer["index"] for layer in group], kind))
     total = [_bytes(facts[name]) for name in ("full", "kept", "kept_waste")]

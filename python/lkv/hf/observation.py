@@ -147,7 +147,6 @@ class ObservedLayer(Protocol):
     rank: tuple[int, int]
     rows: RaggedCache | None
     token_counts: list[int]
-    row_counts: list[int]
     evicted: int
     settings: Settings
     observations: ObservationBuffer
@@ -157,6 +156,9 @@ class ObservedLayer(Protocol):
 
     @property
     def heads(self) -> int: ...
+
+    @property
+    def row_counts(self) -> list[int]: ...
 
     def whole(self) -> tuple[Tensor, Tensor]: ...
 

@@ -56,11 +56,11 @@ class CompactPress(BasePress):
     @property
     def compression_ratio(self) -> Any:
         """The press's own."""
-        return self.press.compression_ratio  # type: ignore[attr-defined]
+        return self.press.compression_ratio
 
     @compression_ratio.setter
     def compression_ratio(self, value: float) -> None:
-        self.press.compression_ratio = value  # type: ignore[attr-defined]
+        self.press.compression_ratio = value
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         self.press.post_init_from_model(model)
@@ -75,11 +75,13 @@ class CompactPress(BasePress):
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Iterator[None]:
         decoder = find_decoder(model)
-        modules = {n: module for n, module in attention_modules(decoder.module).items() if n in decoder.readers}
+        modules: dict[int, Any] = {
+            n: module for n, module in attention_modules(decoder.module).items() if n in decoder.readers
+        }
         for module in modules.values():
-            module.masked_key_indices = None  # type: ignore[attr-defined]  # kvpress's, of an earlier prompt
+            module.masked_key_indices = None  # kvpress's, of an earlier prompt
         self._caches.clear()
-        hook = modules[min(modules)].register_forward_pre_hook(self._see, with_kwargs=True)  # type: ignore[attr-defined]
+        hook = modules[min(modules)].register_forward_pre_hook(self._see, with_kwargs=True)
         try:
             with self.press(model):
                 try:
@@ -123,9 +125,10 @@ def compacted(model: PreTrainedModel, cache: object, marks: dict[int, Any], rese
         cache: that has read a prompt, whole in all layers.
         marks: for every layer the sequences, heads and positions of the rows that leave, or None.
     """
-    layers = list(getattr(cache, "layers", ()))
-    lengths = {tuple(layer.keys.shape[:3:2]) for layer in layers if type(layer) is DynamicLayer}
-    if type(cache) is not DynamicCache or len(lengths) != 1 or any(type(layer) is not DynamicLayer for layer in layers):
+    layers: list[Any] = list(getattr(cache, "layers", ()))
+    full = [type(layer) is DynamicLayer for layer in layers]
+    lengths = {tuple(layer.keys.shape[:3:2]) for layer, whole in zip(layers, full, strict=True) if whole}
+    if type(cache) is not DynamicCache or len(lengths) != 1 or not all(full):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
         raise ValueError(
             "lkv.CompactPress: expected a DynamicCache of full layers of one length, for a press that masks, got "

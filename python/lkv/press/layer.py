@@ -14,9 +14,9 @@ from lkv.hf.masks import PaddingInfo
 from lkv.hf.observation import ObservationBuffer
 from lkv.hf.settings import Settings
 from lkv.hf.token_log import Rotations
-from lkv.hf.versions import AttentionModule
-from lkv.policies import Policy
+from lkv.policies import Carried, Policy
 from lkv.policies.expected_attention import turned
+from lkv_ext import RaggedCache
 
 
 class PressSettings(Settings):
@@ -34,7 +34,7 @@ class PressSettings(Settings):
 class PressedLayer:
     """What `lkv.hf.planning` plans for: see `ObservedLayer`. `module`: its attention; `padded`: some rows are none."""
 
-    module: AttentionModule
+    module: Any
     index: int
     rank: tuple[int, int]
     keys: Tensor
@@ -42,7 +42,7 @@ class PressedLayer:
     observations: ObservationBuffer
     token_counts: list[int]
     settings: Settings
-    rows: None = None
+    rows: RaggedCache | None = None
     evicted: int = 0
     scaling: float = field(init=False)
     softcap: float | None = field(init=False)
@@ -70,12 +70,13 @@ class PressedLayer:
     def whole(self) -> tuple[Tensor, Tensor]:
         return self.keys, self.values
 
-    def carried(self) -> None:
+    def carried(self) -> Carried | None:
         """Nothing: there has been no eviction."""
+        return None
 
 
 def observed_layer(
-    module: AttentionModule,
+    module: Any,
     rank: tuple[int, int],
     settings: Settings,
     hidden_states: Tensor,

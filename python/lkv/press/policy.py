@@ -71,7 +71,8 @@ class LKVPress(BasePress):
     def __call__(self, model: PreTrainedModel) -> Iterator[None]:
         with ExitStack() as stack:
             if "attention_cosine" in self._found.needs:
-                for block in find_decoder(model).module.layers:
+                decoder: Any = find_decoder(model).module
+                for block in decoder.layers:
                     hook = block.register_forward_pre_hook(self._keep_residual, with_kwargs=True)
                     stack.callback(hook.remove)
             stack.enter_context(super().__call__(model))

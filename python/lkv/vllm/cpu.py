@@ -24,7 +24,7 @@ from lkv.vllm.metadata import Ended, Evicting
 from lkv.vllm.spec import EvictedSpec
 
 
-class Backend(Layers, CPUAttentionBackend):  # type: ignore[misc]
+class Backend(Layers, CPUAttentionBackend):
     """CPU_ATTN whose layers may be evicted; without settings it is CPU_ATTN."""
 
     @staticmethod
@@ -36,8 +36,11 @@ class Backend(Layers, CPUAttentionBackend):  # type: ignore[misc]
         return Builder
 
 
-class Builder(Evicting, CPUAttentionMetadataBuilder):  # type: ignore[misc]
+class Builder(Evicting, CPUAttentionMetadataBuilder):
     """Plans the kernel's work for the sequences that attention will see."""
+
+    num_heads: int
+    num_kv_heads: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -45,7 +48,7 @@ class Builder(Evicting, CPUAttentionMetadataBuilder):  # type: ignore[misc]
             self.num_heads, self.num_kv_heads = self.num_heads // self.num_kv_heads, 1
 
 
-class Attention(CPUAttentionBackendImpl):  # type: ignore[misc]
+class Attention(CPUAttentionBackendImpl):
     """Attends as CPU_ATTN does, and moves the kept rows of the prompts that end in the step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -121,11 +124,13 @@ class Attention(CPUAttentionBackendImpl):  # type: ignore[misc]
         keys, values = interior.read(kv_cache, ended.tables, self.num_kv_heads)
         keys, values = keys[:, : ended.prompt], values[:, : ended.prompt]
         budgets = [ended.prompt - drop for drop in ended.drops] * (self.num_kv_heads // len(ended.drops))
+        assert self.layers is not None
         kept = lkv_ext.evict(
             keys[None], values[None], self.layers.scores(self, keys, values), budgets,
             sink=self.layers.sink,
             window=self.layers.window,
         )  # fmt: skip
+        assert kept.k is not None and kept.v is not None
         if len(ended.drops) == 1:  # the heads of a row lie beside each other
             slots = _slots(ended.tables[0], ended.drops[0], ended.prompt, page)
             k, v = (x.view(self.num_kv_heads, -1, x.shape[-1]).transpose(0, 1).contiguous() for x in (kept.k, kept.v))
@@ -156,16 +161,16 @@ class Interior:
     def __init__(self, isa: str, dtype: torch.dtype, page: int, dim: int) -> None:
         self.shape = page, dim
         count, base = page * dim, 128  # bfloat16 holds integers up to 256
-        index, digits = torch.arange(count), []
+        index, digits = torch.arange(count), list[Tensor]()
         while base ** len(digits) < count:
             row = (index // base ** len(digits) % base).view(page, 1, dim).to(dtype)
             block = torch.zeros(1, 1, 2 * page, dim, dtype=dtype)
             keys, values = block.chunk(2, dim=2)
             ops.cpu_attn_reshape_and_cache(row, row, keys, values, torch.arange(page), isa)
             digits.append(block.view(2, count).long())
-        found = sum(digit * base**i for i, digit in enumerate(digits))
-        self.order = found.argsort(1)  # type: ignore[union-attr]
-        if not torch.equal(found.sort(1).values, index.expand(2, count)):  # type: ignore[union-attr]
+        found = torch.stack([digit * base**i for i, digit in enumerate(digits)]).sum(0)
+        self.order = found.argsort(1)
+        if not torch.equal(found.sort(1).values, index.expand(2, count)):
             raise RuntimeError(
                 f"lkv.vllm: blocks of {isa} of {dtype} do not hold rows as they come: start without lkv settings"
             )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
@@ -25,7 +26,7 @@ FULL_SPEC = FullAttentionSpec
 class Plan:
     """What one attention layer needs to be evicted. It knows its place in the model once the weights are loaded."""
 
-    def __init__(self, settings: Settings, vllm_config: Any, backend: type[Layers]) -> None:
+    def __init__(self, settings: Settings, vllm_config: Any, backend: Any) -> None:
         self.settings, self.vllm_config, self.backend = settings, vllm_config, backend
         self.index = -1
         self.scorer = scorer(settings.policy, vllm_config.model_config)
@@ -34,11 +35,12 @@ class Plan:
 
     def loaded(self, attention: Any) -> None:
         """Gives the layer of this attention the backend that makes its spec."""
-        layers = self.vllm_config.compilation_config.static_forward_context
+        layers: dict[str, Any] = self.vllm_config.compilation_config.static_forward_context
+        heads = attention.num_kv_heads
         for name, layer in layers.items():
             if getattr(layer, "impl", None) is attention:
                 self.index = extract_layer_index(name)
-                layer.attn_backend = of_shares(self.backend, self.settings, self._shares(attention.num_kv_heads))
+                layer.attn_backend = of_shares(self.backend, self.settings, self._shares(heads))
 
     def scores(self, attention: Any, keys: Tensor, values: Tensor) -> Tensor:
         """float32 `[1, H, T]`, of keys and values `[H, T, D]`."""
@@ -59,9 +61,9 @@ def shares_of(settings: Settings, config: Any, heads: int) -> list[tuple[float, 
     """Of all layers of a model of this config of transformers, whose layers have as many KV heads."""
     if settings.shares is not None:
         return list(settings.shares)
-    learned = None
+    learned, model = None, cast(PreTrainedModel, SimpleNamespace(config=config, device="cpu"))
     if settings.counts != "equal" and settings.policy not in policies.names():
-        learned = load(settings.policy, SimpleNamespace(config=config, device="cpu"), any_weights=True)
+        learned = load(settings.policy, model, any_weights=True)
     return multiples(learned, settings.retention, settings.counts, config.num_hidden_layers, heads)
 
 

@@ -81,7 +81,7 @@ class Evicting:
         computed = lengths - np.diff(starts[: rows + 1])
         drops = self._drops(prompts)
         gone = np.where((computed >= prompts)[:, None], drops, 0)
-        ending = np.flatnonzero((computed < prompts) & (lengths >= prompts) & drops.any(1))
+        ending = np.flatnonzero((computed < prompts) & (lengths >= prompts) & drops.any(1)).tolist()
 
         step = Step(ended=[self._ended(common, row, drops[row]) for row in ending])
         metadata = self._evicted(common, gone, step)

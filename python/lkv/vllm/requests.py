@@ -25,7 +25,7 @@ def of(vllm_config: Any) -> Requests | None:
     return _OF_CONFIG.get(id(vllm_config))
 
 
-class Requests(LogitsProcessor):  # type: ignore[misc]
+class Requests(LogitsProcessor):
     """The batch of a worker, by row.
 
     Attributes:

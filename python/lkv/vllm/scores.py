@@ -129,7 +129,8 @@ def of_heads(scorer: TokenScorer, heads: range) -> TokenScorer:
 def undo(rotation: nn.Module, keys: Tensor, positions: Tensor) -> Tensor:
     """Keys `[1, H, n, D]` of tokens at `positions` `[1, n]` as they were before RoPE."""
     rotary = Rotary()
-    rotary.push(0, *rotation(keys, positions), None)
+    cos, sin = rotation(keys, positions)
+    rotary.push(0, cos, sin, None)
     return rotary.undo(keys)
 
 

@@ -17,7 +17,7 @@ from lkv.vllm.settings import OFF, Settings, dropped
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvictedSpec(FullAttentionSpec):  # type: ignore[misc]
+class EvictedSpec(FullAttentionSpec):
     """The cache of a layer whose prompt rows are evicted.
 
     Attributes:
@@ -55,7 +55,7 @@ class EvictedSpec(FullAttentionSpec):  # type: ignore[misc]
         return int(super().max_num_blocks_per_req(vllm_config, max_len)) * self.tables
 
 
-class EvictedManager(FullAttentionManager):  # type: ignore[misc]
+class EvictedManager(FullAttentionManager):
     """Frees the blocks in front of what is kept, as soon as the step in which a prompt ends has been processed.
 
     The worker has moved the kept rows behind `drop` by then (see `lkv.vllm.metadata`). Blocks in front of `drop` hold
