@@ -1,6 +1,6 @@
 """The tables of docs/real-model.md and the README's first one, from the reports that `make smollm2-eval` writes.
 
-python bench/real_model.py docs/real-model --page docs/real-model.md --readme README.md
+python bench/real_model.py build/smollm2-eval --into docs/real-model --page docs/real-model.md --readme README.md
 
 Every table has its two markers in the page; a report that is not there leaves its tables as they are.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,14 @@ NAMES = {  # in the order of the tables
     "full": "full cache",
     "oracle": "oracle",
     "lkv": "**LKV**",
-    "fixed": "**LKV, fixed shares**",
     "kvzip": "KVzip (second pass)",
-    "lkv-h+snapkv": "SnapKV, LKV's fixed shares",
     "snapkv": "SnapKV",
     "adakv": "AdaKV",
     "streaming_llm": "StreamingLLM",
     "random": "random",
 }
-FRONT = ("lkv", "fixed", "kvzip", "adakv", "snapkv", "streaming_llm", "oracle")  # columns of the README
-HEADINGS = {"fixed": "LKV, fixed shares", "lkv": "LKV", "oracle": "oracle, which knows the questions"}
-SCORES = {"SnapKV": ("uniform+snapkv", "lkv-h+snapkv"), "KVzip": ("uniform+kvzip", "lkv-h+kvzip")}
-LENGTHS = (1024, 2048, 4096)
+FRONT = ("lkv", "kvzip", "adakv", "snapkv", "streaming_llm", "oracle")  # columns of the README
+HEADINGS = {"lkv": "LKV", "oracle": "oracle, which knows the questions"}
 
 
 def number(value: float, digits: int) -> str:
@@ -47,10 +44,10 @@ def kept(row: Row) -> str:
     return f"{100 * row['retention']:g} %"
 
 
-def ordered(rows: Sequence[Row], domain: str = "all") -> list[Row]:
-    """Those of a domain by retention, then as `NAMES` has the methods; the full cache first."""
+def ordered(rows: Sequence[Row]) -> list[Row]:
+    """Those of all domains together, by retention, then as `NAMES` has the methods; the full cache first."""
     places = {name: i for i, name in enumerate(NAMES)}
-    chosen = [row for row in rows if row["domain"] == domain and row["method"] in places]
+    chosen = [row for row in rows if row["domain"] == "all" and row["method"] in places]
     return sorted(chosen, key=lambda row: (row["retention"] % 1, places[row["method"]]))
 
 
@@ -97,54 +94,6 @@ def lead(rows: Sequence[Row]) -> str:
     return table(["kept", "LKV is ahead of", *(shown[name] for name in there)], body)
 
 
-def grid(rows: Sequence[Row]) -> str:
-    """Exact answers, and in brackets the KL of answers and of the continuation, of every score under both budgets."""
-    of = {(row["method"], row["retention"]): row for row in rows if row["domain"] == "all"}
-    scores = {**SCORES, "LKV-T": ("uniform+lkv-t", "lkv")}
-    alias = {"uniform+snapkv": "snapkv"}
-
-    def cell(method: str, retention: float) -> str:
-        row = of[alias.get(method, method), retention]
-        kls = (number(row[part]["kl"][0], 3) for part in ("facts", "continuation"))
-        return f"{number(row['facts']['exact'][0], 2)} ({', '.join(kls)})"
-
-    retentions = sorted({retention for _, retention in of} - {1.0})
-    body = [
-        [f"{100 * retention:g} %", budget, *(cell(pair[i], retention) for pair in scores.values())]
-        for retention in retentions
-        for i, budget in enumerate(("equal", "LKV-H"))
-    ]
-    return table(["kept", "budgets", *scores], body)
-
-
-def costs(rows: Sequence[Row]) -> str:
-    names = ("prefill", "second_pass", "scores", "eviction")
-    together = ordered(rows)
-    body = []
-    for method in dict.fromkeys(row["method"] for row in together):
-        each = [row["seconds"] for row in together if row["method"] == method]
-        means = [sum(x[name] for x in each) / len(each) for name in names]
-        body.append([NAMES[method], *(number(x, 3) if x >= 5e-4 else "" for x in means)])
-    return table(["CPU seconds of a text", *(name.replace("_", " ") for name in names)], body)
-
-
-def lengths(reports: Mapping[int, Sequence[Row]]) -> str:
-    """A row for each method and retention that the longest texts have, a column for each length."""
-    of = {(n, row["method"], row["retention"]): row for n, rows in reports.items() for row in ordered(rows)}
-
-    def cell(row: Row | None) -> str:
-        if row is None:
-            return ""
-        kls = (number(row[part]["kl"][0], 3) for part in ("facts", "continuation"))
-        return f"{number(row['facts']['exact'][0], 2)} ({', '.join(kls)})"
-
-    body = [
-        [kept(row), NAMES[row["method"]], *(cell(of.get((n, row["method"], row["retention"]))) for n in reports)]
-        for row in ordered(reports[max(reports)])
-    ]
-    return table(["kept", "method", *(f"{n:,} tokens" for n in reports)], body)
-
-
 def front(rows: Sequence[Row]) -> str:
     """Of the README: exact answers and the KL of answers."""
     of = {(row["method"], row["retention"]): row["facts"] for row in rows if row["domain"] == "all"}
@@ -163,13 +112,10 @@ def front(rows: Sequence[Row]) -> str:
 # The table between each pair of markers, and the report that it is of.
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "trained": (".", fidelity),
-    "costs": (".", costs),
     "domains": (".", domains),
     "unseen": ("unseen", fidelity),
     "unseen-domains": ("unseen", domains),
     "unseen-lead": ("unseen", lead),
-    "seen": ("seen", fidelity),
-    "grid": ("grid", grid),
 }
 
 
@@ -183,18 +129,26 @@ def tables(folder: Path) -> Iterator[tuple[str, str]]:
     for mark, (name, make) in TABLES.items():
         if (rows := read(folder / name)) is not None:
             yield mark, make(rows)
-    paths = {n: folder / ("." if n == LENGTHS[0] else str(n)) for n in LENGTHS}
-    long = {n: rows for n, path in paths.items() if (rows := read(path)) is not None}
-    if len(long) > 1:
-        yield "lengths", lengths(long)
+
+
+def take(source: Path, target: Path) -> None:
+    """Copies reports and plots, of the folders within as well."""
+    for path in sorted(source.rglob("*")):
+        if path.name == "report.json" or path.suffix == ".png":
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with report.json of the first table, the others in folders")
+    parser.add_argument("--into", type=Path, help="folder for copies of reports and plots")
     parser.add_argument("--page", type=Path, help="with markers of all tables")
     parser.add_argument("--readme", type=Path, help="with the markers of the first table")
     args = parser.parse_args()
+    if args.into:
+        take(args.folder, args.into)
     for mark, text in tables(args.folder):
         print(f"{mark}\n\n{text}\n")
         if args.page:
