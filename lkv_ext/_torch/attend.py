@@ -90,7 +90,7 @@ def attend(
                 out = read(call).unflatten(0, (*cache.lengths.shape, q.shape[2]))  # [B, H, n, group, Dv]
                 return out.transpose(1, 2).flatten(2, 3).transpose(1, 2)
         rows: Any = cache
-        if rows.k.dim() == 3:  # in pages, which our kernels do not read
+        if hasattr(rows, "tables"):  # in pages, which our kernels do not read
             rows = rows.packed()
         spans = (rows.k, rows.v, rows.cu_seqlens, rows.lengths, rows.max_length)
         return ops.attend(q, *spans, causal, scale, softcap or 0.0, sinks).transpose(1, 2)

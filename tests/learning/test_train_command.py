@@ -24,8 +24,10 @@ class Trainer:
 
     made: Trainer
 
-    def __init__(self, model: object, tokenizer: object, language: object, config: TrainConfig, folder: Path) -> None:
-        self.model, self.config, self.folder, self.ran = model, config, folder, 0
+    def __init__(
+        self, model: object, tokenizer: object, language: object, config: TrainConfig, folder: Path, *, scorer: object
+    ) -> None:
+        self.model, self.config, self.folder, self.scorer, self.ran = model, config, folder, scorer, 0
         self.source = Source(config, tokenizer, language)
         Trainer.made = self
 
@@ -50,7 +52,8 @@ def trained(
 
 
 def test_by_default_the_configuration_is_its_own(trained, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert trained().config == TrainConfig()
+    made = trained()
+    assert made.config == TrainConfig() and made.scorer is None
     assert capsys.readouterr().out == f"lkv train: {tmp_path / 'run' / 'best'}\n"
 
 
