@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from families import tokens
 from test_every_policy import curves, for_heads, gate, kept, model
+from transformers import PreTrainedModel
 
 import lkv
 from lkv import policies
@@ -101,8 +103,18 @@ ELSEWHERE = {"DefensiveScore": {"sure"}, "LAVaScore": {"scorer", "before"}, "Pyr
 
 
 @cache
+def uneven() -> PreTrainedModel:
+    """Its values are of very different length, as they are in models of the world."""
+    made = copy.deepcopy(model(2))
+    with torch.no_grad():
+        for layer in made.model.layers:
+            layer.self_attn.v_proj.weight[::8] *= 20  # the first number of every head
+    return made
+
+
+@cache
 def rows(policy: Policy) -> list[list[list[int]]]:
-    return [kept(lkv.compress(model(2), tokens(1, LENGTH), policy, retention=x)) for x in RETENTIONS]
+    return [kept(lkv.compress(uneven(), tokens(1, LENGTH), policy, retention=x)) for x in RETENTIONS]
 
 
 @pytest.mark.parametrize(("name", "setting"), CASES, ids=[f"{name}-{setting}" for name, setting in CASES])
