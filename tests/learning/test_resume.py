@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import platform
 import sys
 import types
 from collections.abc import Sequence
@@ -196,3 +198,21 @@ def test_another_configuration_is_refused(make) -> None:
         expected = rf"^lkv train: expected the configuration of the run in .* got another \['{next(iter(changes))}'\]"
         with pytest.raises(ValueError, match=expected):
             make(**changes).run()
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heap")
+def test_memory_that_was_freed_goes_back(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every so many steps: between blocks that live on, where the heap would keep it."""
+    monkeypatch.setattr(train, "SAVE_EVERY", 3)
+    run = make(warm_steps=0)
+    run.run(until=2)
+    blocks = [torch.ones(1 << 16, dtype=torch.uint8) for _ in range(2000)]
+    del blocks[::2]
+    before = resident()
+    run.run(until=3)
+    assert resident() < before - (50 << 20) and len(blocks) == 1000

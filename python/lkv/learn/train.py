@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -104,6 +105,8 @@ class Trainer:
                     numbers |= self._validated()
                 elif main and self.step % SAVE_EVERY == 0:
                     self._save_state()
+                if self.step % SAVE_EVERY == 0:
+                    _return_freed_memory()
                 if main:
                     self._log(numbers)
                     bar.update()
@@ -294,3 +297,10 @@ def _board(folder: Path) -> Any:
 
 def _plain(x: object) -> object:
     return json.loads(json.dumps(x))
+
+
+def _return_freed_memory() -> None:
+    """Texts of many lengths leave the heap full of holes, which the C library keeps: glibc is told to return them."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
