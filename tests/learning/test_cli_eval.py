@@ -17,7 +17,7 @@ from lkv.cli import eval as command
 from lkv.cli import models
 from lkv.evaluate import metrics
 from lkv.evaluate.methods import FULL, Method
-from lkv.evaluate.run import Result, Setting
+from lkv.evaluate.run import Result, Setting, digest
 from lkv.policies.lkv import Learned, packaged
 from lkv.policies.lkv.checkpoint import Design, Shape, save
 
@@ -52,7 +52,7 @@ def requests(
         requests.settings.append(setting)
         requests.methods.append(methods)
         return [
-            Result(s.task, s.index, m.name, r, s.index % 2, r, "", 0.0)
+            Result(s.task, s.index, m.name, r, s.index % 2, r, "", 0.0, digest=digest(s))
             for m in methods
             for r in ([1.0] if m.name == FULL else setting.retentions)
             for s in samples

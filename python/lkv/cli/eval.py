@@ -19,11 +19,16 @@ from lkv.cli import models
 from lkv.cli.eval_options import chosen, parse
 from lkv.evaluate import metrics, report
 from lkv.evaluate.kept import kept_positions
-from lkv.evaluate.methods import FULL
-from lkv.evaluate.run import Setting, evaluate
+from lkv.evaluate.methods import Method
+from lkv.evaluate.results import Results
+from lkv.evaluate.run import Result, Setting, digest, evaluate
 from lkv.evaluate.soft import soft_accuracy
+from lkv.learn.recording import tokenizer_fingerprint
 from lkv.policies.lkv import LKV, Learned
+from lkv.policies.lkv.fingerprint import fingerprint
 from lkv.tasks import Language, Sample, files
+
+FORMAT = 1  # of results
 
 
 def run(argv: Sequence[str]) -> int:
@@ -37,16 +42,20 @@ def run(argv: Sequence[str]) -> int:
     setting = Setting(tuple(options.retentions), options.see_question, options.batch, options.answer_tokens or 24)
     samples = load_samples(options) if options.file else make_samples(options, tokenizer, language)
     print(f"question {'seen' if options.see_question else 'not seen'} by the compression; {describe(samples, options)}")
-    results = []
-    last = methods[-1].name, 1.0 if methods[-1].name == FULL else setting.retentions[-1]
+    kept = None
+    if options.out:
+        known = {method.name: method.identity for method in methods}
+        kept = Results(options.out, Result, manifest(options, setting, model, tokenizer), known)
+    results: list[Result] = []
     with tqdm(total=len(samples), desc="lkv eval", unit="sample") as bar:
         for task in dict.fromkeys(s.task for s in samples):
             group = [s for s in samples if s.task == task]
             if isinstance(group[0], files.FileSample):
                 setting = replace(setting, limit=options.answer_tokens or group[0].limit, metric=metrics.score)
-            for result in evaluate(model, tokenizer, group, methods, setting):
+            for result in answered(model, tokenizer, group, methods, setting, kept, bar):
                 results.append(result)
-                bar.update((result.method, result.retention) == last)
+            if kept is not None:
+                write(options, setting, report.rows(results), {})
     rows = report.rows(results)
     print(report.table(rows))
     extra: dict[str, Any] = {}
@@ -56,7 +65,52 @@ def run(argv: Sequence[str]) -> int:
     if lkv is not None and options.soft:
         extra["soft_to_hard"] = soft_to_hard(model, tokenizer, samples, lkv, rows, setting)
         write(options, setting, rows, extra)
+    if options.out is not None:
+        from lkv.evaluate.plots import draw
+
+        for path in draw({"rows": rows, **extra}, options.out):
+            print(path)
     return 0
+
+
+def answered(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    methods: Sequence[Method],
+    setting: Setting,
+    kept: Results[Result] | None,
+    bar: tqdm,
+) -> list[Result]:
+    """Results of all methods on these samples; those that are kept are not computed again, and new ones are kept."""
+    wanted = [(m, r) for m in methods for r in m.retentions(setting.retentions)]
+    there = {} if kept is None else kept.cells
+    lacking = [s for s in samples if any((digest(s), m.name, r) not in there for m, r in wanted)]
+    run = [m for m in methods if any((digest(s), n.name, r) not in there for s in lacking for n, r in wanted if n is m)]
+    bar.update(len(samples) - len(lacking))
+    found: dict[tuple, Result] = {}
+    last = [(run[-1].name, r) for r in run[-1].retentions(setting.retentions)][-1] if run else None
+    for result in evaluate(model, tokenizer, lacking, run, setting):
+        found[result.key] = result
+        if kept is not None and result.key not in there:
+            kept.add(result)
+        bar.update((result.method, result.retention) == last)
+    found = {**found, **there}
+    return [found[digest(s), m.name, r] for m, r in wanted for s in samples]
+
+
+def manifest(
+    options: argparse.Namespace, setting: Setting, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, object]:
+    """What results depend on beside samples, which have a digest each, and methods."""
+    return {
+        "format": FORMAT,
+        "model": fingerprint(model),
+        "dtype": str(model.dtype),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "question_seen": setting.see_question,
+        "answer_tokens": options.answer_tokens,
+    }
 
 
 def seen(
@@ -129,11 +183,9 @@ def describe(samples: Sequence[Sample], options: argparse.Namespace) -> str:
 
 
 def write(options: argparse.Namespace, setting: Setting, rows: list[report.Row], extra: dict[str, Any]) -> None:
-    """report.json and the pictures, where a folder was named."""
+    """report.json, where a folder was named."""
     if options.out is None:
         return
-    from lkv.evaluate.plots import draw
-
     facts = {
         "model": options.model,
         "tasks": options.file or options.tasks,
@@ -150,5 +202,3 @@ def write(options: argparse.Namespace, setting: Setting, rows: list[report.Row],
         "threads": torch.get_num_threads(),
     }
     report.write(options.out / "report.json", facts, rows, extra)
-    for path in draw({"rows": rows, **extra}, options.out):
-        print(path)

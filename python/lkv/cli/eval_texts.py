@@ -22,7 +22,7 @@ from lkv.evaluate import report, text_report
 from lkv.evaluate.forecast import forecast
 from lkv.evaluate.forks import policy_of
 from lkv.evaluate.methods import FLOOR, FULL, Method
-from lkv.evaluate.results import Key, Results
+from lkv.evaluate.results import Cell, Key, Results
 from lkv.evaluate.texts import Judge
 from lkv.learn.dialogue import Exchange, exchange
 from lkv.learn.forecast import prefill_seconds, sentence
@@ -45,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
     model, tokenizer, _ = models.load(options)
     methods, _ = chosen(options, model)
     texts = Texts(options, tokenizer, found)
-    results = Results(options.out, manifest(options, model, tokenizer, found), {m.name: m.identity for m in methods})
+    made_with, known = manifest(options, model, tokenizer, found), {m.name: m.identity for m in methods}
+    results = Results(options.out, Cell, made_with, known)
     keys = [(i, m.name, r) for i in range(texts.count) for m in methods for r in m.retentions(options.retentions)]
     missing = results.missing(keys)
     by_passage: dict[int, list[Key]] = {}
@@ -160,7 +161,7 @@ def check(model: PreTrainedModel, methods: Sequence[Method], given: Sequence[flo
         raise ValueError(f"lkv eval: expected texts of at most the {most} tokens that the model reads, got {longest}")
 
 
-def finish(options: argparse.Namespace, results: Results, count: int) -> None:
+def finish(options: argparse.Namespace, results: Results[Cell], count: int) -> None:
     """report.json and tables of all methods that have all passages, those of earlier runs included."""
     cells = [x for x in results.cells.values() if x.passage < count]
     numbers: dict[tuple[str, float], int] = {}

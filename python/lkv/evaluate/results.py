@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from lkv.learn.records import FULL, agreed, write_manifest
 
 FILE = "results.jsonl"
 Key = tuple[int, str, float]
+
+
+class Keyed(Protocol):
+    """A result: a dataclass of plain values, one of each key."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def key(self) -> tuple: ...
+
+
+R = TypeVar("R", bound=Keyed)
+K = TypeVar("K", bound=tuple)
 
 
 @dataclass(frozen=True)
@@ -49,10 +62,11 @@ class Cell:
         return sum(heads) / (self.tokens * len(heads))
 
 
-class Results:
+class Results(Generic[R]):
     """The results in a folder.
 
     Args:
+        kind: of the results, such as `Cell`.
         made_with: what all of them depend on.
         methods: what each method is, by name. Others may be added later.
 
@@ -60,13 +74,15 @@ class Results:
         ValueError: for a folder with results that were made with something else, naming what differs.
     """
 
-    def __init__(self, folder: Path, made_with: Mapping[str, object], methods: Mapping[str, str]) -> None:
-        self.folder, self.path = folder, folder / FILE
+    def __init__(
+        self, folder: Path, kind: Callable[..., R], made_with: Mapping[str, object], methods: Mapping[str, str]
+    ) -> None:
+        self.folder, self.path, self.kind = folder, folder / FILE, kind
         manifest = {**made_with, "methods": dict(methods)}
         self._manifest: dict[str, object] | None = agreed(
             folder, manifest, grows=("methods",), command="lkv eval", what="results"
         )
-        self.cells: dict[Key, Cell] = {}
+        self.cells: dict[tuple, R] = {}
         if self.path.exists():
             text = self.path.read_bytes()
             whole = text[: text.rfind(b"\n") + 1]
@@ -76,10 +92,10 @@ class Results:
             for number, line in enumerate(whole.splitlines(), 1):
                 self._know(self._read(line, number))
 
-    def missing(self, keys: Iterable[Key]) -> list[Key]:
+    def missing(self, keys: Iterable[K]) -> list[K]:
         return [key for key in keys if key not in self.cells]
 
-    def add(self, cell: Cell) -> None:
+    def add(self, cell: R) -> None:
         """Writes a result. The folder belongs to this evaluation from the first one on.
 
         Raises:
@@ -98,13 +114,13 @@ class Results:
             raise OSError(error.errno, message) from error
         self._know(cell)
 
-    def _read(self, line: bytes, number: int) -> Cell:
+    def _read(self, line: bytes, number: int) -> R:
         try:
-            return Cell(**json.loads(line))
+            return self.kind(**json.loads(line))
         except (ValueError, TypeError):
             raise ValueError(
                 f"lkv eval: expected a result in line {number} of {self.path}, got {line[:60]!r}; delete the line"
             ) from None
 
-    def _know(self, cell: Cell) -> None:
+    def _know(self, cell: R) -> None:
         self.cells[cell.key] = cell

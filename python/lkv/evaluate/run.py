@@ -5,6 +5,7 @@ A text is read once. Every method evicts a fork of what was read, and decodes fr
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,9 @@ class Result:
 
     Attributes:
         score: 0 to 1. kept: rows of all heads and layers over those of the whole text.
-        seconds: of scoring and eviction, of the batch it was in, per sample; those of a second pass apart.
+        seconds: of scoring and eviction, of the batch it was in, per sample; those of a second pass apart. Of the CPU,
+            or of the clock where the model is on a GPU.
+        digest: of the sample.
     """
 
     task: str
@@ -42,6 +45,11 @@ class Result:
     text: str
     evict_seconds: float
     second_pass_seconds: float = 0.0
+    digest: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, float]:
+        return self.digest, self.method, self.retention
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,11 @@ class Setting:
 def found(text: str, expected: Sequence[str]) -> float:
     """Share of the expected strings that the text holds, as RULER counts."""
     return sum(word.lower() in text.lower() for word in expected) / len(expected)
+
+
+def digest(sample: Sample) -> str:
+    """The same for the same sample everywhere."""
+    return hashlib.sha256(repr(sample).encode()).hexdigest()[:16]
 
 
 def evaluate(
@@ -104,7 +117,8 @@ def _batch(
         questions = [q[-1:] for q in questions]
     tokens, mask = (t.to(model.device) for t in pad_left(contexts, pad))
     with prefill(model, tokens, mask, needs_of(methods), OBSERVED_WINDOW) as whole:
-        forks = Forks(model, tokenizer, whole, tokens, clock=time.perf_counter)
+        clock = time.process_time if model.device.type == "cpu" else time.perf_counter
+        forks = Forks(model, tokenizer, whole, tokens, clock=clock)
         for method in methods:
             scores, second = forks.second_pass(method)
             for retention in method.retentions(setting.retentions):
@@ -116,7 +130,7 @@ def _batch(
                     text = decode(tokenizer, row)
                     yield Result(
                         sample.task, sample.index, method.name, retention, setting.metric(text, sample),
-                        kept[b], text, seconds / len(samples), second / len(samples),
+                        kept[b], text, seconds / len(samples), second / len(samples), digest(sample),
                     )  # fmt: skip
 
 
