@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lkv.cli import eval as command
 from lkv.cli import models
 from lkv.evaluate import metrics
 from lkv.evaluate.methods import FULL, Method
+from lkv.evaluate.results import FILE
 from lkv.evaluate.run import Result, Setting, digest
 from lkv.policies.lkv import Learned, packaged
 from lkv.policies.lkv.checkpoint import Design, Shape, save
@@ -268,6 +270,64 @@ def test_report_has_what_was_run(requests: Requests, tmp_path: Path, capsys: pyt
     assert {row["score"] for row in report["rows"]} == {0.5} and len(report["rows"]) == 1 + 6 * 4
     assert "kept_positions" not in report
     assert str(out / "accuracy.png") in capsys.readouterr().out
+
+
+class TestGoingOn:
+    OPTIONS = (*SHORT, "--tasks", "single", "multi_key", "--retentions", 0.2, 0.5)
+
+    def test_what_is_there_is_not_computed_again(self, requests: Requests, tmp_path: Path) -> None:
+        """Methods and samples may be added; what the report shows is what one run would have made."""
+        out = tmp_path / "out"
+        assert run(*self.OPTIONS, "--methods", FULL, "snapkv", "--out", out) == 0
+        report = (out / "report.json").read_text()
+        requests.samples.clear()
+        assert run(*self.OPTIONS, "--methods", FULL, "snapkv", "--out", out) == 0
+        assert requests.samples == [[], []] and (out / "report.json").read_text() == report
+        requests.methods.clear()
+        more = ("--samples", 3, "--methods", FULL, "snapkv", "random")
+        assert run(*self.OPTIONS, "--methods", FULL, "snapkv", "random", "--out", out) == 0
+        assert [[m.name for m in methods] for methods in requests.methods] == [["random"], ["random"]]
+        requests.samples.clear()
+        assert run(*self.OPTIONS, *more, "--out", out) == 0
+        assert [[s.index for s in group] for group in requests.samples] == [[2], [2]]
+        grown = json.loads((out / "report.json").read_text())
+        assert run(*self.OPTIONS, *more, "--out", tmp_path / "at once") == 0
+        assert grown == json.loads((tmp_path / "at once" / "report.json").read_text())
+
+    def test_an_interrupted_run_leaves_its_results_and_a_report_of_the_tasks_that_are_done(
+        self, requests: Requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        own, out = command.evaluate, tmp_path / "out"
+
+        def interrupted(model: object, tokenizer: object, samples: list[tasks.Sample], *rest: object) -> Iterator:
+            found = own(model, tokenizer, samples, *rest)
+            yield from found if samples[0].task == "single" else found[:3]
+            if samples[0].task != "single":
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(command, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(*self.OPTIONS, "--methods", "snapkv", "random", "--out", out)
+        assert len((out / FILE).read_text().splitlines()) == 8 + 3
+        rows = json.loads((out / "report.json").read_text())["rows"]
+        assert len(rows) == 4 and all(list(row["tasks"]) == ["single"] for row in rows)
+        monkeypatch.setattr(command, "evaluate", own)
+        requests.samples.clear()
+        assert run(*self.OPTIONS, "--methods", "snapkv", "random", "--out", out) == 0
+        assert [len(group) for group in requests.samples] == [0, 2]
+        assert len((out / FILE).read_text().splitlines()) == 16  # none twice
+
+    @pytest.mark.parametrize("other", [["--see-question"], ["--answer-tokens", "3"], ["--dtype", "bfloat16"]])
+    def test_results_of_other_settings_are_refused(
+        self, requests: Requests, other: list[str], tmp_path: Path, capsys: pytest.CaptureFixture,
+        model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        assert run(*SHORT, "--tasks", "single", "--methods", FULL, "--out", tmp_path) == 0
+        monkeypatch.setattr(command.models, "load", lambda options: (
+            copy.deepcopy(model).to(getattr(torch, options.dtype or "float32")), tokenizer, tasks.Words()
+        ))  # fmt: skip
+        assert run(*SHORT, "--tasks", "single", "--methods", FULL, "--out", tmp_path, *other) == 2
+        assert f"lkv eval: expected the results in {tmp_path} to be of this run" in capsys.readouterr().err
 
 
 def test_pictures_of_a_checkpoint_are_of_the_sample_in_the_middle(

@@ -14,7 +14,7 @@ import torch
 from test_records import files_of_at_most
 from tiny_texts import files, model, tokenizer
 
-from lkv import cli
+from lkv import cli, policies
 from lkv.cli import eval_texts as command
 from lkv.evaluate.forecast import ANSWERS, GREEDY, ORACLE, QUESTION, REPEAT, forecast
 from lkv.evaluate.methods import choose, heuristics
@@ -149,6 +149,19 @@ def test_an_interrupted_run_goes_on(run: Run, tmp_path: Path, monkeypatch: pytes
         for row in rows:
             row.pop("seconds")
     assert reports[0] == reports[1]
+
+
+def test_all_policies_by_one_word(run: Run, tmp_path: Path) -> None:
+    """Those that need a second pass, the output projection, rotations or budgets among them; each keeps its rows."""
+    short = ("--passages", 1, "--facts", 1, "--continuation", 4, "--retentions", 0.25)
+    assert run(*short, methods="all") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    rows = [row for row in report["rows"] if row["domain"] == "all"]
+    assert [row["method"] for row in rows] == ["full", *ORACLES, *policies.names()]
+    for row in rows[1:]:
+        assert row["kept"] == pytest.approx(0.25, abs=0.002), row["method"]
+        assert np.isfinite(row["facts"]["kl"]).all() and np.isfinite(row["continuation"]["kl"]).all()
+    assert len({row["facts"]["kl"][0] for row in rows}) > len(rows) - 4  # they are not one method under many names
 
 
 def test_only_what_is_missing_is_done(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

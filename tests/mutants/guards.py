@@ -117,7 +117,7 @@ GUARDS: dict[str, list[str]] = {
     },
     "python/lkv/evaluate/lines.py": ["learning/test_plots"],
     "python/lkv/evaluate/forecast.py": ["learning/test_eval_texts"],
-    "python/lkv/evaluate/results.py": ["learning/test_eval_texts"],
+    "python/lkv/evaluate/results.py": ["learning/test_eval_texts", "learning/test_cli_eval"],
     "python/lkv/evaluate/text_report.py": ["learning/test_text_report", "learning/test_eval_texts"],
     **{
         f"python/lkv/evaluate/{name}.py": [f"learning/test_{x}" for x in (name, "no_gradients", "evaluate")]
