@@ -204,9 +204,9 @@ def test_heads_of_different_budgets_are_counted_together(results: Evaluate, samp
 class TestTimes:
     @pytest.fixture(autouse=True)
     def clock(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A second goes by whenever somebody looks."""
+        """A second of the CPU goes by whenever somebody looks."""
         ticks = itertools.count()
-        monkeypatch.setattr(run.time, "perf_counter", lambda: float(next(ticks)))
+        monkeypatch.setattr(run.time, "process_time", lambda: float(next(ticks)))
 
     def test_are_those_of_a_batch_shared_by_its_samples(self, results: Evaluate, samples: list[tasks.Sample]) -> None:
         """The last batch, of one sample, is its alone."""
