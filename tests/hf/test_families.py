@@ -121,6 +121,7 @@ LATENT = dict(
 )
 HALVES = dict(encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32, d_model=32)
 HALF_HEADS = dict(encoder_attention_heads=4, decoder_attention_heads=4)
+BOTH_WAYS = dict(use_bidirectional_attention=True, layer_types=["sliding_attention", "full_attention"])
 OF_BOTH = dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=4)
 
 
@@ -137,12 +138,17 @@ OF_BOTH = dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1
         ("MambaForCausalLM", "MambaConfig", {}, "has (no layers of full attention|recurrent layers)"),
         ("FalconH1ForCausalLM", "FalconH1Config", OF_BOTH, "has (no layers of full attention alone|recurrent layers)"),
         ("MistralForCausalLM", "MistralConfig", dict(sliding_window=16), "has no layers of full attention alone"),
+        ("BertLMHeadModel", "BertConfig", {}, "attends (in both directions|by itself)"),
+        ("RobertaForCausalLM", "RobertaConfig", {}, "attends (in both directions|by itself)"),
+        ("Gemma3ForCausalLM", "Gemma3TextConfig", BOTH_WAYS, "attends in both directions"),
         ("MllamaForCausalLM", "MllamaTextConfig", dict(cross_attention_layers=[1]), "reads the tensors of the cache"),
     ],
 )
 def test_what_cannot_be_evicted(model, config, options, reason):
     if not hasattr(transformers, config):
         pytest.skip("not in this transformers")
+    if any(not hasattr(getattr(transformers, config)(), name) for name in options):
+        pytest.skip("without such a setting in this transformers")
     made = getattr(transformers, model)(getattr(transformers, config)(**{**SMALL, **options})).eval()
     own = made.config._attn_implementation
     with pytest.raises(
@@ -150,6 +156,19 @@ def test_what_cannot_be_evicted(model, config, options, reason):
     ):
         lkv.Cache(made, retention=0.5)
     assert made.config._attn_implementation == own and not made._forward_pre_hooks
+
+
+def test_a_decoder_of_a_kind_that_can_attend_in_both_directions():
+    """BERT as a decoder: only its other setting is refused."""
+    made = transformers.BertLMHeadModel(transformers.BertConfig(**SMALL, is_decoder=True)).eval()
+    try:
+        cache = lkv.Cache(made, "streaming_llm", retention=1.0)
+    except ValueError as error:
+        pytest.skip(str(error))  # before transformers 5 it attends by itself
+    prompt = tokens(1, 24)
+    with torch.no_grad():
+        ours = made(prompt, past_key_values=cache).logits
+        torch.testing.assert_close(ours, made(prompt).logits, rtol=1e-4, atol=1e-4)
 
 
 def twice(attention: Callable[..., tuple[Tensor, object]], *arguments: object, **options: object):

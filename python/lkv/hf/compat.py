@@ -50,8 +50,6 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise _refusal(name, "has no decoder that get_decoder() would give")
     if getattr(module.config, "kv_lora_rank", None) is not None:
         raise _refusal(name, "caches latents (MLA), from which keys and values are made anew in every call")
-    if getattr(module.config, "is_causal", True) is False:
-        raise _refusal(name, "attends in both directions")
     if RecurrentLayer is None and (whole._is_stateful or module._is_stateful):
         raise _refusal(name, "has recurrent layers, for which this version of transformers has no cache layers")
     outer = tuple(m for m in whole.modules() if isinstance(m, PreTrainedModel) and m is not module and _has(m, module))
@@ -124,6 +122,8 @@ def _unlike_ours(module: nn.Module, config: PretrainedConfig) -> str | None:
         return "attends by itself, not through transformers' AttentionInterface"
     if "layers" in names and getattr(module, "is_cross_attention", True):
         return "reads the tensors of the cache by itself"
+    if False in (getattr(module, "is_causal", True), getattr(config, "is_causal", True)):
+        return "attends in both directions"
     if _calls(forward, "attention_interface") > 1:
         return "attends more than once for every update of the cache"
     if "shared_kv_states" in forward.__code__.co_varnames and not hasattr(module, "is_kv_shared_layer"):
