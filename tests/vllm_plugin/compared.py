@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from dense import generate, kept_rows
+from dense import SIZES, generate, kept_rows
 from engine import BLOCK, answers
 from torch import Tensor
 
@@ -14,8 +14,9 @@ from lkv.vllm.settings import dropped
 
 
 def prompts(*lengths: int, seed: int = 1) -> list[list[int]]:
+    """Of no token twice: in the first layer its keys would have the same norm, and rounding would choose."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 199, (n,), generator=generator).tolist() for n in lengths]
+    return [torch.randperm(SIZES["vocab_size"], generator=generator)[:n].tolist() for n in lengths]
 
 
 def keep(prompt: Sequence[int], settings: dict[str, Any], retention: float | None = None) -> Any:

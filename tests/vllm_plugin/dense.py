@@ -19,7 +19,7 @@ from transformers import (
 
 Kept = list[Tensor]  # per layer bool [H, P]: the rows of the prompt that stay
 SIZES = {
-    "vocab_size": 199,
+    "vocab_size": 499,
     "hidden_size": 128,
     "intermediate_size": 192,
     "num_hidden_layers": 4,

@@ -18,6 +18,7 @@ from lkv.vllm import refusals, requests  # noqa: E402
 from lkv.vllm.settings import Settings, from_environment  # noqa: E402
 
 HEADS = {"counts": "head", "shares": [[1.0, 1.0]]}
+LAYERS = {"counts": "layer", "shares": [[1.0]] * 3}
 
 
 def configured(folder: Path, settings: Any, **options: Any) -> Any:
@@ -37,7 +38,9 @@ def configured(folder: Path, settings: Any, **options: Any) -> Any:
         ({"tensor_parallel_size": 2}, {}, "remove --tensor-parallel-size"),
         ({"disable_hybrid_kv_cache_manager": True}, {}, "remove --disable-hybrid-kv-cache-manager"),
         ({"enable_prefix_caching": True}, {}, "add --no-enable-prefix-caching"),
-        ({}, HEADS, "set counts to 'equal'"),
+        ({}, HEADS, "expected shares of 4 layers, 4 for each with counts 'head', got [2]"),
+        ({}, LAYERS, "expected shares of 4 layers, 1 for each with counts 'layer', got [1, 1, 1]"),
+        ({}, {"counts": "layer"}, "expected counts 'equal' with a policy that has no shares of its own"),
         ({}, {"retention": 1.5}, "expected retention in"),
         ({}, {"counts": "rows"}, "expected counts of equal, layer, head"),
         ({}, {"budget": 3}, "expected settings of policy, retention"),
@@ -53,6 +56,8 @@ def configured(folder: Path, settings: Any, **options: Any) -> Any:
         "no_hybrid_manager",
         "prefix_cache",
         "heads",
+        "layers",
+        "no_shares",
         "retention",
         "counts",
         "unknown",

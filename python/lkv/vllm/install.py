@@ -40,6 +40,7 @@ def engine(vllm_config: Any) -> None:
     from lkv.vllm import requests
     from lkv.vllm.refusals import check
     from lkv.vllm.scores import scorer
+    from lkv.vllm.shares import of_model
 
     check(vllm_config, settings)
     model = vllm_config.model_config
@@ -50,5 +51,7 @@ def engine(vllm_config: Any) -> None:
             f"lkv.vllm: expected policy to be of those of `lkv policies` or the folder of a checkpoint of LKV, got "
             f"{settings.policy!r}"
         ) from None
+    layers = model.hf_text_config.num_hidden_layers
+    of_model(settings, model.hf_text_config, layers, model.get_total_num_kv_heads())
     if requests.NAME not in (model.logits_processors or ()):
         model.logits_processors = [*(model.logits_processors or ()), requests.NAME]

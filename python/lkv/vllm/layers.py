@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from functools import cache
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
-from lkv import policies
-from lkv.policies.lkv.checkpoint import load
 from lkv.vllm.refusals import check_layer
 from lkv.vllm.scores import scorer
 from lkv.vllm.settings import Settings
-from lkv.vllm.shares import multiples
+from lkv.vllm.shares import of_model
 from lkv.vllm.spec import EvictedHeadsSpec, EvictedSpec
 
 FULL_SPEC = FullAttentionSpec
@@ -50,21 +46,8 @@ class Plan:
 
     def _shares(self, heads: int) -> tuple[float, ...]:
         """Of this layer: one number, or one per head."""
-        found = shares_of(self.settings, self.vllm_config.model_config.hf_text_config, heads)
-        count = heads if self.settings.counts == "head" else 1
-        if self.index >= len(found) or len(found[self.index]) != count:
-            raise ValueError(f"lkv.vllm: expected {count} of shares for layer {self.index} of the model, got {found}")
-        return found[self.index]
-
-
-def shares_of(settings: Settings, config: Any, heads: int) -> list[tuple[float, ...]]:
-    """Of all layers of a model of this config of transformers, whose layers have as many KV heads."""
-    if settings.shares is not None:
-        return list(settings.shares)
-    learned, model = None, cast(PreTrainedModel, SimpleNamespace(config=config, device="cpu"))
-    if settings.counts != "equal" and settings.policy not in policies.names():
-        learned = load(settings.policy, model, any_weights=True)
-    return multiples(learned, settings.retention, settings.counts, config.num_hidden_layers, heads)
+        config = self.vllm_config.model_config.hf_text_config
+        return of_model(self.settings, config, config.num_hidden_layers, heads)[self.index]
 
 
 class Layers:

@@ -171,7 +171,7 @@ class Evicting:
             seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound.repeat_interleave(heads),
             num_reqs=rows * heads,
             num_actual_tokens=tokens * heads,
-            block_table_tensor=table.transpose(1, 2).reshape(rows * heads, -1),
+            block_table_tensor=table.transpose(1, 2).reshape(rows * heads, -1).contiguous(),  # a view of one sequence
             slot_mapping=step.slots,
             is_prefilling=None,
         )

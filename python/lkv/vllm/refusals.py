@@ -49,7 +49,6 @@ def check(vllm_config: Any, settings: Settings) -> None:
         ),
         "runs on model runner V1: set VLLM_USE_V2_MODEL_RUNNER=0": vllm_config.use_v2_model_runner,
         "shares no prefixes between requests: add --no-enable-prefix-caching": cache.enable_prefix_caching,
-        "keeps as many rows in every head: set counts to 'equal'": settings.counts != "equal",
     }
     for reason, applies in refused.items():
         if applies:

@@ -4,12 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel
 
+from lkv import policies
 from lkv.policies.lkv import Learned
+from lkv.policies.lkv.checkpoint import load
+from lkv.vllm.settings import Settings
 
 STEP = 64  # multiples of the retention are whole numbers of 1 / STEP: a few bytes of a spec that is compared
+
+
+def of_model(settings: Settings, config: Any, layers: int, heads: int) -> list[tuple[float, ...]]:
+    """The shares of the settings, or of the checkpoint that is their policy; see `multiples`.
+
+    Args:
+        config: of the model, of transformers. layers, heads: layers and KV heads that it has.
+
+    Raises:
+        ValueError: for shares of another shape than the model's, and as `multiples` does.
+    """
+    if settings.shares is None:
+        learned, model = None, cast(PreTrainedModel, SimpleNamespace(config=config, device="cpu"))
+        if settings.counts != "equal" and settings.policy not in policies.names():
+            learned = load(settings.policy, model, any_weights=True)
+        return multiples(learned, settings.retention, settings.counts, layers, heads)
+    count = heads if settings.counts == "head" else 1
+    got = [len(row) for row in settings.shares]
+    if got != [count] * layers:
+        raise ValueError(
+            f"lkv.vllm: expected shares of {layers} layers, {count} for each with counts '{settings.counts}', got {got}"
+        )
+    return list(settings.shares)
 
 
 def multiples(
