@@ -1,6 +1,6 @@
 """The specification of every op of lkv_ext in plain PyTorch: a stable sort, and loops where they are clearer.
 
-It is slow. It imports nothing compiled and runs on CPU and CUDA tensors.
+It is slow. It imports nothing compiled and runs on CPU and CUDA tensors. `lkv.reference.policies` has the methods.
 """
 
 from lkv.reference.attend import attend
