@@ -26,6 +26,7 @@ class Request:
         reserve: int = 0,
         align: int = 1,
         back: int = 0,
+        any_order: bool = False,
     ) -> None: ...
 
 class Index:
@@ -55,6 +56,9 @@ def evict_out(
     out: Sequence[np.ndarray], index: Index, payload: Sequence[np.ndarray], scores: np.ndarray, request: Request
 ) -> None: ...
 def evict_(payload: Sequence[np.ndarray], scores: np.ndarray, request: Request) -> Index: ...
+def evict_paged_(
+    pools: Sequence[np.ndarray], scores: np.ndarray, tables: Sequence[np.ndarray], request: Request
+) -> tuple[Index, np.ndarray]: ...
 def plan_select(
     segments: int,
     longest: int,

@@ -54,7 +54,7 @@ def make_request(
         "lengths": () if lengths is None else host_ints(lengths, "lengths", per_sequence),
         "starts": () if starts is None else host_ints(starts, "starts", per_sequence),
     }
-    sink, window, layout, capacity, max_budget, reserve, align, back = options
+    sink, window, layout, capacity, max_budget, reserve, align, back, any_order = options
     size = size_output(
         segments,
         integers["budgets"],
@@ -83,6 +83,7 @@ def make_request(
         reserve=reserve,
         align=align,
         back=back,
+        any_order=any_order,
     )
     return request, size.max_length
 

@@ -11,16 +11,18 @@ end with the call, and the result does not depend on them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 
 from lkv_ext import _C
 from lkv_ext._common import errors
-from lkv_ext._common.options import Options, back_of
+from lkv_ext._common.options import Options, any_order_of, back_of, whole_pages
+from lkv_ext._common.paging import FreedBytes, Paging, paging
 from lkv_ext._numpy import Ints, check_array, make_request, thread_count
 
-__all__ = ["RaggedIndex", "RaggedKV", "evict", "evict_", "gather", "select"]
+__all__ = ["PagedIndex", "RaggedIndex", "RaggedKV", "evict", "evict_", "evict_paged_", "gather", "select"]
 
 
 @dataclass(eq=False, slots=True)
@@ -28,7 +30,8 @@ class RaggedIndex:
     """Which rows each (sequence, KV head) keeps, and where they go.
 
     Attributes:
-        positions: int32 `[T']` (packed) or `[B, H, C]` (padded): ascending positions in the input segment, -1 in slack.
+        positions: int32 `[T']` (packed) or `[B, H, C]` (padded): positions in the input segment, -1 in slack;
+            ascending, or with `order="any"` by the rows where they are now.
         lengths: int32 `[B, H]`: rows kept.
         cu_seqlens: int32 `[B * H + 1]`: where the span of each segment begins.
         max_length: the longest of `lengths`, or a bound of it where `capacity` cuts.
@@ -40,6 +43,21 @@ class RaggedIndex:
     cu_seqlens: np.ndarray
     max_length: int
     overflow: None = None
+
+
+@dataclass(eq=False, slots=True)
+class PagedIndex(FreedBytes, RaggedIndex):
+    """What `evict_paged_` has kept and freed.
+
+    Attributes:
+        positions, lengths, cu_seqlens, max_length, overflow: as in `RaggedIndex`.
+        free_pages, companion_free_pages, row_bytes, page_bytes: as in `lkv_ext.PagedIndex`.
+    """
+
+    free_pages: np.ndarray = field(kw_only=True)
+    companion_free_pages: tuple[np.ndarray, ...] = field(kw_only=True, default=())
+    row_bytes: int = field(kw_only=True, default=0)
+    page_bytes: tuple[int, ...] = field(kw_only=True, default=(0,))
 
 
 @dataclass(eq=False, slots=True)
@@ -186,13 +204,14 @@ def evict_(
     companions: Sequence[np.ndarray] = (),
     to: str = "front",
     page: int = 1,
+    order: str = "ascending",
     threads: int | None = None,
 ) -> RaggedIndex:
     """`evict` in place: the kept rows of each segment move to rows `[0, n)` of its own buffer, the rest is untouched.
 
-    Allocates indices only. Arguments and errors are those of `evict`, `to` and `page` those of `lkv_ext.evict_`. k, v
-    and companions are written: they must be writeable, and no two of their elements may share memory, but interleaved
-    views of one buffer may lie beside each other.
+    Allocates indices only. Arguments and errors are those of `evict`, `to`, `page` and `order` those of
+    `lkv_ext.evict_`. k, v and companions are written: they must be writeable, and no two of their elements may share
+    memory, but interleaved views of one buffer may lie beside each other.
 
     Returns:
         `RaggedIndex`: where the kept rows were, and how many there are.
@@ -202,7 +221,7 @@ def evict_(
     """
     names: list[str] = []
     try:
-        options = Options(sink, window, "packed", None, max_budget, 0, 1, back_of(to, page))
+        options = Options(sink, window, "packed", None, max_budget, 0, 1, back_of(to, page), any_order_of(order))
         payload = [k, *companions] if v is None else [k, v, *companions]
         names = _names(v is not None, len(companions))
         request, max_length = make_request(
@@ -211,6 +230,103 @@ def evict_(
         return _ragged_index(_C.evict_(payload, scores, request), max_length)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("numpy.evict_", error, names, given=locals())
+
+
+def evict_paged_(
+    pools: Sequence[np.ndarray],
+    scores: np.ndarray,
+    budgets: Ints,
+    tables: np.ndarray,
+    lengths: Ints | None = None,
+    *,
+    sink: int = 0,
+    window: int = 0,
+    max_budget: int | None = None,
+    companions: Sequence[np.ndarray] = (),
+    companion_tables: Sequence[np.ndarray] = (),
+    to: str = "front",
+    order: str = "ascending",
+    check: bool = False,
+    threads: int | None = None,
+) -> PagedIndex:
+    """`evict_` in pools of pages, through tables of page ids: `lkv_ext.evict_paged_` of one layer.
+
+    Args:
+        pools: K, V and whatever moves with them, `[P, H, page, ...]`, or, where every head has a table of its own, `[P,
+            page, ...]`; written. A page has a power of two of rows.
+        scores: `[B, H, L]` over the tokens of each sequence.
+        budgets: as in `evict`.
+        tables: page ids int32 or int64, `[B, M]` or `[B, H, M]`.
+        lengths: tokens of each sequence, `[B]` or `[B, H]`. Default: L.
+        sink, window, max_budget: as in `evict`.
+        companions, companion_tables, to, order, check: as in `lkv_ext.evict_paged_`.
+        threads: how many threads the call may use.
+
+    Returns:
+        `PagedIndex`: where the kept rows were, how many there are, and the pages that are free.
+
+    Raises:
+        ValueError, TypeError: as `evict_`, before anything is written; also for lengths beyond L.
+    """
+    names: list[str] = []
+    try:
+        payload, every = [*pools, *companions], [tables, *companion_tables]
+        names = [f"pools[{i}]" for i in range(len(pools))] + [f"companions[{i}]" for i in range(len(companions))]
+        if len(companions) != len(companion_tables):
+            raise ValueError(
+                f"expected one of companion_tables for each of companions, got {len(companion_tables)} and "
+                f"{len(companions)}"
+            )
+        for array, name in zip(payload, names, strict=True):
+            check_array(array, name)
+        for i, table in enumerate(every):
+            check_array(table, _table_name(i), read=True)
+        sizes = paging(payload, every)
+        back = sizes.largest if to == "back" else back_of(to, 1)
+        options = Options(sink, window, "packed", None, max_budget, 0, 1, back, any_order_of(order))
+        request, max_length = make_request([], [], scores, None, budgets, lengths, None, options, threads)
+        valid = np.broadcast_to(scores.shape[2] if lengths is None else _per_head(lengths), scores.shape[:2])
+        if valid.size > 0 and valid.max() > scores.shape[2]:
+            raise ValueError(f"expected lengths of at most L = {scores.shape[2]} as scores have, got {valid.max()}")
+        if check:
+            _check_tables(np.maximum(valid, 0), every, payload, sizes)
+        index, free = _C.evict_paged_(payload, scores, every, request)
+        counts = [table.shape[:-1] for table in every]
+        parts = np.split(free, np.cumsum([prod(shape) for shape in counts])[:-1])
+        free_pages, *others = (part.reshape(shape) for part, shape in zip(parts, counts, strict=True))
+        return PagedIndex(
+            *(index.positions, index.lengths, index.cu_seqlens, max_length),
+            free_pages=free_pages,
+            companion_free_pages=tuple(others),
+            row_bytes=sizes.row_bytes,
+            page_bytes=sizes.page_bytes,
+        )
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        errors.reraise("numpy.evict_paged_", error, names, given=locals())
+
+
+def _table_name(i: int) -> str:
+    return "tables" if i == 0 else f"companion_tables[{i - 1}]"
+
+
+def _per_head(lengths: Ints) -> np.ndarray:
+    given = np.asarray(lengths)
+    return given[:, None] if given.ndim == 1 and given.size > 1 else given
+
+
+def _check_tables(valid: np.ndarray, tables: list[np.ndarray], pools: list[np.ndarray], sizes: Paging) -> None:
+    for i, table in enumerate(tables):
+        pages = pools[sizes.table.index(i)].shape[0]
+        used = valid if table.ndim == 3 else valid.max(1)
+        ids = table[np.arange(table.shape[-1]) * sizes.pages[i] < used[..., None]]
+        wrong = ids[(ids < 0) | (ids >= pages)]
+        if wrong.size > 0:
+            raise ValueError(f"expected {_table_name(i)} of page ids in [0, {pages}), got {wrong[0]}")
+        once, counts = np.unique(ids, return_counts=True)
+        if once.size != ids.size:
+            raise ValueError(
+                f"expected {_table_name(i)} that use every page once, got page {once[counts.argmax()]} more often"
+            )
 
 
 def select(
@@ -227,9 +343,11 @@ def select(
     max_budget: int | None = None,
     reserve: int = 0,
     align: int = 1,
+    page: int = 1,
     threads: int | None = None,
 ) -> RaggedIndex:
-    """The positions that `evict` would keep, without moving anything. Arguments and errors are those of `evict`.
+    """The positions that `evict` would keep, without moving anything. Arguments and errors are those of `evict`, and
+    `page` is that of `lkv_ext.select`.
 
     Returns:
         `RaggedIndex`: positions, lengths, cu_seqlens and max_length.
@@ -237,8 +355,8 @@ def select(
     Raises:
         ValueError, TypeError: as `evict`.
     """
-    options = Options(sink, window, layout, capacity, max_budget, reserve, align)
     try:
+        options = Options(sink, window, layout, capacity, max_budget, reserve, align, whole_pages(page))
         request, max_length = make_request([], [], scores, cu_seqlens, budgets, lengths, starts, options, threads)
         return _ragged_index(_C.select(scores, request), max_length)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:

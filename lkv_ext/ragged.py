@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lkv_ext._common.options import integer
+from lkv_ext._common.paging import FreedBytes
 
 
 class PackedRows(Protocol):
@@ -66,7 +67,7 @@ class RaggedIndex:
 
     Attributes:
         positions: int32 `[T']` (packed) or `[B, H, C]` (padded): positions of the kept rows in the coordinates of the
-            input segment, ascending; -1 in slack.
+            input segment, ascending, or with `order="any"` by the rows where they are now; -1 in slack.
         lengths: int32 `[B, H]` (of several layers `[N, B, H]`): rows kept.
         cu_seqlens: int32 `[B * H + 1]`: where the span of each segment begins. Without reserve or alignment these
             are the prefix sums of `lengths`.
@@ -85,7 +86,7 @@ class RaggedIndex:
 
 
 @dataclass(eq=False, slots=True)
-class PagedIndex(RaggedIndex):
+class PagedIndex(FreedBytes, RaggedIndex):
     """What `evict_paged_` has kept and freed.
 
     Attributes:
@@ -93,9 +94,15 @@ class PagedIndex(RaggedIndex):
             sequences afterwards where rows moved to the front; where they moved to the back, rows kept.
         free_pages: int32, `[B]` or, of tables per head, `[B, H]`: pages of each table that no head and layer needs any
             more: the last ones of its used pages, or, with `to="back"`, the first ones.
+        companion_free_pages: the same of `companion_tables`, one tensor each.
+        row_bytes: bytes of a row of one head in all pools.
+        page_bytes: bytes of a page of `tables`, and of each of `companion_tables`: all its heads, layers and pools.
     """
 
     free_pages: Tensor = field(kw_only=True)
+    companion_free_pages: tuple[Tensor, ...] = field(kw_only=True, default=())
+    row_bytes: int = field(kw_only=True, default=0)
+    page_bytes: tuple[int, ...] = field(kw_only=True, default=(0,))
 
     def __repr__(self) -> str:
         return f"PagedIndex({_describe(self)})"
@@ -213,5 +220,5 @@ def _register(cls: Any, static: tuple[str, ...]) -> None:
 
 
 _register(RaggedIndex, ("max_length",))
-_register(PagedIndex, ("max_length",))
+_register(PagedIndex, ("max_length", "row_bytes", "page_bytes"))
 _register(RaggedKV, ("max_length", "reserve", "align"))

@@ -214,7 +214,7 @@ def name_of(op: str, argument: str, i: int, count: int) -> str:
     if argument == "out":
         return PARTS[i]
     name = NAMED.get(op, {}).get(argument, "payload" if argument == "tensors" else argument)
-    return name if argument == "scores" and count == 1 else f"{name}[{i}]" if count else name
+    return name if argument in ("scores", "tables") and count == 1 else f"{name}[{i}]" if count else name
 
 
 # Not those of one tensor, and not soft_topk, whose arguments are made by its own wrapper.

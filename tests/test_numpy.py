@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import lkv_ext
 import lkv_ext.numpy as lkv_np
 from lkv import reference
 from lkv_ext._numpy import thread_count
@@ -197,6 +198,45 @@ def test_in_place_leaves_the_rest(to: str) -> None:
         before[b, h, last - (end - begin) : last, :16] = expected.k[begin:end]
         before[b, h, last - (end - begin) : last, 20:39] = expected.v[begin:end]
     assert np.array_equal(storage, before)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("order", ["ascending", "any"])
+@pytest.mark.parametrize("to", ["front", "back"])
+def test_paged_is_torchs(to: str, order: str, per_head: bool) -> None:
+    """Pools, positions and free pages, of a companion in pages of its own, too."""
+    r = rng(11)
+    pools = [r.integers(0, 256, (20, *([] if per_head else [2]), 8, 5), dtype=np.uint8) for _ in range(2)]
+    scales, scores = r.random((9, 2, 16), dtype=np.float32), r.random((2, 2, 40), dtype=np.float32)
+    tables = r.permutation(20)[: 20 if per_head else 10].reshape((2, 2, 5) if per_head else (2, 5)).astype(np.int32)
+    own = r.permutation(9)[:6].reshape(2, 3)
+    call = dict(scores=scores, budgets=[[9, 3], [30, 0]], tables=tables, lengths=[40, 23], sink=1)
+    theirs = [torch.from_numpy(x.copy()) for x in (*pools, scales)]
+    beside = dict(companions=[scales], companion_tables=[own], to=to, order=order, check=True)
+    index = lkv_np.evict_paged_(pools, **call, **beside)
+    call |= dict(scores=torch.from_numpy(scores), tables=torch.from_numpy(tables))
+    beside |= dict(companions=theirs[2:], companion_tables=[torch.from_numpy(own)])
+    want = lkv_ext.evict_paged_(theirs[:2], **call, **beside)
+    for got, expected in zip((*pools, scales), theirs, strict=True):
+        assert got.tobytes() == expected.numpy().tobytes()
+    for name in ("positions", "lengths", "cu_seqlens", "free_pages", "retained_bytes", "reclaimable_bytes"):
+        assert np.array_equal(getattr(index, name), getattr(want, name).numpy()), name
+    assert np.array_equal(index.companion_free_pages[0], want.companion_free_pages[0].numpy())
+
+
+def test_wrong_pages_are_refused() -> None:
+    pool, scores, tables = np.zeros((4, 1, 4, 3)), np.zeros((1, 1, 8), np.float32), np.array([[0, 1]])
+    for changes, message in (
+        (dict(tables=np.array([[1, 1]]), check=True), "tables that use every page once, got page 1"),
+        (dict(tables=np.array([[1, 4]]), check=True), r"tables of page ids in \[0, 4\), got 4"),
+        (dict(lengths=9), "lengths of at most L = 8 as scores have, got 9"),
+        (dict(pools=[]), "at least one pool in pools"),
+        (dict(pools=[np.zeros((4, 1, 3, 3))]), r"pages of a power of two of rows, got pools\[0\]"),
+        (dict(companions=[pool.copy()]), "one of companion_tables for each of companions"),
+        (dict(order="best"), "order 'ascending' or 'any'"),
+    ):
+        with pytest.raises(ValueError, match=f"^lkv_ext.numpy.evict_paged_: expected {message}"):
+            lkv_np.evict_paged_(**dict(pools=[pool], scores=scores, budgets=2, tables=tables) | changes)
 
 
 def test_out_is_written_again() -> None:

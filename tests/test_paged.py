@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from dataclasses import dataclass, field
 
 import pytest
@@ -26,6 +27,7 @@ from strategies import budgets as some_budgets
 from torch import Tensor
 
 import lkv_ext
+import lkv_ext.numpy
 from lkv import reference
 
 PAGES = (1, 2, 4, 16, 64, 256)
@@ -42,6 +44,8 @@ class Engine:
     scores: Tensor
     budgets: object = 0
     options: dict = field(default_factory=dict)
+    companions: list[Tensor] = field(default_factory=list)
+    companion_tables: list[Tensor] = field(default_factory=list)
     readable: bool = True
 
     @property
@@ -50,14 +54,26 @@ class Engine:
 
     def evict(self, **changes: object) -> lkv_ext.PagedIndex:
         with contextlib.nullcontext() if self.readable else unreadable():
-            return lkv_ext.evict_paged_(*self.arguments, **(self.options | changes))
+            return lkv_ext.evict_paged_(*self.arguments, **(self.options | self.beside | changes))
 
     def expected(self, pools: list[Tensor], **changes: object) -> reference.evict.Evicted:  # type: ignore[name-defined]
-        options = self.options | changes
-        shape = self.lengths.shape
+        """`pools`: with the companions behind them."""
+        options = self.options | self.beside | changes
+        pools, count = [bits(t) for t in pools], len(self.pools)
         return reference.evict_paged_(
-            [bits(t) for t in pools], self.scores, spread(self.budgets, shape), self.tables, self.lengths, **options
-        )
+            pools[:count], self.scores, spread(self.budgets, self.lengths.shape), self.tables, self.lengths,
+            **options | dict(companions=pools[count:])
+        )  # fmt: skip
+
+    @property
+    def beside(self) -> dict:
+        return dict(companions=self.companions, companion_tables=self.companion_tables)
+
+    @property
+    def placed(self) -> list[tuple[Tensor, Tensor]]:
+        """Every pool with its table."""
+        own = zip(self.companions, self.companion_tables, strict=True)
+        return [*((pool, self.tables) for pool in self.pools), *own]
 
 
 def logical(pool: Tensor, tables: Tensor, tokens: int) -> Tensor:
@@ -118,7 +134,14 @@ def engines(draw: st.DrawFn) -> Engine:
     engine.readable = draw(st.booleans())
     engine.budgets = draw(some_budgets(shape, tokens, device_only=not engine.readable))
     reach = st.one_of(st.just(0), st.integers(0, 8), st.integers(0, tokens + 5))
-    engine.options = dict(sink=draw(reach), window=draw(reach), to=draw(st.sampled_from(["front", "back"])))
+    engine.options = dict(sink=draw(reach), window=draw(reach), to=draw(st.sampled_from(["front", "back"])),
+                          order=draw(st.sampled_from(["ascending", "any"])))  # fmt: skip
+    for i in range(draw(st.integers(0, 2))):  # in pages of their own
+        other = engine_of(shape, lengths, draw(st.sampled_from(PAGES)), per_head=draw(st.booleans()), dims=[3 + i],
+                          how=draw(st.sampled_from(["apart", "stacked"])), dtype=draw(st.sampled_from(DTYPES)),
+                          tokens=tokens, wide=draw(st.booleans()), seed=seed + 7 + i)  # fmt: skip
+        engine.companions += other.pools
+        engine.companion_tables.append(other.tables)
     if not engine.readable or draw(st.booleans()):
         engine.options["max_budget"] = draw(st.integers(0, tokens + 2))
     return engine
@@ -127,32 +150,37 @@ def engines(draw: st.DrawFn) -> Engine:
 @given(engines())
 def test_paged_is_the_reference(engine: Engine) -> None:
     """Every byte of the pools: what is not a kept row's place is a canary."""
-    theirs = twins(engine.pools)
+    mine = engine.pools + engine.companions
+    theirs = twins(mine)
     index = engine.evict()
     want = engine.expected(theirs, total=None if engine.readable else index.positions.numel())
     check_index(index, want)
     assert index.free_pages.dtype == torch.int32 and torch.equal(index.free_pages, want.free_pages)
-    for got, wanted in zip(engine.pools, theirs, strict=True):
+    for free, wanted in zip(index.companion_free_pages, want.companion_free_pages, strict=True):
+        assert torch.equal(free, wanted)
+    for got, wanted in zip(mine, theirs, strict=True):
         assert torch.equal(storage_bytes(got), storage_bytes(wanted))
 
 
 @given(engines())
 def test_the_same_rows_everywhere(engine: Engine) -> None:
-    """Packed, padded, in place to either end, and paged: the same rows for the same selection."""
+    """Packed, padded, in place to either end and in any order, and paged: the same rows for the same selection."""
     engine.readable = True
-    tokens, to = engine.scores.shape[2], engine.options["to"]
-    dense = [logical(pool, engine.tables, tokens) for pool in engine.pools]
+    tokens, to, order = engine.scores.shape[2], engine.options["to"], engine.options["order"]
+    dense = [logical(pool, table, tokens) for pool, table in engine.placed]
     index = engine.evict()
     options = {name: engine.options[name] for name in ("sink", "window")} | dict(lengths=engine.lengths)
     budgets, rest = index.lengths, dict(companions=dense[1:])
     packed = lkv_ext.evict(dense[0], None, engine.scores, budgets, **options, **rest)
     padded = lkv_ext.evict(dense[0], None, engine.scores, budgets, **options, **rest, layout="padded")
-    assert torch.equal(packed.positions, index.positions) and torch.equal(packed.cu_seqlens, index.cu_seqlens)
-    ends = {}
-    for end in ("front", "back"):
-        ends[end] = [d.clone() for d in dense]
-        lkv_ext.evict_(ends[end][0], None, engine.scores, budgets, **options, companions=ends[end][1:], to=end)
-    paged = [logical(pool, engine.tables, tokens) for pool in engine.pools]
+    assert torch.equal(packed.cu_seqlens, index.cu_seqlens)
+    ends, moved = {}, {}
+    for end in itertools.product(("front", "back"), ("ascending", "any")):
+        k, *companions = ends[end] = [d.clone() for d in dense]
+        where = dict(companions=companions, to=end[0], order=end[1])
+        moved[end] = lkv_ext.evict_(k, None, engine.scores, budgets, **options, **where)
+    paged = [logical(pool, table, tokens) for pool, table in engine.placed]
+    assert torch.equal(moved[to, order].positions, index.positions)
     for p, rows in enumerate((packed.k, *packed.companions)):
         for row in range(engine.lengths.numel()):
             b, h = divmod(row, engine.lengths.shape[1])
@@ -160,8 +188,13 @@ def test_the_same_rows_everywhere(engine: Engine) -> None:
             keep, length = len(want), int(engine.lengths[b, h])
             at = {"front": slice(0, keep), "back": slice(length - keep, length)}
             assert torch.equal(bits((padded.k, *padded.companions)[p][b, h, :keep]), want)
-            assert all(torch.equal(bits(ends[end][p][b, h, at[end]]), want) for end in at)
-            assert torch.equal(bits(paged[p][b, h, at[to]]), want)
+            for (end, how), rows_there in ends.items():
+                # Sorted by where they were, rows in any order are those in ascending order.
+                span = slice(*packed.cu_seqlens[row : row + 2])
+                ascending, order_of = moved[end, how].positions[span].sort()
+                assert torch.equal(ascending, packed.positions[span])
+                assert torch.equal(bits(rows_there[p][b, h, at[end]])[order_of], want)
+            assert torch.equal(bits(paged[p][b, h, at[to]]), bits(ends[to, order][p][b, h, at[to]]))
 
 
 @pytest.mark.parametrize("to", ["front", "back"])
@@ -191,21 +224,87 @@ def test_layers_in_one_launch(per_head: bool, to: str) -> None:
 
 
 def test_threads_do_not_show() -> None:
-    threads, results = torch.get_num_threads(), []
+    threads, results = torch.get_num_threads(), {}
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            for to in ("front", "back"):
+            for way in itertools.product(("front", "back"), ("ascending", "any")):
                 lengths = torch.tensor([[5000, 4999, 777]])
                 engine = engine_of((1, 3), lengths, 16, per_head=True, dims=[64, 32], how="apart")
                 engine.budgets = [2500, 3, 600]
-                engine.evict(to=to)
-                results.append((to, engine.pools))
+                index = engine.evict(to=way[0], order=way[1])
+                first = results.setdefault(way, [index.positions, *engine.pools])
+                for mine, theirs in zip([index.positions, *engine.pools], first, strict=True):
+                    assert torch.equal(bits(mine), bits(theirs))
     finally:
         torch.set_num_threads(threads)
-    for to, pools in results[2:]:
-        first = dict(results[:2])[to]
-        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(pools, first, strict=True))
+
+
+@pytest.mark.parametrize("page", [1, 4, 16])
+def test_select_tells_what_an_eviction_to_the_back_keeps(page: int) -> None:
+    """Before anything moves; scores are by token, so it needs no tables."""
+    engine = engine_of((2, 2), torch.tensor([[61, 13], [40, 64]]), page, per_head=True, dims=[4], how="apart")
+    engine.budgets = [[9, 2], [40, 17]]
+    index = lkv_ext.select(engine.scores, engine.budgets, lengths=engine.lengths, page=page)
+    numpy = lkv_ext.numpy.select(engine.scores.numpy(), engine.budgets, lengths=engine.lengths.numpy(), page=page)
+    moved = engine.evict(to="back")
+    assert torch.equal(index.positions, moved.positions) and torch.equal(index.lengths, moved.lengths)
+    assert numpy.positions.tolist() == index.positions.tolist() and numpy.lengths.tolist() == index.lengths.tolist()
+    assert not ((engine.lengths - index.lengths) % page).any()
+
+
+@pytest.mark.parametrize("to", ["front", "back"])
+def test_rows_in_any_order_stay_where_they_are(to: str) -> None:
+    """Of five kept rows of eight, those in the first (last) five slots stay; the others fill the holes."""
+    scores = torch.tensor([9.0, 0, 8, 0, 0, 7, 6, 5])[None, None]
+    k = torch.arange(8)[None, None, :, None].clone()
+    index = lkv_ext.evict_(k, None, scores, 5, to=to, order="any")
+    want = {"front": [0, 7, 2, 6, 5], "back": [2, 0, 5, 6, 7]}[to]
+    assert index.positions.tolist() == want
+    assert k.flatten().tolist() == (want + [5, 6, 7] if to == "front" else [0, 1, 2, *want])
+
+
+def test_bytes_kept_and_freed() -> None:
+    """Two layers, heads that share pages of 4, and scales in pages of 8 of one head each."""
+    pools = [[torch.rand(12, 2, 4, 6).bfloat16() for _ in range(2)] for _ in range(2)]
+    scales = [torch.rand(9, 8, 1) for _ in range(2)]
+    tables, own = torch.arange(12).view(2, 6), torch.arange(8).view(2, 2, 2)
+    lengths, budgets = torch.tensor([16, 12]), [[9, 2], [1, 3]]
+    index = lkv_ext.evict_paged_(
+        pools, torch.rand(2, 2, 2, 16), budgets, tables, lengths, companions=[scales], companion_tables=[own]
+    )
+    assert index.free_pages.tolist() == [1, 0] and index.companion_free_pages[0].tolist() == [[0, 1], [0, 1]]
+    assert index.retained_bytes.dtype == torch.int64 and index.retained_bytes.shape == ()
+    assert int(index.retained_bytes) == 2 * (9 + 2 + 1 + 3) * (2 * 12 + 4)
+    assert int(index.reclaimable_bytes) == 1 * 2 * 2 * 2 * 4 * 12 + 2 * 2 * 8 * 4
+    again, spec = torch.utils._pytree.tree_flatten(index)
+    assert int(torch.utils._pytree.tree_unflatten(again, spec).reclaimable_bytes) == int(index.reclaimable_bytes)
+
+
+def test_a_companion_with_larger_pages_is_left_in_whole_pages() -> None:
+    """To the back, what is dropped is a multiple of every page, so that all tables can be shifted."""
+    engine = engine_of((1, 1), torch.tensor([[60]]), 4, per_head=False, dims=[4], how="apart")
+    other = engine_of((1, 1), torch.tensor([[60]]), 16, per_head=True, dims=[2], how="apart")
+    engine.companions, engine.companion_tables, engine.budgets = other.pools, [other.tables], 20
+    index = engine.evict(to="back")
+    assert index.lengths.tolist() == [[28]] and index.free_pages.tolist() == [8]
+    assert index.companion_free_pages[0].tolist() == [[2]]
+
+
+@pytest.mark.parametrize("lead", [0, 8])
+def test_many_rows_in_any_order(lead: int) -> None:
+    """Enough to be written past the cache; and beside the lines of memory, where they may not."""
+    pages, page, dim, scores = 800, 64, 128, scores_of("normal", [1, 1, 800 * 64], 3)
+    memory = rows_of([pages * page * dim + 32], torch.float32, 5)
+    start = (-memory.data_ptr() // 4 + lead) % 16
+    pool = memory[start : start + pages * page * dim].view(pages, 1, page, dim)
+    tables, before = torch.randperm(pages, generator=generator(1))[None], memory.clone()
+    index = lkv_ext.evict_paged_([pool], scores, 45000, tables, order="any")
+    old = before[start : start + pages * page * dim].view(pool.shape)[tables[0], 0].flatten(0, 1)
+    new = pool[tables[0], 0].flatten(0, 1)
+    assert torch.equal(bits(new[:45000]), bits(old[index.positions.long()]))
+    assert torch.equal(bits(new[45000:]), bits(old[45000:]))
+    assert torch.equal(bits(memory[:start]), bits(before[:start])) and torch.equal(index.free_pages, torch.tensor([96]))
 
 
 def test_flooring_keeps_the_next_best() -> None:
@@ -254,6 +353,16 @@ BAD = {
     "overlapping pools": (dict(pools=[POOL, POOL[..., 1:]]), r"pools\[0\] and pools\[1\] without common memory"),
     "a pool over itself": (dict(pools=[torch.rand(1, 2, 4, 3).expand(8, 2, 4, 3)]), r"memory of its own"),
     "scores in a pool": (dict(pools=[POOL], scores=POOL.view(-1)[:32].view(1, 2, 16)), r"without common memory"),
+    "companions without tables": (dict(companions=[POOL]), r"one of companion_tables for each of companions, got 0"),
+    "a companion's page twice": (dict(companions=[torch.rand(8, 2, 8, 3)], companion_tables=[torch.tensor([[4, 4]])],
+                                      check=True), r"companion_tables\[0\] that use every page once, got page 4"),
+    "a companion's odd page": (dict(companions=[torch.rand(8, 2, 6, 3)], companion_tables=[torch.tensor([[4, 3, 2]])]),
+                               r"pages of a power of two of rows, got companions\[0\] of shape"),
+    "a companion's short table": (dict(companions=[torch.rand(8, 2, 8, 3)], companion_tables=[torch.tensor([[4]])]),
+                                  r"at most 8 tokens, as companion_tables\[0\] have 1 pages of 8"),
+    "a companion in a pool": (dict(companions=[POOL[..., 1:]], companion_tables=[torch.tensor([[0, 1, 2, 3]])]),
+                              r"pools\[0\] and companions\[0\] without common memory"),
+    "no order": (dict(order="descending"), r"order 'ascending' or 'any'"),
     "no end": (dict(to="middle"), r"to 'front' or 'back'"),
     "layers for one tensor of scores": (dict(pools=[[torch.rand(8, 2, 4, 3)]]), r"pools"),
     "scores of layers for pools of one": (dict(scores=torch.rand(2, 1, 2, 16)), r"one pool per layer"),

@@ -58,10 +58,14 @@ def test_evict_is_the_reference(device: str, call: Call) -> None:
     check(out, expected(call.payload, call.scores, call.budgets, shape=call.shape, total=total, **call.options))
 
 
-@given(calls(fewest=1, placed_spans=False), st.sampled_from([("front", 1), ("back", 1), ("back", 7), ("back", 16)]))
-def test_in_place_is_the_reference(device: str, call: Call, end: tuple[str, int]) -> None:
+ENDS = st.sampled_from([("front", 1), ("back", 1), ("back", 7), ("back", 16)])
+
+
+@given(calls(fewest=1, placed_spans=False), ENDS, st.sampled_from(["ascending", "any"]))
+def test_in_place_is_the_reference(device: str, call: Call, end: tuple[str, int], order: str) -> None:
     """Kept rows in front, or at the end of the valid range; canaries before, after and between the rows untouched."""
     call.options["to"], call.options["page"] = end
+    call.options["order"] = order
     call = call.to(device)
     mine, theirs = twins(call.payload), twins(call.payload)
     k, v = mine[0], mine[1] if call.has_v else None

@@ -48,7 +48,7 @@ def good() -> dict[str, dict]:
         "evict_": dict(payload=[rows(), rows()], scores=[scores], **sizes()),
         "evict__ragged": dict(payload=[rows(T, D)], scores=[torch.randn(T)], **sizes(), **ragged),
         "evict_paged_": dict(pools=[rows(B * 5, H, L // 5, D), rows(B * 5, H, L // 5, D)], scores=[scores],
-                             tables=torch.arange(B * 5, dtype=torch.int32).view(B, 5), **sizes()),
+                             tables=[torch.arange(B * 5, dtype=torch.int32).view(B, 5)], **sizes()),
         "gather": dict(tensors=[rows()], positions=index.positions, cu_seqlens=index.cu_seqlens),
         "gather_ragged": dict(tensors=[rows(T, D)], positions=index.positions, cu_seqlens=index.cu_seqlens, layers=1,
                               source_cu_seqlens=offsets(), batch=B, heads=H),

@@ -22,9 +22,6 @@ namespace {
 constexpr int64_t kTile = 512 << 10;
 constexpr int64_t kGrain = 32 << 10;
 
-// Outputs that would not stay in the cache anyway.
-constexpr int64_t kStreamed = 16 << 20;
-
 // Destination rows [begin, end) of one segment, or of none (row < 0).
 struct Run {
   int64_t row, begin, end;

@@ -64,9 +64,9 @@ struct RowCopy {
 
 using CopyRows = void (*)(const RowCopy&);
 
-// In place: row positions[i] moves to row first + i, in order of i or, `backward`, the last one first. A destination
-// may be a source of rows that have moved, never of those that are still to move. What lies outside of the segment or
-// of the pool does not move.
+// In place: row positions[i] moves to row first + i, or slots[i], in order of i or, `backward`, the last one first. A
+// destination may be a source of rows that have moved, never of those that are still to move. What lies outside of the
+// segment or of the pool does not move.
 struct RowMove {
   char* rows;           // row 0 of the segment or, with pages, of page 0
   int64_t token;        // bytes from one row to the next
@@ -75,6 +75,7 @@ struct RowMove {
   int32_t shift;
   bool wide;
   const int32_t* positions;
+  const int32_t* slots;  // nullptr: first + i
   int64_t first, moved, limit, bytes;
   bool backward;
 };
@@ -145,7 +146,8 @@ struct RowKernels {
   CopyRows (*copy_rows)(int64_t bytes);
   CopyRows (*stream_rows)(int64_t bytes);  // non-temporal; rows aligned to 64 bytes at both ends of `to`
   MoveRows (*move_rows)(int64_t bytes);
-  void (*fence)();  // after the last stream_rows of a tile
+  MoveRows (*stream_moves)(int64_t bytes);  // non-temporal, as stream_rows
+  void (*fence)();  // after the last non-temporal stores of a unit of work
   AttendRows attend;
   SoftKernels soft[3];  // by ScoreType
 };

@@ -133,7 +133,7 @@ struct MoveEach {
       const int64_t i = of(turn), position = m.positions[i];
       if (position < 0 || position >= m.limit) continue;
       const char* from = place.at(position);
-      char* to = place.at(m.first + i);
+      char* to = place.at(m.slots == nullptr ? m.first + i : m.slots[i]);
       if (from != nullptr && to != nullptr && from != to) Row::copy(to, from, m.bytes);
     }
   }
@@ -199,6 +199,7 @@ constexpr RowKernels make_row_kernels(const char* name) {
       pick<CopyEach, S>,
       pick_large<CopyEach, S, true>,
       pick<MoveEach, S>,
+      pick_large<MoveEach, S, true>,
       S::fence,
       Attend<S>::run,
       {soft_kernels<S, ScoreType::f32>(), soft_kernels<S, ScoreType::f16>(), soft_kernels<S, ScoreType::bf16>()},

@@ -79,6 +79,9 @@ class SelectUnits {
 // How many threads a gather is worth.
 int64_t gather_workers(const GatherParams& p, const Threads& threads);
 
+// Bytes of what moves from which on it would not stay in the cache anyway, and is written past it.
+inline constexpr int64_t kStreamed = 16 << 20;
+
 // A gather cut into units of work: tiles of destination rows over all segments, so that skewed budgets balance.
 class GatherUnits {
  public:

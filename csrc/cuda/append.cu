@@ -21,7 +21,8 @@ __device__ __forceinline__ void append_rows(const AppendParams& p, int64_t row, 
     char* to = p.outputs[payload] + added.first * row_bytes;
     const uint32_t bits = low_bits(from) | low_bits(to) | static_cast<uint32_t>(input.token | row_bytes);
     with_vector(bits, [&](auto vector) {
-      copy_rows<decltype(vector), kBlock>([&](int64_t i) { return from + i * input.token; }, to, row_bytes, added.rows,
+      copy_rows<decltype(vector), kBlock>([&](int64_t i) { return from + i * input.token; },
+                                          [&](int64_t i) { return to + i * row_bytes; }, row_bytes, added.rows,
                                           threadIdx.x);
     });
   }

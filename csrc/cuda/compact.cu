@@ -1,10 +1,11 @@
-#include "gather_tile.cuh"
+#include "compact_fill.cuh"
 #include "launch.h"
 #include "tuning.h"
 
-// Eviction in place: kept rows move to the front or to the back of their segment, which may lie in pages. The kept rows
-// of all segments, as `positions` lists them, are cut into tiles, and a unit of work is one payload of one tile, so
-// that a few long segments fill the device and skewed budgets balance. A block
+// Eviction in place: kept rows move to the front or to the back of their segment, which may lie in pages. In any order:
+// compact_fill.cuh. In their order: the kept rows of all segments, as `positions` lists them, are cut into tiles, and a
+// unit of work is one payload of one tile, so that a few long segments fill the device and skewed budgets balance. A
+// block
 //   1. draws the next ticket. Tickets name units in the order of the tiles, of which the last comes first where rows
 //      move to the back;
 //   2. stages, a thread for each row, where the row lies and where it goes;
@@ -64,19 +65,6 @@ __device__ __forceinline__ uint32_t units_of(int64_t end) {
   return static_cast<uint32_t>((end + 15) / 16);
 }
 
-// The first of the entries [low, high) of `positions` whose position is `slot` or more. Entries are counted in 32 bits.
-__device__ __forceinline__ uint32_t find_position(const int32_t* positions, uint32_t low, uint32_t high, int32_t slot) {
-  while (low < high) {
-    const uint32_t middle = low + (high - low) / 2;
-    if (positions[middle] < slot) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 // Stages entry j of `positions`, kept row j - begin of the segment whose entries are [begin, end), by thread i. Returns
 // the flag of the unit that loads what lies where the row goes; nullptr: none but its own, or nobody.
 template <int kBlock>
@@ -94,8 +82,8 @@ __device__ __forceinline__ const uint32_t* stage_row(const CompactParams& p, con
   const int32_t position = p.positions[j];
   if (j >= end || position == slot || position < 0 || position >= segment.limit) return nullptr;
   const Strided& tokens = p.payload[payload * p.source.layers + segment.layer];
-  const char* from = row_at(p.pages, segment, tokens, position);
-  char* to = row_at(p.pages, segment, tokens, slot);
+  const char* from = row_at(pages_of(p, payload), segment, tokens, position);
+  char* to = row_at(pages_of(p, payload), segment, tokens, slot);
   if (from == nullptr || to == nullptr) return nullptr;
   shared->from[i] = from;
   shared->to[i] = to;
@@ -143,10 +131,7 @@ template <int kBlock>
 __global__ void __launch_bounds__(kBlock, kResident)
     compact_kernel(const LKV_GRID_CONSTANT CompactParams p, const Progress progress) {
   auto* shared = dyn_smem<CompactShared<kBlock>>();
-  const int64_t tables = p.free_pages == nullptr ? 0 : tables_of(p);
-  for (int64_t i = int64_t{blockIdx.x} * kBlock + threadIdx.x; i < tables; i += int64_t{gridDim.x} * kBlock) {
-    p.free_pages[i] = static_cast<int32_t>(free_pages_of(p, i));
-  }
+  write_free_pages<kBlock>(p);
   const auto used = static_cast<uint32_t>(clamp(p.cu_seqlens[p.source.rows()], 0, p.total));
   const auto payloads = static_cast<uint32_t>(p.payloads);
   const uint32_t tiles = (used + kRows<kBlock> - 1) / kRows<kBlock>;
@@ -186,7 +171,7 @@ int64_t most_units(int64_t total, int64_t payloads) {
 template <int kBlock>
 Status run(const CompactParams& p, void* scratch, Stream stream) {
   const int64_t units = most_units<kBlock>(p.total, p.payloads);
-  if (units == 0 && p.free_pages == nullptr) return cudaSuccess;
+  if (units == 0 && p.pages == nullptr) return cudaSuccess;
   Device device;
   Status status = Device::of(compact_kernel<kBlock>, device);
   if (status != cudaSuccess) return status;
@@ -198,6 +183,15 @@ Status run(const CompactParams& p, void* scratch, Stream stream) {
                      .block = kBlock,
                      .shared = sizeof(CompactShared<kBlock>)};
   return launch(compact_kernel<kBlock>, grid, stream, p, Progress{flags, flags + 1});
+}
+
+template <int kBlock>
+Status run_fill(const CompactParams& p, Stream stream) {
+  const int64_t units = (p.total + kBlock - 1) / kBlock * std::max<int64_t>(1, p.payloads);
+  if (units == 0 && p.pages == nullptr) return cudaSuccess;
+  const Grid grid = {
+      .blocks = std::clamp<int64_t>(units, 1, kMaxBlocks), .block = kBlock, .shared = sizeof(FillShared<kBlock>)};
+  return launch(fill_kernel<kBlock>, grid, stream, p);
 }
 
 }  // namespace
@@ -214,8 +208,10 @@ size_t compact_scratch(int64_t total, int64_t payloads) {
 Status compact(const CompactParams& p, void* scratch, Stream stream, const Tuning& tuning) {
   CompactParams params = p;
   // Positions reach any row of a segment; its valid range matters only where it ends, and for its pages.
-  if (!p.to_back && p.free_pages == nullptr) params.source.lengths = params.source.starts = RowInts{};
-  return with_block<kProductionBlock>(tuning, [&]<int kBlock> { return run<kBlock>(params, scratch, stream); });
+  if (!p.to_back && p.pages == nullptr) params.source.lengths = params.source.starts = RowInts{};
+  return with_block<kProductionBlock>(tuning, [&]<int kBlock> {
+    return p.filled == nullptr ? run<kBlock>(params, scratch, stream) : run_fill<kBlock>(params, stream);
+  });
 }
 
 Status compact(const CompactParams& p, void* scratch, Stream stream) {

@@ -69,7 +69,9 @@ __global__ void __launch_bounds__(kBulkBlock, kResidentThreads / kBulkBlock)
           bulk_copy(source, out, static_cast<uint32_t>(row_bytes), rows, shared, phases);
         } else {
           with_vector(bits, [&](auto vector) {
-            copy_rows<decltype(vector), kWarp>([&](int row) { return source[row]; }, out, row_bytes, rows, lane_id());
+            copy_rows<decltype(vector), kWarp>([&](int row) { return source[row]; },
+                                               [&](int row) { return out + row * row_bytes; }, row_bytes, rows,
+                                               lane_id());
           });
         }
       }

@@ -142,9 +142,12 @@ __device__ __forceinline__ void copy_tile(const GatherParams& p, int64_t first, 
     stage_tile(p, first, payload, group, shared, row_at, wait);
     for (int g = threadIdx.x / kTeam; g < group; g += kBlock / kTeam) {
       const char* const* source = shared->source[g];
+      char* const out = shared->out[g];
+      const int64_t row_bytes = shared->row_bytes[g];
       with_vector(tile_bits(shared, g), [&](auto vector) {
-        copy_rows<decltype(vector), kTeam>([&](int row) { return source[row]; }, shared->out[g], shared->row_bytes[g],
-                                           rows, threadIdx.x % kTeam);
+        copy_rows<decltype(vector), kTeam>([&](int row) { return source[row]; },
+                                           [&](int row) { return out + row * row_bytes; }, row_bytes, rows,
+                                           threadIdx.x % kTeam);
       });
     }
     block_sync();

@@ -36,9 +36,10 @@ __device__ __forceinline__ uint32_t lanes_per_row(int64_t vectors, uint32_t most
   return lanes;
 }
 
-// Row i of `out` becomes the row that lies at source(i), zeros where that is nullptr. By kThreads threads.
-template <class Vector, int kThreads, class Source, class Count>
-__device__ __forceinline__ void copy_rows(Source&& source, char* out, int64_t row_bytes, Count rows, uint32_t thread) {
+// The row at target(i) becomes the row that lies at source(i), zeros where that is nullptr. By kThreads threads.
+template <class Vector, int kThreads, class Source, class Target, class Count>
+__device__ __forceinline__ void copy_rows(Source&& source, Target&& target, int64_t row_bytes, Count rows,
+                                          uint32_t thread) {
   const int64_t vectors = row_bytes / static_cast<int64_t>(sizeof(Vector));
   const uint32_t lanes = lanes_per_row(vectors, kWarp);
   const Count step = static_cast<Count>(kThreads / lanes);
@@ -53,7 +54,7 @@ __device__ __forceinline__ void copy_rows(Source&& source, char* out, int64_t ro
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) {
         const Count to = row + k * step;
-        if (to < rows) reinterpret_cast<Vector*>(out + to * row_bytes)[column] = moved[k];
+        if (to < rows) reinterpret_cast<Vector*>(target(to))[column] = moved[k];
       }
     }
   }

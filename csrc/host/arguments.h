@@ -26,4 +26,5 @@
   BOTH(Int, max_budget, = -1)                  \
   BOTH(Int, reserve, = 0)                      \
   BOTH(Int, align, = 1)                        \
-  BOTH(Int, back, = 0)
+  BOTH(Int, back, = 0)                         \
+  BOTH(Flag, any_order, = False)

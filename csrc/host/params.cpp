@@ -60,10 +60,10 @@ GatherParams Params::gather(size_t outputs, const int32_t* positions, const int3
   return gather;
 }
 
-CompactParams Params::compact(const Sizes& sizes, const IndexPointers& index) const {
+CompactParams Params::compact(const Sizes& sizes, const IndexPointers& index, int32_t* filled) const {
   CompactParams compact{};
   compact.source = source();
-  compact.pages = problem_.pages;
+  compact.pages = problem_.pages.empty() ? nullptr : table<const Pages>(problem_.pages_table);
   compact.to_back = sizes.back > 0;
   compact.total = sizes.total;
   compact.payloads = static_cast<int64_t>(problem_.payloads.size());
@@ -72,6 +72,7 @@ CompactParams Params::compact(const Sizes& sizes, const IndexPointers& index) co
   compact.positions = index.positions;
   compact.lengths = index.lengths;
   compact.cu_seqlens = index.cu_seqlens;
+  compact.filled = sizes.any_order ? filled : nullptr;
   return compact;
 }
 

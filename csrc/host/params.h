@@ -21,7 +21,8 @@ class Params {
   // `outputs`: offset in the tables of the pointers to where the payload goes.
   GatherParams gather(size_t outputs, const int32_t* positions, const int32_t* cu_seqlens, int64_t total,
                       const uint32_t* ready, bool warm) const;
-  CompactParams compact(const Sizes& sizes, const IndexPointers& index) const;
+  // `filled`: where positions go if rows move in any order.
+  CompactParams compact(const Sizes& sizes, const IndexPointers& index, int32_t* filled) const;
   // `outputs`: as in gather. What it writes is the caller's to fill in.
   AppendParams append(size_t outputs, const IntTable& valid) const;
 

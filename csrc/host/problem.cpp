@@ -208,10 +208,10 @@ void check_in_place(const Problem& problem, const Sizes& sizes, const Arrays& pa
   check_disjoint(named(payload, "payload"), read_beside(problem, sizes, scores));
 }
 
-void check_in_pages(const Problem& problem, const Sizes& sizes, const Arrays& pools, const Array& tables,
+void check_in_pages(const Problem& problem, const Sizes& sizes, const Arrays& pools, const Arrays& tables,
                     const Arrays& scores) {
   std::vector<Named> read = read_beside(problem, sizes, scores);
-  read.push_back({tables, "tables"});
+  for (size_t i = 0; i < tables.size(); ++i) read.push_back({tables[i], table_name(i)});
   check_disjoint(named(pools, "payload"), read);
 }
 

@@ -31,7 +31,8 @@ struct Sizes {
   int64_t total, padded;  // rows of the output; C of a padded one, negative when packed
   int64_t max_budget;     // negative: none
   int64_t reserve, align;
-  int64_t back;  // 0, or kept rows move to the back, and what is dropped is a multiple of so many rows
+  int64_t back;    // 0, or kept rows move to the back, and what is dropped is a multiple of so many rows
+  bool any_order;  // in place: rows that lie where kept rows go stay there
 };
 
 // Tables of one launch, built on the host and placed where the kernel runs. An entry is known by its offset until then.
@@ -81,8 +82,12 @@ class Problem {
   Problem(const Arrays& payload, const Arrays& scores, const Layout& layout);
   void read_sizes(const Sizes& sizes);
   // The payload of a problem that was made of scores alone: pools [P, H, page, ...], or [P, page, ...] where every head
-  // has a table of its own, and tables [B, M], or [B, H, M], of page ids for all layers.
-  void read_pages(const Arrays& pools, const Array& ids);
+  // has a table of its own, and tables [B, M], or [B, H, M], of page ids for all layers. The last tables.size() - 1
+  // kinds of pools have a table each, all others the first one.
+  void read_pages(const Arrays& pools, const Arrays& ids);
+  // Pages::free of all tables, one after the other: how many elements there are, and where they go.
+  int64_t free_counts() const;
+  void count_free_pages(int32_t* free);
   // `per_head`: the short form is one value per head, otherwise one per sequence. `fallback`: where there is no value.
   IntTable read_ints(const Ints& values, const char* name, const char* shapes, bool per_head, int64_t fallback);
   // Checks an index that select made for these segments; returns the C of its spans, negative when packed.
@@ -100,15 +105,24 @@ class Problem {
   ScoreType score_type = ScoreType::f32;
   std::vector<Payload> payloads;
   Tables tables;
-  Pages pages{};
-  size_t tokens, scores, inputs, row_bytes;  // offsets in the tables
+  std::vector<Pages> pages;  // of each payload
+  size_t own_tables = 0;     // how many of them, the last ones, do not share the table of the first
+  size_t tokens, scores, inputs, row_bytes, pages_table;  // offsets in the tables
   IntTable budgets{}, lengths{}, starts{};
 
  private:
+  // Whether pages[kind] is the first with its table.
+  bool counts_pages(size_t kind) const { return kind == 0 || kind + own_tables >= pages.size(); }
   void read_shape(const Named& first);
   void check_rows() const;
+  Pages read_table(const Named& pool, const Named& table) const;
   std::vector<Strided> read_rows(const Arrays& list, const char* name, std::vector<int64_t>& tokens);
 };
+
+// The first table is that of all pools that have none of their own.
+inline Name table_name(size_t i) {
+  return i == 0 ? Name("tables") : Name("companion_tables", static_cast<int64_t>(i) - 1);
+}
 
 // Where an op writes when the memory is the caller's.
 struct Outputs {
@@ -123,7 +137,7 @@ void check_outputs(const Problem& problem, const Sizes& sizes, const Outputs& ou
 
 // The same of a payload that is rewritten in place, and of pools.
 void check_in_place(const Problem& problem, const Sizes& sizes, const Arrays& payload, const Arrays& scores);
-void check_in_pages(const Problem& problem, const Sizes& sizes, const Arrays& pools, const Array& tables,
+void check_in_pages(const Problem& problem, const Sizes& sizes, const Arrays& pools, const Arrays& tables,
                     const Arrays& scores);
 
 }  // namespace lkv::host

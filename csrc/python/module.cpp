@@ -32,7 +32,8 @@ py::dict build_info() {
 #define LKV_KEYWORD(type, name, fallback) , py::arg(#name) fallback
 
 void define_ops(py::module_& m) {
-  constexpr std::nullopt_t None = std::nullopt;  // as the table has it
+  constexpr std::nullopt_t None = std::nullopt;  // as the table has them
+  constexpr bool False = false;
   py::class_<Request>(m, "Request")
       .def(py::init<int64_t LKV_ARGUMENTS(LKV_TYPE, LKV_NOTHING)>(), py::kw_only(),
            py::arg("threads") LKV_ARGUMENTS(LKV_KEYWORD, LKV_NOTHING));
@@ -48,6 +49,8 @@ void define_ops(py::module_& m) {
   m.def("evict_out", &lkv::python::evict_out, py::arg("out"), py::arg("index"), py::arg("payload"), py::arg("scores"),
         py::arg("request"));
   m.def("evict_", &lkv::python::evict_in_place, py::arg("payload"), py::arg("scores"), py::arg("request"));
+  m.def("evict_paged_", &lkv::python::evict_paged, py::arg("pools"), py::arg("scores"), py::arg("tables"),
+        py::arg("request"));
 }
 
 }  // namespace

@@ -53,8 +53,14 @@ class Run {
     cpu::gather(gather_params(params, table, index, false), CallThreads(threads_, moved()));
   }
 
-  void compact(const host::IndexPointers& index) const {
-    cpu::compact(host::Params(problem_, problem_.tables.data()).compact(sizes_, index), CallThreads(threads_, moved()));
+  // select, then compact.
+  void evict_in_place(const host::IndexPointers& index) const {
+    host::IndexPointers ascending = index;
+    std::vector<int32_t> scratch(sizes_.any_order ? sizes_.total : 0);
+    if (sizes_.any_order) ascending.positions = scratch.data();
+    select(ascending);
+    cpu::compact(host::Params(problem_, problem_.tables.data()).compact(sizes_, ascending, index.positions),
+                 CallThreads(threads_, moved()));
   }
 
  private:
@@ -150,10 +156,27 @@ Index evict_in_place(const PyArrays& payload, const py::array& scores, const Req
   Index index = new_index(problem, sizes);
   const host::IndexPointers results = pointers(index);
   const py::gil_scoped_release released;
-  const Run run(problem, sizes, request.threads);
-  run.select(results);
-  run.compact(results);
+  Run(problem, sizes, request.threads).evict_in_place(results);
   return index;
+}
+
+std::pair<Index, py::array> evict_paged(const PyArrays& pools, const py::array& scores, const PyArrays& tables,
+                                        const Request& request) {
+  const host::Sizes sizes = request.sizes();
+  const host::Arrays moved = view_writable(pools, "payload"), ranking = {view(scores)}, ids = view(tables);
+  host::Problem problem({}, ranking, request.layout());
+  problem.read_sizes(sizes);
+  problem.read_pages(moved, ids);
+  host::check_in_pages(problem, sizes, moved, ids, ranking);
+  Index index = new_index(problem, sizes);
+  py::array_t<int32_t> free(problem.free_counts());
+  problem.count_free_pages(free.mutable_data());
+  const host::IndexPointers results = pointers(index);
+  {
+    const py::gil_scoped_release released;
+    Run(problem, sizes, request.threads).evict_in_place(results);
+  }
+  return {std::move(index), std::move(free)};
 }
 
 }  // namespace lkv::python

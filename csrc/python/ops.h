@@ -11,6 +11,7 @@
 namespace lkv::python {
 
 using Int = int64_t;
+using Flag = bool;
 using Ints = std::vector<int64_t>;
 using OptionalInts = std::optional<Ints>;
 using OptionalArray = std::optional<py::array>;
@@ -37,7 +38,8 @@ struct Request {
             .max_budget = max_budget,
             .reserve = reserve,
             .align = align,
-            .back = back};
+            .back = back,
+            .any_order = any_order};
   }
 };
 
@@ -53,5 +55,8 @@ std::pair<PyArrays, Index> evict(const PyArrays& payload, const py::array& score
 void evict_out(const PyArrays& out, const Index& index, const PyArrays& payload, const py::array& scores,
                const Request& request);
 Index evict_in_place(const PyArrays& payload, const py::array& scores, const Request& request);
+// Pools through tables; and the free pages of each table, one table after the other.
+std::pair<Index, py::array> evict_paged(const PyArrays& pools, const py::array& scores, const PyArrays& tables,
+                                        const Request& request);
 
 }  // namespace lkv::python

@@ -47,7 +47,8 @@ struct Arguments {
             .max_budget = max_budget,
             .reserve = reserve,
             .align = align,
-            .back = back};
+            .back = back,
+            .any_order = any_order};
   }
 };
 #define LKV_GIVEN                       \

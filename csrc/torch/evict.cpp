@@ -32,15 +32,16 @@ Tensors evict_new(const Tensors& payload, const Tensors& scores, const host::Siz
 
 using InPlace = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// `free_pages`: see CompactParams; may be nullptr.
-InPlace run_in_place(host::Problem& problem, const host::Sizes& sizes, const Tensor& like, bool count_overflow,
-                     int32_t* free_pages) {
+InPlace run_in_place(host::Problem& problem, const host::Sizes& sizes, const Tensor& like, bool count_overflow) {
   Tensors index;
   add_index(index, problem, sizes, like, count_overflow);
-  const host::IndexPointers where = pointers(index.data(), count_overflow);
+  host::IndexPointers where = pointers(index.data(), count_overflow);
+  int32_t* const filled = where.positions;
+  std::optional<Tensor> ascending;  // what select writes, where the positions come out in another order
+  if (sizes.any_order) where.positions = data<int32_t>(ascending.emplace(empty_int32({sizes.total}, like)));
   Launch launch(problem, nullptr, like, true);
   launch.select(sizes, where);
-  launch.compact(sizes, where, free_pages);
+  launch.compact(sizes, where, filled);
   return {index[0], index[1], index[2], count_overflow ? index[3] : empty_int32({0}, like)};
 }
 
@@ -95,23 +96,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> evict_(Tensors payload, Tensors score
   problem.read_sizes(sizes);
   host::check_in_place(problem, sizes, moved, ranking);
   mark_written(payload, "payload");
-  return run_in_place(problem, sizes, scores[0], given.count_overflow, nullptr);
+  return run_in_place(problem, sizes, scores[0], given.count_overflow);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> evict_paged_(Tensors pools, Tensors scores,
-                                                                Tensor tables LKV_PARAMETERS) {
+                                                                Tensors tables LKV_PARAMETERS) {
   Arguments given = LKV_GIVEN;
   const host::Sizes sizes = given.take_sizes();
-  const host::Arrays moved = view(pools), ranking = view(scores);
-  const host::Array table = view(tables);
+  const host::Arrays moved = view(pools), ranking = view(scores), ids = view(tables);
   host::Problem problem({}, ranking, given.layout(scores.size()));
   problem.read_sizes(sizes);
-  problem.read_pages(moved, table);
-  host::check_in_pages(problem, sizes, moved, table, ranking);
+  problem.read_pages(moved, ids);
+  host::check_in_pages(problem, sizes, moved, ids, ranking);
   mark_written(pools, "payload");
-  const Tensor free_pages = empty_int32(Shape(table.sizes, table.sizes + table.rank - 1), scores[0]);
-  return std::tuple_cat(run_in_place(problem, sizes, scores[0], given.count_overflow, data<int32_t>(free_pages)),
-                        std::tuple(free_pages));
+  const Tensor free_pages = empty_int32({problem.free_counts()}, scores[0]);
+  problem.count_free_pages(data<int32_t>(free_pages));
+  return std::tuple_cat(run_in_place(problem, sizes, scores[0], given.count_overflow), std::tuple(free_pages));
 }
 
 }  // namespace lkv::torch_ops

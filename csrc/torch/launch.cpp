@@ -73,11 +73,11 @@ void Launch::gather(const int32_t* positions, const int32_t* cu_seqlens, int64_t
   cpu::gather(gather, torch_threads());
 }
 
-void Launch::compact(const host::Sizes& sizes, const host::IndexPointers& index, int32_t* free_pages) {
-  CompactParams compact = host::Params(problem_, tables_).compact(sizes, index);
-  compact.free_pages = free_pages;
+void Launch::compact(const host::Sizes& sizes, const host::IndexPointers& index, int32_t* filled) {
+  const CompactParams compact = host::Params(problem_, tables_).compact(sizes, index, filled);
   if (cuda_) {
-    flags_ = empty_bytes(static_cast<int64_t>(cuda::compact_scratch(compact.total, compact.payloads)), like_);
+    const size_t flags = compact.filled != nullptr ? 0 : cuda::compact_scratch(compact.total, compact.payloads);
+    flags_ = empty_bytes(static_cast<int64_t>(flags), like_);
     cuda_->check(cuda::compact(compact, data<void>(*flags_), cuda_->stream()), "compact");
     return;
   }

@@ -22,8 +22,8 @@ class Launch {
   // The same, and the rows move as soon as their positions are known. `warm`: see GatherParams.
   void evict(const host::Sizes& sizes, const host::IndexPointers& out, bool warm);
   void gather(const int32_t* positions, const int32_t* cu_seqlens, int64_t total);
-  // `free_pages`: see CompactParams.
-  void compact(const host::Sizes& sizes, const host::IndexPointers& index, int32_t* free_pages);
+  // `index`: what select wrote. `filled`: see CompactParams.
+  void compact(const host::Sizes& sizes, const host::IndexPointers& index, int32_t* filled);
   AppendParams append_params(const host::IntTable& valid) const;
   void append(const AppendParams& append);
 

@@ -12,7 +12,7 @@ STABLE_TORCH_LIBRARY(lkv_ext, m) {
   m.def("evict_out(Tensor(a!)[] out, Tensor[] payload, Tensor[] scores" LKV_SCHEMA ") -> ()");
   // Four tensors, not a list: torch.compile functionalizes no op that writes and returns a list.
   m.def("evict_(Tensor(a!)[] payload, Tensor[] scores" LKV_SCHEMA ") -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("evict_paged_(Tensor(a!)[] pools, Tensor[] scores, Tensor tables" LKV_SCHEMA
+  m.def("evict_paged_(Tensor(a!)[] pools, Tensor[] scores, Tensor[] tables" LKV_SCHEMA
         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "gather(Tensor[] tensors, Tensor positions, Tensor cu_seqlens, int layers=1, "

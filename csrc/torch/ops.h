@@ -20,9 +20,9 @@ void evict_out(Tensors out, Tensors payload, Tensors scores LKV_PARAMETERS);
 // An index; overflow has no element where it is not counted.
 std::tuple<Tensor, Tensor, Tensor, Tensor> evict_(Tensors payload, Tensors scores LKV_PARAMETERS);
 // The same in pools [P, H, page, ...] of pages, or, of one head each, [P, page, ...], payload-major, through tables
-// [B, M] or [B, H, M]; and the free pages of each table.
+// [B, M] or [B, H, M], one for all or more for the last kinds of pools; and the free pages of all tables, flat.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> evict_paged_(Tensors pools, Tensors scores,
-                                                                Tensor tables LKV_PARAMETERS);
+                                                                Tensors tables LKV_PARAMETERS);
 Tensors gather(Tensors tensors, Tensor positions, Tensor cu_seqlens, int64_t layers,
                std::optional<Tensor> source_cu_seqlens, int64_t batch, int64_t heads);
 

@@ -20,15 +20,16 @@ ATTEND = dict(q="array", scale="number?", softcap="number?", sinks="array?")
 
 PAGED = dict(pools="arrays or lists of arrays", scores="array or arrays", tables="array", to="text", check="flag")
 PAGED |= dict(budgets="integers", lengths="integers?", sink="count", window="count", max_budget="count?")
+PAGED |= dict(companions="arrays or lists of arrays", companion_tables="arrays", order="text", threads="count?")
 LAYERS = dict(ks="arrays", vs="arrays?", scores="array or arrays", companions="lists of arrays", out="RaggedKV?")
 
 # By public function; an argument whose kind ends with "?" may be None.
 SIGNATURES: dict[str, dict[str, str]] = {
     "evict": DENSE | RANK | SPANS | dict(out="RaggedKV?", threads="count?"),
-    "evict_": DENSE | RANK | dict(to="text", page="count", threads="count?"),
+    "evict_": DENSE | RANK | dict(to="text", page="count", order="text", threads="count?"),
     "evict_paged_": PAGED,
     "evict_layers": LAYERS | RANK | SPANS,
-    "select": RANK | SPANS | dict(scores="array", cu_seqlens="array?", threads="count?"),
+    "select": RANK | SPANS | dict(scores="array", cu_seqlens="array?", page="count", threads="count?"),
     "gather": dict(tensors="arrays", arrays="arrays", index="RaggedIndex", cu_seqlens="array?", threads="count?"),
     "plan": dict(budgets="integers", lengths="integers?", device="device?"),
     "attend": ATTEND | dict(cache="RaggedCache", causal="flag", backend="text?"),

@@ -25,6 +25,7 @@ class Options(NamedTuple):
     reserve: int
     align: int
     back: int = 0  # 0: in place, to the front; else to the back, and what is dropped is a multiple of so many rows
+    any_order: bool = False  # in place: rows that lie where kept rows go stay there
 
 
 def index(value: Any) -> int:
@@ -71,7 +72,7 @@ def check_options(options: Options) -> Options:
     if reserve > MOST:
         raise ValueError(f"expected at most 2**31 - 1 rows in the output, got a reserve of {reserve}")
     bounds = bounded(capacity), bounded(max_budget)
-    return Options(bounded(sink), bounded(window), layout, *bounds, reserve, align, options.back)
+    return Options(bounded(sink), bounded(window), layout, *bounds, reserve, align, options.back, options.any_order)
 
 
 def back_of(to: object, page: object) -> int:
@@ -82,6 +83,19 @@ def back_of(to: object, page: object) -> int:
     if to == "front" and rows != 1:
         raise ValueError(f"expected page with to='back', which drops whole pages, got {rows} with to='front'")
     return rows if to == "back" else 0
+
+
+def whole_pages(page: object) -> int:
+    """`Options.back` of a select: only what is dropped together, as nothing moves."""
+    rows = whole(page, "page", least=1)
+    return rows if rows > 1 else 0
+
+
+def any_order_of(order: object) -> bool:
+    """`Options.any_order` of `order`; raises ValueError for a wrong one."""
+    if not isinstance(order, str) or order not in ("ascending", "any"):
+        raise ValueError(f"expected order 'ascending' or 'any', got {described(order)}")
+    return order == "any"
 
 
 @overload

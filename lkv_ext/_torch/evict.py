@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lkv_ext._common import errors
-from lkv_ext._common.options import Options, back_of
+from lkv_ext._common.options import Options, any_order_of, back_of
 from lkv_ext._common.sizes import Segments
 from lkv_ext._torch import derivatives, fake, vmap
 from lkv_ext._torch.gather import gather_rows
@@ -196,6 +196,7 @@ def evict_(
     companions: Sequence[Tensor] = (),
     to: str = "front",
     page: int = 1,
+    order: str = "ascending",
 ) -> RaggedIndex:
     """`evict` in place: the kept rows of each segment move to the front of its own buffer, or to the back.
 
@@ -219,6 +220,10 @@ def evict_(
         companions: as in `evict`; written.
         to: "front" or "back".
         page: with `to="back"`, rows that are dropped together. The default drops all rows beyond the budget.
+        order: "ascending", or "any": kept rows that lie where kept rows go stay there, and the others fill the holes
+            between them, the one that is farthest away in the first hole (`to="back"`: in the last). The same rows are
+            kept in the same places as a set, and fewer move, half as many where half of the cache is kept. For caches
+            whose keys carry their positions; `positions` of the result are by the rows where they are now.
 
     Returns:
         `RaggedIndex`: where the kept rows were, and how many there are.
@@ -228,7 +233,7 @@ def evict_(
     """
     try:
         back = back_of(to, page)
-        options = (sink, window, "packed", None, max_budget, 0, 1, back)
+        options = (sink, window, "packed", None, max_budget, 0, 1, back, any_order_of(order))
         payload = [k, *companions] if v is None else [k, v, *companions]
         _check_rank(k, v, 4 if cu_seqlens is None else 2)
         derivatives.refuse(payload, "an eviction in place has no derivative")

@@ -113,7 +113,7 @@ def request_for(
     options: Options,
 ) -> Request:
     """`make_request` for segments that are known."""
-    sink, window, layout, capacity, max_budget, reserve, align, back = check_options(options)
+    sink, window, layout, capacity, max_budget, reserve, align, back, any_order = check_options(options)
     if cu_seqlens is not None and starts is not None:
         raise ValueError("expected no starts with cu_seqlens: ragged rows begin at their offsets")
     layers, batch, heads = segments.layers, segments.batch, segments.heads
@@ -183,6 +183,7 @@ def request_for(
         reserve=reserve,
         align=align,
         back=back,
+        any_order=any_order,
     )
     plain = cu_seqlens is budget_tensor is length_tensor is start_tensor is None and arguments[2:] == _DEFAULTS
     return Request(segments, arguments[:2] if plain else arguments, plain, size.max_length, counted, reserve, align)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lkv_ext._common import errors
+from lkv_ext._common.options import whole_pages
 from lkv_ext._torch import fake, vmap
 from lkv_ext._torch.ints import Ints, Plan
 from lkv_ext._torch.library import ops
@@ -30,6 +31,7 @@ def select(
     max_budget: int | None = None,
     reserve: int = 0,
     align: int = 1,
+    page: int = 1,
 ) -> RaggedIndex:
     """The positions that `evict` would keep, without moving anything.
 
@@ -46,6 +48,8 @@ def select(
         max_budget: as in `evict`.
         reserve: as in `evict`.
         align: as in `evict`.
+        page: what is dropped of a segment is a multiple of so many rows, and what that keeps beyond the budget is the
+            next best by score: the rows that `evict_` and `evict_paged_` keep with `to="back"` and pages of this size.
 
     Returns:
         `RaggedIndex`: positions, lengths, cu_seqlens, max_length, overflow. It has no gradient.
@@ -54,7 +58,7 @@ def select(
         ValueError, TypeError: as `evict`.
     """
     try:
-        options = (sink, window, layout, capacity, max_budget, reserve, align)
+        options = (sink, window, layout, capacity, max_budget, reserve, align, whole_pages(page))
         request = make_request(scores, cu_seqlens, budgets, lengths, starts, options)
         return new_index(ops.select([scores.detach()], *request.arguments), request)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:

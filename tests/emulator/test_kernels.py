@@ -20,10 +20,11 @@ def test_cases(sanitized: Path, schedule: str, batch: int) -> None:
     assert done.returncode == 0, done.stderr[-8000:]
 
 
+@pytest.mark.parametrize("suite", ["evict", "compact"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_cases_with_old_values(weak: Path, schedule: str) -> None:
+def test_cases_with_old_values(weak: Path, schedule: str, suite: str) -> None:
     """Plain loads see what other grids have written only behind a wait or an acquire."""
-    done = run_cases(weak, "evict", 1000, 40, (schedule,), 0, sanitize=False)
+    done = run_cases(weak, suite, 1000, 40, (schedule,), 0, sanitize=False)
     assert done.returncode == 0, done.stderr[-8000:]
 
 

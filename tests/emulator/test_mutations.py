@@ -23,6 +23,8 @@ TRIED = (
     "ties from the end",
     "compact: stored before all have waited",
     "compact: does not wait for the row in the way",
+    "fill: copied before the list is complete",
+    "fill: emptied while others read the list",
     "append: length written while others read it",
     "attend: K read before it is staged",
     "attend: causal limit one row late",

@@ -209,6 +209,7 @@ GUARDS: dict[str, list[str]] = {
     "lkv_ext/__main__.py": ["learning/test_modules_run"],
     "lkv_ext/_common/errors.py": ["test_reraise", "test_errors", "test_arguments"],
     "lkv_ext/_common/sizes.py": ["test_sizes", "test_paged", *_NUMPY, *_PARITY],
+    "lkv_ext/_common/paging.py": ["test_paged", *_NUMPY],
     "lkv_ext/_common/kinds.py": ["test_kinds", "test_errors", "test_arguments", *_NUMPY],
     "lkv_ext/_common/options.py": ["test_host_arguments", *_NUMPY, "test_reraise", *_PARITY, *_RAGGED[:2]],
     "lkv_ext/numpy.py": [*_NUMPY, "test_errors", "test_arguments"],

@@ -55,12 +55,14 @@ LKV_HD int64_t clamp(int64_t x, int64_t low, int64_t high) {
 // Where the tokens of a segment lie in pools of pages: token t of (layer, b, h) is row t % page of page ids[t / page],
 // and the strides of a pool are those of Strided, with `batch` from one page to the next.
 struct Pages {
-  const void* tables;          // ids; nullptr: there are no pages, and tokens lie one after the other
+  const void* tables;          // ids
   int64_t layer, batch, head;  // in elements, from one table to the next; 0 where it is shared
   int64_t count;               // pages of a pool: an id is in [0, count)
   int32_t shift;               // a page has 1 << shift rows
   bool wide;                   // ids are int64 when true, else int32
   bool per_head;               // whether every head has a table of its own
+  int32_t* free;  // out: of each table, [batch] or [batch * heads], how many pages at its end, or, where rows move to
+                  // the back, at its beginning, no layer and head needs any more; nullptr: not counted
 
   LKV_HD int64_t id(int64_t n, int64_t b, int64_t h, int64_t i) const {
     const int64_t at = n * layer + b * batch + h * head + i;
@@ -120,9 +122,11 @@ struct GatherParams {
 // i, where `end` is the end of its valid range, for i < lengths[r]. Positions ascend, so no row is overwritten before
 // it was read if rows move in order, to the back the last one first; bytes of different columns never meet. A position
 // outside of the segment, and a page outside of the pool, moves nothing.
+// With `filled`, in any order: kept rows that lie where kept rows go stay there, and the others fill the holes between
+// them, the one that is farthest away in the first hole (`to_back`: in the last). What moves is never overwritten.
 struct CompactParams {
   Source source;
-  Pages pages;
+  const Pages* pages;  // [payloads]; nullptr: there are none, and payloads are laid out as the source says
   bool to_back;
   int64_t total;  // rows of `positions`
   int64_t payloads;
@@ -131,8 +135,7 @@ struct CompactParams {
   const int32_t* positions;  // [total]
   const int32_t* lengths;
   const int32_t* cu_seqlens;
-  int32_t* free_pages;  // out: of each table, [batch] or [batch * heads], how many pages at its end, or `to_back` at
-                        // its beginning, no layer and head needs any more; nullptr where there are no pages
+  int32_t* filled;  // out [total]: positions by the rows where they are now; nullptr: in order
 };
 
 // New tokens at the end of every segment of a ragged cache [T, ...]: of token i of `count`, the row of (b, h) goes to

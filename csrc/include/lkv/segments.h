@@ -48,11 +48,15 @@ LKV_HD Segment segment_of(const Source& s, int64_t row, Load load = {}) {
 }
 
 // Row `slot` of a segment; nullptr where its page is not one of the pool.
-LKV_HD char* row_at(const Pages& pages, const Segment& s, const Strided& t, int64_t slot) {
-  if (pages.tables == nullptr) return s.at(t, slot);
-  const int64_t page = pages.id(s.layer, s.b, s.h, slot >> pages.shift);
-  if (page < 0 || page >= pages.count) return nullptr;
-  return t.data + page * t.batch + s.h * t.head + (slot & ((int64_t{1} << pages.shift) - 1)) * t.token;
+LKV_HD char* row_at(const Pages* pages, const Segment& s, const Strided& t, int64_t slot) {
+  if (pages == nullptr) return s.at(t, slot);
+  const int64_t page = pages->id(s.layer, s.b, s.h, slot >> pages->shift);
+  if (page < 0 || page >= pages->count) return nullptr;
+  return t.data + page * t.batch + s.h * t.head + (slot & ((int64_t{1} << pages->shift) - 1)) * t.token;
+}
+
+LKV_HD const Pages* pages_of(const CompactParams& p, int64_t payload) {
+  return p.pages == nullptr ? nullptr : p.pages + payload;
 }
 
 // The slots that the rows kept of a segment move to.
@@ -66,22 +70,29 @@ LKV_HD Destination destination_of(const CompactParams& p, const Segment& s, int6
   return {s.begin + s.length - count, count};
 }
 
-// See CompactParams::free_pages.
-LKV_HD int64_t tables_of(const CompactParams& p) {
-  return p.source.batch * (p.pages.per_head ? p.source.heads : 1);
+// In any order: the position of the row that slot first + i gets, of which `below` rows of those kept have lower
+// positions. `kept`: their positions, ascending.
+LKV_HD int32_t filler_of(const int32_t* kept, const Destination& to, bool to_back, int64_t i, int64_t below) {
+  if (below < to.count && kept[below] == to.first + i) return kept[below];
+  return kept[clamp(to_back ? below - i - 1 : to.count + below - i - 1, 0, to.count - 1)];
 }
 
-LKV_HD int64_t free_pages_of(const CompactParams& p, int64_t table) {
-  const int64_t readers = p.pages.per_head ? 1 : p.source.heads;  // heads that share a table
+// See Pages::free.
+LKV_HD int64_t tables_of(const CompactParams& p, const Pages& of) {
+  return of.free == nullptr ? 0 : p.source.batch * (of.per_head ? p.source.heads : 1);
+}
+
+LKV_HD int64_t free_pages_of(const CompactParams& p, const Pages& of, int64_t table) {
+  const int64_t readers = of.per_head ? 1 : p.source.heads;  // heads that share a table
   const int64_t per_layer = p.source.batch * p.source.heads;
-  const auto pages = [&](int64_t rows) { return (rows + (int64_t{1} << p.pages.shift) - 1) >> p.pages.shift; };
+  const auto pages = [&](int64_t rows) { return (rows + (int64_t{1} << of.shift) - 1) >> of.shift; };
   int64_t before = 0, after = 0, dropped = INT64_MAX;
   for (int64_t n = 0; n < p.source.layers; ++n) {
     for (int64_t i = 0; i < readers; ++i) {
       const int64_t row = n * per_layer + table * readers + i;
       const Segment segment = segment_of(p.source, row);
       const int64_t kept = destination_of(p, segment, row).count;
-      dropped = smaller(dropped, (segment.length - kept) >> p.pages.shift);
+      dropped = smaller(dropped, (segment.length - kept) >> of.shift);
       before = clamp(pages(segment.length), before, INT64_MAX);
       after = clamp(pages(kept), after, INT64_MAX);
     }

@@ -25,6 +25,7 @@ class Evicted:
     cu_seqlens: Tensor
     overflow: int
     free_pages: Tensor | None = None  # of evict_paged_
+    companion_free_pages: tuple[Tensor, ...] = ()
 
 
 def _segments(tensor: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
@@ -130,19 +131,40 @@ def evict_layers(
 
 
 def evict_(
-    tensors: Sequence[Tensor], scores: Tensor, budgets: Tensor, *, to: str = "front", page: int = 1, **options: Any
+    tensors: Sequence[Tensor],
+    scores: Tensor,
+    budgets: Tensor,
+    *,
+    to: str = "front",
+    page: int = 1,
+    order: str = "ascending",
+    **options: Any,
 ) -> Evicted:
     """`lkv_ext.evict_`: kept rows move to the front of their segment, or to the back of its valid range."""
     result = evict(tensors, scores, budgets, page=page, **options)
     rows = _segments(scores, options.get("cu_seqlens"))
     ranges = _valid_ranges(rows, *(_listed(options.get(name)) for name in ("starts", "lengths")))
     offsets = result.cu_seqlens.tolist()
-    for tensor, moved in zip(tensors, result.tensors, strict=True):
-        for i, row in enumerate(_segments(tensor, options.get("cu_seqlens"))):
-            keep = offsets[i + 1] - offsets[i]
-            first = 0 if to == "front" else sum(ranges[i]) - keep
-            row[first : first + keep] = moved[offsets[i] : offsets[i + 1]]
+    for i, span in enumerate(pairwise(offsets)):
+        keep = span[1] - span[0]
+        first = 0 if to == "front" else sum(ranges[i]) - keep
+        positions = result.positions[slice(*span)]
+        if order == "any":
+            positions.copy_(fill_holes(positions, first, to))
+        for tensor in tensors:
+            row = _segments(tensor, options.get("cu_seqlens"))[i]
+            row[first : first + keep] = row[positions.long()]
     return result
+
+
+def fill_holes(positions: Tensor, first: int, to: str) -> Tensor:
+    """The positions of the rows that slots `first` and on get in any order: those that lie there stay, and the others,
+    which all lie behind (`to="back"`: before) them, fill the holes, the farthest the first one (the last one)."""
+    kept, slots = positions.tolist(), range(first, first + positions.numel())
+    others = [position for position in kept if position not in slots]
+    holes = [slot for slot in slots if slot not in set(kept)]
+    fillers = dict(zip(holes, reversed(others), strict=True))
+    return torch.tensor([fillers.get(slot, slot) for slot in slots], dtype=positions.dtype, device=positions.device)
 
 
 def evict_paged_(
@@ -152,7 +174,10 @@ def evict_paged_(
     tables: Tensor,
     lengths: Tensor | None = None,
     *,
+    companions: Sequence[Tensor] = (),
+    companion_tables: Sequence[Tensor] = (),
     to: str = "front",
+    order: str = "ascending",
     **options: Any,
 ) -> Evicted:
     """`lkv_ext.evict_paged_` of one layer.
@@ -162,32 +187,39 @@ def evict_paged_(
         budgets, lengths: integers `[B, H]`.
     """
     batch, heads, tokens = scores.shape
-    per_head = tables.dim() == 3
-    page = pools[0].shape[1 if per_head else 2]
+    placed = [(pool, tables) for pool in pools] + list(zip(companions, companion_tables, strict=True))
+    pages = [pool.shape[1 if table.dim() == 3 else 2] for pool, table in placed]
     valid = torch.full((batch, heads), tokens) if lengths is None else lengths.clamp(0, tokens)
-    result = evict([], scores, budgets, lengths=valid, page=page if to == "back" else 1, **options)
+    result = evict([], scores, budgets, lengths=valid, page=max(pages) if to == "back" else 1, **options)
     offsets = result.cu_seqlens.tolist()
-    dropped = torch.zeros(batch, heads, dtype=torch.int64)  # pages
     for b in range(batch):
         for h in range(heads):
-            row, length = b * heads + h, int(valid[b, h])
-            positions = result.positions[offsets[row] : offsets[row + 1]].long()
-            first = 0 if to == "front" else length - len(positions)
-            slots = first + torch.arange(len(positions), device=scores.device)
-            ids = tables[b, h] if per_head else tables[b]
-            for pool in pools:
-                mine = pool if per_head else pool[:, h]
+            span = slice(*offsets[b * heads + h : b * heads + h + 2])
+            keep = span.stop - span.start
+            first = 0 if to == "front" else int(valid[b, h]) - keep
+            if order == "any":
+                result.positions[span] = fill_holes(result.positions[span], first, to)
+            positions = result.positions[span].long()
+            slots = first + torch.arange(keep, device=scores.device)
+            for (pool, table), page in zip(placed, pages, strict=True):
+                mine, ids = (pool, table[b, h]) if table.dim() == 3 else (pool[:, h], table[b])
                 mine[ids[slots // page].long(), slots % page] = mine[ids[positions // page].long(), positions % page]
-            dropped[b, h] = first // page
     kept = result.lengths.cpu().long()
-    if to == "front" and per_head:
-        dropped = -(-valid // page) - -(-kept // page)
-    elif to == "front":
-        dropped = -(-valid.amax(1) // page) - -(-kept.amax(1) // page)
-    elif not per_head:
-        dropped = dropped.amin(1)
-    result.free_pages = dropped.int().to(scores.device)
+    free = [_free_pages(valid, kept, pages[0], tables.dim() == 3, to)]
+    free += [_free_pages(valid, kept, page, table.dim() == 3, to)
+             for (_, table), page in list(zip(placed, pages, strict=True))[len(pools) :]]  # fmt: skip
+    result.free_pages, *others = (pages.int().to(scores.device) for pages in free)
+    result.companion_free_pages = tuple(others)
     return result
+
+
+def _free_pages(valid: Tensor, kept: Tensor, page: int, per_head: bool, to: str) -> Tensor:
+    """Pages of each table that no head needs any more, `[B]` or `[B, H]`."""
+    if to == "back":
+        dropped = (valid - kept) // page
+        return dropped if per_head else dropped.amin(1)
+    used, needed = (-(-(rows if per_head else rows.amax(1)) // page) for rows in (valid, kept))
+    return used - needed
 
 
 def _listed(values: Tensor | None) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""Eviction in place, dense and in pages, of positions that the harness chooses: random cases and their oracle."""
+"""Eviction in place, in pages, in order and in any order, of positions that the harness chooses; and its oracle."""
 
 from __future__ import annotations
 
@@ -28,16 +28,23 @@ class Pool:
 
 
 @dataclass
+class Table:
+    page: int
+    per_head: bool
+    count: int  # pages of a pool
+    ids: np.ndarray  # [batch, heads or 1, M]
+
+
+@dataclass
 class Case:
     shape: tuple[int, int, int]  # layers, batch, heads
     tokens: int
-    page: int
-    per_head: bool
     to_back: bool
+    any_order: bool
     lengths: np.ndarray  # [batch, heads], for all layers
-    tables: np.ndarray  # [batch, heads or 1, M]
     kept: list[np.ndarray]  # positions of each segment
     pools: list[list[Pool]]  # [payload][layer]
+    tables: list[Table]  # of each payload
     block: int
 
 
@@ -49,37 +56,42 @@ def make_case(seed: int) -> Case:
 
     block = one_of(64, 64, 64, 0)
     layers, batch, heads = (int(rng.integers(1, 4)) for _ in range(3))
-    page, tokens = one_of(1, 2, 4, 16, 64), one_of(1, 5, 31, 130, 400)
+    tokens = one_of(1, 5, 31, 130, 400)
     if block == 0:  # blocks of production size take few and long segments
         layers, batch, heads, tokens = 1, 1, int(rng.integers(1, 3)), one_of(130, 400, 1500)
-    per_head, to_back = rng.random() < 0.5, rng.random() < 0.5
+    to_back, any_order = rng.random() < 0.5, rng.random() < 0.5
     lengths = rng.integers(0, tokens + 1, (batch, heads))
-    most = -(-tokens // page) + one_of(0, 2)
-    owners = heads if per_head else 1
-    used = -(-(lengths if per_head else lengths.max(1, keepdims=True)) // page)
-    count = int(used.sum()) + one_of(0, 3)
-    ids = rng.permutation(count)
-    tables = np.full((batch, owners, most), one_of(-1, 2**31 - 1, count))  # what is behind the used pages is not read
-    for b in range(batch):
-        for h in range(owners):
-            mine, ids = ids[: used[b, h]], ids[used[b, h] :]
-            tables[b, h, : mine.size] = mine
-    share = one_of(0.1, 0.5, 0.5, 0.9, 1.0)
-    kept = []
+
+    def make_table() -> Table:
+        page, per_head = one_of(1, 2, 4, 16, 64), rng.random() < 0.5
+        most, owners = -(-tokens // page) + one_of(0, 2), heads if per_head else 1
+        used = -(-(lengths if per_head else lengths.max(1, keepdims=True)) // page)
+        count = int(used.sum()) + one_of(0, 3)
+        free, ids = rng.permutation(count), np.full((batch, owners, most), one_of(-1, 2**31 - 1, count))
+        for b in range(batch):  # what is behind the used pages is not read
+            for h in range(owners):
+                mine, free = free[: used[b, h]], free[used[b, h] :]
+                ids[b, h, : mine.size] = mine
+        return Table(page, per_head, count, ids)
+
+    tables, pools = [make_table()], []
+    for i in range(one_of(1, 2, 2, 3)):
+        if i > 0:
+            tables.append(make_table() if rng.random() < 0.3 else tables[0])
+        of = tables[i]
+        size, rows_first = one_of(*(ALIGNED_ROW_BYTES if block == 0 else (*ROW_BYTES, 320, 1024))), rng.random() < 0.5
+        gap, lead = one_of((0, 0), (16, 0), (0, 8), (1, 1), (size, 2))
+        pools.append([Pool(rng.integers(1, 256, (of.count, heads // of.ids.shape[1], of.page, size), dtype=np.uint8),
+                           rows_first, gap, lead) for _ in range(layers)])  # fmt: skip
+    share, kept = one_of(0.1, 0.5, 0.5, 0.9, 1.0), []
     for row in range(layers * batch * heads):
         length = lengths[row // heads % batch, row % heads]
         chosen = np.flatnonzero(rng.random(length) < share * rng.random() * 2)
         if to_back:  # whole pages are dropped
             others = np.setdiff1d(np.arange(length), chosen)
-            chosen = np.sort(np.concatenate([chosen, others[: (length - chosen.size) % page]]))
+            chosen = np.sort(np.concatenate([chosen, others[: (length - chosen.size) % max(x.page for x in tables)]]))
         kept.append(chosen)
-    pools = []
-    for _ in range(one_of(1, 2, 2, 3)):
-        size, rows_first = one_of(*(ALIGNED_ROW_BYTES if block == 0 else (*ROW_BYTES, 320, 1024))), rng.random() < 0.5
-        gap, lead = one_of((0, 0), (16, 0), (0, 8), (1, 1), (size, 2))
-        pools.append([Pool(rng.integers(1, 256, (count, heads // owners, page, size), dtype=np.uint8), rows_first, gap,
-                           lead) for _ in range(layers)])  # fmt: skip
-    return Case((layers, batch, heads), tokens, page, per_head, to_back, lengths, tables, kept, pools, block)
+    return Case((layers, batch, heads), tokens, to_back, any_order, lengths, kept, pools, tables, block)
 
 
 class Run:
@@ -101,73 +113,100 @@ class Run:
         memory[:] = 0x5A
         view = np.lib.stride_tricks.as_strided(memory[pool.lead :], pool.data.shape, (*strides, 1))
         view[:] = pool.data
-        head = 0 if self.case.per_head else strides[1]
+        head = strides[1] if pool.data.shape[1] > 1 else 0  # pages of one head, or no other head
         return Strided(pointer(memory) + pool.lead, strides[0], head, strides[2]), view
 
-    def pages(self, tables: np.ndarray, count: int) -> Pages:
-        case, wide = self.case, self.seed % 2 == 1
-        memory = self.emulator.copy(tables.astype(np.int64 if wide else np.int32))
-        most = tables.shape[2]
-        steps = (tables.shape[1] * most, most) if case.per_head else (most, 0)
-        return Pages(pointer(memory), 0, *steps, count, case.page.bit_length() - 1, wide, case.per_head)
+    def pages(self, tables: list[np.ndarray]) -> tuple[list[Pages], list[np.ndarray]]:
+        """Those of all payloads with these ids, and where the free pages of each table are counted."""
+        case, wide, done, free = self.case, self.seed % 2 == 1, [], []
+        for i, (table, ids) in enumerate(zip(case.tables, tables, strict=True)):
+            memory = self.emulator.copy(ids.astype(np.int64 if wide else np.int32))
+            most, counted = ids.shape[2], i == 0 or table is not case.tables[0]
+            steps = (ids.shape[1] * most, most) if table.per_head else (most, 0)
+            free.append(self.emulator.empty(ids.shape[0] * ids.shape[1] if counted else 0, np.int32))
+            shift = table.page.bit_length() - 1
+            done.append(Pages(pointer(memory), 0, *steps, table.count, shift, wide, table.per_head,
+                              pointer(free[-1]) if counted else None))  # fmt: skip
+        return done, free
 
-    def compact(self, source: Source, tables: np.ndarray, positions: np.ndarray, lengths: np.ndarray,
-                cu_seqlens: np.ndarray) -> tuple[list[list[tuple[Strided, np.ndarray]]], np.ndarray]:  # fmt: skip
+    def compact(
+        self, source: Source, tables: list[np.ndarray], positions: np.ndarray, lengths: np.ndarray,
+        cu_seqlens: np.ndarray
+    ) -> tuple[list[list[tuple[Strided, np.ndarray]]], list[np.ndarray], np.ndarray]:  # fmt: skip
+        """Pools, free pages, and positions by the rows where they are now."""
         case, emulator = self.case, self.emulator
         moved = [[self.placed(pool) for pool in layers] for layers in case.pools]
         buffers = emulator.structs([one for layers in moved for one, _ in layers])
         sizes = emulator.copy(np.array([layers[0].data.shape[-1] for layers in case.pools], np.int64))
-        free = emulator.empty(tables.shape[0] * tables.shape[1], np.int32)
+        pages, free = self.pages(tables)
         copies = [emulator.copy(values.astype(np.int32)) for values in (positions, lengths, cu_seqlens)]
-        emulator.compact(CompactParams(source, self.pages(tables, case.pools[0][0].data.shape[0]), case.to_back,
-                                       positions.size, len(case.pools), pointer(buffers), pointer(sizes),
-                                       *map(pointer, copies), pointer(free)))  # fmt: skip
+        filled = emulator.empty(positions.size, np.int32) if case.any_order else copies[0]
+        emulator.compact(CompactParams(source, pointer(emulator.structs(pages)), case.to_back, positions.size,
+                                       len(case.pools), pointer(buffers), pointer(sizes), *map(pointer, copies),
+                                       pointer(filled) if case.any_order else None))  # fmt: skip
         emulator.synchronize()
-        return moved, free
+        return moved, free, filled
 
     def run(self) -> None:
         case, rng = self.case, np.random.default_rng(self.seed)
         lengths = np.array([kept.size for kept in case.kept])
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-        positions = np.concatenate([*case.kept, np.full(int(rng.integers(0, 40)), -1)])
-        moved, free = self.compact(self.source(case.lengths), case.tables, positions, lengths, cu_seqlens)
+        slack = np.full(int(rng.integers(0, 40)), -1)
+        ids = [table.ids for table in case.tables]
+        moved, free, filled = self.compact(self.source(case.lengths), ids, np.concatenate([*case.kept, slack]), lengths,
+                                           cu_seqlens)  # fmt: skip
         for i, layers in enumerate(moved):
             for n, (_, got) in enumerate(layers):
-                oracle.same(f"pool {i} of layer {n}", got, self.expected(case.pools[i][n].data, n))
-        oracle.same("free pages", free, self.free_pages().ravel())
+                oracle.same(f"pool {i} of layer {n}", got, self.expected(i, n))
+        for table, counted in zip(case.tables, free, strict=True):
+            oracle.same("free pages", counted, self.free_pages(table).ravel()[: counted.size])
+        there = [self.sources(row)[0] for row in range(len(case.kept))]
+        oracle.same("positions", filled, np.concatenate([*there, slack]))
 
-    def expected(self, data: np.ndarray, layer: int) -> np.ndarray:
-        case, out = self.case, data.copy()
+    def sources(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """What a segment keeps, by the slots where it goes, and these slots."""
+        case, kept = self.case, self.case.kept[row]
         _, batch, heads = case.shape
+        length = case.lengths[row // heads % batch, row % heads]
+        to = np.arange(kept.size) + (length - kept.size if case.to_back else 0)
+        if not case.any_order:
+            return kept, to
+        stays = np.isin(to, kept)
+        sources = to.copy()
+        sources[~stays] = kept[~np.isin(kept, to)][::-1]  # the farthest into the hole that is farthest from it
+        return sources, to
+
+    def expected(self, payload: int, layer: int) -> np.ndarray:
+        case, table = self.case, self.case.tables[payload]
+        data = case.pools[payload][layer].data
+        out, (_, batch, heads) = data.copy(), case.shape
         for b in range(batch):
             for h in range(heads):
-                kept = case.kept[(layer * batch + b) * heads + h]
-                table, head = case.tables[b, h if case.per_head else 0], 0 if case.per_head else h
-                to = np.arange(kept.size) + (case.lengths[b, h] - kept.size if case.to_back else 0)
-                rows = data[table[kept // case.page], head, kept % case.page]
-                out[table[to // case.page], head, to % case.page] = rows
+                kept, to = self.sources((layer * batch + b) * heads + h)
+                ids, head = table.ids[b, h if table.per_head else 0], 0 if table.per_head else h
+                rows = data[ids[kept // table.page], head, kept % table.page]
+                out[ids[to // table.page], head, to % table.page] = rows
         return out
 
-    def free_pages(self) -> np.ndarray:
+    def free_pages(self, table: Table) -> np.ndarray:
         case = self.case
         kept = np.array([k.size for k in case.kept]).reshape(case.shape)
         length = np.broadcast_to(case.lengths, case.shape)
-        over = 0 if case.per_head else (0, 2)
+        over = 0 if table.per_head else (0, 2)
         if case.to_back:
-            return ((length - kept) // case.page).min(over)
-        return (-(-length // case.page)).max(over) - (-(-kept // case.page)).max(over)
+            return ((length - kept) // table.page).min(over)
+        return (-(-length // table.page)).max(over) - (-(-kept // table.page)).max(over)
 
     def run_hostile(self) -> None:
         """Ids, positions and lengths that nobody checked: reads and writes stay inside of the pools."""
         case, rng = self.case, np.random.default_rng(self.seed)
-        count = case.pools[0][0].data.shape[0]
-        tables = rng.choice([-(2**31), -1, 0, 1, count - 1, count, 2**31 - 1], case.tables.shape)
+        wild_ids = [rng.choice([-(2**31), -1, 0, 1, x.count - 1, x.count, 2**31 - 1], x.ids.shape) for x in case.tables]
         total = int(rng.integers(0, 300))
         positions = rng.integers(-4, case.tokens + 4, total)
         rows = int(np.prod(case.shape))
         cu_seqlens = np.sort(rng.integers(0, total + 1, rows + 1))
         wild = rng.choice([-(2**31), -1, 0, 3, total, 2**31 - 1], rows)
-        self.compact(self.source(rng.integers(-3, case.tokens + 3, case.lengths.shape)), tables, positions, wild,
+        self.compact(self.source(rng.integers(-3, case.tokens + 3, case.lengths.shape)), wild_ids, positions, wild,
                      cu_seqlens)  # fmt: skip
 
 

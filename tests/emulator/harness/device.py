@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_ulonglong, c_void_p
 from dataclasses import dataclass
 
@@ -19,7 +20,6 @@ from harness.params import (
     SoftTopkParams,
     Source,
     SpansParams,
-    Strided,
     Tuning,
 )
 
@@ -89,7 +89,7 @@ class Emulator:
         memory[:] = values.ravel()
         return memory
 
-    def structs(self, items: list[Strided]) -> np.ndarray:
+    def structs(self, items: Sequence[ctypes.Structure]) -> np.ndarray:
         """A table of structs in device memory."""
         return self.copy(np.frombuffer(b"".join(bytes(item) for item in items), np.uint8))
 

@@ -43,6 +43,7 @@ class Pages(ctypes.Structure):
         ("shift", c_int32),
         ("wide", c_bool),
         ("per_head", c_bool),
+        ("free", c_void_p),
     ]
 
 
@@ -96,7 +97,7 @@ class GatherParams(ctypes.Structure):
 class CompactParams(ctypes.Structure):
     _fields_ = [
         ("source", Source),
-        ("pages", Pages),
+        ("pages", c_void_p),
         ("to_back", c_bool),
         ("total", c_int64),
         ("payloads", c_int64),
@@ -105,7 +106,7 @@ class CompactParams(ctypes.Structure):
         ("positions", c_void_p),
         ("lengths", c_void_p),
         ("cu_seqlens", c_void_p),
-        ("free_pages", c_void_p),
+        ("filled", c_void_p),
     ]
 
 
