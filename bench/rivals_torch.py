@@ -157,6 +157,20 @@ def best_in_place(inputs: Inputs) -> Call:
     return lambda: [front.copy_(t.view(front.shape)) for front, t in zip(fronts, call(), strict=True)]
 
 
+def head_by_head_in_place(inputs: Inputs) -> Call:
+    """One head after the other: topk, sort, and a copy of its rows to the front of its own buffer."""
+    budgets = inputs.shape.per_segment
+    k, v, scores = (t.flatten(0, 1) for t in (*inputs.payload, inputs.scores))
+
+    def call() -> None:
+        for row, budget in enumerate(budgets):
+            kept = scores[row].topk(budget, sorted=False).indices.sort().values
+            for rows in (k, v):
+                rows[row, :budget] = rows[row].index_select(0, kept)
+
+    return call
+
+
 def loop(inputs: Inputs) -> Call:
     """Ragged budgets head by head: topk, sort, index, and a cat in the end."""
     budgets = inputs.shape.per_segment
