@@ -65,7 +65,7 @@ class Limit(NamedTuple):
 # that is met: beyond it a multiprocessor holds no 1024 threads. No kernel has a stack, spills or static shared memory.
 LIMITS = (
     Limit(r"gather_bulk_kernel", 64, vectors=4, bulk=2),
-    Limit(r"(gather|evict|append)_kernel", 64, vectors=4),
+    Limit(r"(gather|evict|append|fill)_kernel", 64, vectors=4),
     Limit(r"compact_kernel", 128, vectors=4),  # two blocks of 256 threads share a multiprocessor
     Limit(r"split_(histogram|count)_kernel|spans_kernel", 48),
     Limit(r"soft_topk_\w*kernel", 56),
