@@ -19,7 +19,7 @@ import numpy as np
 from lkv_ext import _C
 from lkv_ext._common import errors
 from lkv_ext._common.options import Options, any_order_of, back_of, whole_pages
-from lkv_ext._common.paging import FreedBytes, Paging, paging
+from lkv_ext._common.paging import FreedBytes, Paging, check_companions, paging, table_name
 from lkv_ext._numpy import Ints, check_array, make_request, thread_count
 
 __all__ = ["PagedIndex", "RaggedIndex", "RaggedKV", "evict", "evict_", "evict_paged_", "gather", "select"]
@@ -272,15 +272,11 @@ def evict_paged_(
     try:
         payload, every = [*pools, *companions], [tables, *companion_tables]
         names = [f"pools[{i}]" for i in range(len(pools))] + [f"companions[{i}]" for i in range(len(companions))]
-        if len(companions) != len(companion_tables):
-            raise ValueError(
-                f"expected one of companion_tables for each of companions, got {len(companion_tables)} and "
-                f"{len(companions)}"
-            )
+        check_companions(companions, companion_tables)
         for array, name in zip(payload, names, strict=True):
             check_array(array, name)
         for i, table in enumerate(every):
-            check_array(table, _table_name(i), read=True)
+            check_array(table, table_name(i), read=True)
         sizes = paging(payload, every)
         back = sizes.largest if to == "back" else back_of(to, 1)
         options = Options(sink, window, "packed", None, max_budget, 0, 1, back, any_order_of(order))
@@ -305,10 +301,6 @@ def evict_paged_(
         errors.reraise("numpy.evict_paged_", error, names, given=locals())
 
 
-def _table_name(i: int) -> str:
-    return "tables" if i == 0 else f"companion_tables[{i - 1}]"
-
-
 def _per_head(lengths: Ints) -> np.ndarray:
     given = np.asarray(lengths)
     return given[:, None] if given.ndim == 1 and given.size > 1 else given
@@ -321,11 +313,11 @@ def _check_tables(valid: np.ndarray, tables: list[np.ndarray], pools: list[np.nd
         ids = table[np.arange(table.shape[-1]) * sizes.pages[i] < used[..., None]]
         wrong = ids[(ids < 0) | (ids >= pages)]
         if wrong.size > 0:
-            raise ValueError(f"expected {_table_name(i)} of page ids in [0, {pages}), got {wrong[0]}")
+            raise ValueError(f"expected {table_name(i)} of page ids in [0, {pages}), got {wrong[0]}")
         once, counts = np.unique(ids, return_counts=True)
         if once.size != ids.size:
             raise ValueError(
-                f"expected {_table_name(i)} that use every page once, got page {once[counts.argmax()]} more often"
+                f"expected {table_name(i)} that use every page once, got page {once[counts.argmax()]} more often"
             )
 
 

@@ -66,21 +66,32 @@ def test_the_quickstart_runs():
 
 
 def test_the_page_of_layouts_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "layouts.md").read_text(), re.DOTALL)
-    assert len(blocks) == 5
     names: dict = {}
-    exec(blocks[0], names)
-    assert names["index"].free_pages.tolist() == [2, 2] and names["index"].lengths.shape == (2, 4)
-    exec(blocks[1], names)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "layouts.md").read_text(), re.DOTALL)
+    first, back, beforehand, unordered, per_head, pool, layers, companions = blocks
+
+    def run(block: str) -> lkv_ext.PagedIndex:
+        exec(block, names)
+        return names["index"]
+
+    index = run(first)
+    assert index.free_pages.tolist() == [2, 2] and index.lengths.shape == (2, 4)
+    index = run(back)
     assert names["left"].tolist() == [12, 9]
-    exec(blocks[2], names)
-    assert names["index"].free_pages[0].tolist() == [3, 0, 2, 3]
+    run(beforehand)
+    assert torch.equal(names["kept"].positions, index.positions)
+    rows = run(unordered).positions.view(8, 20)
+    assert all(row.unique().numel() == 20 for row in rows) and not torch.equal(rows, rows.sort(1).values)
+    assert run(per_head).free_pages[0].tolist() == [3, 0, 2, 3]
     assert names["kernel_k"].shape == (256, 16, 1, 32) and names["kernel_tables"].shape == (8, 4)
-    exec(blocks[3], names)
+    run(pool)
     assert names["first"].pages == 7 + 19 + 2 + 32 and names["allocator"].free == 512 - 60
     assert names["out"].shape == (1, 8, 1, 64)
-    exec(blocks[4], names)
-    assert names["index"].lengths.shape == (3, 2, 4) and names["index"].free_pages.tolist() == [2, 1]
+    index = run(layers)
+    assert index.lengths.shape == (3, 2, 4) and index.free_pages.tolist() == [2, 1]
+    index = run(companions)
+    assert index.companion_free_pages[0].tolist() == [0, 0]
+    assert int(index.retained_bytes) == 160 * (64 + 64 + 4) and int(index.reclaimable_bytes) == 4 * 16 * 4 * 128
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed: make docs")

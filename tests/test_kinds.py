@@ -157,7 +157,7 @@ def test_every_parameter_has_a_kind(name: str) -> None:
     for part in name.split("."):
         found = getattr(found, part)
     parameters = inspect.signature(found).parameters
-    if name in ("evict", "evict_", "select", "gather"):  # these are NumPy's as well
+    if name in ("evict", "evict_", "evict_paged_", "select", "gather"):  # these are NumPy's as well
         parameters = parameters | inspect.signature(getattr(lkv_numpy, name)).parameters
     unknown = {"lengths", "starts"} if name == "RaggedCache.evict" else set()  # a cache has its own
     assert set(parameters) - {"self"} == set(SIGNATURES[name]) - unknown

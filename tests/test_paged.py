@@ -241,7 +241,7 @@ def test_threads_do_not_show() -> None:
 
 
 @pytest.mark.parametrize("page", [1, 4, 16])
-def test_select_tells_what_an_eviction_to_the_back_keeps(page: int) -> None:
+def test_select_finds_what_an_eviction_to_the_back_keeps(page: int) -> None:
     """Before anything moves; scores are by token, so it needs no tables."""
     engine = engine_of((2, 2), torch.tensor([[61, 13], [40, 64]]), page, per_head=True, dims=[4], how="apart")
     engine.budgets = [[9, 2], [40, 17]]

@@ -7,14 +7,14 @@
 // Eviction in place on the CPU: kept rows move to the front or to the back of their segment, which may lie in pages.
 //
 // In order, positions ascend, so rows that move one after the other, to the back the last one first, never overwrite
-// one that is still to be read. A unit of work is some columns of one payload of one segment, in whole cache lines:
-//   1. Skip the rows that are in place already.
-//   2. Copy the others, in order, each to its new row.
+// one that is still to be read. A unit of work is some columns of one payload of one segment, in whole cache lines.
 //
 // In any order, what moves is never overwritten. First the positions are written by the rows where they will be, a unit
-// for each segment. Then a unit of work is some rows of one payload of one segment:
-//   1. List those that are not there yet, a few at a time.
-//   2. Copy them, past the cache where there are many: they go to lines that nobody has read.
+// for each segment. Then a unit of work is some rows of one payload of one segment.
+//
+// In both, a unit
+//   1. lists the rows that are not in place yet: where they lie and where they go, a few at a time;
+//   2. copies them, where many rows move past the cache, as a store into the cache would read the line first.
 
 namespace lkv::cpu {
 namespace {
@@ -22,7 +22,9 @@ namespace {
 // Columns are cut at cache lines; cutting costs speed, so only as often as there are threads to feed.
 constexpr int64_t kLine = 64;
 constexpr int64_t kGrain = 32 << 10;
-constexpr int64_t kListed = 256;  // rows
+
+// Rows of a list. The copies wait for memory alone, with as many rows on the way as a processor can hold.
+constexpr int64_t kListed = 1024;
 
 // The rows [begin, end) of those kept that are not in place. Rows in place come first, or last of those that move to
 // the back, as positions ascend.
@@ -40,38 +42,90 @@ Moving moving_of(const int32_t* positions, const Destination& to, bool to_back) 
   return m;
 }
 
-// Bytes [begin, end) of the rows of a segment; which of them move is the caller's to fill in.
-RowMove columns_of(const CompactParams& p, const Segment& segment, int64_t payload, int64_t begin, int64_t end) {
-  const Strided& tokens = p.payload[payload * p.source.layers + segment.layer];
-  RowMove move{};
-  move.rows = segment.at(tokens, 0) + begin;
-  move.token = tokens.token;
-  if (const Pages* pages = pages_of(p, payload)) {
-    move.rows = tokens.data + segment.h * tokens.head + begin;
-    const int64_t table = segment.layer * pages->layer + segment.b * pages->batch + segment.h * pages->head;
-    move.table = static_cast<const char*>(pages->tables) + table * (pages->wide ? 8 : 4);
-    move.page = tokens.batch;
-    move.count = pages->count;
-    move.shift = pages->shift;
-    move.wide = pages->wide;
+// Rows of a segment without pages.
+struct InOrder {
+  char* at(int64_t slot) const { return rows + slot * token; }
+  int64_t bits() const { return reinterpret_cast<intptr_t>(rows) | token; }
+
+  char* rows;
+  int64_t token;
+};
+
+// Rows in pages; nullptr where the page is not one of the pool.
+template <class Id>
+struct InPages {
+  char* at(int64_t slot) const {
+    const int64_t page = ids[slot >> shift];
+    if (page < 0 || page >= count) return nullptr;
+    return rows + page * stride + (slot & ((int64_t{1} << shift) - 1)) * token;
   }
-  move.limit = segment.limit;
-  move.bytes = end - begin;
-  return move;
+  int64_t bits() const { return reinterpret_cast<intptr_t>(rows) | token | stride; }
+
+  char* rows;
+  int64_t token, stride;
+  const Id* ids;
+  int64_t count;
+  int32_t shift;
+};
+
+// Calls f with where the rows of one payload of a segment lie, from byte `begin` of each.
+template <class F>
+void with_rows(const CompactParams& p, const Segment& segment, int64_t payload, int64_t begin, F&& f) {
+  const Strided& tokens = p.payload[payload * p.source.layers + segment.layer];
+  const Pages* pages = pages_of(p, payload);
+  if (pages == nullptr) return f(InOrder{segment.at(tokens, 0) + begin, tokens.token});
+  char* const rows = tokens.data + segment.h * tokens.head + begin;
+  const int64_t table = segment.layer * pages->layer + segment.b * pages->batch + segment.h * pages->head;
+  const auto in_pages = [&]<class Id>(const Id* ids) {
+    f(InPages<Id>{rows, tokens.token, tokens.batch, ids + table, pages->count, pages->shift});
+  };
+  if (pages->wide) {
+    in_pages(static_cast<const int64_t*>(pages->tables));
+  } else {
+    in_pages(static_cast<const int32_t*>(pages->tables));
+  }
+}
+
+struct Turn {
+  int64_t position, slot;
+};
+
+// Moves `count` rows, in order: turn(i) is where row i lies and where it goes. What lies outside of the segment or of
+// the pool does not move. `large`: past the cache, where rows are whole lines.
+template <class Rows, class TurnOf>
+void move_rows(const RowKernels& kernels, const Rows& rows, int64_t limit, int64_t bytes, bool large, int64_t count,
+               TurnOf&& turn) {
+  const char* from[kListed];
+  char* to[kListed];
+  const bool streamed = large && (rows.bits() | bytes) % kLine == 0;
+  const MoveRows copy = streamed ? kernels.stream_moves(bytes) : kernels.move_rows(bytes);
+  for (int64_t i = 0; i < count;) {
+    int64_t listed = 0;
+    for (; i < count && listed < kListed; ++i) {
+      const auto [position, slot] = turn(i);
+      if (position < 0 || position >= limit) continue;
+      from[listed] = rows.at(position);
+      to[listed] = rows.at(slot);
+      // No branch, as which rows are in place already is hard to predict.
+      listed += (from[listed] != nullptr) & (to[listed] != nullptr) & (from[listed] != to[listed]);
+    }
+    copy({from, to, listed, bytes});
+  }
+  if (streamed) kernels.fence();
 }
 
 void compact_columns(const CompactParams& p, const RowKernels& kernels, int64_t row, int64_t payload, int64_t begin,
-                     int64_t end) {
+                     int64_t end, bool large) {
   const Segment segment = segment_of(p.source, row);
   const Destination to = destination_of(p, segment, row);
   const int32_t* positions = p.positions + p.cu_seqlens[row];
   const Moving moving = moving_of(positions, to, p.to_back);
-  RowMove move = columns_of(p, segment, payload, begin, end);
-  move.positions = positions + moving.begin;
-  move.first = to.first + moving.begin;
-  move.moved = moving.end - moving.begin;
-  move.backward = p.to_back;
-  kernels.move_rows(move.bytes)(move);
+  with_rows(p, segment, payload, begin, [&](const auto& rows) {
+    move_rows(kernels, rows, segment.limit, end - begin, large, moving.end - moving.begin, [&](int64_t i) {
+      const int64_t kept = p.to_back ? moving.end - 1 - i : moving.begin + i;
+      return Turn{positions[kept], to.first + kept};
+    });
+  });
 }
 
 void write_filled(const CompactParams& p, int64_t row) {
@@ -85,28 +139,16 @@ void write_filled(const CompactParams& p, int64_t row) {
   }
 }
 
-// `large`: rows are written past the cache where they lie in whole lines.
 void fill_rows(const CompactParams& p, const RowKernels& kernels, int64_t row, int64_t payload, int64_t begin,
                int64_t end, bool large) {
   const Segment segment = segment_of(p.source, row);
   const Destination to = destination_of(p, segment, row);
   const int32_t* filled = p.filled + p.cu_seqlens[row];
-  RowMove move = columns_of(p, segment, payload, 0, p.row_bytes[payload]);
-  int32_t positions[kListed], slots[kListed];
-  move.positions = positions;
-  move.slots = slots;
-  const auto bits = reinterpret_cast<intptr_t>(move.rows) | move.token | move.page | move.bytes;
-  const bool streamed = large && bits % kLine == 0;
-  const MoveRows move_rows = streamed ? kernels.stream_moves(move.bytes) : kernels.move_rows(move.bytes);
-  for (int64_t i = begin; i < std::min(end, to.count);) {
-    for (move.moved = 0; i < std::min(end, to.count) && move.moved < kListed; ++i) {
-      positions[move.moved] = filled[i];
-      slots[move.moved] = static_cast<int32_t>(to.first + i);
-      move.moved += filled[i] != to.first + i;
-    }
-    move_rows(move);
-  }
-  if (streamed) kernels.fence();
+  end = std::min(end, to.count);
+  with_rows(p, segment, payload, 0, [&](const auto& rows) {
+    move_rows(kernels, rows, segment.limit, p.row_bytes[payload], large, end - begin,
+              [&](int64_t i) { return Turn{filled[begin + i], to.first + begin + i}; });
+  });
 }
 
 }  // namespace
@@ -136,15 +178,16 @@ void compact(const CompactParams& p, const Threads& threads) {
   const int64_t workers = useful_workers(threads, moves * most, work, kGrain);
   const int64_t pieces = std::min(most, workers > 1 ? (4 * workers + moves - 1) / moves : 1);
   const int64_t size = (most + pieces - 1) / pieces;
+  const bool large = work >= kStreamed;
   for_each_unit(threads, workers, moves * pieces, [&](int64_t unit, int64_t) {
     const int64_t row = unit / pieces / p.payloads, payload = unit / pieces % p.payloads;
     int64_t begin = unit % pieces * size, end = begin + size;
     if (p.filled != nullptr) {
-      if (p.row_bytes[payload] > 0) fill_rows(p, kernels, row, payload, begin, end, work >= kStreamed);
+      if (p.row_bytes[payload] > 0) fill_rows(p, kernels, row, payload, begin, end, large);
       return;
     }
     begin *= kLine, end = std::min(end * kLine, p.row_bytes[payload]);
-    if (begin < end) compact_columns(p, kernels, row, payload, begin, end);
+    if (begin < end) compact_columns(p, kernels, row, payload, begin, end, large);
   });
 }
 

@@ -64,20 +64,12 @@ struct RowCopy {
 
 using CopyRows = void (*)(const RowCopy&);
 
-// In place: row positions[i] moves to row first + i, or slots[i], in order of i or, `backward`, the last one first. A
-// destination may be a source of rows that have moved, never of those that are still to move. What lies outside of the
-// segment or of the pool does not move.
+// In place: the row at from[i] moves to to[i], in order of i. What is overwritten may have moved, and is never still to
+// move.
 struct RowMove {
-  char* rows;           // row 0 of the segment or, with pages, of page 0
-  int64_t token;        // bytes from one row to the next
-  const void* table;    // ids of the pages of the segment; nullptr: there are none
-  int64_t page, count;  // bytes from one page to the next; pages of the pool
-  int32_t shift;
-  bool wide;
-  const int32_t* positions;
-  const int32_t* slots;  // nullptr: first + i
-  int64_t first, moved, limit, bytes;
-  bool backward;
+  const char* const* from;
+  char* const* to;
+  int64_t rows, bytes;
 };
 
 using MoveRows = void (*)(const RowMove&);
@@ -147,7 +139,7 @@ struct RowKernels {
   CopyRows (*stream_rows)(int64_t bytes);  // non-temporal; rows aligned to 64 bytes at both ends of `to`
   MoveRows (*move_rows)(int64_t bytes);
   MoveRows (*stream_moves)(int64_t bytes);  // non-temporal, as stream_rows
-  void (*fence)();  // after the last non-temporal stores of a unit of work
+  void (*fence)();                          // after the last non-temporal stores of a unit of work
   AttendRows attend;
   SoftKernels soft[3];  // by ScoreType
 };

@@ -95,56 +95,14 @@ struct CopyEach {
   }
 };
 
-// Rows of a segment without pages.
-struct InOrder {
-  explicit InOrder(const RowMove& m) : rows(m.rows), token(m.token) {}
-  char* at(int64_t slot) const { return rows + slot * token; }
-  void prefetch(int64_t slot) const { prefetch_row(rows, slot, token); }
-
-  char* rows;
-  int64_t token;
-};
-
-// Rows in pages; nullptr where the page is not one of the pool.
-template <class Id>
-struct InPages {
-  explicit InPages(const RowMove& m) : m(m) {}
-  char* at(int64_t slot) const {
-    const int64_t page = static_cast<const Id*>(m.table)[slot >> m.shift];
-    if (page < 0 || page >= m.count) return nullptr;
-    return m.rows + page * m.page + (slot & ((int64_t{1} << m.shift) - 1)) * m.token;
-  }
-  void prefetch(int64_t slot) const {
-    if (slot >= 0 && slot < m.limit) __builtin_prefetch(at(slot));
-  }
-
-  const RowMove& m;
-};
-
 template <class Row>
 struct MoveEach {
-  template <class Place>
-  static void all(const RowMove& m, const Place& place) {
-    const int64_t ahead = rows_ahead(m.bytes, m.moved);
-    const auto of = [&](int64_t turn) { return m.backward ? m.moved - 1 - turn : turn; };
-    for (int64_t turn = 0; turn < ahead; ++turn) place.prefetch(m.positions[of(turn)]);
-    for (int64_t turn = 0; turn < m.moved; ++turn) {
-      if (turn + ahead < m.moved) place.prefetch(m.positions[of(turn + ahead)]);
-      const int64_t i = of(turn), position = m.positions[i];
-      if (position < 0 || position >= m.limit) continue;
-      const char* from = place.at(position);
-      char* to = place.at(m.slots == nullptr ? m.first + i : m.slots[i]);
-      if (from != nullptr && to != nullptr && from != to) Row::copy(to, from, m.bytes);
-    }
-  }
-
   static void run(const RowMove& m) {
-    if (m.table == nullptr) {
-      all(m, InOrder(m));
-    } else if (m.wide) {
-      all(m, InPages<int64_t>(m));
-    } else {
-      all(m, InPages<int32_t>(m));
+    const int64_t ahead = rows_ahead(m.bytes, m.rows);
+    for (int64_t i = 0; i < ahead; ++i) __builtin_prefetch(m.from[i]);
+    for (int64_t i = 0; i < m.rows; ++i) {
+      if (i + ahead < m.rows) __builtin_prefetch(m.from[i + ahead]);
+      Row::copy(m.to[i], m.from[i], m.bytes);
     }
   }
 };

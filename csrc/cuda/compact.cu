@@ -27,7 +27,8 @@
 // together.
 //
 // What is read through pointers may be anything: a search ends on a row of the segment that comes before i in that
-// order, so what a block waits for always has a lower ticket, and rows outside of the segment or the pool do not move.
+// order, and on one of the rows that are cut into tiles, so what a block waits for always has a ticket, a lower one,
+// and rows outside of the segment or the pool do not move.
 
 namespace lkv::cuda {
 namespace {
@@ -65,11 +66,12 @@ __device__ __forceinline__ uint32_t units_of(int64_t end) {
   return static_cast<uint32_t>((end + 15) / 16);
 }
 
-// Stages entry j of `positions`, kept row j - begin of the segment whose entries are [begin, end), by thread i. Returns
-// the flag of the unit that loads what lies where the row goes; nullptr: none but its own, or nobody.
+// Stages entry j of the `used` ones of `positions`, kept row j - begin of the segment whose entries are [begin, end),
+// by thread i. Returns the flag of the unit that loads what lies where the row goes; nullptr: none but its own, or
+// nobody.
 template <int kBlock>
 __device__ __forceinline__ const uint32_t* stage_row(const CompactParams& p, const Progress& progress, int64_t row,
-                                                     uint32_t payload, uint32_t j, int i,
+                                                     uint32_t payload, uint32_t used, uint32_t j, int i,
                                                      CompactShared<kBlock>* shared) {
   shared->from[i] = nullptr;
   shared->to[i] = nullptr;
@@ -77,7 +79,7 @@ __device__ __forceinline__ const uint32_t* stage_row(const CompactParams& p, con
   const Segment segment = segment_of(p.source, row);
   const Destination destination = destination_of(p, segment, row);
   const auto begin = static_cast<uint32_t>(clamp(p.cu_seqlens[row], 0, j));
-  const auto end = static_cast<uint32_t>(begin + smaller(destination.count, p.total - begin));
+  const auto end = static_cast<uint32_t>(begin + smaller(destination.count, int64_t{used} - begin));
   const int32_t slot = static_cast<int32_t>(destination.first) + static_cast<int32_t>(j - begin);
   const int32_t position = p.positions[j];
   if (j >= end || position == slot || position < 0 || position >= segment.limit) return nullptr;
@@ -148,7 +150,7 @@ __global__ void __launch_bounds__(kBlock, kResident)
       const int64_t row = find_row(p, tile * kRows<kBlock>, i);
       uint32_t staged = 0;
       if (i < static_cast<int>(kRows<kBlock>)) {
-        waited = stage_row<kBlock>(p, progress, row, payload, tile * kRows<kBlock> + i, i, shared);
+        waited = stage_row<kBlock>(p, progress, row, payload, used, tile * kRows<kBlock> + i, i, shared);
         staged = low_bits(shared->from[i]) | low_bits(shared->to[i]);
       }
       staged = __reduce_or_sync(kFullWarp, staged);

@@ -96,7 +96,8 @@ __device__ __forceinline__ void list_moves(const Move& move, FillShared<kBlock>*
 }
 
 template <int kBlock>
-__global__ void __launch_bounds__(kBlock) fill_kernel(const LKV_GRID_CONSTANT CompactParams p) {
+__global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
+    fill_kernel(const LKV_GRID_CONSTANT CompactParams p) {
   auto* shared = dyn_smem<FillShared<kBlock>>();
   write_free_pages<kBlock>(p);
   const auto payloads = static_cast<uint32_t>(p.payloads > 0 ? p.payloads : 1);

@@ -111,16 +111,19 @@ void evict_pool(std::vector<float>& scores) {
                     .total = total,
                     .positions = positions.data()},
                    kThreads);
+  // V lies in the pages of K; free pages are counted once.
+  lkv::Pages pages[] = {{.tables = tables.data(), .batch = M, .count = P, .shift = kShift}, {}};
+  pages[1] = pages[0];
+  pages[0].free = free_pages.data();
   lkv::cpu::compact({.source = source,
-                     .pages = {.tables = tables.data(), .batch = M, .count = P, .shift = kShift},
+                     .pages = pages,
                      .total = total,
                      .payloads = 2,
                      .payload = pools,
                      .row_bytes = row_bytes,
                      .positions = positions.data(),
                      .lengths = lengths.data(),
-                     .cu_seqlens = cu_seqlens.data(),
-                     .free_pages = free_pages.data()},
+                     .cu_seqlens = cu_seqlens.data()},
                     kThreads);
 
   for (int64_t b = 0; b < B; ++b) {

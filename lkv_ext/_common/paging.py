@@ -47,6 +47,19 @@ def paging(kinds: Sequence[Any], tables: Sequence[Any], layers: int = 1) -> Pagi
     return Paging(table, pages, row_bytes, tuple(page_bytes))
 
 
+def check_companions(companions: Sequence[Any], tables: Sequence[Any]) -> None:
+    """Raises ValueError unless each of `companions` has a table."""
+    if len(companions) != len(tables):
+        raise ValueError(
+            f"expected one of companion_tables for each of companions, got {len(tables)} and {len(companions)}"
+        )
+
+
+def table_name(i: int) -> str:
+    """Of the tables of a call: those of the pools, then those of the companions."""
+    return "tables" if i == 0 else f"companion_tables[{i - 1}]"
+
+
 class FreedBytes:
     """What an eviction in pages has kept and freed, in bytes: sums on the device of the index."""
 

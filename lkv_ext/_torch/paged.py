@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lkv_ext._common import errors
 from lkv_ext._common.options import Options, any_order_of, back_of
-from lkv_ext._common.paging import Paging, paging
+from lkv_ext._common.paging import Paging, check_companions, paging, table_name
 from lkv_ext._common.sizes import Segments
 from lkv_ext._torch import derivatives, fake
 from lkv_ext._torch.ints import Ints, Plan
@@ -78,11 +78,7 @@ def evict_paged_(
         ranking: list[Tensor] = list(scores) if stacked else [scores]  # type: ignore[list-item]
         layers = len(ranking) if stacked else None
         payload, names = _flatten(pools, "pools", layers)
-        if len(companions) != len(companion_tables):
-            raise ValueError(
-                f"expected one of companion_tables for each of companions, got {len(companion_tables)} and "
-                f"{len(companions)}"
-            )
+        check_companions(companions, companion_tables)
         more, more_names = _flatten(companions, "companions", layers)
         payload, names = payload + more, names + more_names
         every = [tables, *companion_tables]
@@ -167,7 +163,7 @@ def _check_tables(request: Request, tables: Sequence[Tensor], kinds: Sequence[Te
         pages = kinds[sizes.table.index(i)].shape[0]
         used = lengths if table.dim() == 3 else lengths.amax(1)
         ids = table[torch.arange(table.shape[-1], device=table.device) * sizes.pages[i] < used[..., None]]
-        wrong, name = ids[(ids < 0) | (ids >= pages)], "tables" if i == 0 else f"companion_tables[{i - 1}]"
+        wrong, name = ids[(ids < 0) | (ids >= pages)], table_name(i)
         if wrong.numel() > 0:
             raise ValueError(f"expected {name} of page ids in [0, {pages}), got {int(wrong[0])}")
         once, counts = ids.unique(return_counts=True)
@@ -182,8 +178,7 @@ def fake_evict_paged_(
 ) -> tuple[Tensor, ...]:
     given = Arguments(*args, **kwargs)
     fake.check_arguments(pools, scores, given)
-    names = ["tables", *(f"companion_tables[{i}]" for i in range(len(tables) - 1))]
-    fake.check_devices(scores[0].device, dict(zip(names, tables, strict=True)))
+    fake.check_devices(scores[0].device, {table_name(i): table for i, table in enumerate(tables)})
     index = fake.index(scores, len(scores), given)
     none = scores[0].new_empty([0], dtype=torch.int32)
     free_pages = scores[0].new_empty([sum(table.shape[:-1].numel() for table in tables)], dtype=torch.int32)

@@ -45,6 +45,7 @@ def test_parity_with_the_reference(library: Path, suite: str, capability: str):
         "LKV_EMULATOR_EAGER": "1",
         "LKV_EMULATOR_SCHEDULE": SCHEDULES[-1],
         "LKV_EMULATOR_CAPABILITY": capability,
+        "HYPOTHESIS_PROFILE": "small",
     }
     command = [
         sys.executable,

@@ -73,8 +73,9 @@ LKV_HD Destination destination_of(const CompactParams& p, const Segment& s, int6
 // In any order: the position of the row that slot first + i gets, of which `below` rows of those kept have lower
 // positions. `kept`: their positions, ascending.
 LKV_HD int32_t filler_of(const int32_t* kept, const Destination& to, bool to_back, int64_t i, int64_t below) {
-  if (below < to.count && kept[below] == to.first + i) return kept[below];
-  return kept[clamp(to_back ? below - i - 1 : to.count + below - i - 1, 0, to.count - 1)];
+  const int32_t next = kept[smaller(below, to.count - 1)];
+  const int32_t filler = kept[clamp(to_back ? below - i - 1 : to.count + below - i - 1, 0, to.count - 1)];
+  return next == to.first + i ? next : filler;
 }
 
 // See Pages::free.

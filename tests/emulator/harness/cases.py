@@ -174,4 +174,5 @@ def make_case(seed: int) -> Case:
     layout.to_back = rng.random() < 0.5
     if layout.to_back:
         layout.page = one_of(1, 1, 4, 7, 64)
+    layout.any_order = rng.random() < 0.3
     return case

@@ -169,12 +169,7 @@ class Run:
         _, batch, heads = case.shape
         length = case.lengths[row // heads % batch, row % heads]
         to = np.arange(kept.size) + (length - kept.size if case.to_back else 0)
-        if not case.any_order:
-            return kept, to
-        stays = np.isin(to, kept)
-        sources = to.copy()
-        sources[~stays] = kept[~np.isin(kept, to)][::-1]  # the farthest into the hole that is farthest from it
-        return sources, to
+        return oracle.sources(kept, to, case.any_order), to
 
     def expected(self, payload: int, layer: int) -> np.ndarray:
         case, table = self.case, self.case.tables[payload]
@@ -203,6 +198,8 @@ class Run:
         wild_ids = [rng.choice([-(2**31), -1, 0, 1, x.count - 1, x.count, 2**31 - 1], x.ids.shape) for x in case.tables]
         total = int(rng.integers(0, 300))
         positions = rng.integers(-4, case.tokens + 4, total)
+        if rng.random() < 0.5:
+            positions.sort()
         rows = int(np.prod(case.shape))
         cu_seqlens = np.sort(rng.integers(0, total + 1, rows + 1))
         wild = rng.choice([-(2**31), -1, 0, 3, total, 2**31 - 1], rows)

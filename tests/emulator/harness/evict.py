@@ -12,7 +12,6 @@ from harness.device import Emulator, Schedule, pointer
 from harness.params import (
     CompactParams,
     GatherParams,
-    Pages,
     RowInts,
     SelectParams,
     Source,
@@ -96,9 +95,10 @@ class Run:
         moved = [[self.strided(layer, fill=0x5A) for layer in payload] for payload in case.payloads]
         buffers = emulator.structs([one for payload in moved for one, _ in payload])
         row_bytes = self.table(np.array(self.sizes, np.int64))
-        emulator.compact(CompactParams(source, Pages(), layout.to_back, layout.total, len(self.sizes), pointer(buffers),
+        filled = emulator.empty(layout.total if layout.any_order else 0, np.int32)
+        emulator.compact(CompactParams(source, None, layout.to_back, layout.total, len(self.sizes), pointer(buffers),
                                        pointer(row_bytes), pointer(positions), pointer(lengths), pointer(cu_seqlens),
-                                       None))  # fmt: skip
+                                       pointer(filled) if layout.any_order else None))  # fmt: skip
         emulator.synchronize()
 
         oracle.same("bytes uploaded with the spans", uploaded, tables)
@@ -111,8 +111,11 @@ class Run:
         for i, payload in enumerate(case.payloads):
             data = [layer.data for layer in payload]
             oracle.same(f"gathered {i}", out[i], oracle.gather(segments, data, chosen, want.cu_seqlens))
-            for got, right in zip(moved[i], oracle.compact(segments, data, chosen, want, layout.to_back), strict=True):
+            compacted, there = oracle.compact(segments, data, chosen, want, layout)
+            for got, right in zip(moved[i], compacted, strict=True):
                 oracle.same(f"compacted {i}", got[1], right)
+            if layout.any_order:
+                oracle.same("positions in any order", filled, there)
 
     def run_hostile(self, rng: np.random.Generator) -> None:
         """Positions, lengths and offsets that no select wrote: reads and writes stay inside of the tensors."""

@@ -59,6 +59,7 @@ class Layout:
     total: int
     page: int = 1  # what is dropped is a multiple of so many rows
     to_back: bool = False  # where a compaction moves to
+    any_order: bool = False
 
 
 @dataclass
@@ -126,19 +127,32 @@ def gather(segments: Segments, payload: list[np.ndarray], positions: np.ndarray,
     return out
 
 
+def sources(kept: np.ndarray, to: np.ndarray, any_order: bool) -> np.ndarray:
+    """The rows that the slots `to` get. In any order, those that lie there stay, and the hole that is farthest from the
+    others gets the farthest of them."""
+    if not any_order:
+        return kept
+    there = to.copy()
+    there[~np.isin(to, kept)] = kept[~np.isin(kept, to)][::-1]
+    return there
+
+
 def compact(
-    segments: Segments, payload: list[np.ndarray], positions: np.ndarray, out: Spans, to_back: bool
-) -> list[np.ndarray]:
-    moved = [layer.copy() for layer in payload]
+    segments: Segments, payload: list[np.ndarray], positions: np.ndarray, out: Spans, layout: Layout
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The payload afterwards, and the positions by the rows where they are now."""
+    moved, filled = [layer.copy() for layer in payload], positions.copy()
     for row in range(segments.count):
         layer, b, h = segments.place(row)
         origin = segments.bounds(row)[0]
         if segments.cu_seqlens is not None:
             b = h = 0
-        kept = positions[out.cu_seqlens[row] :][: out.lengths[row]]
-        first = origin + (sum(segments.valid(row)) - kept.size if to_back else 0)
-        moved[layer][b, h, first : first + kept.size] = payload[layer][b, h, origin + kept]
-    return moved
+        span = slice(out.cu_seqlens[row], out.cu_seqlens[row] + out.lengths[row])
+        kept = positions[span]
+        to = np.arange(kept.size) + (sum(segments.valid(row)) - kept.size if layout.to_back else 0)
+        filled[span] = sources(kept, to, layout.any_order)
+        moved[layer][b, h, origin + to] = payload[layer][b, h, origin + filled[span]]
+    return moved, filled
 
 
 def same(what: str, got: np.ndarray, want: np.ndarray) -> None:
