@@ -44,7 +44,7 @@ def pools_of(inputs: Inputs, page: int, *, per_head: bool) -> tuple[list[Tensor]
 @each("to", "front", "back")
 def test_any_order(bench: Bench, inputs: Inputs, shape: Shape, to: str) -> None:
     """Half as many rows move."""
-    others = {"ascending": in_place(inputs, to=to), "evict": inputs.evict}
+    others = {"ascending": in_place(inputs, to=to), "evict": inputs.evict, "evict out=": inputs.evict_warm()}
     subject = in_place(inputs, to=to, order="any")
     moved = shape.score_bytes + shape.output_bytes  # half of the kept rows, in and out
     bench.time(f"evict_ any {to}", "warm", shape, subject, others, moved)

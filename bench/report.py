@@ -38,6 +38,10 @@ COLUMNS = {
     "SDPA, all rows": ("dense",),
     "SDPA, padded": ("padded",),
     "evict per layer": ("evict per layer",),
+    "evict": ("evict", "evict out="),
+    "evict_, in order": ("ascending",),
+    "evict_, to the front": ("front", "in place"),
+    "head after head": ("head by head",),
 }
 HEADLINE = ("evict", "evict_", "select", "gather", "evict_layers 16", "evict_layers 32", "attend")
 
@@ -66,6 +70,12 @@ def speed_table(run: Run, rows: list[Result]) -> str:
         yield from (_fastest(r, keys) for keys in columns.values())
 
     return table(("op", "", "shape", "time", "GB/s", "of memcpy", *columns), map(cells, rows))
+
+
+def in_place(run: Run) -> str:
+    """Evictions in place, by end, order and memory."""
+    rows = [r for r in run.results if r.op.startswith(("evict_ ", "evict_paged_"))]
+    return speed_table(run, rows) if rows else ""
 
 
 def ceilings(run: Run) -> str:
@@ -140,7 +150,7 @@ def caption(run: Run) -> str:
 
 
 def markdown(run: Run) -> str:
-    parts = [caption(run), speed_table(run, headline(run)), ceilings(run), targets_table(run)]
+    parts = [caption(run), speed_table(run, headline(run)), in_place(run), ceilings(run), targets_table(run)]
     return "\n\n".join(filter(None, parts))
 
 

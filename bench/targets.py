@@ -121,6 +121,17 @@ def _soft_topk(rows: int, length: int) -> Iterator[Target]:
         yield ratio(f"{name}, speed over the best composition", 4, case, "best", vectors=True, short=short)
 
 
+def _in_place(half: Shape) -> Iterator[Target]:
+    """Half of the cache kept, by order, end and memory."""
+    name, to_the_front = f"half kept, L={half.length}", "evict_ to the front"
+    yield ratio(f"{name}, in any order: speed over ascending", 1.6, f"evict_ any front warm {half}", "ascending")
+    yield ratio(f"{name}, to the back: speed of {to_the_front}", SAME, f"evict_ back warm {half}", "front")
+    for page, bound in ((16, 0.8), (64, 0.9)):
+        for tables in ("per head", "shared"):
+            case = f"evict_paged_ {page} {tables} warm {half}"
+            yield ratio(f"{name}, pages of {page}, tables {tables}: speed of {to_the_front}", bound, case, "in place")
+
+
 SHORT, LONG, PROMPT = Shape(8192), Shape(131072), Shape(16384, dim=64, dtype=torch.float32)
 FRESH, WARM, SELECT = f"evict fresh {LONG}", f"evict warm {LONG}", f"select fresh {LONG}"
 TINY = f"evict fresh {Shape(16, heads=2, dim=8, retention=0.5)}"
@@ -129,6 +140,7 @@ GENERATE, STEP = "generate, 16k prompt", f"generate 8 step {PROMPT}"
 NAIVE, COMPOSED, LOOP = (f"speed over the {rival}" for rival in ("naive pipeline", "best composition", "per-head loop"))
 SDPA, UNIFORM = "speed over SDPA on the", "speed of uniform ones"
 APPEND = "append of a token at 100k kept rows: speed of a bare write of its rows"
+HALF = tuple(Shape(length, retention=0.5) for length in (8192, 32768))
 QUARTERS = "linear in kept rows: speed of four calls at a quarter of the budget"
 
 CPU_TARGETS = (
@@ -153,6 +165,8 @@ CPU_TARGETS = (
     share(f"{GENERATE}: peak of the cache over the dense one", 1 / 8 + 0.15, f"generate 8 peak {PROMPT}"),
     *(target for sizes in ((32, 4096), (32, 32768), (8, 131072)) for target in _soft_topk(*sizes)),
     *(share(f"{op}: scratch over the input cache", 0.02, f"{op} scratch {LONG}") for op in ("evict", "evict_")),
+    ratio("evict_, L=131072: speed of evict", 1, f"evict_ warm {LONG}", "evict"),
+    *(target for half in HALF for target in _in_place(half)),
     ratio("linear in L: speed of four calls at L/4", SAME, f"evict scaling warm {LONG}", "4 x L/4"),
     ratio(QUARTERS, SAME, f"evict scaling warm {Shape(32768, retention=0.6)}", "4 x 15%"),
 )
