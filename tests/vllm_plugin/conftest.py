@@ -35,3 +35,15 @@ def dense(folder: Path) -> Iterator[Any]:
     from dense import load
 
     yield load(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in a folder."""
+    from lkv import models
+    from lkv.extras import MissingPackage
+
+    try:
+        return models.convert(models._packaged("smollm2"))
+    except MissingPackage as error:
+        pytest.skip(str(error))

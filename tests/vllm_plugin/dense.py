@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -64,21 +65,46 @@ def kept_rows(keys: Tensor, scores: Tensor, drops: list[int], sink: int, window:
     return kept
 
 
+@contextlib.contextmanager
+def keys_before_rope(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
+    """Of the last forward, by layer: `[1, H, L, D]`."""
+    found: dict[int, Tensor] = {}
+    hooks = []
+    for index, layer in enumerate(model.model.layers):
+        attention = layer.self_attn
+        shape = model.config.num_key_value_heads, attention.head_dim
+
+        def note(module, args, output, index=index, shape=shape):
+            found[index] = output.reshape(1, -1, *shape).transpose(1, 2)
+
+        hooks.append(getattr(attention, "k_norm", attention.k_proj).register_forward_hook(note))
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel, prompt: list[int], tokens: int, keep: Callable[[int, Tensor, Tensor], Tensor] | None
+    model: PreTrainedModel,
+    prompt: list[int],
+    tokens: int,
+    keep: Callable[[int, Tensor, Tensor], Tensor] | None,
+    forced: list[int] | None = None,
 ) -> tuple[list[int], list[float]]:
-    """Greedy tokens and their logprobs. `keep(layer, keys, values)` says which rows `[H, P]` of the prompt stay."""
+    """Greedy tokens, or `forced` ones, and their logprobs.
+
+    `keep(layer, keys, values)` says which rows `[H, P]` of the prompt stay.
+    """
     cache = DynamicCache()
     model.config.kept = None
     logits = model(torch.tensor([prompt]), past_key_values=cache).logits[0, -1]
     if keep is not None:
         model.config.kept = [keep(i, layer.keys[0], layer.values[0]) for i, layer in enumerate(cache.layers)]
     found, logprobs = [], []
-    for _ in range(tokens):
+    for step in range(tokens):
         logprob = logits.log_softmax(-1)
-        found.append(int(logprob.argmax()))
-        logprobs.append(float(logprob.max()))
+        found.append(int(logprob.argmax()) if forced is None else forced[step])
+        logprobs.append(float(logprob[found[-1]]))
         logits = model(torch.tensor([found[-1:]]), past_key_values=cache).logits[0, -1]
     return found, logprobs
 

@@ -48,7 +48,8 @@ def check(vllm_config: Any, settings: Settings) -> None:
             scheduler.disable_hybrid_kv_cache_manager
         ),
         "runs on model runner V1: set VLLM_USE_V2_MODEL_RUNNER=0": vllm_config.use_v2_model_runner,
-        "shares no prefixes between requests: add --no-enable-prefix-caching": cache.enable_prefix_caching,
+        "shares no prefixes where heads have blocks of their own: add --no-enable-prefix-caching, or set counts to "
+        "'equal' or 'layer'": cache.enable_prefix_caching and settings.counts == "head",
     }
     for reason, applies in refused.items():
         if applies:

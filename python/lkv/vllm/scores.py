@@ -6,7 +6,9 @@ computes it, in chunks, to the rounding of the cache.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
@@ -110,13 +112,25 @@ def scorer(policy: str, model_config: Any, heads: range | None = None) -> Scorer
         return ByPolicy(found)
     config: PretrainedConfig = getattr(model_config, "hf_text_config", model_config)
     model = cast(PreTrainedModel, SimpleNamespace(config=config, device="cpu"))  # all that `load` reads of one
-    learned = load(policy, model, any_weights=True)
-    if learned.needs != {"pre_rope_keys"}:
-        raise ValueError(
-            f"lkv.vllm: expected a checkpoint that scores keys and values, got {policy}, which reads hidden states: "
-            "train one with --input kv"
-        )
-    return ByLKV(learned, rotation_of(config), range(learned.token_scorer.heads) if heads is None else heads)
+    with float32():
+        learned = load(policy, model, any_weights=True)
+        if learned.needs != {"pre_rope_keys"}:
+            raise ValueError(
+                f"lkv.vllm: expected a checkpoint that scores keys and values, got {policy}, which reads hidden "
+                "states: train one with --input kv"
+            )
+        return ByLKV(learned, rotation_of(config), range(learned.token_scorer.heads) if heads is None else heads)
+
+
+@contextlib.contextmanager
+def float32() -> Iterator[None]:
+    """Modules are made in float32: while an engine builds its model, the default is the model's dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def of_heads(scorer: TokenScorer, heads: range) -> TokenScorer:

@@ -40,6 +40,16 @@ class EvictedSpec(FullAttentionSpec):
             return [0] * len(self.shares)
         return [dropped(prompt, share * retention, self.block_size) for share in self.shares]
 
+    def reach(self, shortest: int, longest: int) -> int:
+        """Tokens at the front that no eviction writes, of a prompt whose length is in this range.
+
+        What is dropped grows with the prompt; shorter ones than `min_prompt` are not evicted.
+        """
+        evicted = max(shortest, self.settings.min_prompt)
+        if longest < evicted or not any(self.drops(longest, self.settings.retention)):
+            return longest
+        return min(self.drops(evicted, self.settings.retention))
+
     @classmethod
     def merge(cls, specs: list[EvictedSpec]) -> EvictedSpec:
         assert all(spec == specs[0] for spec in specs), "layers that keep different numbers of rows share no blocks"
@@ -108,8 +118,11 @@ class EvictedManager(FullAttentionManager):
 
     @classmethod
     def find_longest_cache_hit(cls, *args: Any, **kwargs: Any) -> Any:
-        spec, prompt = kwargs["kv_cache_spec"], kwargs["max_length"] + 1  # vLLM computes at least the last token
-        reach = min(spec.drops(prompt, spec.settings.effective(prompt, None))) or prompt
+        """Hits as far as the prompt is not written when it ends. Its hashes tell its length, to the block."""
+        spec = kwargs["kv_cache_spec"]
+        unit = kwargs["block_pool"].hash_block_size
+        shortest = len(kwargs["block_hashes"]) * unit
+        reach = spec.reach(shortest, shortest + unit - 1)
         return super().find_longest_cache_hit(*args, **{**kwargs, "max_length": min(kwargs["max_length"], reach)})
 
 
