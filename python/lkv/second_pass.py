@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from lkv.policies import Policy
 from lkv.policies.kvzip import KVzip, Repetition
 from lkv.text import chat_frame
 
-BLOCK = 1 << 19  # attention weights of one head that are in memory at once: they stay in the caches of a CPU
+BLOCK = 1 << 19  # logits of one head that are in memory at once: they stay in the caches of a CPU
 FIRST = "\n\nRepeat the previous context exactly."
 LATER = "\n\nRepeat the part of the previous context exactly, starting with "
 
@@ -97,7 +98,8 @@ def _chunks(how: Repetition, tokens: Tensor, begin: int) -> Iterator[tuple[int, 
 class Received:
     """Attention of the tokens behind a context, as the model's own, that notes how much of it the rows receive.
 
-    In blocks of queries that see no later token, so that nothing larger than `BLOCK` weights is ever there.
+    The most that a row receives is the exponential of its largest difference between a logit and the logsumexp of all
+    logits of the same query: nothing needs the weights themselves but what the model goes on with.
 
     Attributes:
         counting: int `[B]`, how many of the tokens count: the first ones.
@@ -112,63 +114,92 @@ class Received:
     most: list[Tensor] = field(repr=False)
 
     @cached_property
+    def bounds(self) -> tuple[int, int, int]:
+        return self.rows or (0, 0, self.context.size)
+
+    @cached_property
     def padding(self) -> Tensor | None:
         """float32 `[B, 1, 1, n]`, added to the logits; None where there is none. Looked at once: it synchronises."""
         there = bool((self.context.lengths < self.context.size).any())
         return visible(self.context, self.context.keys[0].device)[:, None, None] if there else None
 
-    @cached_property
-    def least(self) -> int:
-        """Tokens of which all sequences count."""
-        return int(self.counting.min())
-
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> Tensor:
-        batch, heads, count, _ = query.shape
-        out = query.new_empty(batch, heads, count, value.shape[-1])
-        group = heads // key.shape[1]
-        step = max(1, min(count, BLOCK // (batch * group * key.shape[2])))
-        for head in range(key.shape[1]):
-            own = slice(head * group, (head + 1) * group)
-            for first in range(0, count, step):
-                queries = query[:, own, first : first + step]
-                end = self.context.size + first + queries.shape[2]
-                weights, rest = self._weights(queries, key[:, head, :end], first, own, logits)
-                read = weights.to(value.dtype).flatten(1, 2) @ value[:, head, :end]
-                out[:, own, first : first + step] = read.view(*weights.shape[:3], -1)
-                self._note(self.most[layer][:, head], weights, rest, first)
+        _, softcap, sinks = logits
+        plain = softcap is None and sinks is None and self.padding is None
+        attend = self._in_pieces if plain and query.device.type == "cpu" else self._in_blocks
+        out, total = attend(query, key, value, logits)
+        tokens = torch.arange(query.shape[2], device=total.device)
+        uncounted = tokens >= self.counting[:, None].to(tokens.device)
+        self._note(layer, query, key, total.masked_fill_(uncounted[:, None], torch.inf), logits)
         return out
 
-    def _weights(
-        self, query: Tensor, keys: Tensor, first: int, own: slice, logits: Logits
-    ) -> tuple[Tensor, Tensor | None]:
-        """float32 `[B, G, w, n + end]` of queries `[B, G, w, D]`, and what the sink of the model takes of each."""
-        scaling, softcap, sinks = logits
-        size, count = self.context.size, query.shape[2]
-        paid = ((query * scaling).flatten(1, 2) @ keys.transpose(1, 2)).float()
-        if softcap is not None:
-            paid = paid.div_(softcap).tanh_().mul_(softcap)
-        paid = paid.view(*query.shape[:3], -1)
-        if self.padding is not None:
-            paid[..., :size] += self.padding
-        future = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
-        paid[..., size + first :].masked_fill_(future, -torch.inf)
-        if sinks is None:
-            return paid.softmax(-1), None
-        column = sinks[own].float().view(1, -1, 1, 1).expand(*paid.shape[:3], 1)
-        weights = torch.cat([paid, column], -1).softmax(-1)
-        return weights[..., :-1], weights[..., -1:]
+    def _in_pieces(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+        """`[B, Hq, m, Dv]`, and float32 `[B, Hq, m]`: the logsumexp of each query over the rows of the softmax.
 
-    def _note(self, most: Tensor, weights: Tensor, rest: Tensor | None, first: int) -> None:
-        """Raises `[B, n]` of one head to what it receives in a block."""
-        size = self.context.size
-        sink, begin, end = self.rows or (0, 0, size)
-        received = weights[..., begin:end]
-        if (sink, begin, end) != (0, 0, size):
-            parts = [weights[..., :sink], received, weights[..., size:], *([] if rest is None else [rest])]
-            total = torch.stack([part.sum(-1, keepdim=True) for part in parts]).sum(0)
-            received = received / total.clamp(min=1e-30)
-        last = first + weights.shape[2]
-        if last > self.least:
-            counts = torch.arange(first, last, device=most.device) < self.counting[:, None]
-            received = received * counts[:, None, :, None]
-        torch.maximum(most[:, begin:end], received.amax((1, 2)), out=most[:, begin:end])
+        The fused attention of torch, over the rows between two bounds at a time; pieces are merged by their logsumexp.
+        """
+        size, (sink, begin, end) = self.context.size, self.bounds
+        inner = [(a, b) for a, b in pairwise(sorted({0, sink, begin, end, size})) if a < b]
+        pieces = [
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key[:, :, a:b], value[:, :, a:b], is_causal=a == size, scale=logits[0]
+            )
+            for a, b in [*inner, (size, key.shape[2])]
+        ]
+        sums = torch.stack([total for _, total in pieces])
+        out = sum(part * weight[..., None] for (part, _), weight in zip(pieces, sums.softmax(0), strict=True))
+        read = [b <= sink or begin <= a < end for a, b in inner]
+        return out.to(value.dtype), sums[[*read, True]].logsumexp(0)
+
+    def _in_blocks(self, query: Tensor, key: Tensor, value: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+        """The same by the definition, for everything that a model may do, in blocks of queries."""
+        batch, heads, count, _ = query.shape
+        out, total = query.new_empty(batch, heads, count, value.shape[-1]), self.most[0].new_empty(batch, heads, count)
+        size, sinks, (sink, begin, end) = self.context.size, logits[2], self.bounds
+        for head, own, block in self._blocks(query, key.shape[1], key.shape[2]):
+            last = size + block.stop
+            paid = _logits(query[:, own, block], key[:, head, :last], logits)
+            if self.padding is not None:
+                paid[..., :size] += self.padding
+            width = block.stop - block.start
+            future = torch.ones(width, width, dtype=torch.bool, device=query.device).triu(1)
+            paid[..., size + block.start :].masked_fill_(future, -torch.inf)
+            if sinks is not None:  # a column more, which nothing is read from
+                column = sinks[own].float().view(1, -1, 1, 1).expand(*paid.shape[:3], 1)
+                paid = torch.cat([paid, column], -1)
+            weights = paid.softmax(-1)[..., :last].to(value.dtype)
+            out[:, own, block] = (weights.flatten(1, 2) @ value[:, head, :last]).view(*weights.shape[:3], -1)
+            parts = [paid[..., :sink], paid[..., begin:end], paid[..., size:]]
+            total[:, own, block] = torch.cat(parts, -1).logsumexp(-1)
+        return out, total
+
+    def _note(self, layer: int, query: Tensor, key: Tensor, total: Tensor, logits: Logits) -> None:
+        """Raises what rows receive. `total` is the logsumexp of each query, infinite for one that does not count."""
+        _, begin, end = self.bounds
+        best = self.most[layer].new_full((*key.shape[:2], end - begin), -torch.inf)
+        for head, own, block in self._blocks(query, key.shape[1], end - begin):
+            paid = _logits(query[:, own, block], key[:, head, begin:end], logits) - total[:, own, block, None]
+            torch.maximum(best[:, head], paid.amax((1, 2)), out=best[:, head])
+        if self.padding is not None:
+            best += self.padding[:, 0, :, begin:end]
+        noted = self.most[layer][..., begin:end]
+        torch.maximum(noted, best.exp_(), out=noted)
+
+    @staticmethod
+    def _blocks(query: Tensor, heads: int, width: int) -> Iterator[tuple[int, slice, slice]]:
+        """KV heads, their query heads, and queries whose logits of `width` columns are no more than `BLOCK`."""
+        batch, all_heads, count, _ = query.shape
+        group = all_heads // heads
+        step = max(1, min(count, BLOCK // max(batch * group * width, 1)))
+        for head in range(heads):
+            for first in range(0, count, step):
+                yield head, slice(head * group, (head + 1) * group), slice(first, min(first + step, count))
+
+
+def _logits(query: Tensor, keys: Tensor, logits: Logits) -> Tensor:
+    """float32 `[B, G, w, n]` of queries `[B, G, w, D]` and the keys `[B, n, D]` of their head."""
+    scaling, softcap, _ = logits
+    paid = ((query * scaling).flatten(1, 2) @ keys.transpose(1, 2)).float()
+    if softcap is not None:
+        paid = paid.div_(softcap).tanh_().mul_(softcap)
+    return paid.view(*query.shape[:3], -1)
