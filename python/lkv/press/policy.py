@@ -20,6 +20,7 @@ from lkv.hf.capture import ADDED, ROTATED, cosines, install_capture
 from lkv.hf.compat import attention_modules, find_decoder
 from lkv.hf.versions import output_projection
 from lkv.policies import Policy
+from lkv.policies.base import treats_heads_alike
 from lkv.press.layer import PressedLayer, PressSettings, observed_layer, padding_of
 
 
@@ -27,9 +28,9 @@ from lkv.press.layer import PressedLayer, PressSettings, observed_layer, padding
 class LKVPress(BasePress):
     """Any policy of scope "layer", "cascade" or "model" as a press, in kvpress's pipelines and wrappers of presses.
 
-    What is kept is what `lkv.Cache` keeps of the same rows. Where all heads of a layer keep the same number, rows are
-    taken out of the cache. Where they do not, or layers share a total, kvpress's own mask hides them: the cache stays
-    as large, and `CompactPress(LKVPress(...))` makes it small.
+    What is kept is what `lkv.Cache` keeps of the same rows. Where a policy treats all heads of a layer alike, rows are
+    taken out of the cache. Where it does not, or layers share a total, kvpress's own mask hides them, in all layers:
+    the cache stays as large, and `CompactPress(LKVPress(...))` makes it small.
 
     Attributes:
         policy: a name or a policy object without a second pass.
@@ -128,8 +129,8 @@ class LKVPress(BasePress):
         return keys, values
 
     def _kept(self, layer: PressedLayer, plan: planning.EvictionPlan) -> tuple[Tensor, Tensor]:
-        budgets = plan.budgets
-        if budgets is None or layer.padded or int(budgets.min()) < int(budgets.max()):
+        # By the policy, not by the budgets that it made: these may agree in one layer and differ in the next.
+        if plan.budgets is None or layer.padded or not treats_heads_alike(self._found):
             self._hide(layer, plan)
             return layer.keys, layer.values
         places = _positions(layer, plan)[..., None]
