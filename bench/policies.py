@@ -164,12 +164,16 @@ def markdown(facts: dict[str, object], found: dict[str, dict[str, dict[str, floa
     body = []
     for name in [*policies.POLICIES, "lkv"]:
         row = [f"`{name}`", "", "", "", "", ""]
-        if name in model["times"] and name in model["peak"]:
+        if name in model["times"]:
             more = max(model["times"][name] - base, 0.0)
-            row[1:4] = [f"{more:.2f} s", f"{more / read:.1%}", f"{model['peak'][name] / 2**20:.0f} MiB"]
-        if name in layer["times"] and name in layer["peak"]:
-            time_of, memory = (" (8 times 1 head)", " (1 head)") if name in ONE_HEAD else ("", "")
-            row[4:] = [f"{layer['times'][name]:.2f} s{time_of}", f"{layer['peak'][name] / 2**20:.0f} MiB{memory}"]
+            row[1:3] = [f"{more:.2f} s", f"{more / read:.1%}"]
+        if name in model["peak"]:
+            row[3] = f"{model['peak'][name] / 2**20:.0f} MiB"
+        time_of, memory = (" (8 times 1 head)", " (1 head)") if name in ONE_HEAD else ("", "")
+        if name in layer["times"]:
+            row[4] = f"{layer['times'][name]:.2f} s{time_of}"
+        if name in layer["peak"]:
+            row[5] = f"{layer['peak'][name] / 2**20:.0f} MiB{memory}"
         body.append(row)
     moved = f"{base:.2f} s and {model['peak'].get('evict', 0) / 2**20:.0f} MiB"
     return (
