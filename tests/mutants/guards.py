@@ -152,7 +152,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/memory.py": ["hf/test_memory_footprint", "learning/test_plan_command"],
     **{f"python/lkv/vllm/{name}.py": [f"learning/test_engine_{name}"] for name in ("scores", "settings", "shares")},
     "python/lkv/vllm/*": [
-        f"vllm_plugin/test_{name}" for name in ("equal_counts", "shares", "prefix_cache", "engine_refusals")
+        f"vllm_plugin/test_{name}" for name in ("interior", "equal_counts", "shares", "prefix_cache", "engine_refusals")
     ],
     "python/lkv/passes.py": [f"learning/test_{x}" for x in ("passes", "second_pass", "distill")],
     "python/lkv/second_pass.py": ["learning/test_second_pass", "learning/test_no_gradients"],

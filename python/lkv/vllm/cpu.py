@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -169,19 +170,40 @@ class Interior:
             ops.cpu_attn_reshape_and_cache(row, row, keys, values, torch.arange(page), isa)
             digits.append(block.view(2, count).long())
         found = torch.stack([digit * base**i for i, digit in enumerate(digits)]).sum(0)
-        self.order = found.argsort(1)
-        if not torch.equal(found.sort(1).values, index.expand(2, count)):
+        places = [_strides(order, page, dim) for order in found.argsort(1)]
+        if None in places or not torch.equal(found.sort(1).values, index.expand(2, count)):
             raise RuntimeError(
                 f"lkv.vllm: blocks of {isa} of {dtype} do not hold rows as they come: start without lkv settings"
             )
+        self.places = [place for place in places if place is not None]
 
     def read(self, kv_cache: Tensor, tables: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         """Keys and values `[H, tokens, D]` in the blocks of `tables`, `[1 or H, blocks]`."""
         page, dim = self.shape
         blocks = kv_cache[tables]  # [1, blocks, H, page, 2 * D] or [H, blocks, 1, page, 2 * D]
         flat = blocks.transpose(1, 2).reshape(heads, tables.shape[1], 2, page * dim)
-        k, v = (flat[:, :, i].index_select(-1, order).view(heads, -1, dim) for i, order in enumerate(self.order))
-        return k, v
+        k, v = (
+            half.as_strided((*half.shape[:2], *shape), (*half.stride()[:2], *strides), half.storage_offset())
+            for half, (shape, strides) in zip(flat.unbind(2), self.places, strict=True)
+        )
+        return k.reshape(heads, -1, dim), v.reshape(heads, -1, dim)
+
+
+def _strides(order: Tensor, page: int, dim: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Sizes and strides of a block's rows, from where its numbers lie: rows and their numbers may be cut in tiles."""
+    sizes = [2**i for i in range(max(page, dim).bit_length())]
+    for tile, part in product(sizes, sizes):
+        if page % tile or dim % part:
+            continue
+        shape = page // tile, tile, dim // part, part
+        steps = tile * dim, dim, part, 1
+        strides = tuple(int(order[step]) if size > 1 else 0 for size, step in zip(shape, steps, strict=True))
+        at = torch.zeros(shape, dtype=torch.long)
+        for axis, stride in enumerate(strides):
+            at += (torch.arange(shape[axis]) * stride).view([-1 if i == axis else 1 for i in range(4)])
+        if torch.equal(at.flatten(), order):
+            return shape, strides
+    return None
 
 
 _interior = cache(Interior)
