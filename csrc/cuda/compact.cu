@@ -191,8 +191,13 @@ template <int kBlock>
 Status run_fill(const CompactParams& p, Stream stream) {
   const int64_t units = (p.total + kBlock - 1) / kBlock * std::max<int64_t>(1, p.payloads);
   if (units == 0 && p.pages == nullptr) return cudaSuccess;
-  const Grid grid = {
-      .blocks = std::clamp<int64_t>(units, 1, kMaxBlocks), .block = kBlock, .shared = sizeof(FillShared<kBlock>)};
+  Device device;
+  const Status status = Device::of(fill_kernel<kBlock>, device);
+  if (status != cudaSuccess) return status;
+  const int64_t resident = int64_t{device.multiprocessors} * (kResidentThreads / kBlock);
+  const Grid grid = {.blocks = std::clamp<int64_t>(units, 1, std::min(resident, kMaxBlocks)),
+                     .block = kBlock,
+                     .shared = sizeof(FillShared<kBlock>)};
   return launch(fill_kernel<kBlock>, grid, stream, p);
 }
 

@@ -198,6 +198,7 @@ class Run:
         wild_ids = [rng.choice([-(2**31), -1, 0, 1, x.count - 1, x.count, 2**31 - 1], x.ids.shape) for x in case.tables]
         total = int(rng.integers(0, 300))
         positions = rng.integers(-4, case.tokens + 4, total)
+        positions[rng.random(total) < 0.05] = rng.choice([-(2**31), 2**31 - 1])  # far outside of any table
         if rng.random() < 0.5:
             positions.sort()
         rows = int(np.prod(case.shape))
