@@ -89,8 +89,6 @@ MUTATIONS = (
              "turn", suite="compact"),
     Mutation("compact: nobody is in the way to the back", "compact.cu", "p.to_back ? j + 1 : begin",
              "p.to_back ? end : begin", suite="compact"),
-    Mutation("compact: waits for a row behind the last offset", "compact.cu", "int64_t{used} - begin",
-             "p.total - begin", suite="compact"),
     Mutation("compact: flags and tickets not cleared", "compact.cu",
              "status = cudaMemsetAsync(flags, 0, (1 + units) * sizeof(uint32_t), stream);", "", suite="compact"),
     Mutation("compact: pages beyond the pool", "lkv/segments.h", "page >= pages->count", "page > pages->count",
