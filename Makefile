@@ -176,17 +176,28 @@ build/texts/ready: $(VENV)/ready
 	$(RUN) -m lkv.tasks.corpora build/archives build/texts
 	touch $@
 
+# One threshold over all heads; then fixed shares of the heads, with the scores of the first.
+SMOLLM2_TRAIN := $(KEEP) $(RUN) -m lkv train $(SMOLLM2) --text $(TRAINED_TEXTS) --texts 240 --longest 4096 --validation 16
+
 smollm2: build build/texts/ready
-	$(KEEP) $(RUN) -m lkv train $(SMOLLM2) --text $(TRAINED_TEXTS) --out build/smollm2 --texts 240 --longest 4096 \
-	  --budget threshold --steps 400 --validate-every 200 --validation 16
+	$(SMOLLM2_TRAIN) --records build/smollm2-records --out build/smollm2 --budget threshold --steps 400 --validate-every 200
+	$(SMOLLM2_TRAIN) --records build/smollm2-records --out build/smollm2-fixed --scorer build/smollm2/best --warm-steps 0 \
+	  --budget capped --steps 60 --validate-every 60
 
 # The numbers of docs/real-model.md. What an interrupted run has measured is kept.
-SMOLLM2_EVAL := $(KEEP) $(RUN) -m lkv eval $(SMOLLM2) --text $(TRAINED_TEXTS) news=build/texts/news --retentions 0.05 0.15 0.3
+SMOLLM2_EVAL := $(KEEP) $(RUN) -m lkv eval $(SMOLLM2) --variants fixed=smollm2-fixed --text $(TRAINED_TEXTS)
+NEWS := news=build/texts/news
+METHODS := --methods full oracle lkv fixed kvzip
 
 smollm2-eval: build build/texts/ready
-	$(SMOLLM2_EVAL) --passages 25 --methods full oracle lkv kvzip snapkv streaming_llm --out build/smollm2-eval
-	$(SMOLLM2_EVAL) --passages 15 --methods full oracle lkv kvzip --wordings unseen --untrained news \
+	$(SMOLLM2_EVAL) $(NEWS) $(METHODS) snapkv adakv streaming_llm random uniform+kvzip uniform+lkv-t lkv-h+snapkv lkv-h+kvzip \
+	  --passages 25 --retentions 0.05 0.15 0.3 0.5 --out build/smollm2-eval
+	$(SMOLLM2_EVAL) $(NEWS) $(METHODS) --passages 15 --retentions 0.05 0.15 0.3 --wordings unseen --untrained news \
 	  --out build/smollm2-eval/unseen
+	$(SMOLLM2_EVAL) $(NEWS) $(METHODS) snapkv adakv streaming_llm --passages 7 --retentions 0.05 0.15 0.3 --see-question \
+	  --out build/smollm2-eval/seen
+	$(SMOLLM2_EVAL) $(METHODS) snapkv --passages 4 --retentions 0.05 0.15 --length 2048 --out build/smollm2-eval/2048
+	$(SMOLLM2_EVAL) $(METHODS) snapkv --passages 4 --retentions 0.05 0.15 --length 4096 --out build/smollm2-eval/4096
 	$(RUN) bench/real_model.py build/smollm2-eval --into docs/real-model --page docs/real-model.md --readme README.md
 
 # The CPU kernels of every instruction set that the machine runs, one after the other; a GPU has bench/gpu.py.

@@ -21,14 +21,22 @@ NAMES = {  # in the order of the tables
     "full": "full cache",
     "oracle": "oracle",
     "lkv": "**LKV**",
+    "fixed": "**LKV, fixed shares**",
     "kvzip": "KVzip (second pass)",
     "snapkv": "SnapKV",
     "adakv": "AdaKV",
     "streaming_llm": "StreamingLLM",
     "random": "random",
 }
-FRONT = ("lkv", "kvzip", "adakv", "snapkv", "streaming_llm", "oracle")  # columns of the README
-HEADINGS = {"lkv": "LKV", "oracle": "oracle, which knows the questions"}
+FRONT = ("lkv", "fixed", "kvzip", "adakv", "snapkv", "streaming_llm", "oracle")  # columns of the README
+HEADINGS = {"fixed": "LKV, fixed shares", "lkv": "LKV", "oracle": "oracle, which knows the questions"}
+BUDGETS = ("equal", "LKV-H, fixed shares", "all heads compete")
+SCORES = {  # methods with these budgets
+    "SnapKV": ("snapkv", "lkv-h+snapkv", None),
+    "KVzip": ("uniform+kvzip", "lkv-h+kvzip", "kvzip"),
+    "LKV-T": ("uniform+lkv-t", "fixed", "lkv"),
+}
+LENGTHS = (1024, 2048, 4096)
 
 
 def number(value: float, digits: int) -> str:
@@ -44,10 +52,18 @@ def kept(row: Row) -> str:
     return f"{100 * row['retention']:g} %"
 
 
-def ordered(rows: Sequence[Row]) -> list[Row]:
-    """Those of all domains together, by retention, then as `NAMES` has the methods; the full cache first."""
+def brief(row: Row | None) -> str:
+    """Exact answers, and in brackets the KL of answers and of the continuation."""
+    if row is None:
+        return ""
+    kls = (number(row[part]["kl"][0], 3) for part in ("facts", "continuation"))
+    return f"{number(row['facts']['exact'][0], 2)} ({', '.join(kls)})"
+
+
+def ordered(rows: Sequence[Row], domain: str = "all") -> list[Row]:
+    """Those of a domain by retention, then as `NAMES` has the methods; the full cache first."""
     places = {name: i for i, name in enumerate(NAMES)}
-    chosen = [row for row in rows if row["domain"] == "all" and row["method"] in places]
+    chosen = [row for row in rows if row["domain"] == domain and row["method"] in places]
     return sorted(chosen, key=lambda row: (row["retention"] % 1, places[row["method"]]))
 
 
@@ -94,6 +110,28 @@ def lead(rows: Sequence[Row]) -> str:
     return table(["kept", "LKV is ahead of", *(shown[name] for name in there)], body)
 
 
+def grid(rows: Sequence[Row]) -> str:
+    """Exact answers, and in brackets the KL of answers and of the continuation, of all scores under all budgets."""
+    of = {(row["method"], row["retention"]): row for row in rows if row["domain"] == "all"}
+    body = [
+        [f"{100 * retention:g} %", budget, *(brief(of.get((pair[i], retention))) for pair in SCORES.values())]
+        for retention in sorted({retention for _, retention in of} - {1.0})
+        for i, budget in enumerate(BUDGETS)
+    ]
+    return table(["kept", "budgets", *SCORES], body)
+
+
+def lengths(reports: Mapping[int, Sequence[Row]]) -> str:
+    """A row for each method and retention that the longest texts have, a column for each length."""
+    of = {(n, row["method"], row["retention"]): row for n, rows in reports.items() for row in ordered(rows)}
+
+    body = [
+        [kept(row), NAMES[row["method"]], *(brief(of.get((n, row["method"], row["retention"]))) for n in reports)]
+        for row in ordered(reports[max(reports)])
+    ]
+    return table(["kept", "method", *(f"{n:,} tokens" for n in reports)], body)
+
+
 def front(rows: Sequence[Row]) -> str:
     """Of the README: exact answers and the KL of answers."""
     of = {(row["method"], row["retention"]): row["facts"] for row in rows if row["domain"] == "all"}
@@ -116,6 +154,8 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "unseen": ("unseen", fidelity),
     "unseen-domains": ("unseen", domains),
     "unseen-lead": ("unseen", lead),
+    "seen": ("seen", fidelity),
+    "grid": (".", grid),
 }
 
 
@@ -129,6 +169,10 @@ def tables(folder: Path) -> Iterator[tuple[str, str]]:
     for mark, (name, make) in TABLES.items():
         if (rows := read(folder / name)) is not None:
             yield mark, make(rows)
+    paths = {n: folder / ("." if n == LENGTHS[0] else str(n)) for n in LENGTHS}
+    long = {n: rows for n, path in paths.items() if (rows := read(path)) is not None}
+    if len(long) > 1:
+        yield "lengths", lengths(long)
 
 
 def take(source: Path, target: Path) -> None:
