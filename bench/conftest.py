@@ -108,7 +108,10 @@ def _settled(request: pytest.FixtureRequest) -> None:
     In huge pages: evict takes such, and the guest has them elsewhere than the small ones that the rivals get.
     """
     torch.set_num_threads(request.config.getoption("threads"))
-    memory = mmap.mmap(-1, int(request.config.getoption("warm_gigabytes") * 2**30))
+    size = int(request.config.getoption("warm_gigabytes") * 2**30)
+    if size == 0:
+        return
+    memory = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     torch.frombuffer(memory, dtype=torch.uint8).fill_(1)

@@ -36,12 +36,14 @@ def test_integers() -> None:
 def test_options_are_ints() -> None:
     given = Options(np.int32(1), torch.tensor(2), "padded", np.int64(8), 2**70, 3, 4)
     options = a.check_options(given)
-    assert options == (1, 2, "padded", 8, 2**63 - 1, 3, 4, 0) and all(type(x) is int for x in options if x != "padded")
+    assert options == (1, 2, "padded", 8, 2**63 - 1, 3, 4, 0, False)
+    assert all(type(x) is int for x in options[:-1] if x != "padded") and options.any_order is False
     assert a.check_options(PLAIN) == PLAIN
     assert a.check_options(PLAIN._replace(sink=2**64, window=2**63, capacity=2**63)) == (
-        2**63 - 1, 2**63 - 1, "packed", 2**63 - 1, None, 0, 1, 0,
+        2**63 - 1, 2**63 - 1, "packed", 2**63 - 1, None, 0, 1, 0, False,
     )  # fmt: skip
-    assert a.check_options(PLAIN._replace(align=MOST, reserve=MOST))[-3:-1] == (MOST, MOST)
+    large = a.check_options(PLAIN._replace(align=MOST, reserve=MOST))
+    assert (large.align, large.reserve) == (MOST, MOST)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ ROOTS = {"lkv": Path(lkv.__file__).parent, "lkv_ext": Path(lkv_ext.__file__).par
 COMMANDS = {
     "lkv/__main__.py": (["policies", "--help"], 0, "usage"),
     "lkv/demo/__main__.py": (["--tokens=1"], 2, "expected at least 128 tokens, got 1"),
+    "lkv/golden.py": (["--help"], 0, "usage"),
     "lkv_ext/__main__.py": ([], None, "version"),
 }
 ELSEWHERE = {"lkv/tasks/corpora.py"}  # test_corpora

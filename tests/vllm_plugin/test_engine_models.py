@@ -22,17 +22,18 @@ from lkv.policies.lkv import checkpoint  # noqa: E402
 from lkv.vllm.settings import dropped  # noqa: E402
 
 RETENTION = 0.15
+Positions = tuple[Tensor, ...]
 
 
 @pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
-    """Positions `[H, n]` of the rows that the engine kept, layer by layer."""
-    found: list[Tensor] = []
+def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Positions]]:
+    """Positions of the rows that the engine kept in every head, layer by layer."""
+    found: list[Positions] = []
     evict = lkv_ext.evict
 
     def noted(k: Tensor, *args: Any, **kwargs: Any) -> Any:
         out = evict(k, *args, **kwargs)
-        found.append(out.positions.view(k.shape[1], -1).long())
+        found.append(out.positions.long().split(out.lengths.flatten().tolist()))
         return out
 
     monkeypatch.setattr(lkv_ext, "evict", noted)
@@ -46,7 +47,7 @@ def random_checkpoint(model: Any, folder: Path) -> str:
     return str(folder)
 
 
-def answer(llm: Any, dense: Any, learned: Any, kept: list[Tensor], prompt: list[int], tokens: int) -> dict[str, Any]:
+def answer(llm: Any, dense: Any, learned: Any, kept: list[Positions], prompt: list[int], tokens: int) -> dict[str, Any]:
     """What the engine says and keeps, and what the dense model says that keeps the same rows, with its own scores."""
     kept.clear()
     [(said, logprobs)] = answers(llm, [prompt], greedy(tokens))
@@ -56,11 +57,14 @@ def answer(llm: Any, dense: Any, learned: Any, kept: list[Tensor], prompt: list[
         features = torch.cat([before[layer], values[None]], -1)
         valid = torch.ones(features.shape[:3], dtype=torch.bool)
         scores = learned.token_scorer(layer, features, valid)[0]
-        mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, kept[layer], True)
+        mask = mask_of(kept[layer], len(prompt))
         inner = slice(learned.sink, len(prompt) - learned.window)
         assert mask[:, : inner.start].all() and mask[:, inner.stop :].all()
-        drop = dropped(len(prompt), llm.llm_engine.vllm_config.additional_config["lkv"]["retention"], BLOCK)
-        assert (mask.sum(1) == len(prompt) - drop).all() and drop > 0
+        freed = len(prompt) - mask.sum(1)
+        assert (freed % BLOCK == 0).all()
+        settings = llm.llm_engine.vllm_config.additional_config["lkv"]
+        if settings.get("counts", "equal") == "equal":
+            assert (freed == dropped(len(prompt), settings["retention"], BLOCK)).all() and freed.any()
         worst = scores[:, inner].masked_fill(~mask[:, inner], torch.inf).amin(1)
         best = scores[:, inner].masked_fill(mask[:, inner], -torch.inf).amax(1)
         gaps.append(((best - worst) / scores.std(1)).max())
@@ -75,12 +79,13 @@ def answer(llm: Any, dense: Any, learned: Any, kept: list[Tensor], prompt: list[
     }  # fmt: skip
 
 
-def mask_of(positions: Tensor, tokens: int) -> Tensor:
-    return torch.zeros(len(positions), tokens, dtype=torch.bool).scatter_(1, positions, True)
+def mask_of(positions: Positions, tokens: int) -> Tensor:
+    """bool `[H, tokens]`."""
+    return torch.stack([torch.zeros(tokens, dtype=torch.bool).index_fill(0, rows, True) for rows in positions])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_scores_of_a_checkpoint(family: str, kept: list[Tensor], tmp_path: Path) -> None:
+def test_scores_of_a_checkpoint(family: str, kept: list[Positions], tmp_path: Path) -> None:
     """No row is kept that has a lower score in the dense model than one that is not, to rounding."""
     dense = load(save(tmp_path / "model", family))
     policy = random_checkpoint(dense, tmp_path / "lkv")
@@ -100,7 +105,7 @@ def text(smollm2: Path) -> list[int]:
     return list(AutoTokenizer.from_pretrained(smollm2)(page.read_text()).input_ids)
 
 
-def test_smollm2(smollm2: Path, text: list[int], kept: list[Tensor]) -> None:
+def test_smollm2(smollm2: Path, text: list[int], kept: list[Positions]) -> None:
     dense = load(smollm2)
     settings = {"policy": "smollm2", "retention": RETENTION}
     with engine(smollm2, settings, enable_prefix_caching=False, max_num_batched_tokens=512) as llm:
@@ -112,7 +117,21 @@ def test_smollm2(smollm2: Path, text: list[int], kept: list[Tensor]) -> None:
         assert free_blocks(llm) == free
 
 
-def test_smollm2_in_bfloat16(smollm2: Path, text: list[int], kept: list[Tensor]) -> None:
+def test_smollm2_with_a_share_for_every_head(smollm2: Path, text: list[int], kept: list[Positions]) -> None:
+    dense = load(smollm2)
+    settings = {"policy": "smollm2-fixed", "retention": RETENTION, "counts": "head"}
+    with engine(smollm2, settings, enable_prefix_caching=False, max_num_batched_tokens=512, blocks=6000) as llm:
+        free = free_blocks(llm)
+        found = answer(llm, dense, lkv.load("smollm2-fixed", dense, any_weights=True), kept, text[:800], 16)
+        counts = torch.tensor([[len(rows) for rows in layer] for layer in kept])
+        print("a share for every head", found, counts)
+        assert counts.unique().numel() > 4 and counts.sum() < (RETENTION + 0.03) * counts.numel() * 800
+        assert found["tokens"] == found["theirs"]
+        assert found["error"].max() < 1e-3 and found["gap"] < 1e-3, found
+        assert free_blocks(llm) == free
+
+
+def test_smollm2_in_bfloat16(smollm2: Path, text: list[int], kept: list[Positions]) -> None:
     """As far from float32 as the engine without eviction is."""
     dense, prompt = load(smollm2), text[:800]
     settings = {"policy": "smollm2", "retention": RETENTION}
