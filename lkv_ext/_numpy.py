@@ -19,6 +19,7 @@ from lkv_ext._common.options import (
     shape_of,
     whole,
 )
+from lkv_ext._common.paging import Paging, table_name
 from lkv_ext._common.sizes import Segments, size_output
 
 Ints = int | Sequence[int] | Sequence[Sequence[int]] | np.ndarray
@@ -126,3 +127,25 @@ def thread_count(threads: int | None) -> int:
     if integer(threads, "threads") < 1:
         raise ValueError(f"expected threads of at least 1, got {threads}")
     return whole(threads, "threads")
+
+
+def per_head(lengths: Ints) -> np.ndarray:
+    """`[B, 1]` of lengths `[B]`, which hold for every head; `[B, H]` as they are."""
+    given = np.asarray(lengths)
+    return given[:, None] if given.ndim == 1 and given.size > 1 else given
+
+
+def check_tables(valid: np.ndarray, tables: list[np.ndarray], pools: list[np.ndarray], sizes: Paging) -> None:
+    """Raises ValueError for ids outside of their pool, and for pages that the tokens `valid` `[B, H]` use twice."""
+    for i, table in enumerate(tables):
+        pages = pools[sizes.table.index(i)].shape[0]
+        used = valid if table.ndim == 3 else valid.max(1)
+        ids = table[np.arange(table.shape[-1]) * sizes.pages[i] < used[..., None]]
+        wrong = ids[(ids < 0) | (ids >= pages)]
+        if wrong.size > 0:
+            raise ValueError(f"expected {table_name(i)} of page ids in [0, {pages}), got {wrong[0]}")
+        once, counts = np.unique(ids, return_counts=True)
+        if once.size != ids.size:
+            raise ValueError(
+                f"expected {table_name(i)} that use every page once, got page {once[counts.argmax()]} more often"
+            )

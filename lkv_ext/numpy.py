@@ -19,8 +19,8 @@ import numpy as np
 from lkv_ext import _C
 from lkv_ext._common import errors
 from lkv_ext._common.options import Options, any_order_of, back_of, whole_pages
-from lkv_ext._common.paging import FreedBytes, Paging, check_companions, paging, table_name
-from lkv_ext._numpy import Ints, check_array, make_request, thread_count
+from lkv_ext._common.paging import FreedBytes, check_companions, paging, table_name
+from lkv_ext._numpy import Ints, check_array, check_tables, make_request, per_head, thread_count
 
 __all__ = ["PagedIndex", "RaggedIndex", "RaggedKV", "evict", "evict_", "evict_paged_", "gather", "select"]
 
@@ -281,11 +281,11 @@ def evict_paged_(
         back = sizes.largest if to == "back" else back_of(to, 1)
         options = Options(sink, window, "packed", None, max_budget, 0, 1, back, any_order_of(order))
         request, max_length = make_request([], [], scores, None, budgets, lengths, None, options, threads)
-        valid = np.broadcast_to(scores.shape[2] if lengths is None else _per_head(lengths), scores.shape[:2])
+        valid = np.broadcast_to(scores.shape[2] if lengths is None else per_head(lengths), scores.shape[:2])
         if valid.size > 0 and valid.max() > scores.shape[2]:
             raise ValueError(f"expected lengths of at most L = {scores.shape[2]} as scores have, got {valid.max()}")
         if check:
-            _check_tables(np.maximum(valid, 0), every, payload, sizes)
+            check_tables(np.maximum(valid, 0), every, payload, sizes)
         index, free = _C.evict_paged_(payload, scores, every, request)
         counts = [table.shape[:-1] for table in every]
         parts = np.split(free, np.cumsum([prod(shape) for shape in counts])[:-1])
@@ -299,26 +299,6 @@ def evict_paged_(
         )
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("numpy.evict_paged_", error, names, given=locals())
-
-
-def _per_head(lengths: Ints) -> np.ndarray:
-    given = np.asarray(lengths)
-    return given[:, None] if given.ndim == 1 and given.size > 1 else given
-
-
-def _check_tables(valid: np.ndarray, tables: list[np.ndarray], pools: list[np.ndarray], sizes: Paging) -> None:
-    for i, table in enumerate(tables):
-        pages = pools[sizes.table.index(i)].shape[0]
-        used = valid if table.ndim == 3 else valid.max(1)
-        ids = table[np.arange(table.shape[-1]) * sizes.pages[i] < used[..., None]]
-        wrong = ids[(ids < 0) | (ids >= pages)]
-        if wrong.size > 0:
-            raise ValueError(f"expected {table_name(i)} of page ids in [0, {pages}), got {wrong[0]}")
-        once, counts = np.unique(ids, return_counts=True)
-        if once.size != ids.size:
-            raise ValueError(
-                f"expected {table_name(i)} that use every page once, got page {once[counts.argmax()]} more often"
-            )
 
 
 def select(
