@@ -23,9 +23,8 @@ from lkv.evaluate.methods import Method
 from lkv.evaluate.results import Results
 from lkv.evaluate.run import Result, Setting, digest, evaluate
 from lkv.evaluate.soft import soft_accuracy
-from lkv.learn.recording import tokenizer_fingerprint
+from lkv.learn.recording import fingerprints
 from lkv.policies.lkv import LKV, Learned
-from lkv.policies.lkv.fingerprint import fingerprint
 from lkv.tasks import Language, Sample, files
 
 FORMAT = 1  # of results
@@ -105,9 +104,8 @@ def manifest(
     """What results depend on beside samples, which have a digest each, and methods."""
     return {
         "format": FORMAT,
-        "model": fingerprint(model),
         "dtype": str(model.dtype),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        **fingerprints(model, tokenizer),
         "question_seen": setting.see_question,
         "answer_tokens": options.answer_tokens,
     }

@@ -26,8 +26,7 @@ from lkv.evaluate.results import Cell, Key, Results
 from lkv.evaluate.texts import Judge
 from lkv.learn.dialogue import Exchange, exchange
 from lkv.learn.forecast import prefill_seconds, sentence
-from lkv.learn.recording import tokenizer_fingerprint
-from lkv.policies.lkv.fingerprint import fingerprint
+from lkv.learn.recording import fingerprints
 from lkv.tasks.documents import Document, documents
 from lkv.tasks.facts import TRAINED, UNSEEN
 from lkv.tasks.passages import Passage, passage
@@ -127,9 +126,8 @@ def manifest(
     """What all results depend on, apart from the methods."""
     return {
         "format": FORMAT,
-        "model": fingerprint(model),
         "dtype": str(model.dtype),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        **fingerprints(model, tokenizer),
         "documents": [[x.domain, x.name, x.digest] for x in found if x.split == "test"],
         "wordings": hashlib.sha256(repr(WORDINGS[options.wordings]).encode()).hexdigest()[:16],
         **{name: getattr(options, name) for name in SETTINGS},

@@ -67,8 +67,7 @@ class Recorder:
     def manifest(self) -> dict[str, object]:
         return {
             "format": FORMAT,
-            "model": fingerprint(self.model),
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            **fingerprints(self.model, self.tokenizer),
             "wordings": hashlib.sha256(repr(TRAINED).encode()).hexdigest()[:16],
             "documents": [[x.domain, x.name, x.digest, x.split] for x in self.documents],
             "input": self.config.design.input,
@@ -152,6 +151,11 @@ class Recorder:
         if len(talk.continuation) < 2:
             return talk.questions, replies
         return [*talk.questions, talk.continuation[:1]], [*replies, talk.continuation[1:]]
+
+
+def fingerprints(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Of both, for the manifest of what depends on them."""
+    return {"model": fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer)}
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
