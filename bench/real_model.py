@@ -139,7 +139,7 @@ def front(rows: Sequence[Row]) -> str:
     body = [
         [
             f"{100 * retention:g} %",
-            *(f"{of[name, retention]['exact'][0]:.2f} ({of[name, retention]['kl'][0]:.3g})" for name in there),
+            *(f"{of[name, retention]['exact'][0]:.2f} ({of[name, retention]['kl'][0]:.3f})" for name in there),
         ]
         for retention in sorted({x for _, x in of} - {1.0}, reverse=True)
         if all((name, retention) in of for name in there)
@@ -176,18 +176,17 @@ def tables(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def take(source: Path, target: Path) -> None:
-    """Copies reports and plots, of the folders within as well."""
-    for path in sorted(source.rglob("*")):
-        if path.name == "report.json" or path.suffix == ".png":
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+    """Copies all reports, and the plots of the first table."""
+    for path in (*sorted(source.rglob("report.json")), *sorted(source.glob("*.png"))):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with report.json of the first table, the others in folders")
-    parser.add_argument("--into", type=Path, help="folder for copies of reports and plots")
+    parser.add_argument("--into", type=Path, help="folder for copies of the reports and of the first plots")
     parser.add_argument("--page", type=Path, help="with markers of all tables")
     parser.add_argument("--readme", type=Path, help="with the markers of the first table")
     args = parser.parse_args()
