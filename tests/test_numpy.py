@@ -204,24 +204,26 @@ def test_in_place_leaves_the_rest(to: str) -> None:
 @pytest.mark.parametrize("order", ["ascending", "any"])
 @pytest.mark.parametrize("to", ["front", "back"])
 def test_paged_is_torchs(to: str, order: str, per_head: bool) -> None:
-    """Pools, positions and free pages, of a companion in pages of its own, too."""
+    """Pools, positions and free pages, of companions in pages of their own, too."""
     r = rng(11)
     pools = [r.integers(0, 256, (20, *([] if per_head else [2]), 8, 5), dtype=np.uint8) for _ in range(2)]
-    scales, scores = r.random((9, 2, 16), dtype=np.float32), r.random((2, 2, 40), dtype=np.float32)
+    companions = [r.random((9, 2, 16), dtype=np.float32), r.random((40, 4), dtype=np.float32)]
+    scores = r.random((2, 2, 40), dtype=np.float32)
     tables = r.permutation(20)[: 20 if per_head else 10].reshape((2, 2, 5) if per_head else (2, 5)).astype(np.int32)
-    own = r.permutation(9)[:6].reshape(2, 3)
+    own = [r.permutation(9)[:6].reshape(2, 3), r.permutation(40).reshape(2, 2, 10)]
     call = dict(scores=scores, budgets=[[9, 3], [30, 0]], tables=tables, lengths=[40, 23], sink=1)
-    theirs = [torch.from_numpy(x.copy()) for x in (*pools, scales)]
-    beside = dict(companions=[scales], companion_tables=[own], to=to, order=order, check=True)
+    theirs = [torch.from_numpy(x.copy()) for x in (*pools, *companions)]
+    beside = dict(companions=companions, companion_tables=own, to=to, order=order, check=True)
     index = lkv_np.evict_paged_(pools, **call, **beside)
     call |= dict(scores=torch.from_numpy(scores), tables=torch.from_numpy(tables))
-    beside |= dict(companions=theirs[2:], companion_tables=[torch.from_numpy(own)])
+    beside |= dict(companions=theirs[2:], companion_tables=[torch.from_numpy(x) for x in own])
     want = lkv_ext.evict_paged_(theirs[:2], **call, **beside)
-    for got, expected in zip((*pools, scales), theirs, strict=True):
+    for got, expected in zip((*pools, *companions), theirs, strict=True):
         assert got.tobytes() == expected.numpy().tobytes()
     for name in ("positions", "lengths", "cu_seqlens", "free_pages", "retained_bytes", "reclaimable_bytes"):
         assert np.array_equal(getattr(index, name), getattr(want, name).numpy()), name
-    assert np.array_equal(index.companion_free_pages[0], want.companion_free_pages[0].numpy())
+    for got, expected in zip(index.companion_free_pages, want.companion_free_pages, strict=True):
+        assert np.array_equal(got, expected.numpy())
 
 
 def test_wrong_pages_are_refused() -> None:

@@ -192,6 +192,17 @@ def test_a_pool_whose_pages_hold_all_heads():
     )
 
 
+def test_tables_grow_to_twice_their_width():
+    """So that a cache that grows page by page copies its tables seldom."""
+    pools, allocator = pool_of(2 * 64, 1), lkv_ext.PageAllocator(2 * 64)
+    cache = lkv_ext.RaggedCache.paged(pools[:2], allocator, heads=HEADS)
+    widths = set()
+    for _ in range(64):
+        cache.append(torch.zeros(1, HEADS, 1, DIM), torch.zeros(1, HEADS, 1, DIM_V))
+        widths.add(cache.tables.shape[2])
+    assert widths == {1, 2, 4, 8, 16, 32, 64}
+
+
 def test_the_allocator_refuses_pages_that_are_not_taken():
     allocator = lkv_ext.PageAllocator(4)
     assert allocator.take(3) == [0, 1, 2] and allocator.free == 1
