@@ -132,7 +132,7 @@ def thread_count(threads: int | None) -> int:
 def per_head(lengths: Ints) -> np.ndarray:
     """`[B, 1]` of lengths `[B]`, which hold for every head; `[B, H]` as they are."""
     given = np.asarray(lengths)
-    return given[:, None] if given.ndim == 1 and given.size > 1 else given
+    return given[:, None] if given.ndim == 1 else given
 
 
 def check_tables(valid: np.ndarray, tables: list[np.ndarray], pools: list[np.ndarray], sizes: Paging) -> None:

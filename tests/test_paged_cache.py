@@ -213,6 +213,8 @@ def test_the_allocator_refuses_pages_that_are_not_taken():
     with pytest.raises(MemoryError, match="expected 2 free pages of 4, got 1"):
         allocator.take(2)
     allocator.give([1, 0])
+    with pytest.raises(ValueError, match="expected pages that were taken, each once, got page 1"):
+        allocator.give([1])
     assert allocator.take(3) == [1, 0, 3] and allocator.free == 0
     with pytest.raises((ValueError, TypeError), match="PageAllocator: expected pages"):
         lkv_ext.PageAllocator(-1)
