@@ -102,8 +102,10 @@ def test_settings_are_complete() -> None:
         check(case)
 
 
-def test_writing_again_gives_the_same_files(tmp_path: Path) -> None:
+def test_writing_again_gives_the_same_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     golden.write(tmp_path, ["four-on-one"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(", text ")[0] for line in said] == [f"four-on-one: {label}" for label in golden.CASES]
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) == 4
     for path in written:

@@ -33,7 +33,7 @@ from lkv.policies import (
     QueryStatistics,
     SnapKV,
 )
-from lkv.policies.attention import attention_weights
+from lkv.policies.attention import attention_weights, blocks
 from lkv.policies.criticalkv import projected_norms
 from lkv.policies.lava import lava_code
 
@@ -111,6 +111,15 @@ def test_keys_of_a_small_norm_and_keys_unlike_the_others() -> None:
     torch.testing.assert_close(KeyDiff().score(0, rows_of(keys))[0, 0], -directions @ mean)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
+def test_blocks_of_queries_are_all_queries(size: int) -> None:
+    o = observe(9, 4)
+    parts = list(blocks(o, size))
+    for name, axis in (("queries", 2), ("query_positions", 1), ("query_mask", 1)):
+        assert torch.equal(torch.cat([part.part(name) for part in parts], axis), o.part(name))
+    assert max(part.part("queries").shape[2] for part in parts) == min(size, 4)
+
+
 def test_tova_averages_over_all_heads_of_a_layer() -> None:
     o = observe(9, 3, batch=1)
     score = TOVA().score(0, o)
@@ -120,7 +129,7 @@ def test_tova_averages_over_all_heads_of_a_layer() -> None:
     for h in range(H):
         torch.testing.assert_close(score[0, h, :8], mean[:8])
     # As if heads held different rows: they are known by their positions.
-    rows = torch.tensor([[0, 2, 5, 8], [0, 3, 5, 8], [1, 2, 5, 8]])
+    rows = torch.tensor([[0, 2, 5, 8], [0, 3, 5, 7], [1, 2, 5, 8]])
     take = rows[None, ..., None].expand(-1, -1, -1, D)
     ragged = replace(
         o, keys=o.keys.gather(2, take), values=o.values.gather(2, take), positions=rows[None].contiguous(),

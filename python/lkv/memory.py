@@ -18,7 +18,6 @@ import transformers
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from lkv.hf.compat import Decoder, attention_modules, find_decoder
 from lkv.hf.versions import HFLayer, is_recurrent, with_cache
@@ -32,9 +31,8 @@ class Layer:
     """One layer of a model, as its cache holds it.
 
     Attributes:
-        kind: "full": grows with the text, and is evicted; "whole": grows with it, and is not, as it holds a recurrent
-            state beside its rows; "sliding": the last `window - 1` rows; "shared": none, it reads those of an earlier
-            layer; "recurrent": none, but a state; "none".
+        kind: "full": grows with the text, and is evicted; "sliding": the last `window - 1` rows; "shared": none, it
+            reads those of an earlier layer; "recurrent": none, but a state; "none".
         heads, key_dim, value_dim: KV heads, and numbers of a row of K and of V; 0 without rows.
         state_bytes: of one sequence, whatever its length.
     """
@@ -53,7 +51,7 @@ class Layer:
             return rows_kept(length, retention) if retention < 1 else length
         if self.kind == "sliding":
             return min(length, (self.window or 1) - 1)
-        return length if self.kind == "whole" else 0
+        return 0
 
     def slots(self, length: int, retention: float = 1.0, page: int = 1) -> int:
         """Rows of every head that there is memory for, in whole pages.
@@ -201,9 +199,7 @@ def _layer(index: int, layer: HFLayer, decoder: Decoder, dtype: torch.dtype) -> 
         return Layer(index, "sliding", window=window, **shape)
     if index in decoder.readers:
         return Layer(index, "full", **shape)
-    if not (state and isinstance(layer, DynamicLayer)):
-        raise _unknown(decoder, index, f"has a cache layer {type(layer).__name__}")
-    return Layer(index, "whole", **shape)
+    raise _unknown(decoder, index, f"has a cache layer {type(layer).__name__}")
 
 
 def _states(layer: HFLayer) -> list[Tensor]:

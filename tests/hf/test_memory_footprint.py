@@ -6,7 +6,15 @@ import families
 import pytest
 import torch
 import transformers
-from transformers import BloomConfig, DeepseekV3Config, DynamicCache, LlamaConfig, PretrainedConfig, T5Config
+from transformers import (
+    BloomConfig,
+    DeepseekV3Config,
+    DynamicCache,
+    FalconH1Config,
+    LlamaConfig,
+    PretrainedConfig,
+    T5Config,
+)
 
 import lkv
 from lkv.hf.versions import RecurrentLayer
@@ -118,6 +126,9 @@ def test_a_wrong_structure_is_refused() -> None:
         footprint(t5)
     with pytest.raises(ValueError, match="latents"):
         footprint(DeepseekV3Config(num_hidden_layers=2))
+    if RecurrentLayer is not None:
+        with pytest.raises(ValueError, match="no layers of full attention alone"):
+            footprint(FalconH1Config(num_hidden_layers=2))
 
 
 def test_a_config_is_left_as_it_is() -> None:

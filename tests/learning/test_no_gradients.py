@@ -29,8 +29,10 @@ from lkv.learn.lessons import Recorded
 from lkv.learn.recording import Recorder
 from lkv.learn.records import Record
 from lkv.learn.validation import fidelity
+from lkv.offline import budget_curves, query_statistics
 from lkv.passes import Context
-from lkv.policies import KVzip, SnapKV
+from lkv.policies import KNorm, KVzip, SnapKV
+from lkv.policies.kvzap import Gate
 from lkv.policies.lkv.checkpoint import Design, Shape
 from lkv.policies.lkv.policy import LKV, Learned, LKVThreshold
 from lkv.tasks.documents import Document, documents
@@ -127,6 +129,9 @@ CASES: dict[str, Callable[[Context, list[Document], Path], object]] = {
     "the teacher's answers": lambda context, *_: distill.answers(MODEL, context.repeat(2), QUESTIONS, 3, [2]),
     "record": lambda _, *given: Recorder(MODEL, TOKENIZER, given[0], CONFIG, given[1]).run("validation", 1)[0],
     "validation": lambda _, *given: validated(*given),
+    "statistics of queries": lambda *_: [(x := query_statistics(MODEL, [IDS])).mean, x.covariance],
+    "curves of budgets": lambda *_: budget_curves(MODEL, [IDS], KNorm()).lost,
+    "a gate": lambda *_: Gate(((tuple(nn.Linear(6, 2).parameters()),),))(0, nn.Identity()(torch.rand(1, 9, 6))),
     "a timed prefill": lambda *_: forecast.prefill_seconds(MODEL, 20),
 }
 

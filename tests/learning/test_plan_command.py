@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from lkv import retriever
 from lkv.cli import main
-from lkv.cli.plan import size
+from lkv.cli.plan import _bytes, size
 
 MODEL = {
     "model_type": "gemma2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 64,
@@ -177,6 +177,9 @@ def test_a_gguf_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_sizes() -> None:
+    assert [_bytes(n) for n in (1023, 1024, 1 << 20, (3 << 30) + (1 << 29))] == [
+        "1,023 B", "1.00 KiB", "1.00 MiB", "3.50 GiB"
+    ]  # fmt: skip
     found = [size(text) for text in ("80GB", "24GiB", "1.5 kb", "7", "2T", "1MiB")]
     assert found == [80 * 10**9, 24 << 30, 1500, 7, 2 * 10**12, 1 << 20]
     for text in ("", "GB", "-1GB", "1XB", "1e9"):

@@ -150,6 +150,7 @@ def test_recipes() -> None:
         recipe = command.recipe_for("smollm2", text)
         assert (recipe.target, recipe.start, recipe.design.scale) == ("attention", "joint", "absolute")
     assert command.recipe_for("smollm2", True) == command.recipe_for("retriever", True)
+    assert (recipe.texts, recipe.warm_steps, recipe.steps) == (96, 300, 160)
 
 
 def test_the_forecast_adds_up_what_there_is_to_do() -> None:

@@ -19,7 +19,7 @@ from lkv.evaluate.forks import Forks
 from lkv.evaluate.methods import FULL, Method, choose, heuristics, learned
 from lkv.evaluate.oracle import ORACLES, Oracle
 from lkv.evaluate.results import Cell
-from lkv.evaluate.texts import Judge
+from lkv.evaluate.texts import Ask, Judge
 from lkv.hf import Cache
 from lkv.learn import targets
 from lkv.learn.dialogue import Exchange, exchange
@@ -252,6 +252,12 @@ def test_free_answers(text: Passage, talk: Exchange) -> None:
     told = TOKENIZER.decode(out, skip_special_tokens=True)
     value = replace(text, facts=[replace(fact, value=told[:2]) for fact in text.facts])
     assert judged(value, talk, [(METHODS[0], 1.0)], greedy=True, limit=6)[0].facts[-1]["greedy"] == 1.0
+
+
+@pytest.mark.parametrize("continuation", [[], [7]])
+def test_a_continuation_of_no_more_than_its_first_token_asks_nothing(continuation: list[int]) -> None:
+    assert Ask([[1, 2]], [[3]], continuation).all == ([[1, 2]], [[3]])
+    assert Ask([[1, 2]], [[3]], [7, 8, 9]).all == ([[1, 2], [7]], [[3], [8, 9]])
 
 
 def test_only_one_of_facts_and_continuation(text: Passage, talk: Exchange) -> None:

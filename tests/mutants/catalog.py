@@ -43,6 +43,21 @@ SILENT_FILES = {
         f"python/lkv/press/{name}.py": "runs with kvpress and its older transformers alone: make test-kvpress"
         for name in ("__init__", "compact", "layer", "pipeline", "policy")
     },
+    **{
+        f"python/lkv/vllm/{name}.py": "runs with vLLM alone, in its own environment: make test-vllm"
+        for name in (
+            "__init__",
+            "backends",
+            "cpu",
+            "install",
+            "layers",
+            "metadata",
+            "metrics",
+            "refusals",
+            "requests",
+            "spec",
+        )
+    },
 }
 
 _COSMIC_RAY = {

@@ -203,6 +203,8 @@ def _outcome(job: Job, root: Path, status: int, seconds: float) -> Outcome:
     output = _output_of(root).read_text(errors="replace") if _output_of(root).exists() else ""
     if code == _BROKEN:
         raise RuntimeError(f"the run of {job.tests} did not get as far as pytest:\n{output}")
+    if code == pytest.ExitCode.NO_TESTS_COLLECTED:
+        raise RuntimeError(f"expected tests in {job.tests}, got none that can run here:\n{output}")
     by = report.get("by", "")
     late = -code == signal.SIGALRM
     if code < 0 and not late:

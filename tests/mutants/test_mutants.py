@@ -97,6 +97,15 @@ def test_fates_of_a_toy(toy: Path) -> None:
     assert (toy / "python/lkv/toy.py").read_text() == TOY
 
 
+def test_tests_that_cannot_run_kill_nothing(toy: Path) -> None:
+    with (toy / "tests/test_toy.py").open("a") as file:
+        file.write('\n\npytest.importorskip("nowhere")\n')
+    done = run("-c", RUN, str(toy), json.dumps(FATES[:1]))
+    assert (
+        done.returncode != 0 and "expected tests in ('tests/test_toy.py',), got none that can run here" in done.stderr
+    )
+
+
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 def test_operators_do_as_their_examples_say(operator: type) -> None:
     for example in operator.examples():

@@ -17,7 +17,7 @@ from lkv.memory import Footprint, Layer, footprint, measure_bandwidth
 
 UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
-NAMES = {"full": "full attention", "whole": "not evicted", "sliding": "window of {}", "shared": "rows of another layer"}
+NAMES = {"full": "full attention", "sliding": "window of {}", "shared": "rows of another layer"}
 NAMES |= {"recurrent": "recurrent state", "none": "no rows"}
 
 

@@ -49,7 +49,7 @@ class PyramidKV(LayerWrapper):
 
     def _table(self, layers: int, rows: int, length: int) -> Tensor:
         ends = self.sink + self.window
-        sure = 0 if self.whole else min(rows, ends)
+        sure = 0 if self.whole else ends
         base, there = rows - sure, max(length - ends, 0)
         least = base / self.beta
         most = 2 * base - least
