@@ -49,7 +49,9 @@ class PagedRows(Protocol):
     Attributes:
         k: the pool `[P, page, D]`.
         v: the pool `[P, page, Dv]`.
+        tables: `[B, H, M]`: token t of a head is row t % page of page `tables[b, h, t // page]`.
         lengths: int32 `[B, H]`: rows in use.
+        max_length: host bound of `lengths`.
     """
 
     @property
@@ -57,7 +59,11 @@ class PagedRows(Protocol):
     @property
     def v(self) -> Tensor: ...
     @property
+    def tables(self) -> Tensor: ...
+    @property
     def lengths(self) -> Tensor: ...
+    @property
+    def max_length(self) -> int: ...
     def packed(self) -> RaggedKV: ...
 
 

@@ -131,6 +131,23 @@ def test_gather(front_end: str, name: str) -> None:
             assert not moved[0].any()
 
 
+def test_tables_that_attention_reads() -> None:
+    """Pages that lie side by side when they are looked at, and then no longer: nothing behind the pool is read."""
+    page, heads, most = 8, 4, 40
+    pool, q = torch.zeros(heads * most, page, DIM), torch.zeros(1, heads, 2, DIM)
+    held, length = torch.full((1, heads), page * most, dtype=torch.int32), page * most
+    even = torch.arange(heads * most, dtype=torch.int32).view(1, heads, most)
+    for name, states in (
+        ("tables", (even, torch.full_like(even, heads * most - 1), even + 2**30, -even, even.flip(2))),
+        ("lengths", (held, -held, held * 2**10, held // 7)),
+    ):
+        part = states[0].clone()
+        given = {"tables": even, "lengths": held, name: part}
+        with rewritten(part, *states):
+            for _ in range(20 * CALLS):
+                assert not ops.attend_paged(q, pool, pool, given["tables"], given["lengths"], length, True, 1.0).any()
+
+
 @pytest.mark.parametrize("name", ["lengths", "cu_seqlens"])
 def test_cache(name: str) -> None:
     cache = lkv_ext.RaggedCache.empty(1, ROWS, DIM, reserve=TOKENS)

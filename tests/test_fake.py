@@ -67,6 +67,9 @@ def other_calls() -> dict[str, dict]:
         "attend of other widths": dict(q=torch.randn(2, 6, 3, 4).half(), k=torch.randn(60, 4), v=torch.randn(60, 9),
                                        cu_seqlens=offsets(), lengths=index(2, 3) + 7, longest=7, causal=False,
                                        scale=0.5, softcap=2.0, sinks=torch.randn(6)),
+        "attend_paged of other widths": dict(q=torch.randn(2, 6, 3, 4).half(), k=torch.randn(9, 4, 4),
+                                             v=torch.randn(9, 4, 9), tables=index(2, 3, 2), lengths=index(2, 3) + 7,
+                                             longest=7, causal=False, scale=0.5, softcap=2.0, sinks=torch.randn(6)),
         "attend no queries": dict(q=torch.randn(2, 6, 0, 4), k=torch.randn(60, 4), v=torch.randn(60, 4),
                                   cu_seqlens=offsets(), lengths=index(2, 3), longest=0, causal=True, scale=0.5),
     }  # fmt: skip
@@ -206,7 +209,7 @@ NAMED = {
     "gather": dict(positions="index.positions", cu_seqlens="index.cu_seqlens", source_cu_seqlens="cu_seqlens"),
     "append_": dict(positions="cache.positions", lengths="cache.lengths", rows="payload", cache="cache"),
 }
-FIRST = dict(evict_paged_="pools", evict_plain="k", attend="q", gather="tensors", append_="rows")
+FIRST = dict(evict_paged_="pools", evict_plain="k", attend="q", attend_paged="q", gather="tensors", append_="rows")
 PARTS = ("out[0]", "out[1]", "out.positions", "out.lengths", "out.cu_seqlens")
 
 

@@ -62,6 +62,10 @@ def op_calls() -> list[tuple[str, tuple]]:
         rows.append(k, v)
         rows.append(k, v, valid=[3, L])
         rows.attend(torch.ones(B, 2 * H, 5, D))
+        pools = [torch.zeros(B * H * L // 2, 2, dim) for dim in (D, D + 1)]
+        paged = lkv_ext.RaggedCache.paged(pools, lkv_ext.PageAllocator(len(pools[0])), heads=H, batch=B)
+        paged.append(k, v)
+        paged.attend(torch.ones(B, 2 * H, 5, D))
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         lkv_ext.evict(k, v, scores, budgets, capacity=9)
     finally:

@@ -10,12 +10,12 @@
 #include "lkv/segments.h"
 #include "units.h"
 
-// Attention over a ragged cache on the CPU. A unit of work is a tile of queries of one segment times a piece of its
-// rows, so that one long head does not set the time:
+// Attention over a ragged cache on the CPU, in spans or in pages. A unit of work is a tile of queries of one segment
+// times a piece of its rows, so that one long head does not set the time:
 //   1. Convert the queries of the tile to float32 and scale them.
 //   2. A query of the first piece begins its running softmax at its sink, if it sees any row.
 //   3. The row kernels run over the piece, 64 rows at a time: logits, their exponentials relative to the highest so
-//      far, and the weighted sum of V.
+//      far, and the weighted sum of V. Rows in pages are copied first where 64 of them do not lie side by side.
 //   4. The thread that finishes the last piece of a tile merges all of them in order and writes the result. It depends
 //      on the shape alone, not on threads.
 
@@ -39,6 +39,16 @@ int64_t stride_of(int64_t dim) {
   return divide_up(dim, kAttendStep) * kAttendStep;
 }
 
+int64_t bytes_of(ScoreType type) {
+  return type == ScoreType::f32 ? 4 : 2;
+}
+
+// Rows in equal steps.
+struct Stretch {
+  const char *k, *v;
+  int64_t k_step, v_step, rows;
+};
+
 // The result of one unit: highest, sum and acc of every query of its tile.
 struct Partial {
   float *highest, *sum, *acc;
@@ -46,18 +56,26 @@ struct Partial {
 
 class Attention {
  public:
-  explicit Attention(const AttendParams& p)
-      : p_(p), segments_(p.batch * p.heads), queries_(p.group * p.queries), acc_stride_(stride_of(p.dim_v)) {
+  // `pages`: nullptr where rows lie in spans.
+  Attention(const AttendParams& p, const Pages* pages)
+      : p_(p),
+        pages_(pages),
+        segments_(p.batch * p.heads),
+        queries_(p.group * p.queries),
+        acc_stride_(stride_of(p.dim_v)) {
     if (segments_ == 0 || queries_ == 0) return;
+    k_bytes_ = p.dim * bytes_of(p.k_type);
+    v_bytes_ = p.dim_v * bytes_of(p.v_type);
     tile_ = std::min(queries_, kQueryTile);
     tiles_ = divide_up(queries_, tile_);
     const int64_t most = std::max<int64_t>(1, kPieces / (segments_ * tiles_));
-    piece_ = std::max(kPieceRows, divide_up(p.longest, most));
+    piece_ = divide_up(std::max(kPieceRows, divide_up(p.longest, most)), kAttendRows) * kAttendRows;
     pieces_ = std::max<int64_t>(1, divide_up(p.longest, piece_));
     partials_.reset(new float[static_cast<size_t>(units() * partial_size())]);
     // Read once, as these tensors may be written to meanwhile.
     spans_.reserve(static_cast<size_t>(segments_));
-    for (int64_t row = 0; row < segments_; ++row) spans_.push_back(attended_span(p, row));
+    for (int64_t row = 0; row < segments_; ++row)
+      spans_.push_back(pages == nullptr ? attended_span(p, row) : paged_span(row));
     left_ = std::vector<std::atomic<int64_t>>(static_cast<size_t>(segments_ * tiles_));
     for (int64_t i = 0; i < segments_ * tiles_; ++i) left_[i] = pieces_of(length_of(i / tiles_));
     if (p.sinks != nullptr) with_type(p.sinks_type, [&]<ScoreType type>() { load_sinks<type>(); });
@@ -80,6 +98,52 @@ class Attention {
   }
 
  private:
+  Span paged_span(int64_t row) const {
+    const int64_t length = pages_->count == 0 ? 0 : clamp(p_.lengths[row], 0, p_.longest);
+    return {0, length, length};
+  }
+
+  int64_t page_of(int64_t row, int64_t token) const {
+    const int64_t id = pages_->id(0, row / p_.heads, row % p_.heads, token >> pages_->shift);
+    return clamp(id, 0, pages_->count - 1);
+  }
+
+  // Rows of a segment from a token on, `most` at most: those that lie side by side, where they fill whole tiles, or a
+  // tile that is copied. Every id is read once, as tables may be written to meanwhile.
+  Stretch rows_from(int64_t row, int64_t token, int64_t most, char* copy) const {
+    if (pages_ == nullptr) {
+      const int64_t at = begin_of(row) + token;
+      return {p_.k.data + at * p_.k.token, p_.v.data + at * p_.v.token, p_.k.token, p_.v.token, most};
+    }
+    const int64_t page = int64_t{1} << pages_->shift, first = page_of(row, token), skipped = token & (page - 1);
+    const bool adjacent = p_.k.batch == page * p_.k.token && p_.v.batch == page * p_.v.token;
+    int64_t rows = page - skipped;
+    for (int64_t next = first + 1; adjacent && rows < most && page_of(row, token + rows) == next; ++next) rows += page;
+    rows = rows < most ? rows / kAttendRows * kAttendRows : most;
+    const auto at = [&](const Strided& pool, int64_t id, int64_t i) {
+      return pool.data + id * pool.batch + i * pool.token;
+    };
+    if (rows > 0) return {at(p_.k, first, skipped), at(p_.v, first, skipped), p_.k.token, p_.v.token, rows};
+    rows = std::min(kAttendRows, most);
+    char *k = copy, *v = copy + kAttendRows * k_bytes_;
+    for (int64_t done = 0, begin = skipped, id = first; done < rows; begin = 0) {
+      const int64_t count = std::min(page - begin, rows - done);
+      copy_rows(k + done * k_bytes_, at(p_.k, id, begin), count, k_bytes_, p_.k.token);
+      copy_rows(v + done * v_bytes_, at(p_.v, id, begin), count, v_bytes_, p_.v.token);
+      done += count;
+      if (done < rows) id = page_of(row, token + done);
+    }
+    return {k, v, k_bytes_, v_bytes_, rows};
+  }
+
+  static void copy_rows(char* to, const char* from, int64_t count, int64_t bytes, int64_t step) {
+    if (step == bytes) {
+      std::memcpy(to, from, static_cast<size_t>(count * bytes));
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * bytes, from + i * step, static_cast<size_t>(bytes));
+  }
+
   int64_t begin_of(int64_t row) const { return spans_[row].begin; }
   int64_t length_of(int64_t row) const { return spans_[row].length; }
   int64_t pieces_of(int64_t length) const { return std::max<int64_t>(1, divide_up(length, piece_)); }
@@ -150,10 +214,15 @@ class Attention {
       to.sum[i] = to.highest[i] == kNever ? 0.0f : 1.0f;
     }
     const int64_t last = clamp(*std::max_element(visible, visible + count), 0, rows);
-    const char* k = p_.k.data + (begin_of(row) + first) * p_.k.token;
-    const char* v = p_.v.data + (begin_of(row) + first) * p_.v.token;
-    row_kernels().attend({queries.data(), count, stride, visible, p_.k_type, p_.v_type, k, v, p_.k.token, p_.v.token,
-                          last, p_.dim, p_.dim_v, p_.softcap, to.highest, to.sum, to.acc, acc_stride_});
+    std::unique_ptr<char[]> copy;
+    if (pages_ != nullptr) copy.reset(new char[static_cast<size_t>(kAttendRows * (k_bytes_ + v_bytes_))]);
+    for (int64_t done = 0; done < last;) {
+      const Stretch x = rows_from(row, first + done, last - done, copy.get());
+      row_kernels().attend({queries.data(), count, stride, visible, p_.k_type, p_.v_type, x.k, x.v, x.k_step, x.v_step,
+                            x.rows, p_.dim, p_.dim_v, p_.softcap, to.highest, to.sum, to.acc, acc_stride_});
+      done += x.rows;
+      for (int64_t i = 0; i < count; ++i) visible[i] -= x.rows;
+    }
   }
 
   void merge(int64_t row, int64_t query, int64_t tile, int64_t pieces) const {
@@ -178,7 +247,9 @@ class Attention {
   }
 
   const AttendParams& p_;
+  const Pages* pages_;
   int64_t segments_, queries_, acc_stride_;
+  int64_t k_bytes_ = 0, v_bytes_ = 0;  // of a row
   int64_t tile_ = 1, tiles_ = 0, piece_ = 1, pieces_ = 0;
   std::vector<Span> spans_;  // of each segment
   std::unique_ptr<float[]> partials_;
@@ -186,12 +257,20 @@ class Attention {
   std::vector<std::atomic<int64_t>> left_;  // pieces of each tile that are not done
 };
 
+void run(const AttendParams& p, const Pages* pages, const Threads& threads) {
+  Attention attention(p, pages);
+  const int64_t workers = useful_workers(threads, attention.units(), attention.work(), kGrain);
+  for_each_unit(threads, workers, attention.units(), [&](int64_t unit, int64_t) { attention.run(unit); });
+}
+
 }  // namespace
 
 void attend(const AttendParams& p, const Threads& threads) {
-  Attention attention(p);
-  const int64_t workers = useful_workers(threads, attention.units(), attention.work(), kGrain);
-  for_each_unit(threads, workers, attention.units(), [&](int64_t unit, int64_t) { attention.run(unit); });
+  run(p, nullptr, threads);
+}
+
+void attend_paged(const AttendParams& p, const Pages& pages, const Threads& threads) {
+  run(p, &pages, threads);
 }
 
 }  // namespace lkv::cpu

@@ -4,8 +4,7 @@
 
 namespace lkv::host {
 
-// The table of a pool [P, H, page, ...], or [P, page, ...] where every head has a table of its own.
-Pages Problem::read_table(const Named& pool, const Named& table) const {
+Pages read_table(const Named& pool, const Named& table, int64_t batch, int64_t heads, Device device) {
   const Array& ids = table.array;
   check_device(table, device);
   const bool per_head = ids.rank == 3;
@@ -26,8 +25,6 @@ Pages Problem::read_table(const Named& pool, const Named& table) const {
   check_value(page > 0 && std::has_single_bit(static_cast<uint64_t>(page)),
               "expected pages of a power of two of rows, got ", pool.name, " of shape ", pool.array.shape());
   pages.shift = std::countr_zero(static_cast<uint64_t>(page));
-  check_value(longest <= most << pages.shift, "expected scores of at most ", most << pages.shift, " tokens, as ",
-              table.name, " have ", most, " pages of ", page, ", got ", longest);
   return pages;
 }
 
@@ -47,7 +44,9 @@ void Problem::read_pages(const Arrays& pools, const Arrays& ids) {
     const Named pool{array, {"payload", static_cast<int64_t>(i)}};
     const bool is_head = i % layers == 0;
     check_device(pool, device);
-    if (is_head) pages.push_back(kind == owner ? read_table(pool, {ids[table], table_name(table)}) : pages[owner]);
+    if (is_head && kind != owner) pages.push_back(pages[owner]);
+    if (is_head && kind == owner)
+      pages.push_back(read_table(pool, {ids[table], table_name(table)}, batch, heads, device));
     const Pages& of = pages[kind];
     const int64_t axis = of.per_head ? 1 : 2, page = int64_t{1} << of.shift;
     check_value(array.rank > axis && (of.per_head || array.sizes[1] == heads), "expected ", pool.name, " of shape ",
@@ -57,6 +56,11 @@ void Problem::read_pages(const Arrays& pools, const Arrays& ids) {
     check_value(array.sizes[0] == of.count && array.sizes[axis] == page, "expected ", pool.name, " with ", of.count,
                 " pages of ", page, " rows as in ", Name("payload", static_cast<int64_t>(owner * layers)), ", got ",
                 array.shape());
+    if (is_head && kind == owner) {
+      const int64_t most = ids[table].sizes[ids[table].rank - 1];
+      check_value(longest <= most << of.shift, "expected scores of at most ", most << of.shift, " tokens, as ",
+                  table_name(table), " have ", most, " pages of ", page, ", got ", longest);
+    }
     const RowLayout layout = row_layout(pool, axis);
     if (is_head) {
       payloads.push_back({layout.trailing, array.dtype, array.itemsize, layout.row_bytes});

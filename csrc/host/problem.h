@@ -115,9 +115,11 @@ class Problem {
   bool counts_pages(size_t kind) const { return kind == 0 || kind + own_tables >= pages.size(); }
   void read_shape(const Named& first);
   void check_rows() const;
-  Pages read_table(const Named& pool, const Named& table) const;
   std::vector<Strided> read_rows(const Arrays& list, const char* name, std::vector<int64_t>& tokens);
 };
+
+// The table of a pool [P, H, page, ...], or [P, page, ...] where every head has a table of its own.
+Pages read_table(const Named& pool, const Named& table, int64_t batch, int64_t heads, Device device);
 
 // The first table is that of all pools that have none of their own.
 inline Name table_name(size_t i) {

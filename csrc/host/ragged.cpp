@@ -37,13 +37,18 @@ int64_t check_append(const Problem& problem, const Ragged& cache, const Arrays& 
   return tokens;
 }
 
-AttendParams check_attend(const Array& q, const Ragged& cache, const std::optional<Array>& sinks, int64_t longest) {
-  const Named query{q, "q"}, k{cache.rows[0], "k"}, v{cache.rows[1], "v"};
+namespace {
+
+// What does not depend on where the rows lie: [T, D] or, in pages, [P, page, D].
+AttendParams check_queries(const Array& q, const Named& k, const Named& v, const Array& lengths,
+                           const std::optional<Array>& sinks, int64_t longest, bool in_pages) {
+  const Named query{q, "q"}, used{lengths, "lengths"};
+  const int64_t token = in_pages ? 1 : 0;
   check_value(q.rank == 4, "expected q of shape [B, Hq, n, D], got ", q.shape());
-  check_value(cache.lengths.rank == 2, "expected lengths of shape [B, H], got ", cache.lengths.shape());
+  check_value(lengths.rank == 2, "expected lengths of shape [B, H], got ", lengths.shape());
   AttendParams p{};
-  p.batch = cache.lengths.sizes[0];
-  p.heads = cache.lengths.sizes[1];
+  p.batch = lengths.sizes[0];
+  p.heads = lengths.sizes[1];
   const int64_t query_heads = q.sizes[1];
   p.group = p.heads == 0 ? 0 : query_heads / p.heads;
   check_value(q.sizes[0] == p.batch && p.group * p.heads == query_heads,
@@ -56,25 +61,19 @@ AttendParams check_attend(const Array& q, const Ragged& cache, const std::option
   p.v_type = check_scores_dtype(v);
   for (const Named& rows : {k, v}) {
     check_device(rows, q.device);
-    check_value(rows.array.rank == 2, "expected ", rows.name, " of shape [T, D], got ", rows.array.shape());
+    check_value(rows.array.rank == token + 2, "expected ", rows.name, " of shape ",
+                in_pages ? "[P, page, D]" : "[T, D]", ", got ", rows.array.shape());
   }
-  check_value(k.array.sizes[1] == p.dim, "expected q with rows of D = ", k.array.sizes[1], " as in k, got ", q.shape());
-  check_value(v.array.sizes[0] == k.array.sizes[0], "expected v of shape [T, Dv] with T = ", k.array.sizes[0], ", got ",
-              v.array.shape());
-  p.tokens = k.array.sizes[0];
-  check_value(p.tokens <= kMost, "expected k of at most 2**31 - 1 rows, got ", k.array.shape());
+  const int64_t dim = k.array.sizes[token + 1];
+  check_value(dim == p.dim, "expected q with rows of D = ", dim, " as in k, got ", q.shape());
   check_value(longest >= 0, "expected max_length of at least 0, got ", longest);
-  p.longest = std::min(longest, p.tokens);
-  p.dim_v = v.array.sizes[1];
-  const Named offsets{cache.cu_seqlens, "cu_seqlens"}, lengths{cache.lengths, "lengths"};
-  for (const Named& index : {offsets, lengths}) check_device(index, q.device);
-  check_int32(offsets, {p.batch * p.heads + 1}, "[B * H + 1]");
-  check_int32(lengths, {p.batch, p.heads}, "[B, H]");
+  p.dim_v = v.array.sizes[token + 1];
+  check_device(used, q.device);
+  check_int32(used, {p.batch, p.heads}, "[B, H]");
   p.q = row_layout(query, 2).strided;
-  p.k = row_layout(k, 0).strided;
-  p.v = row_layout(v, 0).strided;
-  p.cu_seqlens = reinterpret_cast<const int32_t*>(cache.cu_seqlens.data);
-  p.lengths = reinterpret_cast<const int32_t*>(cache.lengths.data);
+  p.k = row_layout(k, token).strided;
+  p.v = row_layout(v, token).strided;
+  p.lengths = reinterpret_cast<const int32_t*>(lengths.data);
   if (sinks) {
     const Named named_sinks{*sinks, "sinks"};
     check_device(named_sinks, q.device);
@@ -85,6 +84,37 @@ AttendParams check_attend(const Array& q, const Ragged& cache, const std::option
     p.sinks = sinks->data;
   }
   return p;
+}
+
+}  // namespace
+
+AttendParams check_attend(const Array& q, const Ragged& cache, const std::optional<Array>& sinks, int64_t longest) {
+  const Array &k = cache.rows[0], &v = cache.rows[1];
+  AttendParams p = check_queries(q, {k, "k"}, {v, "v"}, cache.lengths, sinks, longest, false);
+  check_value(v.sizes[0] == k.sizes[0], "expected v of shape [T, Dv] with T = ", k.sizes[0], ", got ", v.shape());
+  p.tokens = k.sizes[0];
+  check_value(p.tokens <= kMost, "expected k of at most 2**31 - 1 rows, got ", k.shape());
+  p.longest = std::min(longest, p.tokens);
+  const Named offsets{cache.cu_seqlens, "cu_seqlens"};
+  check_device(offsets, q.device);
+  check_int32(offsets, {p.batch * p.heads + 1}, "[B * H + 1]");
+  p.cu_seqlens = reinterpret_cast<const int32_t*>(cache.cu_seqlens.data);
+  return p;
+}
+
+std::pair<AttendParams, Pages> check_attend_paged(const Array& q, const Paged& cache, const std::optional<Array>& sinks,
+                                                  int64_t longest) {
+  const Array &k = cache.pools[0], &v = cache.pools[1];
+  AttendParams p = check_queries(q, {k, "k"}, {v, "v"}, cache.lengths, sinks, longest, true);
+  check_value(v.sizes[0] == k.sizes[0] && v.sizes[1] == k.sizes[1],
+              "expected v of shape [P, page, Dv] with [P, page] = ", Shape{k.sizes[0], k.sizes[1]}, " as in k, got ",
+              v.shape());
+  check_value(cache.tables.rank == 3, "expected tables of shape [B, H, M], got ", cache.tables.shape());
+  const Pages pages = read_table({k, "k"}, {cache.tables, "tables"}, p.batch, p.heads, q.device);
+  const int64_t columns = cache.tables.sizes[2];
+  p.longest = std::min(longest, kMost);  // lengths are int32
+  if (p.longest >> pages.shift >= columns) p.longest = columns << pages.shift;
+  return {p, pages};
 }
 
 }  // namespace lkv::host

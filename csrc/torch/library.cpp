@@ -24,6 +24,9 @@ STABLE_TORCH_LIBRARY(lkv_ext, m) {
       "attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, SymInt longest, bool causal, "
       "float scale, float softcap=0., Tensor? sinks=None) -> Tensor");
   m.def(
+      "attend_paged(Tensor q, Tensor k, Tensor v, Tensor tables, Tensor lengths, SymInt longest, bool causal, "
+      "float scale, float softcap=0., Tensor? sinks=None) -> Tensor");
+  m.def(
       "soft_topk(Tensor scores, Tensor? k, float k_value, Tensor? temperature, float temperature_value, "
       "Tensor? lengths, bool log) -> (Tensor, Tensor)");
   m.def(
@@ -43,6 +46,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("gather", TORCH_BOX(&lkv::torch_ops::gather));
   m.impl("append_", TORCH_BOX(&lkv::torch_ops::append_));
   m.impl("attend", TORCH_BOX(&lkv::torch_ops::attend));
+  m.impl("attend_paged", TORCH_BOX(&lkv::torch_ops::attend_paged));
   m.impl("soft_topk", TORCH_BOX(&lkv::torch_ops::soft_topk));
   m.impl("soft_topk_backward", TORCH_BOX(&lkv::torch_ops::soft_topk_backward));
 }

@@ -32,6 +32,9 @@ void append_(Tensors cache, Tensor positions, Tensor lengths, Tensor cu_seqlens,
 // q [B, Hq, n, D] over a ragged cache: [B, n, Hq, Dv].
 Tensor attend(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor lengths, int64_t longest, bool causal,
               double scale, double softcap, std::optional<Tensor> sinks);
+// The same through tables [B, H, M] over pools [P, page, D] of pages of one head each, on the CPU alone.
+Tensor attend_paged(Tensor q, Tensor k, Tensor v, Tensor tables, Tensor lengths, int64_t longest, bool causal,
+                    double scale, double softcap, std::optional<Tensor> sinks);
 // The mask [..., n], or its logarithm, and the weight of every row, which its gradient needs.
 std::tuple<Tensor, Tensor> soft_topk(Tensor scores, std::optional<Tensor> k, double k_value,
                                      std::optional<Tensor> temperature, double temperature_value,

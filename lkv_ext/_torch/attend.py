@@ -36,7 +36,8 @@ def attend(
             query heads `[h * Hq / H, (h + 1) * Hq / H)` read KV head h. Under autocast q is cast first.
         cache: a `RaggedCache`, a `PagedCache`, or packed `RaggedKV` of one layer; K and V float32, float16 or bfloat16,
             not necessarily the same. Rows are read as they are and summed in float32: the cache is never cast. Rows in
-            pages are read there by flash_attn_2 (multiples of 256 rows) and flashinfer; lkv copies them first.
+            pages are read there by our kernel on the CPU, by flash_attn_2 (multiples of 256 rows) and by flashinfer;
+            our kernel on CUDA reads a packed copy.
         causal: the last n rows of every head are those of the n queries themselves, and query i sees all rows but the
             last n - 1 - i. False: every query sees every row.
         scale: of the logits, default `D ** -0.5`.
@@ -90,10 +91,14 @@ def attend(
                 out = read(call).unflatten(0, (*cache.lengths.shape, q.shape[2]))  # [B, H, n, group, Dv]
                 return out.transpose(1, 2).flatten(2, 3).transpose(1, 2)
         rows: Any = cache
-        if hasattr(rows, "tables"):  # in pages, which our kernels do not read
+        options = (causal, scale, softcap or 0.0, sinks)
+        if hasattr(rows, "tables") and not q.is_cuda:
+            paged = (rows.k, rows.v, rows.tables, rows.lengths, rows.max_length)
+            return ops.attend_paged(q, *paged, *options).transpose(1, 2)
+        if hasattr(rows, "tables"):  # in pages, which our kernels for GPUs do not read
             rows = rows.packed()
         spans = (rows.k, rows.v, rows.cu_seqlens, rows.lengths, rows.max_length)
-        return ops.attend(q, *spans, causal, scale, softcap or 0.0, sinks).transpose(1, 2)
+        return ops.attend(q, *spans, *options).transpose(1, 2)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         errors.reraise("attend", error, given=locals())
 
@@ -165,4 +170,22 @@ def fake_attend(
     return q.new_empty([q.shape[0], q.shape[2], q.shape[1], v.shape[1]])
 
 
+@torch.library.register_fake("lkv_ext::attend_paged")
+def fake_attend_paged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    longest: int,
+    causal: bool,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    fake.check_devices(q.device, {"k": k, "v": v, "tables": tables, "lengths": lengths, "sinks": sinks})
+    return q.new_empty([q.shape[0], q.shape[2], q.shape[1], v.shape[2]])
+
+
 vmap.register("attend")
+vmap.register("attend_paged")

@@ -20,7 +20,7 @@ KERNELS = ("test_properties.py", "test_concurrent_writes.py")
 SUITES = {
     "best": (
         *(*KERNELS, "test_raw_ops.py", "test_numpy.py", "test_numpy_errors.py"),
-        *("test_cache.py", "test_whole_cache.py", "test_attend.py"),
+        *("test_cache.py", "test_whole_cache.py", "test_attend.py", "test_attend_paged.py"),
     ),
     "avx2": KERNELS,
     "portable": KERNELS,

@@ -36,6 +36,10 @@ void evict(SelectParams select, GatherParams gather, const Threads& threads);
 void compact(const CompactParams& p, const Threads& threads);
 void append(const AppendParams& p, const Threads& threads);
 void attend(const AttendParams& p, const Threads& threads);
+// Rows in pages of one head each: k and v of p are pools, `batch` from one page to the next, and its tokens and
+// cu_seqlens are not read. A table has pages for `longest` rows. The result is that of the same rows in spans, bit for
+// bit, where `longest` is the same.
+void attend_paged(const AttendParams& p, const Pages& pages, const Threads& threads);
 void soft_topk(const SoftTopkParams& p, const Threads& threads);
 void soft_topk_grad(const SoftTopkGradParams& p, const Threads& threads);
 
