@@ -51,6 +51,6 @@ class KeyDiff(Scorer):
         for head in range(scores.shape[1]):  # one at a time: in float32 all would be twice the layer's keys
             here = valid[:, head, :, None]
             keys = F.normalize(observation.keys[:, head].float().masked_fill(~here, 0), dim=-1)
-            anchor = keys.sum(1, keepdim=True)  # its length does not change a cosine
-            scores[:, head] = -F.cosine_similarity(keys, anchor, dim=-1)
+            anchor = F.normalize(keys.sum(1, keepdim=True), dim=-1)
+            scores[:, head] = -(keys * anchor).sum(-1)
         return scores

@@ -90,7 +90,7 @@ class Attention(CPUAttentionBackendImpl):
         if step.ended:
             start = time.perf_counter()
             for ended in step.ended:
-                self._move(layer, kv_cache, ended)
+                self._move(layer, key, value, kv_cache, ended)
                 metrics.ROWS.inc(sum(ended.drops) * (self.num_kv_heads // len(ended.drops)))
             metrics.SECONDS.inc(time.perf_counter() - start)
         if step.replayed is not None:
@@ -118,12 +118,15 @@ class Attention(CPUAttentionBackendImpl):
         else:
             together[step.order] = attended
 
-    def _move(self, layer: Any, kv_cache: Tensor, ended: Ended) -> None:
-        """Writes the kept rows of a prompt behind `drop`, in their order."""
-        page = kv_cache.shape[2]
-        interior = _interior(layer.isa, kv_cache.dtype, page, self.head_size)
-        keys, values = interior.read(kv_cache, ended.tables, self.num_kv_heads)
-        keys, values = keys[:, : ended.prompt], values[:, : ended.prompt]
+    def _move(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, ended: Ended) -> None:
+        """Writes the kept rows of a prompt behind `drop`, in their order. key, value: `[tokens, H, D]`, of the step."""
+        page, computed = kv_cache.shape[2], ended.computed
+        here = slice(ended.start, ended.start + ended.prompt - computed)
+        keys, values = (x[here].transpose(0, 1) for x in (key, value))
+        if computed:
+            interior = _interior(layer.isa, kv_cache.dtype, page, self.head_size)
+            before = interior.read(kv_cache, ended.tables[:, : -(-computed // page)], self.num_kv_heads)
+            keys, values = (torch.cat([b[:, :computed], x], 1) for b, x in zip(before, (keys, values), strict=True))
         budgets = [ended.prompt - drop for drop in ended.drops] * (self.num_kv_heads // len(ended.drops))
         assert self.layers is not None
         kept = lkv_ext.evict(

@@ -25,11 +25,15 @@ class Ended:
 
     Attributes:
         prompt: its tokens.
+        computed: those of earlier steps, whose rows are in the pool alone.
+        start: where the others begin among the tokens of the step.
         drops: rows that go, one number per table.
         tables: int64 `[tables, blocks of the prompt]`.
     """
 
     prompt: int
+    computed: int
+    start: int
     drops: list[int]
     tables: Tensor
 
@@ -83,7 +87,7 @@ class Evicting:
         gone = np.where((computed >= prompts)[:, None], drops, 0)
         ending = np.flatnonzero((computed < prompts) & (lengths >= prompts) & drops.any(1)).tolist()
 
-        step = Step(ended=[self._ended(common, row, drops[row]) for row in ending])
+        step = Step(ended=[self._ended(common, row, int(computed[row]), drops[row]) for row in ending])
         metadata = self._evicted(common, gone, step)
         outputs = [row for row in ending if lengths[row] > prompts[row]]
         if outputs:
@@ -98,11 +102,13 @@ class Evicting:
             drops[row] = self.spec.drops(int(prompts[row]), float(self.batch.retentions[row]))
         return drops
 
-    def _ended(self, common: Any, row: int, drops: Any) -> Ended:
+    def _ended(self, common: Any, row: int, computed: int, drops: Any) -> Ended:
         prompt = int(self.batch.prompts[row])
         blocks = -(-prompt // self.page)
         table = common.block_table_tensor[row, : blocks * self.heads]
-        return Ended(prompt, [int(drop) for drop in drops], table.view(blocks, self.heads).t().long())
+        start = int(common.query_start_loc_cpu[row])
+        tables = table.view(blocks, self.heads).t().long()
+        return Ended(prompt, computed, start, [int(drop) for drop in drops], tables)
 
     def _evicted(self, common: Any, gone: Any, step: Step) -> Any:
         """The builder's own metadata, of sequences without the rows that have gone: `gone` int64 `[R, tables]`."""

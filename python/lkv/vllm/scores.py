@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lkv import policies
 from lkv.hf.capture import ROTATED
-from lkv.hf.token_log import Rotary
 from lkv.policies import Observation, Policy
 from lkv.policies.base import scores_once
 from lkv.policies.lkv import Learned, TokenScorer
@@ -83,8 +82,10 @@ class ByLKV:
             module.to(keys.device)
         parts = []
         for k, v, at in zip(keys.split(CHUNK), values.split(CHUNK), positions.split(CHUNK), strict=True):
-            before = undo(self.rotation, k.transpose(0, 1)[None], at[None])
-            parts.append(self.mlp.raw(layer, torch.cat([before, v.transpose(0, 1)[None]], -1)))
+            features = keys.new_empty(1, k.shape[1], len(k), k.shape[2] + v.shape[2], dtype=torch.float32)
+            undo(self.rotation, k.transpose(0, 1)[None], at[None], out=features[..., : k.shape[2]])
+            features[0, ..., k.shape[2] :] = v.transpose(0, 1)
+            parts.append(self.mlp.raw(layer, features))
         raw = torch.cat(parts, 2)
         return self.mlp.scaled(raw, torch.ones_like(raw, dtype=torch.bool))[0]
 
@@ -140,12 +141,23 @@ def of_heads(scorer: TokenScorer, heads: range) -> TokenScorer:
     return part.eval()
 
 
-def undo(rotation: nn.Module, keys: Tensor, positions: Tensor) -> Tensor:
-    """Keys `[1, H, n, D]` of tokens at `positions` `[1, n]` as they were before RoPE."""
-    rotary = Rotary()
-    cos, sin = rotation(keys, positions)
-    rotary.push(0, cos, sin, None)
-    return rotary.undo(keys)
+def undo(rotation: nn.Module, keys: Tensor, positions: Tensor, out: Tensor) -> None:
+    """Writes keys of tokens at `positions` `[1, n]` as they were before RoPE.
+
+    What `lkv.hf.token_log.Rotary.undo` computes, of all heads at once.
+
+    Args:
+        keys: `[1, H, n, D]`. out: float32 `[1, H, n, D]`.
+    """
+    cos, sin = (t[:, None].float() for t in rotation(keys, positions))  # [1, 1, n, R]
+    size = cos * cos + sin * sin
+    half = cos.shape[-1] // 2
+    (c, d), (s, t) = (part.div_(size).split(half, -1) for part in (cos, sin))
+    first, second, rest = out[..., :half], out[..., half : 2 * half], slice(2 * half, None)
+    x, y = keys[..., :half].float(), keys[..., half : 2 * half].float()
+    torch.addcmul(x * c, y, s, out=first)
+    torch.addcmul(y * d, x, t, value=-1, out=second)
+    out[..., rest] = keys[..., rest]
 
 
 def rotation_of(config: PretrainedConfig) -> nn.Module:
