@@ -8,24 +8,34 @@ from typing import Any
 import pytest
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+import prometheus_client  # noqa: E402
 from compared import check, prompts  # noqa: E402
 from engine import BLOCK, SETTINGS, engine, free_blocks, greedy  # noqa: E402
+
+from lkv.vllm.settings import dropped  # noqa: E402
 
 LENGTHS = (40, 64, 65, 97, 128, 200, 256)
 DESIGNS = {
     "layers": {"counts": "layer", "shares": [[0.5], [1.5], [0.5], [1.5]]},
     "uneven_layers": {"counts": "layer", "shares": [[0.5], [1.5], [1.5], [1.5]]},
+    "a_whole_layer": {"counts": "layer", "shares": [[2.0], [0.5], [0.5], [0.5]]},
     "heads": {"counts": "head", "shares": [[0.5, 1.0, 1.5, 2.0]] * 4},
     "layers_and_heads": {"counts": "head", "shares": [[0.5, 1.0, 1.5, 2.0], [0.25, 0.25, 1.0, 0.5]] * 2},
 }
+
+
+def evicted_prompts() -> float:
+    return prometheus_client.REGISTRY.get_sample_value("lkv:evicted_prompts_total") or 0.0
 
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_tokens_and_logprobs(folder: Path, dense: Any, design: str) -> None:
     settings = {**SETTINGS, **DESIGNS[design]}
     with engine(folder, settings, enable_prefix_caching=False, max_num_batched_tokens=160, blocks=1000) as llm:
-        free = free_blocks(llm)
+        free, before = free_blocks(llm), evicted_prompts()
         check(llm, dense, prompts(*LENGTHS), settings, greedy(10))
+        least = 0.5 * min(min(row) for row in settings["shares"])
+        assert evicted_prompts() - before == sum(n >= 48 and dropped(n, least, BLOCK) > 0 for n in LENGTHS)
         for seed, length in enumerate((30, 65, 190)):  # alone in the batch
             check(llm, dense, prompts(length, seed=seed), settings, greedy(6))
         check(llm, dense, prompts(190), settings, greedy(6, extra_args={"lkv": {"retention": 0.3}}), retention=0.3)

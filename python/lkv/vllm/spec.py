@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -14,6 +15,8 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from lkv.vllm import metrics
 from lkv.vllm.settings import OFF, Settings, dropped
+
+_COUNTED: WeakSet[Any] = WeakSet()  # requests that have given back blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,9 @@ class EvictedManager(FullAttentionManager):
             return
         freed = self._free_dropped(request_id, self.drops(request))
         metrics.BLOCKS.inc(freed)
-        metrics.PROMPTS.inc(freed > 0 and self.kv_cache_group_id == 0)
+        if freed > 0 and request not in _COUNTED:  # by another group of layers, or before it was preempted
+            _COUNTED.add(request)
+            metrics.PROMPTS.inc()
 
     def _free_dropped(self, request_id: str, drops: list[int]) -> int:
         """Blocks that were freed, none where it has been done."""
