@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import lkv
+from lkv import policies
 from lkv.policies import KeyDiff, KNorm, Observation, StreamingLLM
+from lkv.policies.base import scores_once
 from lkv.policies.lkv import LKV, LKVThreshold
 from lkv.policies.lkv.checkpoint import Design, Shape, save
 from lkv.vllm import scores
@@ -128,6 +130,21 @@ def test_an_engine_of_half_precision_has_scores_in_float32(ids: Tensor, tmp_path
         k, v = k.bfloat16(), v.bfloat16()
         got = engine.score(layer, k, v, torch.arange(TOKENS))
         assert got.dtype == torch.float32 and torch.equal(got, expected.score(layer, k, v, torch.arange(TOKENS)))
+
+
+def alone(name: str) -> bool:
+    policy = policies.get(name)
+    return not policy.needs and policy.scope == "layer" and scores_once(policy)
+
+
+@pytest.mark.parametrize("name", filter(alone, policies.names()))
+def test_a_head_is_scored_by_its_own_rows(name: str, ids: Tensor) -> None:
+    """A rank that has some of the heads gives them the scores that they have beside the others."""
+    model = build("llama")
+    (k, v), at = rows(model, ids)[0], torch.arange(TOKENS)
+    wanted = scores.scorer(name, model.config).score(0, k, v, at)
+    got = scores.scorer(name, model.config, heads=range(1, 2)).score(0, k[:, 1:], v[:, 1:], at)
+    torch.testing.assert_close(got, wanted[1:])
 
 
 def test_positions_are_those_of_the_keys(ids: Tensor, tmp_path: Path) -> None:

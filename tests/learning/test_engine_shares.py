@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lkv.policies.lkv import HeadBudget, Learned, TokenScorer, learned
-from lkv.vllm.shares import STEP, multiples
+from lkv.vllm.settings import Settings
+from lkv.vllm.shares import STEP, multiples, of_model
 
 LAYERS, HEADS = 12, 3
 
@@ -70,3 +71,16 @@ def test_what_has_no_shares_is_refused(counts: str) -> None:
         multiples(make("threshold"), 0.15, counts, LAYERS, HEADS)
     with pytest.raises(ValueError, match=r"expected shares of a model of \[5, 3\], got \[12, 3\]"):
         multiples(make(), 0.15, counts, 5, HEADS)
+
+
+def test_ranks_have_the_same_shares() -> None:
+    heads = Settings("knorm", 0.5, "head", shares=((0.5, 1.5, 0.5, 1.5), (1.0, 1.0, 1.0, 1.0)))
+    assert of_model(heads, None, 2, 4) == list(heads.shares or ())
+    assert of_model(heads, None, 2, 4, ranks=2) == [(0.5, 1.5), (1.0, 1.0)]
+    with pytest.raises(
+        ValueError, match=r"on each of 4 ranks, got \[0.5, 1.5, 0.5, 1.5\] in a layer: set counts"
+    ):
+        of_model(heads, None, 2, 4, ranks=4)
+    layers = Settings("knorm", 0.5, "layer", shares=((0.5,), (1.5,)))
+    assert of_model(layers, None, 2, 4, ranks=4) == [(0.5,), (1.5,)]
+    assert of_model(Settings("knorm", 0.5), None, 2, 4, ranks=2) == [(1.0,)] * 2

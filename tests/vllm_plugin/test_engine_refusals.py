@@ -18,6 +18,7 @@ from lkv.vllm import refusals, requests  # noqa: E402
 from lkv.vllm.settings import Settings, from_environment  # noqa: E402
 
 HEADS = {"counts": "head", "shares": [[1.0, 1.0]]}
+OF_RANKS = {"counts": "head", "shares": [[1.0, 1.5, 1.0, 0.5]] * 4}
 LAYERS = {"counts": "layer", "shares": [[1.0]] * 3}
 
 
@@ -35,7 +36,7 @@ def configured(folder: Path, settings: Any, **options: Any) -> Any:
     [
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, {}, "remove --speculative-config"),
         ({"kv_cache_dtype": "fp8"}, {}, "remove --kv-cache-dtype"),
-        ({"tensor_parallel_size": 2}, {}, "remove --tensor-parallel-size"),
+        ({"tensor_parallel_size": 2}, OF_RANKS, "expected shares of heads that are the same on each of 2 ranks, got"),
         ({"disable_hybrid_kv_cache_manager": True}, {}, "remove --disable-hybrid-kv-cache-manager"),
         ({"enable_prefix_caching": True}, {"counts": "head"}, "add --no-enable-prefix-caching"),
         ({}, HEADS, "expected shares of 4 layers, 4 for each with counts 'head', got [2]"),
@@ -77,7 +78,7 @@ CONFIG = {
     "model_config": {
         "use_mla": False, "is_mm_prefix_lm": False, "is_encoder_decoder": False, "is_hybrid": False,
         "has_inner_state": False, "is_multimodal_model": False, "runner_type": "generate",
-        "enable_prompt_embeds": False,
+        "enable_prompt_embeds": False, "get_total_num_kv_heads": lambda: 4,
     },
     "cache_config": {"cache_dtype": "auto", "kv_sharing_fast_prefill": False, "enable_prefix_caching": False},
     "parallel_config": {
@@ -99,6 +100,7 @@ OTHERS = {
     "parallel_config.decode_context_parallel_size": 2,
     "parallel_config.prefill_context_parallel_size": 2,
     "parallel_config.pipeline_parallel_size": 2,
+    "parallel_config.tensor_parallel_size": 8,
     "parallel_config.data_parallel_size": 2,
     "parallel_config.use_ubatching": True,
     "speculative_config": {"method": "eagle"},

@@ -51,7 +51,7 @@ def engine(vllm_config: Any) -> None:
             f"lkv.vllm: expected policy to be of those of `lkv policies` or the folder of a checkpoint of LKV, got "
             f"{settings.policy!r}"
         ) from None
-    layers = model.hf_text_config.num_hidden_layers
-    of_model(settings, model.hf_text_config, layers, model.get_total_num_kv_heads())
+    layers, ranks = model.hf_text_config.num_hidden_layers, vllm_config.parallel_config.tensor_parallel_size
+    of_model(settings, model.hf_text_config, layers, model.get_total_num_kv_heads(), ranks)
     if requests.NAME not in (model.logits_processors or ()):
         model.logits_processors = [*(model.logits_processors or ()), requests.NAME]

@@ -1,4 +1,7 @@
-"""The layers of a model that are evicted: the spec of each one, the rows it keeps, and its scores."""
+"""The layers of a model that are evicted: the spec of each one, the rows it keeps, and its scores.
+
+Under tensor parallelism a rank has some heads of every layer; a head's scores are of its own rows alone.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
@@ -22,21 +26,21 @@ FULL_SPEC = FullAttentionSpec
 class Plan:
     """What one attention layer needs to be evicted. It knows its place in the model once the weights are loaded."""
 
-    def __init__(self, settings: Settings, vllm_config: Any, backend: Any) -> None:
+    def __init__(self, settings: Settings, vllm_config: Any, backend: Any, heads: int) -> None:
         self.settings, self.vllm_config, self.backend = settings, vllm_config, backend
         self.index = -1
-        self.scorer = scorer(settings.policy, vllm_config.model_config)
+        first = get_tensor_model_parallel_rank() * heads
+        self.scorer = scorer(settings.policy, vllm_config.model_config, range(first, first + heads))
         self.sink = self.scorer.sink if settings.sink is None else settings.sink
         self.window = self.scorer.window if settings.window is None else settings.window
 
     def loaded(self, attention: Any) -> None:
         """Gives the layer of this attention the backend that makes its spec."""
         layers: dict[str, Any] = self.vllm_config.compilation_config.static_forward_context
-        heads = attention.num_kv_heads
         for name, layer in layers.items():
             if getattr(layer, "impl", None) is attention:
                 self.index = extract_layer_index(name)
-                layer.attn_backend = of_shares(self.backend, self.settings, self._shares(heads))
+                layer.attn_backend = of_shares(self.backend, self.settings, self._shares())
 
     def scores(self, attention: Any, keys: Tensor, values: Tensor) -> Tensor:
         """float32 `[1, H, T]`, of keys and values `[H, T, D]`."""
@@ -44,10 +48,11 @@ class Plan:
         found: Tensor = self.scorer.score(self.index, keys.transpose(0, 1), values.transpose(0, 1), positions)
         return found[None]
 
-    def _shares(self, heads: int) -> tuple[float, ...]:
-        """Of this layer: one number, or one per head."""
-        config = self.vllm_config.model_config.hf_text_config
-        return of_model(self.settings, config, config.num_hidden_layers, heads)[self.index]
+    def _shares(self) -> tuple[float, ...]:
+        """Of this layer: one number, or one per head of this rank."""
+        model, ranks = self.vllm_config.model_config, self.vllm_config.parallel_config.tensor_parallel_size
+        config, heads = model.hf_text_config, model.get_total_num_kv_heads()
+        return of_model(self.settings, config, config.num_hidden_layers, heads, ranks)[self.index]
 
 
 class Layers:
@@ -63,7 +68,7 @@ class Layers:
         if settings is None or attention.attn_type != "decoder" or attention.sliding_window not in (None, -1, (-1, -1)):
             return None
         check_layer(attention)
-        return Plan(settings, vllm_config, cls)
+        return Plan(settings, vllm_config, cls, attention.num_kv_heads)
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:

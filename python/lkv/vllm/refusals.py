@@ -17,7 +17,7 @@ def check(vllm_config: Any, settings: Settings) -> None:
 
     version = ".".join(__version__.split(".")[:2])
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    scheduler = vllm_config.scheduler_config
+    scheduler, heads = vllm_config.scheduler_config, model.get_total_num_kv_heads()
     refused = {
         f"runs on vLLM {', '.join(TESTED)}, not {__version__}: install that, or set {ANY_VERSION}=1 to try it": (
             version not in TESTED and os.environ.get(ANY_VERSION) != "1"
@@ -31,7 +31,9 @@ def check(vllm_config: Any, settings: Settings) -> None:
         ),
         "does not evict under pipeline parallelism: remove --pipeline-parallel-size": parallel.pipeline_parallel_size
         > 1,
-        "does not evict under tensor parallelism: remove --tensor-parallel-size": parallel.tensor_parallel_size > 1,
+        f"does not evict KV heads that several ranks hold: set --tensor-parallel-size to at most {heads}": (
+            parallel.tensor_parallel_size > heads
+        ),
         "does not evict under data parallelism: start an engine for each replica": parallel.data_parallel_size > 1,
         "does not evict a quantised KV cache: remove --kv-cache-dtype": (
             cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32")

@@ -18,15 +18,38 @@ from lkv.vllm.settings import Settings
 STEP = 64  # multiples of the retention are whole numbers of 1 / STEP: a few bytes of a spec that is compared
 
 
-def of_model(settings: Settings, config: Any, layers: int, heads: int) -> list[tuple[float, ...]]:
-    """The shares of the settings, or of the checkpoint that is their policy; see `multiples`.
+def of_model(settings: Settings, config: Any, layers: int, heads: int, ranks: int = 1) -> list[tuple[float, ...]]:
+    """The shares of the settings, or of the checkpoint that is their policy, for the heads of one rank.
+
+    A block of a request has the same number on every rank, and holds rows of another head there: heads that share the
+    number of a block keep the same.
 
     Args:
-        config: of the model, of transformers. layers, heads: layers and KV heads that it has.
+        config: of the model, of transformers. layers, heads: layers and KV heads that it has. ranks: that the heads of
+            every layer are shared out among.
+
+    Returns:
+        As `multiples`, of `heads / ranks` heads.
 
     Raises:
-        ValueError: for shares of another shape than the model's, and as `multiples` does.
+        ValueError: for shares of another shape than the model's, shares that differ between ranks, and as `multiples`
+            does.
     """
+    rows = _of_heads(settings, config, layers, heads)
+    if ranks == 1 or settings.counts != "head":
+        return rows
+    local = heads // ranks
+    for row in rows:
+        parts = [row[i : i + local] for i in range(0, heads, local)]
+        if any(part != parts[0] for part in parts):
+            raise ValueError(
+                f"lkv.vllm: expected shares of heads that are the same on each of {ranks} ranks, got {list(row)} in a "
+                "layer: set counts to 'equal' or 'layer', or remove --tensor-parallel-size"
+            )
+    return [row[:local] for row in rows]
+
+
+def _of_heads(settings: Settings, config: Any, layers: int, heads: int) -> list[tuple[float, ...]]:
     if settings.shares is None:
         learned, model = None, cast(PreTrainedModel, SimpleNamespace(config=config, device="cpu"))
         if settings.counts != "equal" and settings.policy not in policies.names():
