@@ -148,12 +148,13 @@ def measure(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
         engine.serve(texts[:2], 2)
     times = evictions()
     found: dict[str, Any] = {"serving": {name: [] for name in served}, "decoding": {name: [] for name in engines}}
-    found["eviction"] = []
+    found["eviction"], found["prefill"] = [], []
     for index in range(arguments.rounds):
         order = list(served)[index % len(served) :] + list(served)[: index % len(served)]
         for name in order:
             engine, own = served[name]
             found["serving"][name].append(engines[engine].serve(texts, arguments.tokens, own))
+        found["prefill"].append(engines["stock"].serve(texts, 1)["seconds"])
         for name in list(engines)[:: 1 if index % 2 else -1]:
             found["decoding"][name].append(engines[name].decode(texts[: arguments.dense], arguments.steps))
         for text in texts[:3]:
@@ -177,6 +178,10 @@ def table(found: dict[str, Any]) -> str:
     lines += ["", "| decoding step | ms | to stock |", "|---|---|---|"]
     for name, times in found["decoding"].items():
         lines.append(f"| {name} | {1e3 * statistics.median(times):.1f} | {ratios(found['decoding'], name):.2f} |")
+    bounds = [
+        run["seconds"] / prefill for run, prefill in zip(found["serving"]["stock"], found["prefill"], strict=True)
+    ]
+    lines += ["", f"Reading the prompts alone would be {statistics.median(bounds):.2f} times as fast as stock vLLM."]
     lines += ["", f"Eviction takes {statistics.median(found['eviction']):.1%} of the time of the prefill."]
     return "\n".join(lines)
 

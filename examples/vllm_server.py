@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -68,6 +69,7 @@ command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"
 command += ["--additional-config", json.dumps(settings), *options]
 with tempfile.TemporaryDirectory() as folder:
     # The engine has a process of its own: its counters reach /metrics through files.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server ends with this program
     server = subprocess.Popen(command, env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": folder})
     try:
         wait_for(server)
@@ -77,4 +79,7 @@ with tempfile.TemporaryDirectory() as folder:
             print(f"{name} {value:g}")
     finally:
         server.terminate()
-        server.wait()
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
