@@ -77,9 +77,7 @@ def test_ranks_have_the_same_shares() -> None:
     heads = Settings("knorm", 0.5, "head", shares=((0.5, 1.5, 0.5, 1.5), (1.0, 1.0, 1.0, 1.0)))
     assert of_model(heads, None, 2, 4) == list(heads.shares or ())
     assert of_model(heads, None, 2, 4, ranks=2) == [(0.5, 1.5), (1.0, 1.0)]
-    with pytest.raises(
-        ValueError, match=r"on each of 4 ranks, got \[0.5, 1.5, 0.5, 1.5\] in a layer: set counts"
-    ):
+    with pytest.raises(ValueError, match=r"on each of 4 ranks, got \[0.5, 1.5, 0.5, 1.5\] in a layer: set counts"):
         of_model(heads, None, 2, 4, ranks=4)
     layers = Settings("knorm", 0.5, "layer", shares=((0.5,), (1.5,)))
     assert of_model(layers, None, 2, 4, ranks=4) == [(0.5,), (1.5,)]
