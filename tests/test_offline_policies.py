@@ -11,7 +11,8 @@ import torch
 from observations import observe
 from safetensors.torch import save_file
 
-from lkv.policies import LUKV, ExpectedAttention, KVzap, Protect, QueryStatistics, SnapKV
+from lkv.policies import LUKV, ExpectedAttention, FastKVzip, KVzap, Protect, QueryStatistics, SnapKV
+from lkv.policies.fastkvzip import FastGate
 from lkv.policies.kvzap import Gate
 from lkv.policies.lukv import Curves, _convex
 
@@ -54,6 +55,9 @@ def test_a_row_is_worth_what_the_gate_says_of_its_token() -> None:
     hidden = torch.randn(2, 20, 5)
     places = torch.randint(0, 20, o.positions.shape).sort(-1).values
     got = KVzap(gate).score(0, replace(o, hidden_states=hidden, positions=places))
+    fast = fast_gate(heads=heads, hidden=5)
+    of_fast = FastKVzip(fast).score(0, replace(o, hidden_states=hidden, positions=places))
+    assert torch.equal(of_fast, fast(0, hidden).gather(2, places))
     for b in range(2):
         for h in range(heads):
             (weight, bias) = gate.layers[0][0]
@@ -61,6 +65,82 @@ def test_a_row_is_worth_what_the_gate_says_of_its_token() -> None:
             torch.testing.assert_close(got[b, h], expected)
     with pytest.raises(ValueError, match=f"expected a gate for {heads} KV heads, got one for 1"):
         KVzap(Gate((((torch.randn(1, 5), torch.randn(1)),),))).score(0, replace(o, hidden_states=hidden))
+    with pytest.raises(ValueError, match=f"lkv.FastKVzip: expected a gate for {heads} KV heads, got one for 1"):
+        FastKVzip(fast_gate(heads=1, hidden=5)).score(0, replace(o, hidden_states=hidden))
+
+
+def fast_gate(layers: int = 1, heads: int = 2, groups: int = 3, hidden: int = 6, sinks: int = 5) -> FastGate:
+    generator = torch.Generator().manual_seed(layers + heads)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return FastGate(
+        tuple(
+            {
+                "q_proj.weight": drawn(heads * groups * 4, hidden),
+                "q_proj.bias": drawn(heads * groups * 4),
+                "k_proj.weight": drawn(heads * 4, hidden),
+                "q_norm.weight": drawn(4),
+                "k_norm.weight": drawn(4),
+                "k_base": drawn(heads, 1, sinks, 4),
+                "b": drawn(heads, 1, groups),
+            }
+            for _ in range(layers)
+        )
+    )
+
+
+def test_a_fast_gate_is_a_share_of_a_softmax_with_sinks() -> None:
+    """One token, one head and one query at a time."""
+    gate, hidden = fast_gate(layers=2), torch.randn(2, 7, 6)
+
+    def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x / (x.pow(2).mean() + 1e-6).sqrt() * weight
+
+    for n, layer in enumerate(gate.layers):
+        got = gate(n, hidden)
+        for b, i, h in np.ndindex(2, 7, 2):
+            x, shares = hidden[b, i], []
+            key = normed(layer["k_proj.weight"][4 * h : 4 * h + 4] @ x, layer["k_norm.weight"])
+            for g in range(3):
+                at = slice(4 * (3 * h + g), 4 * (3 * h + g) + 4)
+                query = normed(layer["q_proj.weight"][at] @ x + layer["q_proj.bias"][at], layer["q_norm.weight"])
+                own = query @ key / 2 + layer["b"][h, 0, g]
+                shares.append(torch.cat([own[None], layer["k_base"][h, 0] @ query / 2]).softmax(0)[0])
+            torch.testing.assert_close(got[b, h, i], sum(shares) / 3)
+
+
+def test_a_fast_gate_is_read_from_the_published_layout(tmp_path) -> None:
+    """Also with numbers of numpy beside the tensors; nothing else of a file is run."""
+    gate, hidden = fast_gate(layers=3), torch.randn(1, 4, 6)
+    halves = [{name: tensor.bfloat16() for name, tensor in layer.items()} for layer in gate.layers]
+    torch.save({"module": halves, "losses": np.array([0.5, 0.25])}, tmp_path / "gate.pt")
+    read = FastGate.load(tmp_path / "gate.pt")
+    assert len(read.layers) == 3
+    expected = FastGate(tuple({name: tensor.float() for name, tensor in layer.items()} for layer in halves))
+    assert torch.equal(read(2, hidden), expected(2, hidden))
+    with pytest.raises(ValueError, match="expected a gate of more than 3 layers, got one of 3"):
+        gate(3, hidden)
+    with pytest.raises(ValueError, match="expected hidden states of a width of 6, got 7"):
+        gate(0, torch.randn(1, 3, 7))
+    (tmp_path / "text.pt").write_text("gate")
+    for name, wrong in {"list": [1], "nothing": {}, "numbers": {"module": [1]}, "code": {"module": slice}}.items():
+        torch.save(wrong, tmp_path / f"{name}.pt")
+    for name in ("text", "list", "nothing", "numbers", "code"):
+        with pytest.raises(ValueError, match="lkv.FastKVzip: expected a file of torch.save"):
+            FastGate.load(tmp_path / f"{name}.pt")
+
+
+def test_a_fast_gate_of_another_layout_is_refused() -> None:
+    (layer,) = fast_gate().layers
+    for name, tensor in layer.items():
+        with pytest.raises(ValueError, match="expected the published layout of a gate, got .* in layer 0"):
+            FastGate((layer | {name: tensor[..., None].expand(*tensor.shape, 2)},))
+        with pytest.raises(ValueError, match="expected the published layout of a gate, got tensors"):
+            FastGate(({other: x for other, x in layer.items() if other != name},))
+    with pytest.raises(ValueError, match="expected a gate of a layer or more, got none"):
+        FastGate(())
 
 
 def hull(costs: list[float]) -> list[float]:

@@ -20,6 +20,7 @@ from lkv.policies import (
     AdaKV,
     CAKEScore,
     ExpectedAttention,
+    FastKVzip,
     KVzap,
     Policy,
     Protect,
@@ -29,6 +30,7 @@ from lkv.policies import (
     SqueezeAttention,
 )
 from lkv.policies.base import Scorer
+from lkv.policies.fastkvzip import FastGate
 from lkv.policies.kvzap import Gate
 from lkv.policies.lukv import Curves
 
@@ -41,6 +43,17 @@ def gate() -> Gate:
     return Gate(tuple(tuple(tuple(torch.randn(shape) for shape in pair) for pair in shapes) for _ in range(3)))
 
 
+def fast_gate(heads: int = 4) -> FastGate:
+    """Two queries for each head, of 4 numbers, and 3 keys of no token."""
+    torch.manual_seed(4)
+    shapes = {"q_proj.weight": (32, 32), "q_proj.bias": (32,), "k_proj.weight": (16, 32), "k_base": (4, 1, 3, 4)}
+    shapes |= {"q_norm.weight": (4,), "k_norm.weight": (4,), "b": (4, 1, 2)}
+    layers = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(3)]
+    return FastGate(
+        tuple({n: x if "norm" in n else x[: heads * len(x) // 4] for n, x in layer.items()} for layer in layers)
+    )
+
+
 def curves() -> Curves:
     powers = torch.tensor([[0.5, 1, 2, 1], [2, 0.7, 1, 1], [1, 1.5, 0.6, 1]]).double()
     return Curves(torch.linspace(0.01, 0.99, 99).double()[:, None, None] ** powers)
@@ -51,6 +64,8 @@ def for_heads(policy: Policy, heads: int) -> Policy:
     if isinstance(policy, KVzap):
         maps = ((*first, tuple(part[:heads] for part in last)) for *first, last in policy.gate.layers)
         policy = replace(policy, gate=Gate(tuple(maps)))
+    if isinstance(policy, FastKVzip):
+        policy = replace(policy, gate=fast_gate(heads))
     if isinstance(policy, LUKV):
         policy = replace(policy, curves=Curves(policy.curves.lost[:, :, :heads]))
     inner = getattr(policy, "scorer", None)
@@ -65,13 +80,14 @@ GRID = {
     "across layers of caote": AcrossLayers(policies.CAOTE()),
     "cake of adakv": policies.CAKE(AdaKV(CAKEScore())),
     "kvzap across layers": AcrossLayers(KVzap(gate())),
+    "fastkvzip across layers": AcrossLayers(FastKVzip(fast_gate())),
     "lukv": LUKV(SnapKV(), curves()),
     "statistics of other texts": ExpectedAttention(
         statistics=QueryStatistics(torch.ones(3, 4, 8), torch.eye(8).expand(3, 4, 8, 8))
     ),
     "lava of protection": policies.LAVa(AdaKV(policies.LAVaScore(Protect(policies.SnapKV(), sink=2)))),
 }
-FITTED = ("kvzap across layers", "lukv", "statistics of other texts")  # made for a model
+FITTED = ("kvzap across layers", "fastkvzip across layers", "lukv", "statistics of other texts")  # made for a model
 LENGTH = 50
 
 

@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 import torch
 from families import tokens
-from test_every_policy import curves, for_heads, gate, kept, model
+from test_every_policy import curves, fast_gate, for_heads, gate, kept, model
 from transformers import PreTrainedModel
 
 import lkv
@@ -30,6 +30,7 @@ from lkv.policies import (
     DefensiveScore,
     DuoAttention,
     ExpectedAttention,
+    FastKVzip,
     HeadKV,
     KeyDiff,
     KNorm,
@@ -49,6 +50,7 @@ from lkv.policies import (
     SqueezeAttention,
     StreamingLLM,
 )
+from lkv.policies.fastkvzip import FastGate
 from lkv.policies.kvzap import Gate
 from lkv.policies.lukv import Curves
 
@@ -58,6 +60,7 @@ SNAP = SnapKV(window=4, sink=1)
 STATISTICS = QueryStatistics(torch.linspace(-1, 1, 96).view(3, 4, 8), torch.eye(8).expand(3, 4, 8, 8))
 GATE = for_heads(KVzap(gate()), 2).gate
 OTHER_GATE = Gate(GATE.layers[::-1])
+FAST_GATE = fast_gate(2)
 ENDS = dict(sink=3, window=6)
 # A policy with settings that fit a short text, and for every setting another value.
 SETTINGS: dict[str, tuple[Policy, dict[str, object]]] = {
@@ -70,6 +73,9 @@ SETTINGS: dict[str, tuple[Policy, dict[str, object]]] = {
     "AcrossLayers": (AcrossLayers(SNAP), dict(scorer=TOVA())),
     "RKV": (RKV(window=4, mix=0.9), dict(kernel_size=1, mix=0.1, threshold=-1.0, **ENDS)),
     "KVzap": (KVzap(GATE, window=2), dict(gate=OTHER_GATE, **ENDS)),
+    "FastKVzip": (
+        FastKVzip(FAST_GATE, window=2), dict(gate=FastGate(FAST_GATE.layers[::-1]), **ENDS)
+    ),
     "LUKV": (for_heads(LUKV(SNAP, curves()), 2), dict(scorer=TOVA(), curves=Curves(curves().lost[:, :, 2:]))),
     "KVzip": (KVzip(sink=2), dict(sink=6, across="heads", repetition=Repetition(chunk=16))),
     "LAVa": (LAVa(AdaKV(LAVaScore(replace(SNAP, sink=0)), alpha=0.2)), dict(scorer=AdaKV(SNAP), code=True)),

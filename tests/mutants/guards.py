@@ -86,6 +86,7 @@ GUARDS: dict[str, list[str]] = {
             "across": ["hf/test_cascade"],
             "cake": ["hf/test_cascade"],
             "expected_attention": ["test_offline_policies", "hf/test_offline"],
+            "fastkvzip": ["test_offline_policies"],
             "h2o": ["hf/test_decoding_policies"],
             "kvzap": ["test_offline_policies"],
             "lava": ["hf/test_cascade"],

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
 kvpress = pytest.importorskip("kvpress", reason="kvpress is not installed: make test-kvpress")
+from kvpress.presses.fastkvzip_press import FastKVzipGate  # noqa: E402
 from tiny_models import MODELS, build  # noqa: E402
 from transformers import DynamicCache, PreTrainedModel  # noqa: E402
 
@@ -19,11 +21,13 @@ from lkv.hf.observation import observe  # noqa: E402
 from lkv.policies import (  # noqa: E402
     H2O,
     TOVA,
+    AcrossLayers,
     AdaKV,
     Compactor,
     CriticalKV,
     DuoAttention,
     ExpectedAttention,
+    FastKVzip,
     KeyDiff,
     KNorm,
     LagKV,
@@ -32,6 +36,7 @@ from lkv.policies import (  # noqa: E402
     SnapKV,
     StreamingLLM,
 )
+from lkv.policies.fastkvzip import FastGate  # noqa: E402
 
 LENGTH, RETENTIONS = 240, (0.125, 0.25, 0.5)  # binary fractions: of others kvpress rounds down what it keeps
 Kept = list[list[list[set[int]]]]  # of each layer, sequence and head
@@ -175,6 +180,32 @@ def test_duo_attention_keeps_the_same() -> None:
     for layer, expected in zip(ours.ragged, theirs(model, ids, Given(head_compression_ratio=0.5)), strict=True):
         rows, counts = layer.rows.padded(layer.rows.positions).tolist(), layer.rows.lengths.tolist()
         assert [[set(r[:n]) for r, n in zip(*each, strict=True)] for each in zip(rows, counts, strict=True)] == expected
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_gates_of_fast_kvzip_are_theirs(model: str, layerwise: bool, tmp_path: Path) -> None:
+    """Of the published layout, by a file; kvpress reads one text at a time. Its window is 2 % of 240 rows."""
+    made = tiny(model)
+    heads = made.config.num_key_value_heads
+    groups = made.config.num_attention_heads // heads
+    torch.manual_seed(5)
+    gates = [FastKVzipGate(n, made.config.hidden_size, heads, groups, torch.float32) for n in range(3)]
+    for tensor in (tensor for each in gates for tensor in each.parameters()):
+        torch.nn.init.normal_(tensor, mean=float(tensor.dim() == 1), std=0.5)
+    torch.save({"module": [each.state_dict() for each in gates]}, tmp_path / "gate.pt")
+    ours = FastGate.load(tmp_path / "gate.pt")
+    hidden = torch.randn(1, 30, made.config.hidden_size)
+    for n, each in enumerate(gates):
+        torch.testing.assert_close(ours(n, hidden), each(hidden).detach())
+
+    def press(ratio: float) -> object:
+        found = kvpress.FastKVzipPress(compression_ratio=ratio, layerwise=layerwise)
+        found.gates = gates
+        return found
+
+    scorer = FastKVzip(ours, window=4)
+    check(AdaKV(scorer, alpha=0) if layerwise else AcrossLayers(scorer), press, made, texts(1))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from lkv.policies.compactor import Compactor, Leverage
 from lkv.policies.criticalkv import CriticalKV
 from lkv.policies.defensivekv import DefensiveScore
 from lkv.policies.expected_attention import ExpectedAttention, QueryStatistics
+from lkv.policies.fastkvzip import FastKVzip
 from lkv.policies.h2o import H2O
 from lkv.policies.keys import KeyDiff, KNorm
 from lkv.policies.kvzap import KVzap
@@ -67,6 +68,7 @@ __all__ = [
     "DuoAttention",
     "ExpectedAttention",
     "FastCAOTE",
+    "FastKVzip",
     "HeadKV",
     "KNorm",
     "KVzap",

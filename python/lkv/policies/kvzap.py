@@ -97,9 +97,17 @@ class KVzap(Scorer):
 
     def score(self, layer: int, observation: Observation) -> Tensor:
         """float32 `[B, H, L]`."""
-        of_tokens = self.gate(layer, observation.part("hidden_states"))
-        if of_tokens.shape[1] != observation.keys.shape[1]:
-            raise ValueError(
-                f"lkv.KVzap: expected a gate for {observation.keys.shape[1]} KV heads, got one for {of_tokens.shape[1]}"
-            )
-        return of_tokens.gather(2, observation.positions.long().clamp(0, of_tokens.shape[2] - 1))
+        return of_rows("KVzap", self.gate(layer, observation.part("hidden_states")), observation)
+
+
+def of_rows(name: str, of_tokens: Tensor, observation: Observation) -> Tensor:
+    """`[B, H, L]`, of each row the number that its token has in `of_tokens` `[B, H, n]`.
+
+    Raises:
+        ValueError: for numbers of more or fewer heads than there are, naming the policy.
+    """
+    if of_tokens.shape[1] != observation.keys.shape[1]:
+        raise ValueError(
+            f"lkv.{name}: expected a gate for {observation.keys.shape[1]} KV heads, got one for {of_tokens.shape[1]}"
+        )
+    return of_tokens.gather(2, observation.positions.long().clamp(0, of_tokens.shape[2] - 1))
