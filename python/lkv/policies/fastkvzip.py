@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,8 +50,8 @@ class FastGate:
         Raises:
             ValueError: for a file of another layout.
         """
-        rebuilt = np.empty(0).__reduce__()[0]  # numbers beside the tensors are numpy's
-        known = [np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
+        rebuilt: Any = np.empty(0).__reduce__()[0]  # numbers beside the tensors are numpy's
+        known: list[Any] = [np.ndarray, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
         known += [(rebuilt, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
         try:
             with torch.serialization.safe_globals(known):
