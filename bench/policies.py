@@ -3,6 +3,7 @@
 python bench/policies.py                         both, into bench/results/policies-<device>.json, and as a table
 python bench/policies.py --work layer            one of them; what the file has of the other stays
 python bench/policies.py --policies h2o tova     some policies, as well
+python bench/policies.py --what peak             memory alone, which load does not change; times stay
 python bench/policies.py --page docs/policies.md also puts the table between its two markers there
 
 Counted is all that a policy makes of what was observed, until its rows are chosen: scores, budgets, and what it reads
@@ -125,6 +126,7 @@ def one_head(seen: Observation) -> Observation:
 
 
 WORK = {"model": of_the_model, "layer": of_the_layer}
+WHAT = ("times", "peak")
 
 
 def child(work: str, what: str, names: list[str]) -> dict[str, float]:
@@ -196,8 +198,9 @@ def main() -> None:
     parser.add_argument("--work", nargs="+", default=list(WORK), choices=WORK, help="default: %(default)s")
     every = ["prefill", "evict", *policies.POLICIES, "lkv"]
     parser.add_argument("--policies", nargs="*", default=every, choices=every, help="default: all")
+    parser.add_argument("--what", nargs="+", default=list(WHAT), choices=WHAT, help="default: %(default)s")
     parser.add_argument("--page", type=Path, help="file with the two markers")
-    parser.add_argument("--child", choices=("times", "peak"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=WHAT, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -207,7 +210,7 @@ def main() -> None:
         return
     path, facts = HERE / "results" / f"policies-{slug('cpu')}.json", machine("cpu")
     for work in args.work if args.policies else ():
-        for what in ("times", "peak"):
+        for what in args.what:
             more = child(work, what, args.policies)
             found = earlier(path, facts)  # now: another process may have measured the other work
             found[work] = found.get(work, {})
