@@ -64,7 +64,7 @@ def pool_of(kv: lkv_ext.RaggedKV, page: int, *, order: str = "shuffled", gap: in
 ORDERS = ("shuffled", "one after the other", "runs")
 
 
-@pytest.mark.parametrize("page", [1, 16, 64, 256])
+@pytest.mark.parametrize("page", [1, 16, 64, 256, 2048])
 def test_rows_in_pages_are_read_like_rows_in_spans(device: str, page: int) -> None:
     """Every shape, with more rows than one piece of work has; rows with gaps between them, ids of both widths."""
     for i, (batch, heads, group, n, dim, dim_v, longest) in enumerate(SHAPES):
@@ -234,6 +234,7 @@ def test_compiled_and_mapped() -> None:
         (dict(tables=torch.zeros(1, 2, 3, dtype=torch.int32, device="meta")), "tables on cpu, got meta"),
         (dict(k=torch.zeros(64, 16, 12)), "q with rows of D = 12 as in k"),
         (dict(v=torch.zeros(64, 8, 16)), r"v of shape \[P, page, Dv\] with \[P, page\] = \[64, 16\] as in k"),
+        (dict(v=torch.zeros(63, 16, 16)), r"v of shape \[P, page, Dv\] with \[P, page\] = \[64, 16\] as in k"),
         (dict(v=torch.zeros(64, 16)), r"v of shape \[P, page, D\], got \[64, 16\]"),
         (dict(v=torch.zeros(64, 16, 16, dtype=torch.float64)), "v of dtype float32, float16 or bfloat16, got float64"),
         (dict(k=torch.zeros(64, 16, 32)[..., ::2]), "k contiguous after the token axis"),
