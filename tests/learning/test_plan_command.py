@@ -164,7 +164,7 @@ def test_weights_of_a_quantised_model_are_not_guessed(tmp_path: Path, capsys: py
 def test_models_that_are_not_there(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "config.json").write_text('{"model_type": "no such type"}')
     name = str(tmp_path / name) if name.endswith("json") else name
     assert run("--model", name, "--context", 8) == 2
