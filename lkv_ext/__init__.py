@@ -9,7 +9,10 @@ torch is loaded with the first function that needs it: `lkv_ext.numpy` and `lkv_
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
+
+from lkv_ext._common.unbuilt import missing
 
 if TYPE_CHECKING:
     from lkv_ext._torch.attend import attend
@@ -70,12 +73,22 @@ def build_info() -> dict[str, object]:
     the oldest NVIDIA driver that the kernels run on, as "580" (None: no CUDA kernels), torch_built_against and
     torch_abi_target (None: no torch ops).
     """
-    return import_module("lkv_ext._C").build_info()
+    return _kernels().build_info()
+
+
+def _kernels() -> ModuleType:
+    """The module of the NumPy front end."""
+    try:
+        return import_module("lkv_ext._C")
+    except ModuleNotFoundError:
+        raise missing("the module _C", "install lkv-ext again") from None
 
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
         return build_info()["version"]
+    if name == "_C":
+        return _kernels()
     if name not in _HOME:
         raise AttributeError(f"module 'lkv_ext' has no attribute {name!r}")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -100,3 +101,36 @@ def test_the_sdist_has_every_file(tmp_path: Path) -> None:
         names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
     made = {name for name in names if name == "PKG-INFO" or ".egg-info/" in name or name == "setup.cfg"}
     assert names - made == tracked()
+
+
+NOT_BUILT = {
+    "import lkv_ext; lkv_ext.evict": "_torch.so",
+    "import lkv_ext.numpy": "the module _C",
+    "import lkv_ext; lkv_ext.build_info()": "the module _C",
+    "from lkv_ext.__main__ import main; main()": "the module _C",
+}
+NOT_EDITABLE = "import sys; sys.meta_path = [x for x in sys.meta_path if 'editable' not in str(x)]"
+
+
+@pytest.mark.parametrize("code", NOT_BUILT)
+def test_sources_that_are_not_built_say_so(code: str, tmp_path: Path) -> None:
+    """As they are found where Python runs in a clone: before an installed package."""
+    for name in ("setup.py", *(x for x in tracked("lkv_ext") if x.endswith(".py"))):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "LKV_LIBRARY")}
+    command = [sys.executable, "-c", f"{NOT_EDITABLE}; {code}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    begin = (
+        f"ImportError: lkv_ext: expected {NOT_BUILT[code]} in {tmp_path / 'lkv_ext'}, got none: these are the sources"
+    )
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith(begin) and message.endswith(f"pip install --no-build-isolation -e {tmp_path}")
+
+
+def test_a_library_that_is_not_there() -> None:
+    environment = os.environ | {"LKV_LIBRARY": "/nowhere/_torch.so"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import lkv_ext; lkv_ext.evict"], env=environment, capture_output=True, text=True
+    )
+    assert "expected LKV_LIBRARY to be a file, got /nowhere/_torch.so" in done.stderr.splitlines()[-1]

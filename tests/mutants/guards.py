@@ -211,6 +211,7 @@ GUARDS: dict[str, list[str]] = {
     ]
     + _TORCH,
     "lkv_ext/__main__.py": ["learning/test_modules_run"],
+    "lkv_ext/_common/unbuilt.py": ["test_packaging"],
     "lkv_ext/_common/errors.py": ["test_reraise", "test_errors", "test_arguments"],
     "lkv_ext/_common/sizes.py": ["test_sizes", "test_paged", *_NUMPY, *_PARITY],
     "lkv_ext/_common/paging.py": ["test_paged", *_NUMPY],
