@@ -98,7 +98,7 @@ def multiples(
             f"got {counts!r}: train one with lkv train --budget capped"
         )
     with torch.no_grad():
-        shares = learned.budget(retention).double().cpu()  # [N, H]
+        shares = learned.budget(retention).cpu()  # [N, H]
     if shares.shape != (layers, heads):
         raise ValueError(f"lkv.vllm: expected shares of a model of {[layers, heads]}, got {list(shares.shape)}")
     if counts == "layer":
