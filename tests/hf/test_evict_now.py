@@ -332,3 +332,15 @@ def test_evict_refuses(model):
             cache.evict(retention=0.2, budget=3)
         with pytest.raises(ValueError, match=r"lkv.Cache: expected retention in \(0, 1\], got 2"):
             cache.evict(retention=2)
+
+
+def test_steps_are_the_same_where_gradients_are_enabled() -> None:
+    """A model whose weights need none."""
+    model, ids = copy.deepcopy(build("llama")).requires_grad_(False), tokens(1, 30)
+    logits = []
+    for enabled in (False, True):
+        cache = lkv.Cache(model, "knorm", retention=0.5)
+        with torch.set_grad_enabled(enabled):
+            call(model, ids, None, cache)
+            logits.append([call(model, ids[:, i : i + 1], None, cache) for i in range(3)])
+    assert all(map(torch.equal, *logits))
