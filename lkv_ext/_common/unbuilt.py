@@ -13,7 +13,7 @@ def missing(library: str, reason: str) -> ImportError:
     Args:
         reason: why it can be missing, and what to do, where the package was built.
     """
-    if (PACKAGE.parent / "setup.py").exists():
+    if (PACKAGE.parent / "csrc").exists():  # in a clone
         reason = (
             "these are the sources, which Python finds before the package where it runs in their folder: run it "
             f"elsewhere, or build them in place: pip install --no-build-isolation -e {PACKAGE.parent}"
