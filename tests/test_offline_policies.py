@@ -111,6 +111,13 @@ def test_a_fast_gate_is_a_share_of_a_softmax_with_sinks() -> None:
             torch.testing.assert_close(got[b, h, i], sum(shares) / 3)
 
 
+def test_a_fast_gate_keeps_nothing_for_gradients() -> None:
+    """Neither of its own tensors nor of hidden states of a model that could be trained."""
+    gate = fast_gate()
+    trained = FastGate(tuple({name: tensor.requires_grad_() for name, tensor in x.items()} for x in gate.layers))
+    assert not trained(0, torch.randn(1, 4, 6, requires_grad=True)).requires_grad
+
+
 def test_a_fast_gate_is_read_from_the_published_layout(tmp_path) -> None:
     """Also with numbers of numpy beside the tensors; nothing else of a file is run."""
     gate, hidden = fast_gate(layers=3), torch.randn(1, 4, 6)

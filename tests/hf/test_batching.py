@@ -94,10 +94,11 @@ def test_answers_are_those_of_a_dense_model_that_does_not_see_what_left(family, 
 
 @needs_pool
 @torch.no_grad()
-def test_sinks_windows_and_absolute_budgets():
-    model, inputs, policy = build("llama"), prompts(40, 25), policies.StreamingLLM(sink=2)
-    for prompt, answer in zip(inputs, generate(model, inputs, policy, budget=9), strict=True):
-        expected = masked(model, prompt, answer.generated_tokens, policy, 9)
+@pytest.mark.parametrize(("policy", "budget"), [(policies.StreamingLLM(sink=2), 9), (policies.KNorm(), 1)], ids=str)
+def test_sinks_windows_and_absolute_budgets(policy, budget):
+    model, inputs = build("llama"), prompts(40, 25)
+    for prompt, answer in zip(inputs, generate(model, inputs, policy, budget=budget), strict=True):
+        expected = masked(model, prompt, answer.generated_tokens, policy, budget)
         assert answer.generated_tokens == expected.argmax(-1).tolist()
 
 
@@ -218,7 +219,29 @@ def test_what_else_is_refused():
         generate(build("gemma3"), inputs, retention=0.5)
     with pytest.raises(ValueError, match="got sliding_attention"):
         generate(variant("mistral", sliding_window=8), inputs, retention=0.5)
+    with pytest.raises(ValueError, match="layers that all hold keys of their own, got Gemma4"):
+        generate(variant("gemma4", layer_types=["full_attention"] * 4), inputs, retention=0.5)
     assert model.config._attn_implementation == own
+
+
+class Trainable(policies.KNorm):
+    """Scores that depend on a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.scores = torch.nn.Parameter(torch.ones(())), []
+
+    def score(self, layer, observation):
+        self.scores.append(super().score(layer, observation) * self.weight)
+        return self.scores[-1]
+
+
+@needs_pool
+def test_scores_of_a_policy_that_could_be_trained_keep_nothing_for_gradients():
+    policy = Trainable()
+    (answer,) = generate(build("llama"), prompts(30), policy, retention=0.5)
+    assert policy.scores and len(answer.generated_tokens) == 8
+    assert not any(scores.requires_grad for scores in policy.scores)
 
 
 class Failing(policies.KNorm):
