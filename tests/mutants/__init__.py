@@ -11,5 +11,6 @@ killed is a failure.
 C++ and CUDA have lists of changes instead of a sample (native.py): `--area csrc` tries them, and each must be killed.
 
 Results are in build/mutants/results.jsonl; a run goes on where the last one ended, and tries again only mutants whose
-source or tests have changed. Mutants are written into copies of the tree in build/mutants, never into the tree.
+source or tests have changed. `--keep` files them in verdicts.jsonl, from where another machine goes on; `--anew` tries
+what is filed as well. Mutants are written into copies of the tree in build/mutants, never into the tree.
 """

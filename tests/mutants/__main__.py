@@ -29,14 +29,19 @@ def main() -> int:
         print(*chosen, sep="\n")
         return 0
     if options.entries:
-        store = results.Store(ROOT / results.FILE)
+        store = results.Store(ROOT / results.FILE, results.FILED)
         print(*(results.as_entry(x) for x in chosen if store.state(x.key) == results.SURVIVED), sep="\n")
         return 0
+    filed = () if options.anew else (results.FILED,)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that copies and tests are put away
     with _alone(ROOT / "build/mutants"):
-        found = list(judge.judge(ROOT, chosen, options.workers, options.minutes, options.survivors, options.skip_clean))
-        of_lists = list(native.judge(options.minutes)) if native.AREA in (options.area or ()) else []
+        found = list(
+            judge.judge(ROOT, chosen, options.workers, options.minutes, options.survivors, options.skip_clean, filed)
+        )
+        of_lists = list(native.judge(options.minutes, filed)) if native.AREA in (options.area or ()) else []
     print(results.summary([*found, *of_lists]), flush=True)
+    if options.keep:
+        results.keep([*found, *of_lists], options.area or catalog.AREAS)
     missed = any(x.state == results.SURVIVED for x in of_lists)  # each was written because something must notice it
     return 0 if results.share(found) >= results.ENOUGH and not missed else 1
 
@@ -51,9 +56,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="tests at once, of one thread each (default 2)")
     parser.add_argument("--skip-clean", action="store_true", help="do not run the tests without a mutant: they pass")
     parser.add_argument("--survivors", action="store_true", help="only those of the sample that survived last time")
+    parser.add_argument("--anew", action="store_true", help="try what is filed as well")
+    parser.add_argument("--keep", action="store_true", help="file the results, in the place of those of the same areas")
     parser.add_argument("--entries", action="store_true", help="print survivors as entries of equivalent/ and end")
     parser.add_argument("--list", action="store_true", help="print the mutants of the sample and end")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.keep and (options.files or options.survivors):
+        parser.error("--keep: expected whole areas, got --files or --survivors")
+    return options
 
 
 def _choose(options: argparse.Namespace) -> list[catalog.Mutant]:

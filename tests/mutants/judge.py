@@ -24,23 +24,23 @@ def judge(
     minutes: float = float("inf"),
     survivors: bool = False,
     skip_clean: bool = False,
+    filed: Sequence[Path] = (),
 ) -> Iterator[Result]:
-    """A result for every mutant: an earlier one where neither source nor tests have changed since.
+    """A result for every mutant: an earlier or filed one where neither source nor tests have changed since.
 
     `survivors`: only of those that survived last time. `skip_clean`: the tests are known to pass without a mutant.
     """
-    store = results.Store(root / results.FILE)
+    store = results.Store(root / results.FILE, *filed)
     reasons = results.equivalents()
     begun = time.monotonic()
     open_ones: dict[tuple[str, ...], list[tuple[catalog.Mutant, Result]]] = defaultdict(list)
     for mutant in mutants:
         new = _unknown(root, mutant)
-        known = store.known(mutant.key)
         if reason := reasons.get(results.identity(mutant)):
             yield replace(new, state=results.EQUIVALENT, by=reason)
         elif survivors and store.state(mutant.key) != results.SURVIVED:
             continue
-        elif known is not None and known.digest == new.digest:
+        elif known := store.known(new):
             yield known
         else:
             open_ones[guards.tests_of(mutant.file)].append((mutant, new))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ AREA = "csrc"
 class Native:
     name: str
     file: str  # the mutated source, from the root of the tree
-    guards: tuple[Path, ...]  # the folders and files that decide whether it is noticed, beside csrc
+    guards: tuple[Path, ...]  # the folders and files that decide whether it is noticed, beside the source
     caught_by: Callable[[], str | None]
     equivalent: str = ""  # why no test can notice
 
@@ -54,16 +54,17 @@ def emulated() -> Iterator[Native]:
 LISTS: tuple[Callable[[], Iterable[Native]], ...] = (built, emulated)
 
 
-def judge(minutes: float) -> Iterator[Result]:
-    """A result for every mutant of every list, known ones first."""
-    store = results.Store(ROOT / results.FILE)
+def judge(minutes: float, filed: Sequence[Path] = ()) -> Iterator[Result]:
+    """A result for every mutant of every list: an earlier one, also of a filed run, as for those of Python."""
+    store = results.Store(ROOT / results.FILE, *filed)
     begun = time.monotonic()
     for native in (x for each in LISTS for x in each()):
         key = hashlib.sha256(f"{native.file} {native.name}".encode()).hexdigest()[:12]
-        new = Result(key, AREA, results.NOT_RUN, "", f"{native.file}: {native.name}", _digest(native.guards))
+        digest = _digest(ROOT / native.file, *native.guards)
+        new = Result(key, AREA, results.NOT_RUN, "", f"{native.file}: {native.name}", digest)
         if native.equivalent:
             yield replace(new, state=results.EQUIVALENT, by=native.equivalent)
-        elif (known := store.known(key)) is not None and known.digest == new.digest:
+        elif known := store.known(new):
             yield known
         elif time.monotonic() - begun > minutes * 60:
             yield new
@@ -77,9 +78,9 @@ def judge(minutes: float) -> Iterator[Result]:
             yield new
 
 
-def _digest(guards: Iterable[Path]) -> str:
+def _digest(*tops: Path) -> str:
     both = hashlib.sha256()
-    for top in (ROOT / "csrc", *guards):
+    for top in tops:
         for path in sorted(x for x in ((top,) if top.is_file() else top.rglob("*")) if x.is_file()):
             if path.suffix != ".pyc":
                 both.update(path.read_bytes())

@@ -1,11 +1,11 @@
-"""What became of mutants: written as it comes, so that a run goes on where the last one ended, and summed up."""
+"""What became of mutants: written as it comes, so that a run goes on where the last one ended; filed, and summed up."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from . import catalog
 KILLED, TIMED_OUT, SURVIVED, EQUIVALENT, NOT_RUN = "killed", "timed out", "survived", "equivalent", "not run"
 EQUIVALENTS = Path(__file__).parent / "equivalent"
 FILE = "build/mutants/results.jsonl"
+FILED = Path(__file__).parent / "verdicts.jsonl"  # of a whole run: what is judged again is what has changed since
 ENOUGH = 0.95  # of the mutants that are not equivalent
 
 
@@ -34,24 +35,46 @@ class Result:
 
 
 class Store:
-    """Results of earlier runs and of this one. A later line of the file holds."""
+    """Results of earlier runs and of this one, which go into the first of these files. A later result holds."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *filed: Path) -> None:
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self._known = {x.key: x for x in (Result(**json.loads(line)) for line in lines)}
+        self._of_text: dict[tuple[str, str], Result] = {}
+        self._last: dict[str, Result] = {}
+        for file in (*filed, path):
+            for each in read(file):
+                self._take(each)
 
-    def known(self, key: str) -> Result | None:
-        return self._known.get(key)
+    def _take(self, result: Result) -> None:
+        self._of_text[result.key, result.digest] = self._last[result.key] = result
+
+    def known(self, new: Result) -> Result | None:
+        """The result of the same mutant of the same source and tests."""
+        return self._of_text.get((new.key, new.digest))
 
     def state(self, key: str) -> str:
-        return self._known[key].state if key in self._known else NOT_RUN
+        return self._last[key].state if key in self._last else NOT_RUN
 
     def add(self, result: Result) -> None:
-        self._known[result.key] = result
+        self._take(result)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(asdict(result)) + "\n")
+            file.write(_line_of_json(result))
+
+
+def read(path: Path) -> list[Result]:
+    return [Result(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def keep(found: Sequence[Result], areas: Iterable[str], path: Path = FILED) -> None:
+    """Files what was tried of these areas, in the place of what was filed of them."""
+    tried = [x for x in found if x.state in (KILLED, TIMED_OUT, SURVIVED)]
+    others = [x for x in read(path) if x.area not in set(areas)]
+    path.write_text("".join(map(_line_of_json, sorted([*others, *tried], key=lambda x: (x.area, x.mutant, x.key)))))
+
+
+def _line_of_json(result: Result) -> str:
+    return json.dumps(asdict(result)) + "\n"
 
 
 def digest(root: Path, source: str, tests: Iterable[str]) -> str:

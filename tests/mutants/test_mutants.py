@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,9 +182,26 @@ def test_results_are_kept_and_summed_up(tmp_path: Path) -> None:
     ]
     for each in [results.Result("18", "ops", "killed", "", "m18"), *made]:
         results.Store(path).add(each)
-    assert results.Store(path).known("18") == made[18] and results.Store(path).known("19") is None
+    store = results.Store(path)
+    assert store.known(made[18]) == made[18] and store.known(replace(made[18], digest="of other tests")) is None
+    assert store.state("18") == "survived" and store.state("19") == "not run"
     assert results.share(made) == 18 / 19 < results.ENOUGH
     others = [results.Result("e", "hf", "equivalent", "", ""), results.Result("n", "hf", "not run", "", "")]
     assert results.share([*made, *others]) == 18 / 19 and results.share(others) == 1
     table = results.summary([*made, *others])
     assert "survived: m18" in table and "94.7%" in table.splitlines()[-1]
+
+
+def test_results_are_filed_by_area(tmp_path: Path) -> None:
+    """Those of areas that were judged again go; what was not tried is not filed."""
+    filed, local = tmp_path / "verdicts.jsonl", tmp_path / "results.jsonl"
+    old = [results.Result(x, x, "killed", "test", f"mutant of {x}", "old") for x in ("ops", "hf")]
+    results.keep(old, ["ops", "hf"], filed)
+    new = [replace(old[0], state="survived", digest="new"), results.Result("b", "ops", "not run", "", "other", "new")]
+    results.keep(new, ["ops"], filed)
+    assert results.read(filed) == [old[1], new[0]]
+    store = results.Store(local, filed)
+    assert store.known(new[0]) == new[0] and store.known(old[0]) is None and store.known(new[1]) is None
+    results.Store(local).add(old[0])
+    both = results.Store(local, filed)
+    assert both.known(new[0]) == new[0] and both.known(old[0]) == old[0] and both.state("ops") == "killed"

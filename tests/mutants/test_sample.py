@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 ROOT = Path(__file__).resolve().parents[2]
 # A mutant's place in the sample depends on nothing but its own lines: a change to a line brings at most its own in.
-SAMPLE = ("--count", "24", "--seed", "1", "--workers", "1", "--minutes", "2", "--skip-clean")
+SAMPLE = ("--count", "24", "--seed", "1", "--workers", "1", "--minutes", "2", "--skip-clean", "--anew")
 
 
 def test_a_sample_is_noticed() -> None:
