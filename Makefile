@@ -225,8 +225,8 @@ TRY := build/smollm2-try
 smollm2-try:
 	mkdir -p $(TRY)
 	cp docs/real-model.md README.md $(TRY)
-	$(MAKE) smollm2 SMOLLM2_AT=$(TRY) SMOLLM2_TEXTS="--texts 9 --longest 2048 --validation 3" \
-	  SMOLLM2_STEPS="--steps 16 --validate-every 16" SMOLLM2_FIXED_STEPS="--steps 6 --validate-every 6"
+	$(MAKE) smollm2 SMOLLM2_AT=$(TRY) SMOLLM2_TEXTS="--texts 8 --longest 1536 --validation 2" \
+	  SMOLLM2_STEPS="--warm-steps 60 --steps 12 --validate-every 12" SMOLLM2_FIXED_STEPS="--steps 4 --validate-every 4"
 	$(MAKE) smollm2-eval SMOLLM2_AT=$(TRY) SMOLLM2_PASSAGES="1 1 1 1 1" \
 	  SMOLLM2_LKV="--checkpoint $(TRY)/smollm2/best --variants fixed=$(TRY)/smollm2-fixed/best" \
 	  SMOLLM2_PAGES="--into $(TRY)/real-model --page $(TRY)/real-model.md --readme $(TRY)/README.md"

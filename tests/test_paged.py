@@ -291,9 +291,9 @@ def test_a_companion_with_larger_pages_is_left_in_whole_pages() -> None:
     assert index.companion_free_pages[0].tolist() == [[2]]
 
 
-@pytest.mark.parametrize("lead", [0, 8])
+@pytest.mark.parametrize("lead", [0, 1])
 def test_many_rows_in_any_order(lead: int) -> None:
-    """Enough to be written past the cache; and beside the lines of memory, where they may not."""
+    """Enough to be written past the cache; and beside the lines and vectors of memory, where they may not."""
     pages, page, dim, scores = 800, 64, 128, scores_of("normal", [1, 1, 800 * 64], 3)
     memory = rows_of([pages * page * dim + 32], torch.float32, 5)
     start = (-memory.data_ptr() // 4 + lead) % 16
