@@ -1,7 +1,8 @@
-"""Calls from several Python threads at once, with different data, on one library."""
+"""Calls of several threads each, also from several Python threads at once, with different data, on one library."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,6 +10,15 @@ import torch
 from cases import bits, check, check_index, expected, payload_of, rows_of, scores_of, storage_bytes, twins
 
 import lkv_ext
+
+
+@pytest.fixture(autouse=True)
+def threads_of_a_call() -> Iterator[None]:
+    """Several, also where the environment says one and on a machine with few cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
 
 
 def job(device: str, seed: int) -> tuple[list[torch.Tensor], torch.Tensor, list[int], dict]:
@@ -51,17 +61,13 @@ def test_rows_wait_for_their_positions(device: str) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_columns_of_rows_that_move_in_place(threads: int, heads: int) -> None:
     """Threads share the rows of a head by their columns, which no number of threads may divide evenly."""
-    before = torch.get_num_threads()
     scores, budgets = scores_of("normal", [1, heads, 800]), [500, 300][:heads]
-    try:
-        torch.set_num_threads(threads)
-        for sizes in ((384, 384), (320, 64), (700, 41), (8, 1)):
-            payload = [rows_of([1, heads, 800, size], torch.uint8, size + i) for i, size in enumerate(sizes)]
-            mine, theirs = twins(payload), twins(payload)
-            check_index(lkv_ext.evict_(*mine, scores, budgets), expected(theirs, scores, budgets, in_place=True))
-            assert all(torch.equal(storage_bytes(a), storage_bytes(b)) for a, b in zip(mine, theirs, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    for sizes in ((384, 384), (320, 64), (700, 41), (8, 1)):
+        payload = [rows_of([1, heads, 800, size], torch.uint8, size + i) for i, size in enumerate(sizes)]
+        mine, theirs = twins(payload), twins(payload)
+        check_index(lkv_ext.evict_(*mine, scores, budgets), expected(theirs, scores, budgets, in_place=True))
+        assert all(torch.equal(storage_bytes(a), storage_bytes(b)) for a, b in zip(mine, theirs, strict=True))
 
 
 def test_every_op_at_once(device: str) -> None:
