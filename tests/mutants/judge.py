@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from . import catalog, guards, results, runner, tree
@@ -35,15 +36,16 @@ def judge(
     begun = time.monotonic()
     open_ones: dict[tuple[str, ...], list[tuple[catalog.Mutant, Result]]] = defaultdict(list)
     for mutant in mutants:
-        new = _unknown(root, mutant)
+        tests = guards.tests_of(mutant.file)
+        new = Result(mutant.key, catalog.area_of(mutant.file), results.NOT_RUN, "", str(mutant))
         if reason := reasons.get(results.identity(mutant)):
             yield replace(new, state=results.EQUIVALENT, by=reason)
         elif survivors and store.state(mutant.key) != results.SURVIVED:
             continue
-        elif known := store.known(new):
+        elif known := store.known(new, partial(results.digest, root, mutant.file), tests):
             yield known
         else:
-            open_ones[guards.tests_of(mutant.file)].append((mutant, new))
+            open_ones[tests].append((mutant, new))
     left = {new.key: new for group in open_ones.values() for _, new in group}
     for result in _run(root, open_ones, workers, skip_clean, lambda: time.monotonic() - begun > minutes * 60):
         del left[result.key]
@@ -51,11 +53,6 @@ def judge(
         print(results.line(result), flush=True)
         yield result
     yield from left.values()
-
-
-def _unknown(root: Path, mutant: catalog.Mutant) -> Result:
-    digest = results.digest(root, mutant.file, guards.tests_of(mutant.file))
-    return Result(mutant.key, catalog.area_of(mutant.file), results.NOT_RUN, "", str(mutant), digest)
 
 
 def _run(
@@ -81,8 +78,9 @@ def _run(
     )
     for outcome in runner.run_all(jobs, copies, is_over):
         runner.preload(outcome.modules)
-        new = outcome.job.subject
-        yield replace(new, state=STATES[outcome.result], by=outcome.by, seconds=round(outcome.seconds, 1))
+        job = outcome.job
+        new = replace(job.subject, state=STATES[outcome.result], by=outcome.by, seconds=round(outcome.seconds, 1))
+        yield replace(new, digest=results.digest(root, job.file, results.decisive(new, job.tests)))
 
 
 def _limits(tests: Sequence[str], copies: list[Path], is_over: Callable[[], bool]) -> dict[str, float]:

@@ -25,7 +25,7 @@ AREA = "csrc"
 class Native:
     name: str
     file: str  # the mutated source, from the root of the tree
-    guards: tuple[Path, ...]  # the folders and files that decide whether it is noticed, beside the source
+    guards: tuple[str, ...]  # the folders and files that decide whether it is noticed, beside the source
     caught_by: Callable[[], str | None]
     equivalent: str = ""  # why no test can notice
 
@@ -47,7 +47,7 @@ def emulated() -> Iterator[Native]:
     for mutation in mutations.MUTATIONS:
         file = (build.KERNELS / mutation.file).relative_to(ROOT).as_posix()
         yield Native(
-            mutation.name, file, (ROOT / "tests/emulator",), partial(mutations.caught_by, mutation), mutation.equivalent
+            mutation.name, file, ("tests/emulator",), partial(mutations.caught_by, mutation), mutation.equivalent
         )
 
 
@@ -60,11 +60,11 @@ def judge(minutes: float, filed: Sequence[Path] = ()) -> Iterator[Result]:
     begun = time.monotonic()
     for native in (x for each in LISTS for x in each()):
         key = hashlib.sha256(f"{native.file} {native.name}".encode()).hexdigest()[:12]
-        digest = _digest(ROOT / native.file, *native.guards)
-        new = Result(key, AREA, results.NOT_RUN, "", f"{native.file}: {native.name}", digest)
+        digest = partial(results.digest, ROOT, native.file)
+        new = Result(key, AREA, results.NOT_RUN, "", f"{native.file}: {native.name}")
         if native.equivalent:
             yield replace(new, state=results.EQUIVALENT, by=native.equivalent)
-        elif known := store.known(new):
+        elif known := store.known(new, digest, native.guards):
             yield known
         elif time.monotonic() - begun > minutes * 60:
             yield new
@@ -73,15 +73,7 @@ def judge(minutes: float, filed: Sequence[Path] = ()) -> Iterator[Result]:
             how = native.caught_by()
             state = results.SURVIVED if how is None else results.KILLED
             new = replace(new, state=state, by=how or "", seconds=round(time.monotonic() - start, 1))
+            new = replace(new, digest=digest(results.decisive(new, native.guards)))
             store.add(new)
             print(results.line(new), flush=True)
             yield new
-
-
-def _digest(*tops: Path) -> str:
-    both = hashlib.sha256()
-    for top in tops:
-        for path in sorted(x for x in ((top,) if top.is_file() else top.rglob("*")) if x.is_file()):
-            if path.suffix != ".pyc":
-                both.update(path.read_bytes())
-    return both.hexdigest()[:16]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class Result:
     state: str
     by: str  # the test that noticed, or the reason on file why none can
     mutant: str  # for readers
-    digest: str = ""  # of the source and its tests
+    digest: str = ""  # of the source and the tests that decided
     seconds: float = 0.0
 
 
@@ -39,27 +39,29 @@ class Store:
 
     def __init__(self, path: Path, *filed: Path) -> None:
         self.path = path
-        self._of_text: dict[tuple[str, str], Result] = {}
-        self._last: dict[str, Result] = {}
-        for file in (*filed, path):
-            for each in read(file):
-                self._take(each)
+        self._of: dict[str, list[Result]] = defaultdict(list)
+        for each in (x for file in (*filed, path) for x in read(file)):
+            self._of[each.key].append(each)
 
-    def _take(self, result: Result) -> None:
-        self._of_text[result.key, result.digest] = self._last[result.key] = result
-
-    def known(self, new: Result) -> Result | None:
-        """The result of the same mutant of the same source and tests."""
-        return self._of_text.get((new.key, new.digest))
+    def known(self, new: Result, digest: Callable[[Iterable[str]], str], tests: Sequence[str]) -> Result | None:
+        """The last result of the same mutant, source and tests; `digest` is of the source and these tests."""
+        held = (x for x in reversed(self._of[new.key]) if x.digest == digest(decisive(x, tests)))
+        return next(held, None)
 
     def state(self, key: str) -> str:
-        return self._last[key].state if key in self._last else NOT_RUN
+        return self._of[key][-1].state if self._of[key] else NOT_RUN
 
     def add(self, result: Result) -> None:
-        self._take(result)
+        self._of[result.key].append(result)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(_line_of_json(result))
+
+
+def decisive(result: Result, tests: Sequence[str]) -> Sequence[str]:
+    """Of the tests that were run, the file that noticed: others may change. All, where none did."""
+    noticed = [x for x in tests if result.state in (KILLED, TIMED_OUT) and result.by.split("::")[0] == x]
+    return noticed or tests
 
 
 def read(path: Path) -> list[Result]:
@@ -78,10 +80,16 @@ def _line_of_json(result: Result) -> str:
 
 
 def digest(root: Path, source: str, tests: Iterable[str]) -> str:
-    """A digest of what decides a mutant's fate, except the rest of the package: the same digest, the same result."""
+    """A digest of what decides a mutant's fate, except the rest of the package: the same digest, the same result.
+
+    Of a test that is a folder, all of its files.
+    """
     both = hashlib.sha256()
     for file in (source, *tests):
-        both.update((root / file).read_bytes())
+        top = root / file
+        for path in sorted(x for x in ((top,) if top.is_file() else top.rglob("*")) if x.is_file()):
+            if path.suffix != ".pyc":
+                both.update(path.read_bytes())
     return both.hexdigest()[:16]
 
 

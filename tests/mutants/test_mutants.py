@@ -183,7 +183,8 @@ def test_results_are_kept_and_summed_up(tmp_path: Path) -> None:
     for each in [results.Result("18", "ops", "killed", "", "m18"), *made]:
         results.Store(path).add(each)
     store = results.Store(path)
-    assert store.known(made[18]) == made[18] and store.known(replace(made[18], digest="of other tests")) is None
+    assert store.known(made[18], lambda tests: "", []) == made[18]
+    assert store.known(made[18], lambda tests: "of other tests", []) is None
     assert store.state("18") == "survived" and store.state("19") == "not run"
     assert results.share(made) == 18 / 19 < results.ENOUGH
     others = [results.Result("e", "hf", "equivalent", "", ""), results.Result("n", "hf", "not run", "", "")]
@@ -200,8 +201,23 @@ def test_results_are_filed_by_area(tmp_path: Path) -> None:
     new = [replace(old[0], state="survived", digest="new"), results.Result("b", "ops", "not run", "", "other", "new")]
     results.keep(new, ["ops"], filed)
     assert results.read(filed) == [old[1], new[0]]
-    store = results.Store(local, filed)
-    assert store.known(new[0]) == new[0] and store.known(old[0]) is None and store.known(new[1]) is None
     results.Store(local).add(old[0])
-    both = results.Store(local, filed)
-    assert both.known(new[0]) == new[0] and both.known(old[0]) == old[0] and both.state("ops") == "killed"
+    for digest, found in (("new", new[0]), ("old", old[0])):
+        assert results.Store(local, filed).known(new[0], lambda tests, digest=digest: digest, []) == found
+    assert results.Store(local, filed).state("ops") == "killed"
+
+
+def test_a_killed_mutant_is_tried_again_where_its_source_or_the_test_that_noticed_has_changed(tmp_path: Path) -> None:
+    """And a survivor where any test has."""
+    tests = ("tests/test_a.py", "tests/test_b.py")
+    killed = results.Result("key", "ops", "killed", "tests/test_b.py::test_x[1]", "")
+    assert results.decisive(killed, tests) == ["tests/test_b.py"]
+    assert results.decisive(replace(killed, by="tests/test_b.py (import)"), tests) == tests
+    assert results.decisive(replace(killed, state="survived", by=""), tests) == tests
+    for name in ("source.py", "tests/test_a.py", "tests/test_b.py", "tests/folder/part.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(name)
+    assert results.digest(tmp_path, "source.py", tests[:1]) != results.digest(tmp_path, "source.py", tests[1:])
+    before = results.digest(tmp_path, "source.py", ["tests/folder"])
+    (tmp_path / "tests/folder/part.py").write_text("other")
+    assert results.digest(tmp_path, "source.py", ["tests/folder"]) != before
