@@ -55,8 +55,8 @@ SUITES = {
     "host/*": ("test_overlap.py", "test_parity.py", "test_errors.py", "test_raw_ops.py", "test_properties.py",
                "test_attend.py", "test_cache.py", "test_whole_cache.py", "test_payloads.py", "test_numpy.py",
                "test_numpy_errors.py"),
-    "torch/*": ("test_parity.py", "test_overlap.py", "test_raw_ops.py", "test_cache.py", "test_whole_cache.py",
-                "test_attend.py", "test_fake.py", "test_derivatives.py", "test_torch.py", "test_properties.py"),
+    "torch/*": ("test_raw_ops.py", "test_overlap.py", "test_fake.py", "test_derivatives.py", "test_parity.py",
+                "test_torch.py", "test_cache.py", "test_whole_cache.py", "test_attend.py", "test_properties.py"),
 }  # fmt: skip
 
 
@@ -199,7 +199,12 @@ def mutants() -> Iterator[Native]:
     """The list, as `native` tries it."""
     for mutation in MUTATIONS:
         caught = partial(caught_by, mutation)
-        yield Native(mutation.name, f"csrc/{mutation.file}", tests_of(mutation), caught, mutation.equivalent)
+        lacks = "" if "avx512" not in mutation.file or _has_avx512() else "a CPU with AVX-512"
+        yield Native(mutation.name, f"csrc/{mutation.file}", tests_of(mutation), caught, mutation.equivalent, lacks)
+
+
+def _has_avx512() -> bool:
+    return "avx512bw" in Path("/proc/cpuinfo").read_text().split()
 
 
 def main() -> int:

@@ -28,6 +28,7 @@ class Native:
     guards: tuple[str, ...]  # the folders and files that decide whether it is noticed, beside the source
     caught_by: Callable[[], str | None]
     equivalent: str = ""  # why no test can notice
+    lacks: str = ""  # what this machine does not have, without which no test here can notice
 
 
 def built() -> Iterator[Native]:
@@ -66,8 +67,8 @@ def judge(minutes: float, filed: Sequence[Path] = ()) -> Iterator[Result]:
             yield replace(new, state=results.EQUIVALENT, by=native.equivalent)
         elif known := store.known(new, digest, native.guards):
             yield known
-        elif time.monotonic() - begun > minutes * 60:
-            yield new
+        elif native.lacks or time.monotonic() - begun > minutes * 60:
+            yield replace(new, by=native.lacks)
         else:
             start = time.monotonic()
             how = native.caught_by()
