@@ -44,6 +44,7 @@ def test_layers_keep_the_mean_of_their_heads() -> None:
     found = multiples(lkv, 0.15, "layer", LAYERS, HEADS, classes=12)
     assert all(len(row) == 1 for row in found)
     assert (torch.tensor(found)[:, 0] - wanted / 0.15).abs().max() <= 0.5 / STEP + 1e-6
+    assert all((share * STEP).is_integer() for (share,) in found)
 
 
 @pytest.mark.parametrize(

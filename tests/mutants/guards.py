@@ -149,7 +149,7 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/press/*": ["peers/test_lkv_press"],
     "python/lkv/show/*": ["learning/test_show", "learning/test_show_command"],
     "python/lkv/compression.py": ["hf/test_compression", "learning/test_no_gradients"],
-    "python/lkv/offline.py": ["hf/test_offline"],
+    "python/lkv/offline.py": ["hf/test_offline", "learning/test_no_gradients"],
     "python/lkv/memory.py": ["hf/test_memory_footprint", "learning/test_plan_command"],
     **{f"python/lkv/vllm/{name}.py": [f"learning/test_engine_{name}"] for name in ("scores", "settings", "shares")},
     "python/lkv/vllm/*": [
