@@ -21,7 +21,6 @@ from lkv.policies.lukv import Curves
 QUERIES = frozenset({"all_queries", "rotary"})
 
 
-@torch.no_grad()
 def query_statistics(model: PreTrainedModel, texts: Iterable[Tensor], *, sink: int = 4) -> QueryStatistics:
     """Mean and covariance of the queries before RoPE of some texts, for `ExpectedAttention(statistics=...)`.
 
