@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 from engine import SETTINGS  # noqa: E402
@@ -141,11 +142,15 @@ def test_other_versions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = {"kv_sharing_target_layer_name": None, "alibi_slopes": None}
-    refusals.check_layer(SimpleNamespace(**plain))
+    plain, equal = {"kv_sharing_target_layer_name": None, "alibi_slopes": None}, Settings("knorm", 0.5)
+    refusals.check_layer(SimpleNamespace(**plain), equal)
     for name in plain:
         with pytest.raises(ValueError, match="lkv.vllm does not evict"):
-            refusals.check_layer(SimpleNamespace(**{**plain, name: "model.layers.0"}))
+            refusals.check_layer(SimpleNamespace(**{**plain, name: "model.layers.0"}), equal)
+    with_sinks = SimpleNamespace(**plain, sinks=torch.zeros(2))
+    refusals.check_layer(with_sinks, equal)
+    with pytest.raises(ValueError, match="has no attention sinks where heads have blocks .* set counts to 'equal'"):
+        refusals.check_layer(with_sinks, Settings("knorm", 0.5, "head"))
 
 
 def test_without_settings_nothing_changes(folder: Path) -> None:

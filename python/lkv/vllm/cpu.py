@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
-from vllm.config import get_current_vllm_config
-from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -20,9 +18,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 import lkv_ext
 from lkv.vllm import metrics
+from lkv.vllm.attention import Evicts
 from lkv.vllm.layers import Layers
-from lkv.vllm.metadata import Ended, Evicting
-from lkv.vllm.spec import EvictedSpec
+from lkv.vllm.metadata import Evicting
+from lkv.vllm.step import Ended, Step
 
 
 class Backend(Layers, CPUAttentionBackend):
@@ -43,82 +42,20 @@ class Builder(Evicting, CPUAttentionMetadataBuilder):
     num_heads: int
     num_kv_heads: int
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.evicts and self.heads > 1:
-            self.num_heads, self.num_kv_heads = self.num_heads // self.num_kv_heads, 1
+    def _one_head(self) -> None:
+        self.num_heads, self.num_kv_heads = self.num_heads // self.num_kv_heads, 1
 
 
-class Attention(CPUAttentionBackendImpl):
+class Attention(Evicts, CPUAttentionBackendImpl):
     """Attends as CPU_ATTN does, and moves the kept rows of the prompts that end in the step."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.layers = Backend.plan(self, get_current_vllm_config())
+    def _move(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, step: Step) -> None:
+        start = time.perf_counter()
+        for ended in step.ended:
+            self._move_one(layer, key, value, kv_cache, ended)
+        metrics.SECONDS.inc(time.perf_counter() - start)
 
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        super().process_weights_after_loading(act_dtype)
-        if self.layers is not None:
-            self.layers.loaded(self)
-
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        step = None if self.layers is None else _step(get_forward_context().attn_metadata, layer.layer_name)
-        if step is not None and step.slots is not None:
-            tokens = len(step.slots) // key.shape[1]
-            key, value = (x[:tokens].reshape(-1, 1, x.shape[-1]) for x in (key, value))
-            slot_mapping = step.slots
-        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        step = getattr(attn_metadata, "step", None)
-        if step is None:
-            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-        self._attend(layer, query, kv_cache, attn_metadata, output)
-        if step.ended:
-            start = time.perf_counter()
-            for ended in step.ended:
-                self._move(layer, key, value, kv_cache, ended)
-                metrics.ROWS.inc(sum(ended.drops) * (self.num_kv_heads // len(ended.drops)))
-            metrics.SECONDS.inc(time.perf_counter() - start)
-        if step.replayed is not None:
-            tokens, metadata = step.replayed
-            again = torch.empty_like(output[tokens])
-            self._attend(layer, query[tokens], kv_cache, metadata, again)
-            output[tokens] = again
-        return output
-
-    def _attend(self, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any, output: Tensor) -> None:
-        step = metadata.step
-        if step.slots is None:
-            super().forward(layer, query, None, None, kv_cache, metadata, output)
-            return
-        heads = self.num_kv_heads
-        tokens, group = metadata.num_actual_tokens // heads, self.num_queries_per_kv
-        apart = query[:tokens].reshape(tokens * heads, group, -1)
-        if step.order is not None:
-            apart = apart[step.order]
-        attended = torch.empty_like(apart)
-        super().forward(layer, apart, None, None, kv_cache, metadata, attended)
-        together = output[:tokens].view(tokens * heads, group, -1)
-        if step.order is None:
-            together.copy_(attended)
-        else:
-            together[step.order] = attended
-
-    def _move(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, ended: Ended) -> None:
+    def _move_one(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, ended: Ended) -> None:
         """Writes the kept rows of a prompt behind `drop`, in their order. key, value: `[tokens, H, D]`, of the step."""
         page, computed = kv_cache.shape[2], ended.computed
         here = slice(ended.start, ended.start + ended.prompt - computed)
@@ -130,7 +67,7 @@ class Attention(CPUAttentionBackendImpl):
         budgets = [ended.prompt - drop for drop in ended.drops] * (self.num_kv_heads // len(ended.drops))
         assert self.layers is not None
         kept = lkv_ext.evict(
-            keys[None], values[None], self.layers.scores(self, keys, values), budgets,
+            keys[None], values[None], self.layers.scores(keys, values), budgets,
             sink=self.layers.sink,
             window=self.layers.window,
         )  # fmt: skip
@@ -142,12 +79,7 @@ class Attention(CPUAttentionBackendImpl):
             spans = zip(ended.tables, ended.drops, strict=True)
             slots = torch.cat([_slots(table, drop, ended.prompt, page) for table, drop in spans])
             k, v = kept.k[:, None], kept.v[:, None]
-        super().do_kv_cache_update(layer, k, v, kv_cache, slots)
-
-
-def _step(metadata: Any, name: str) -> Any:
-    own = metadata.get(name) if isinstance(metadata, dict) else metadata
-    return getattr(own, "step", None)
+        self._write(layer, k, v, kv_cache, slots)
 
 
 def _slots(table: Tensor, start: int, end: int, page: int) -> Tensor:
@@ -210,5 +142,3 @@ def _strides(order: Tensor, page: int, dim: int) -> tuple[tuple[int, ...], tuple
 
 
 _interior = cache(Interior)
-
-__all__ = ["Attention", "Backend", "Builder", "EvictedSpec", "Interior"]

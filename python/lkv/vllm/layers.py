@@ -26,8 +26,8 @@ FULL_SPEC = FullAttentionSpec
 class Plan:
     """What one attention layer needs to be evicted. It knows its place in the model once the weights are loaded."""
 
-    def __init__(self, settings: Settings, vllm_config: Any, backend: Any, heads: int) -> None:
-        self.settings, self.vllm_config, self.backend = settings, vllm_config, backend
+    def __init__(self, settings: Settings, vllm_config: Any, heads: int) -> None:
+        self.settings, self.vllm_config = settings, vllm_config
         self.index = -1
         first = get_tensor_model_parallel_rank() * heads
         self.scorer = scorer(settings.policy, vllm_config.model_config, range(first, first + heads))
@@ -40,9 +40,10 @@ class Plan:
         for name, layer in layers.items():
             if getattr(layer, "impl", None) is attention:
                 self.index = extract_layer_index(name)
-                layer.attn_backend = of_shares(self.backend, self.settings, self._shares())
+                if layer.attn_backend.settings is None:  # else its weights are loaded again
+                    layer.attn_backend = of_shares(layer.attn_backend, self.settings, self._shares())
 
-    def scores(self, attention: Any, keys: Tensor, values: Tensor) -> Tensor:
+    def scores(self, keys: Tensor, values: Tensor) -> Tensor:
         """float32 `[1, H, T]`, of keys and values `[H, T, D]`."""
         positions = torch.arange(keys.shape[1], device=keys.device)
         found: Tensor = self.scorer.score(self.index, keys.transpose(0, 1), values.transpose(0, 1), positions)
@@ -55,20 +56,21 @@ class Plan:
         return of_model(self.settings, config, config.num_hidden_layers, heads, ranks)[self.index]
 
 
+def plan(attention: Any, vllm_config: Any) -> Plan | None:
+    """Of a layer whose attention is being built; None where it is not evicted."""
+    settings = Settings.of(vllm_config.additional_config)
+    of_decoder = getattr(attention, "attn_type", "decoder") == "decoder"
+    if settings is None or not of_decoder or attention.sliding_window not in (None, -1, (-1, -1)):
+        return None
+    check_layer(attention, settings)
+    return Plan(settings, vllm_config, attention.num_kv_heads)
+
+
 class Layers:
     """Makes the spec of a backend of vLLM that of an evicted layer; before the backend in the order of bases."""
 
     settings: Settings | None = None
     shares: tuple[float, ...] = (1.0,)
-
-    @classmethod
-    def plan(cls, attention: Any, vllm_config: Any) -> Plan | None:
-        """Of a layer that is being built; None where it is not evicted."""
-        settings = Settings.of(vllm_config.additional_config)
-        if settings is None or attention.attn_type != "decoder" or attention.sliding_window not in (None, -1, (-1, -1)):
-            return None
-        check_layer(attention)
-        return Plan(settings, vllm_config, cls, attention.num_kv_heads)
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:

@@ -7,57 +7,35 @@ and positions of new tokens stay vLLM's. This is a function of P, the retention 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.kv_cache_interface import iter_layer_specs
 
 from lkv.vllm import requests
+from lkv.vllm.pages import Pages, on_device
 from lkv.vllm.settings import OFF
 from lkv.vllm.spec import EvictedSpec
+from lkv.vllm.step import Ended, Step
 
 
-@dataclass
-class Ended:
-    """A prompt that ends in this step: its rows are moved once the step's attention has read them.
+class Evicting(ABC):
+    """Makes a metadata builder of vLLM describe evicted sequences; before the builder in the order of bases.
 
-    Attributes:
-        prompt: its tokens.
-        computed: those of earlier steps, whose rows are in the pool alone.
-        start: where the others begin among the tokens of the step.
-        drops: rows that go, one number per table.
-        tables: int64 `[tables, blocks of the prompt]`.
-    """
-
-    prompt: int
-    computed: int
-    start: int
-    drops: list[int]
-    tables: Tensor
-
-
-@dataclass
-class Step:
-    """What is done in a step beside its attention.
+    Nothing here waits for the device: what is decided is decided from numbers of the host.
 
     Attributes:
-        ended: prompts whose rows are moved.
-        replayed: of requests that were preempted, outputs that are computed again in the step in which the prompt ends:
-            the tokens, and the metadata of their attention to what is left of the prompt.
-        slots: int64 `[tokens * H]`, where every head has blocks of its own: where the rows of the tokens go.
-        order: int64, where the batch is not one token per sequence: tokens by (sequence, head); see `by_head`.
+        in_place: whether rows move in the pages of the pool, by `Pages`.
+        supports_update_block_table: vLLM would give the tables of one group of layers to the metadata of another, past
+            `build`.
     """
 
-    ended: list[Ended] = field(default_factory=list)
-    replayed: tuple[Tensor, Any] | None = None
-    slots: Tensor | None = None
-    order: Tensor | None = None
-
-
-class Evicting:
-    """Makes a metadata builder of vLLM describe evicted sequences; before the builder in the order of bases."""
+    in_place = False
+    supports_update_block_table = False
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any, **kwargs: Any
@@ -74,6 +52,23 @@ class Evicting:
         batch.builders += 1
         self.batch, self.spec, self.page = batch, kv_cache_spec, int(kv_cache_spec.block_size)
         self.heads = self.spec.tables
+        if self.heads > 1:
+            self._one_head()
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """A graph of a whole step would leave out that rows move, also where a chunk of one token ends a prompt."""
+        if any(isinstance(spec, EvictedSpec) for spec in iter_layer_specs(kv_cache_spec)):
+            return AttentionCGSupport.NEVER
+        return super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc,no-any-return]
+
+    @abstractmethod
+    def _one_head(self) -> None:
+        """The builder's own numbers of heads become those of one KV head and its group of query heads."""
+
+    def _other_builder(self) -> Any:
+        """A builder that makes metadata of a second batch while that of the first one is in use."""
+        return self
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         if not self.evicts:
@@ -88,7 +83,9 @@ class Evicting:
         ending = np.flatnonzero((computed < prompts) & (lengths >= prompts) & drops.any(1)).tolist()
 
         step = Step(ended=[self._ended(common, row, int(computed[row]), drops[row]) for row in ending])
-        metadata = self._evicted(common, gone, step)
+        if self.in_place and step.ended:
+            step.pages = Pages.of(step.ended, self.spec.num_kv_heads)
+        metadata = self._evicted(self, common, gone, step)
         outputs = [row for row in ending if lengths[row] > prompts[row]]
         if outputs:
             step.replayed = self._replayed(common, outputs, drops)
@@ -110,71 +107,73 @@ class Evicting:
         tables = table.view(blocks, self.heads).t().long()
         return Ended(prompt, computed, start, [int(drop) for drop in drops], tables)
 
-    def _evicted(self, common: Any, gone: Any, step: Step) -> Any:
-        """The builder's own metadata, of sequences without the rows that have gone: `gone` int64 `[R, tables]`."""
+    def _evicted(self, builder: Any, common: Any, gone: Any, step: Step) -> Any:
+        """The metadata of vLLM's builder, of sequences without the rows that have gone: `gone` int64 `[R, tables]`."""
         if self.heads > 1:
             common = self._heads_apart(common, step)
         if gone.any():
-            table, shift = common.block_table_tensor, torch.from_numpy(gone.ravel()).to(common.seq_lens.device)
-            at = torch.arange(table.shape[1], device=table.device) + (shift // self.page)[:, None]
-            lengths = common.seq_lens - shift.to(common.seq_lens.dtype)
+            rows, device = common.num_reqs, common.seq_lens.device
+            bound = common.seq_lens_cpu_upper_bound[:rows]
+            bound = bound - torch.from_numpy(gone.ravel()).to(bound.dtype)
+            table, shift = common.block_table_tensor[:rows], on_device(gone.ravel(), device)
+            at = torch.arange(table.shape[1], device=device) + (shift // self.page)[:, None]
             common = common.replace(
                 block_table_tensor=table.gather(1, at.clamp_(max=table.shape[1] - 1)),
-                seq_lens=lengths,
-                seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound - torch.from_numpy(gone.ravel()),
-                max_seq_len=int((common.seq_lens_cpu_upper_bound - torch.from_numpy(gone.ravel())).max()),
+                seq_lens=common.seq_lens[:rows] - shift.to(common.seq_lens.dtype),
+                seq_lens_cpu_upper_bound=bound,
+                max_seq_len=int(bound.max()),
             )
-        return super().build(0, common)  # type: ignore[misc]
+        return super(Evicting, builder).build(0, common)
 
     def _replayed(self, common: Any, rows: list[int], drops: Any) -> tuple[Tensor, Any]:
         starts, lengths = common.query_start_loc_cpu.numpy(), common.seq_lens_cpu_upper_bound.numpy()
         counts = np.array([lengths[row] - self.batch.prompts[row] for row in rows])
         ends = starts[np.array(rows) + 1]
-        tokens = torch.from_numpy(
-            np.concatenate([np.arange(end - n, end) for end, n in zip(ends, counts, strict=True)])
-        )
-        loc = torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32))
-        at = torch.tensor(rows)
         device = common.seq_lens.device
+        places = np.concatenate([np.arange(end - n, end) for end, n in zip(ends, counts, strict=True)])
+        loc = torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32))
+        tokens, at = on_device(places, device), on_device(np.array(rows), device)
         part = common.replace(
-            query_start_loc=loc.to(device),
+            query_start_loc=on_device(loc, device),
             query_start_loc_cpu=loc,
-            seq_lens=common.seq_lens[at.to(device)],
-            seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound[at],
+            seq_lens=common.seq_lens[at],
+            seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound[torch.tensor(rows)],
             num_reqs=len(rows),
-            num_actual_tokens=len(tokens),
+            num_actual_tokens=len(places),
             max_query_len=int(counts.max()),
-            block_table_tensor=common.block_table_tensor[at.to(device)],
-            slot_mapping=common.slot_mapping[tokens.to(device)],
-            positions=common.positions[tokens.to(device)],
+            block_table_tensor=common.block_table_tensor[at],
+            slot_mapping=common.slot_mapping[tokens],
+            positions=common.positions[tokens],
+            is_prefilling=None,
         )
-        tokens, step = tokens.to(device), Step()
-        metadata = self._evicted(part, drops[np.array(rows)], step)
+        step = Step()
+        metadata = self._evicted(self._other_builder(), part, drops[np.array(rows)], step)
         metadata.step = step
         return tokens, metadata
 
     def _heads_apart(self, common: Any, step: Step) -> Any:
         """Every head of a sequence a sequence of its own, with its group of query heads: `[R * H]` of them."""
         heads, rows, tokens = self.heads, common.num_reqs, common.num_actual_tokens
-        table = common.block_table_tensor.view(rows, -1, heads)
+        table = common.block_table_tensor[:rows]  # as wide as vLLM rounds it
+        table = table[:, : table.shape[1] // heads * heads].reshape(rows, -1, heads)
         starts = common.query_start_loc_cpu[: rows + 1].long()
         counts = starts.diff()
         position = common.positions[:tokens]
-        sequence = torch.repeat_interleave(torch.arange(rows), counts, output_size=int(starts[-1])).to(position.device)
+        sequence = torch.repeat_interleave(torch.arange(rows), counts, output_size=int(starts[-1]))
         if len(sequence) < tokens:  # padding, which goes into the null block
             sequence = torch.nn.functional.pad(sequence, (0, tokens - len(sequence)))
-        blocks = table[sequence, position // self.page]  # [tokens, H]
+        blocks = table[on_device(sequence, position.device), position // self.page]  # [tokens, H]
         slots = blocks * self.page + (position % self.page)[:, None]
         slots = torch.where((common.slot_mapping[:tokens] < 0)[:, None], -1, slots)
         step.slots = slots.reshape(-1).long()
         if common.max_query_len > 1:
-            step.order = by_head(counts, heads).to(position.device)
+            step.order = on_device(by_head(counts, heads), position.device)
         loc = torch.cat([starts.new_zeros(1), counts.repeat_interleave(heads).cumsum(0)]).int()
         return common.replace(
-            query_start_loc=loc.to(common.query_start_loc.device),
+            query_start_loc=on_device(loc, common.query_start_loc.device),
             query_start_loc_cpu=loc,
-            seq_lens=common.seq_lens.repeat_interleave(heads),
-            seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound.repeat_interleave(heads),
+            seq_lens=common.seq_lens[:rows].repeat_interleave(heads),
+            seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound[:rows].repeat_interleave(heads),
             num_reqs=rows * heads,
             num_actual_tokens=tokens * heads,
             block_table_tensor=table.transpose(1, 2).reshape(rows * heads, -1).contiguous(),  # a view of one sequence

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
+
+import lkv_ext
 from lkv.vllm.settings import Settings
 
 TESTED = ("0.32",)
 ANY_VERSION = "LKV_VLLM_ANY_VERSION"
+GPU = "LKV_VLLM_GPU"
+GPU_BACKENDS = ("FLASH_ATTN", "FLASHINFER")
 
 
 def check(vllm_config: Any, settings: Settings) -> None:
@@ -49,29 +54,78 @@ def check(vllm_config: Any, settings: Settings) -> None:
         "needs the hybrid KV cache manager: remove --disable-hybrid-kv-cache-manager": (
             scheduler.disable_hybrid_kv_cache_manager
         ),
-        "runs on model runner V1: set VLLM_USE_V2_MODEL_RUNNER=0": vllm_config.use_v2_model_runner,
+        "runs on model runner V1, as V2 has built its attention before it makes what tells a plug-in of the batch: set "
+        "VLLM_USE_V2_MODEL_RUNNER=0": vllm_config.use_v2_model_runner,
         "shares no prefixes where heads have blocks of their own: add --no-enable-prefix-caching, or set counts to "
         "'equal' or 'layer'": cache.enable_prefix_caching and settings.counts == "head",
     }
-    for reason, applies in refused.items():
-        if applies:
-            raise ValueError(f"lkv.vllm {reason}")
-    check_platform()
+    _raise_first(refused)
+    check_platform(vllm_config, settings)
 
 
-def check_platform() -> None:
+def check_platform(vllm_config: Any, settings: Settings) -> None:
+    """Raises ValueError for a device other than CPUs and, where that is asked for, NVIDIA GPUs."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        raise ValueError(f"lkv.vllm runs on vLLM for CPUs, not for {current_platform.device_name}")
+    if current_platform.is_cpu():
+        return
+    if not current_platform.is_cuda():
+        raise ValueError(f"lkv.vllm runs on vLLM for CPUs and NVIDIA GPUs, not for {current_platform.device_name}")
+    check_gpu(vllm_config, settings)
 
 
-def check_layer(attention: Any) -> None:
+def check_gpu(vllm_config: Any, settings: Settings) -> None:
+    """Raises ValueError for an engine on a GPU that cannot evict; warns of one that can."""
+    from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
+    from vllm.config import CUDAGraphMode
+    from vllm.logger import init_logger
+
+    attention, compilation = vllm_config.attention_config, vllm_config.compilation_config
+    backends = [attention.backend, attention.backend_per_kind.get("full_attention")]
+    names = [backend.name for backend in backends if backend is not None and backend.name not in GPU_BACKENDS]
+    graphs = compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
+    _raise_first(
+        {
+            f"was checked with stand-ins for the kernels of GPUs, not run on a GPU: set {GPU}=1 to try it, and compare "
+            "its answers": os.environ.get(GPU) != "1",
+            "needs lkv_ext with kernels for GPUs: build it with LKV_CUDA=ON": (
+                lkv_ext.build_info()["cuda_compiler"] is None
+            ),
+            f"evicts on GPUs with the backends {' and '.join(GPU_BACKENDS)}, not {', '.join(names)}: set "
+            "--attention-backend to one of them": names,
+            f"evicts float16 and bfloat16 on GPUs, not {vllm_config.model_config.dtype}: set --dtype": (
+                vllm_config.model_config.dtype not in (torch.float16, torch.bfloat16)
+            ),
+            "writes rows of heads outside of CUDA graphs: add --enforce-eager, or set counts to 'equal' or 'layer'": (
+                settings.counts == "head"
+                and graphs
+                and (is_breakable_cudagraph_enabled() or not compilation.splitting_ops_contain_kv_cache_update())
+            ),
+        }
+    )
+    init_logger("vllm.lkv").warning(
+        "lkv.vllm on a GPU was checked with stand-ins for the attention kernels, not run on a GPU: compare its answers "
+        "with those of an engine without it. CUDA graphs are piecewise, as rows move between them."
+    )
+
+
+def check_layer(attention: Any, settings: Settings) -> None:
     """Raises ValueError for an attention layer that cannot be evicted."""
-    refused = {
-        "does not evict caches shared between layers (cross-layer KV sharing)": attention.kv_sharing_target_layer_name,
-        "does not evict models with ALiBi, as a row's distance is lost": attention.alibi_slopes is not None,
-    }
+    _raise_first(
+        {
+            "does not evict caches shared between layers (cross-layer KV sharing)": (
+                attention.kv_sharing_target_layer_name
+            ),
+            "does not evict models with ALiBi, as a row's distance is lost": attention.alibi_slopes is not None,
+            "has no attention sinks where heads have blocks of their own: set counts to 'equal' or 'layer'": (
+                settings.counts == "head" and getattr(attention, "sinks", None) is not None
+            ),
+        }
+    )
+
+
+def _raise_first(refused: dict[str, Any]) -> None:
+    """Raises ValueError for the first reason that applies."""
     for reason, applies in refused.items():
         if applies:
             raise ValueError(f"lkv.vllm {reason}")

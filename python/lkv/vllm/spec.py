@@ -53,6 +53,15 @@ class EvictedSpec(FullAttentionSpec):
             return longest
         return min(self.drops(evicted, self.settings.retention))
 
+    def copy_with_new_block_size(self, block_size: int) -> EvictedSpec:
+        """vLLM gives kernels smaller blocks than its scheduler has, where they take no others."""
+        if block_size < self.block_size:
+            raise ValueError(
+                f"lkv.vllm: expected blocks that the attention kernel takes whole, got {self.block_size} tokens, of "
+                f"which it takes {block_size}: set --block-size {block_size}"
+            )
+        return super().copy_with_new_block_size(block_size)
+
     @classmethod
     def merge(cls, specs: list[EvictedSpec]) -> EvictedSpec:
         assert all(spec == specs[0] for spec in specs), "layers that keep different numbers of rows share no blocks"
