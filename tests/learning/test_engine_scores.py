@@ -158,6 +158,15 @@ def test_positions_are_those_of_the_keys(ids: Tensor, tmp_path: Path) -> None:
     assert not torch.allclose(engine.score(0, k[order], v[order], torch.arange(TOKENS)), wanted, atol=1e-2)
 
 
+@pytest.mark.parametrize("name", [*(name for name in policies.names() if by_rows(name)), "checkpoint"])
+def test_scores_wait_for_no_device(name: str, ids: Tensor, tmp_path: Path) -> None:
+    """On a device without numbers, whatever would wait for one raises."""
+    model = build("llama")
+    engine = scores.scorer(str(checkpoint(model, tmp_path)) if name == "checkpoint" else name, model.config)
+    k, v = (x.to("meta") for x in rows(model, ids)[0])
+    assert engine.score(0, k, v, torch.arange(TOKENS, device="meta")).device.type == "meta"
+
+
 @pytest.mark.parametrize("name", ["snapkv", "kvzip", "expected_attention", "lava"])
 def test_policies_that_need_more_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="expected a policy that scores by keys and values alone.*got '" + name):

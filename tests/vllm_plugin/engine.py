@@ -23,7 +23,7 @@ def engine(folder: Path, settings: dict[str, Any] | None, *, blocks: int = 256, 
     options = {"max_model_len": 1024, "max_num_batched_tokens": 4096, "max_num_seqs": 64, **options}
     llm = LLM(
         str(folder), skip_tokenizer_init=True, dtype=options.pop("dtype", "float32"), enforce_eager=True,
-        block_size=BLOCK,
+        block_size=options.pop("block_size", BLOCK),
         num_gpu_blocks_override=blocks, disable_log_stats=True, seed=0,
         additional_config={} if settings is None else {"lkv": settings}, **options,
     )  # fmt: skip

@@ -7,6 +7,7 @@ them; a block of zeros is the null block, which no sequence reads.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -236,8 +237,7 @@ class FlashInfer:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        import vllm._custom_ops  # looks whether there is a package flashinfer, before there is this one
-
+        importlib.import_module("vllm.utils.flashinfer")  # looks for the package, before there is this one
         with pytest.MonkeyPatch.context() as patch:
             for name, module in self.modules().items():
                 patch.setitem(sys.modules, name, module)
