@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 
-from lkv.vllm.settings import OFF, Settings, dropped, from_environment, request_retention
+from lkv.vllm.settings import OFF, Settings, dropped, dropped_rows, from_environment, request_retention
 
 PLAIN = {"policy": "knorm", "retention": 0.5}
 
@@ -93,3 +94,16 @@ def test_whole_blocks_go_and_less_than_one_more_stays(fraction: float, block: in
         assert drop % block == 0 and kept <= prompt - drop < kept + block + 1
         assert drop >= before  # a longer prompt frees no less, so that hits of a shorter one are within it
         before = drop
+
+
+def test_many_heads_at_once_are_as_each_alone() -> None:
+    """Workers compute these for a batch, the scheduler for a request: they must agree wherever rounding falls."""
+    prompts = np.array([*range(400), 2047, 4096, 131072])
+    retentions, shares = np.array([0.05, 0.1, 0.15, 0.3, 1 / 3, 0.7, 0.999]), np.array([1, 1 / 64, 33 / 64, 2.5, 20])
+    for block in (16, 48, 128):
+        found = dropped_rows(prompts[:, None, None], shares * retentions[:, None], block)
+        each = [
+            [[dropped(int(n), float(s) * float(r), block) if n else 0 for s in shares] for r in retentions]
+            for n in prompts
+        ]
+        assert np.array_equal(np.where(prompts[:, None, None] > 0, found, 0), each)

@@ -49,9 +49,11 @@ def test_tables_of_other_groups_are_not_put_past_build(
     folder: Path, dense: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metadata.Evicting, "supports_update_block_table", True)
-    with gpu_engine("flash_attn-NHD", folder, UNEVEN, enable_prefix_caching=False) as llm:
-        with pytest.raises(AssertionError):
-            check(llm, dense, prompts(200, 97), UNEVEN, greedy(10))
+    with (
+        gpu_engine("flash_attn-NHD", folder, UNEVEN, enable_prefix_caching=False) as llm,
+        pytest.raises(AssertionError),
+    ):
+        check(llm, dense, prompts(200, 97), UNEVEN, greedy(10))
     monkeypatch.undo()
     with gpu_engine("flash_attn-NHD", folder, UNEVEN, enable_prefix_caching=False) as llm:
         check(llm, dense, prompts(200, 97), UNEVEN, greedy(10))
@@ -89,13 +91,14 @@ def test_tables_that_do_not_divide_by_heads(tmp_path: Path, name: str) -> None:
         check(llm, dense, prompts(190, 65), settings, greedy(8))
 
 
-def test_blocks_that_kernels_cut_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="got 128 tokens, of which it takes 64: set --block-size 64"):
-        with gpu_engine("flashinfer-NHD", folder, SETTINGS, block_size=128):
-            pass
+BLOCKS = {
+    "flashinfer-NHD": (128, "got 128 tokens, of which it takes 64: set --block-size 64"),
+    "flash_attn-NHD": (48, "expected --block-size to be a power of two, got 48"),
+}
 
 
-def test_pages_are_powers_of_two(folder: Path) -> None:
-    with pytest.raises(ValueError, match="expected --block-size to be a power of two, got 48"):
-        with gpu_engine("flash_attn-NHD", folder, SETTINGS, block_size=48):
-            pass
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_that_do_not_fit_are_refused(folder: Path, name: str) -> None:
+    size, words = BLOCKS[name]
+    with pytest.raises(ValueError, match=words), gpu_engine(name, folder, SETTINGS, block_size=size):
+        pass

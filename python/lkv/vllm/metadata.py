@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_interface import iter_layer_specs
 
 from lkv.vllm import requests
 from lkv.vllm.pages import Pages, on_device
-from lkv.vllm.settings import OFF
+from lkv.vllm.settings import OFF, dropped_rows
 from lkv.vllm.spec import EvictedSpec
 from lkv.vllm.step import Ended, Step
 
@@ -93,11 +93,10 @@ class Evicting(ABC):
         return metadata
 
     def _drops(self, prompts: Any) -> Any:
-        """int64 `[R, tables]`."""
-        drops = np.zeros((len(prompts), self.heads), dtype=np.int64)
-        for row in np.flatnonzero(self.batch.retentions[: len(prompts)] < OFF):
-            drops[row] = self.spec.drops(int(prompts[row]), float(self.batch.retentions[row]))
-        return drops
+        """int64 `[R, tables]`: as `spec.drops` says of each request."""
+        retentions = self.batch.retentions[: len(prompts), None]
+        drops = dropped_rows(prompts[:, None], np.array(self.spec.shares) * retentions, self.page)
+        return np.where(retentions < OFF, drops, 0)
 
     def _ended(self, common: Any, row: int, computed: int, drops: Any) -> Ended:
         prompt = int(self.batch.prompts[row])

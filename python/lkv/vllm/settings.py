@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 KEY = "lkv"
 VARIABLE = "LKV_VLLM"
 COUNTS = ("equal", "layer", "head")
@@ -135,6 +138,12 @@ def dropped(prompt: int, fraction: float, block: int) -> int:
     """
     kept = max(1, math.ceil(min(1.0, fraction) * prompt))
     return (prompt - kept) // block * block
+
+
+def dropped_rows(prompts: NDArray[np.int64], fractions: NDArray[np.float64], block: int) -> NDArray[np.int64]:
+    """`dropped` of many heads at once, to the bit; the arrays are broadcast."""
+    kept = np.maximum(1, np.ceil(np.minimum(1.0, fractions) * prompts)).astype(np.int64)
+    return (prompts - kept) // block * block
 
 
 def _number(value: object) -> bool:
