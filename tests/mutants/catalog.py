@@ -47,8 +47,12 @@ SILENT_FILES = {
         f"python/lkv/vllm/{name}.py": "runs with vLLM alone, in its own environment: make test-vllm"
         for name in (
             "__init__",
+            "attention",
             "backends",
             "cpu",
+            "flash_attn",
+            "flashinfer",
+            "gpu",
             "install",
             "layers",
             "metadata",

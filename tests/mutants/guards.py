@@ -151,7 +151,20 @@ GUARDS: dict[str, list[str]] = {
     "python/lkv/compression.py": ["hf/test_compression", "learning/test_no_gradients"],
     "python/lkv/offline.py": ["hf/test_offline", "learning/test_no_gradients"],
     "python/lkv/memory.py": ["hf/test_memory_footprint", "learning/test_plan_command"],
-    **{f"python/lkv/vllm/{name}.py": [f"learning/test_engine_{name}"] for name in ("scores", "settings", "shares")},
+    **{
+        f"python/lkv/vllm/{name}.py": [f"learning/test_engine_{name}"]
+        for name in ("pages", "scores", "settings", "shares")
+    },
+    "python/lkv/vllm/step.py": ["learning/test_engine_pages"],
+    **{
+        f"python/lkv/vllm/{name}.py": [f"vllm_plugin/test_gpu_{x}" for x in ("metadata", "backends", "steps")]
+        for name in ("gpu", "flash_attn", "flashinfer")
+    },
+    "python/lkv/vllm/refusals.py": ["vllm_plugin/test_engine_refusals", "vllm_plugin/test_gpu_refusals"],
+    "python/lkv/vllm/backends.py": ["vllm_plugin/test_gpu_refusals", "vllm_plugin/test_equal_counts"],
+    "python/lkv/vllm/metadata.py": [
+        f"vllm_plugin/test_{name}" for name in ("gpu_metadata", "equal_counts", "shares", "gpu_steps")
+    ],
     "python/lkv/vllm/*": [
         f"vllm_plugin/test_{name}" for name in ("interior", "equal_counts", "shares", "prefix_cache", "engine_refusals")
     ],

@@ -11,4 +11,6 @@ from prometheus_client import Counter
 PROMPTS = Counter("lkv:evicted_prompts", "Prompts that gave back blocks when they ended.")
 BLOCKS = Counter("lkv:freed_blocks", "Blocks of the KV cache that evicted prompts gave back.")
 ROWS = Counter("lkv:evicted_rows", "Rows of keys and values that were dropped, over layers and KV heads.")
-SECONDS = Counter("lkv:eviction_seconds", "Time in eviction, over layers: rows read, scored, selected and written.")
+SECONDS = Counter(
+    "lkv:eviction_seconds", "Time in eviction on CPUs, over layers: rows read, scored, selected, written."
+)
