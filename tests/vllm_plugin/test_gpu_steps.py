@@ -10,13 +10,14 @@ import pytest
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 from compared import check, prompts  # noqa: E402
 from dense import load, save  # noqa: E402
-from engine import BLOCK, SETTINGS, engine, free_blocks, greedy  # noqa: E402
+from engine import BLOCK, SETTINGS, engine, free_blocks, greedy, run  # noqa: E402
 from gpu_engine import gpu_engine  # noqa: E402
 from stand_ins import FlashInfer  # noqa: E402
 from test_prefix_cache import cached_tokens  # noqa: E402
 from test_small_pools import count_preemptions  # noqa: E402
+from vllm.v1.attention.backends import registry  # noqa: E402
 
-from lkv.vllm import metadata  # noqa: E402
+from lkv.vllm import backends, metadata  # noqa: E402
 from lkv.vllm.settings import dropped  # noqa: E402
 
 BACKENDS = ["flash_attn-NHD", "flashinfer-NHD", "trtllm-HND"]
@@ -102,3 +103,11 @@ def test_blocks_that_do_not_fit_are_refused(folder: Path, name: str) -> None:
     size, words = BLOCKS[name]
     with pytest.raises(ValueError, match=words), gpu_engine(name, folder, SETTINGS, block_size=size):
         pass
+
+
+def test_a_backend_that_does_not_evict_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM chooses backends itself where none is given."""
+    monkeypatch.setattr(backends, "CPU", {})
+    monkeypatch.setattr(registry, "_ATTN_OVERRIDES", {})
+    with engine(folder, SETTINGS) as llm, pytest.raises(RuntimeError, match="with the backend CPU_ATTN, .* got none"):
+        run(llm, prompts(60), greedy(1))

@@ -71,7 +71,7 @@ class Evicts(ABC):
         step = getattr(attn_metadata, "step", None)
         if step is None:
             given = layer, query, key, value, kv_cache, attn_metadata, output
-            return super().forward(*given, *args, **kwargs)  # type: ignore[misc,no-any-return]
+            return super().forward(*given, *args, **kwargs)  # type: ignore[misc]
         if any(scale is not None for scale in (*args, *kwargs.values())):
             raise NotImplementedError("lkv.vllm: expected outputs that are not quantised by the attention kernel")
         self._attend(layer, query, kv_cache, attn_metadata, output)
@@ -109,7 +109,8 @@ class Evicts(ABC):
         if step.order is not None:
             apart = apart[step.order]
         attended = torch.empty_like(apart)
-        super(Evicts, self.of_head).forward(layer, apart, None, None, kv_cache, metadata, attended)
+        kernel: Any = super(Evicts, self.of_head)
+        kernel.forward(layer, apart, None, None, kv_cache, metadata, attended)
         together = output[:tokens].view(tokens * heads, group, -1)
         if step.order is None:
             together.copy_(attended)

@@ -60,7 +60,7 @@ class Evicting(ABC):
         """A graph of a whole step would leave out that rows move, also where a chunk of one token ends a prompt."""
         if any(isinstance(spec, EvictedSpec) for spec in iter_layer_specs(kv_cache_spec)):
             return AttentionCGSupport.NEVER
-        return super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc,no-any-return]
+        return super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
 
     @abstractmethod
     def _one_head(self) -> None:
@@ -122,7 +122,8 @@ class Evicting(ABC):
                 seq_lens_cpu_upper_bound=bound,
                 max_seq_len=int(bound.max()),
             )
-        return super(Evicting, builder).build(0, common)
+        vllms: Any = super(Evicting, builder)
+        return vllms.build(0, common)
 
     def _replayed(self, common: Any, rows: list[int], drops: Any) -> tuple[Tensor, Any]:
         starts, lengths = common.query_start_loc_cpu.numpy(), common.seq_lens_cpu_upper_bound.numpy()

@@ -65,7 +65,10 @@ class Requests(LogitsProcessor):
         if batch_update is None or self.settings is None:
             return
         if self.builders == 0:
-            raise RuntimeError("lkv.vllm: no attention layer of this model is evicted: start without lkv settings")
+            raise RuntimeError(
+                "lkv.vllm: expected layers of full attention with the backend CPU_ATTN, FLASH_ATTN or FLASHINFER, got "
+                "none: set --attention-backend, or start without lkv settings"
+            )
         for row in batch_update.removed:
             self._set(row, 0, OFF)
         for row, params, prompt, _ in batch_update.added:
