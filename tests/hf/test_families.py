@@ -223,7 +223,8 @@ def test_a_recurrent_state_cannot_go_back():
         assert cache.get_seq_length() == 21
         outputs = call(model, tokens(2, 2, seed=1), None, twin.fork())
         twin.batch_select_indices(torch.tensor([1]))
-        torch.testing.assert_close(call(model, tokens(2, 2, seed=1)[1:], None, twin), outputs[1:])
+        alone = call(model, tokens(2, 2, seed=1)[1:], None, twin)
+        torch.testing.assert_close(alone, outputs[1:], rtol=1e-4, atol=1e-4)  # processors add up batches in other orders
 
 
 def test_generate_is_seen_through():
