@@ -224,7 +224,7 @@ def test_a_recurrent_state_cannot_go_back():
         outputs = call(model, tokens(2, 2, seed=1), None, twin.fork())
         twin.batch_select_indices(torch.tensor([1]))
         alone = call(model, tokens(2, 2, seed=1)[1:], None, twin)
-        torch.testing.assert_close(alone, outputs[1:], rtol=1e-4, atol=1e-4)  # processors add up batches in other orders
+        torch.testing.assert_close(alone, outputs[1:], rtol=1e-4, atol=1e-4)  # sums in another order
 
 
 def test_generate_is_seen_through():
