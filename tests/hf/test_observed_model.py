@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lkv
+from lkv.hf.capture import cosines
 from lkv.hf.observation import observe
 from lkv.policies import H2O, AdaKV, ExpectedAttention, SnapKV, SqueezeAttention, StreamingLLM
 
@@ -110,6 +111,15 @@ def test_queries_are_forgotten_with_the_rows() -> None:
     waiting.batch_select_indices(torch.tensor([0, 0]))
     o = observe(waiting.ragged[0], waiting.settings.observe, 1)
     assert o.queries.shape[0] == o.query_mask.shape[0] == 2 and torch.equal(o.queries[0], o.queries[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cosines_are_of_float32(dtype: torch.dtype) -> None:
+    before, added = torch.randn(2, 2, 9, 500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = cosines(before, added, None)
+    whole = torch.nn.functional.cosine_similarity(before.double(), (before + added).double(), dim=-1)
+    assert found.dtype == torch.float32 and found.shape == (2, 9, 1)
+    torch.testing.assert_close(found[..., 0].double(), whole, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()

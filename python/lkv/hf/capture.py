@@ -130,7 +130,7 @@ def _take_cosine(module: AttentionModule, layers: Sequence[object], added: Tenso
 @keeps_tensors
 def cosines(before: Tensor, added: Tensor, padding: PaddingInfo | None) -> Tensor:
     """float32 `[B, n, 1]`: cos(x, x + y) of `[B, n, hidden]`, in the order of the rows; NaN for padding."""
-    cosine = cosine_similarity(before.float(), before + added, dim=-1)
+    cosine = cosine_similarity(before.float(), (before + added).float(), dim=-1)
     if padding is not None:
         if padding.order is not None:
             cosine = cosine.gather(1, padding.order.to(cosine.device))
