@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lkv
+from lkv.hf.cascade import within
 from lkv.policies import CAKE, AcrossLayers, AdaKV, CAKEScore, LAVa, LAVaScore, Observation, SnapKV
 from lkv.policies.base import LayerWrapper
 
@@ -97,6 +98,17 @@ class OneHead(SnapKV):
         scores = super().score(layer, observation)
         scores[:, 0] += 1
         return scores
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_budgets_above_what_is_there_go_to_other_heads(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    budgets, there = (torch.randint(0, 9, (3, 2, 4), generator=draw) for _ in range(2))
+    found = within(budgets, there)
+    assert found.shape == there.shape and bool((found >= 0).all() and (found <= there).all())
+    totals = budgets.sum((0, 2)).minimum(there.sum((0, 2)))
+    assert torch.equal(found.sum((0, 2)), totals)
+    assert torch.equal(within(budgets.minimum(there), there), budgets.minimum(there))
 
 
 @torch.no_grad()

@@ -75,6 +75,23 @@ class KnownTogether(Earliest):
         return self.table[:, None].expand(lengths.shape)
 
 
+class Asks(SnapKV):
+    """What its scores are told of the budget."""
+
+    needs = frozenset({"queries", "budget"})
+
+    def score(self, layer, observation):
+        told.append(observation.budget.tolist())
+        return super().score(layer, observation)
+
+
+class AsksTogether(Asks, Together):
+    scope = "model"
+
+
+told: list[list[int]] = []
+
+
 @pytest.fixture
 def model():
     return build("llama")
@@ -257,6 +274,15 @@ def test_scope_model_chooses_as_the_competition_of_all_layers(model):
     budgets = lkv_ext.budgets_from_scores(scores, 4 * 10, across="layers", window=4)
     watched.evict(Together(), budget=10)
     assert torch.stack([layer.rows.lengths for layer in watched.ragged]).tolist() == budgets.tolist()
+
+
+@pytest.mark.parametrize("policy", [Asks(window=4), AsksTogether(window=4)], ids=["layer", "model"])
+@pytest.mark.parametrize("length", [[40], [40, 26]], ids=["one", "padded"])
+def test_scores_are_told_the_rows_per_head(model, policy, length):
+    told.clear()
+    cache = lkv.Cache(model, policy, retention=0.3)
+    talk(model, cache, [turn(length, 0)])
+    assert told == 2 * [[round(0.3 * n) for n in length]]
 
 
 @pytest.mark.parametrize("policy", [ADAKV, Together()], ids=["layer", "model"])

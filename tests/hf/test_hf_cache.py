@@ -152,6 +152,13 @@ def test_copies_go_on_by_themselves(model):
         assert torch.equal(answer(model, fresh, one), first)
 
 
+def test_forks_share_whole_rows(model):
+    with torch.no_grad(), lkv.Cache(model, POLICY, retention=0.3, chunks="last") as cache:
+        call(model, tokens(1, 40), None, cache)
+        for mine, other in zip(cache.ragged, cache.fork().ragged, strict=True):
+            assert mine.keys.data_ptr() == other.keys.data_ptr() and mine.values.data_ptr() == other.values.data_ptr()
+
+
 def test_reset(model):
     with torch.no_grad(), lkv.Cache(model, POLICY, budget=9, cap=16) as cache:
         outputs = answer(model, cache, tokens(2, 40), 30)

@@ -8,6 +8,7 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,17 @@ from lkv.policies import AdaKV, SnapKV, StreamingLLM
 
 NEEDS = {"queries", "hidden_states", "pre_rope_keys"}
 PROMPT, MORE = turn([30, 17], 0), tokens(2, 3, seed=1)
+GAPS = torch.cat([PROMPT.mask[:, :-6], torch.tensor([[1, 0, 0, 1, 1, 1], [0, 1, 1, 0, 1, 1]])], 1)
 
 
-def filled(model: PreTrainedModel, **options: object) -> tuple[lkv.Cache, torch.Tensor]:
+def filled(
+    model: PreTrainedModel, prompt: torch.Tensor = PROMPT.mask, **options: object
+) -> tuple[lkv.Cache, torch.Tensor]:
     """A cache with a padded prompt and a token, and the mask so far."""
     options = dict(policy=AdaKV(SnapKV(window=4)), retention=0.4) | options
-    cache, mask = lkv.Cache(model, **options), torch.cat([PROMPT.mask, torch.ones(2, 1).long()], 1)
+    cache, mask = lkv.Cache(model, **options), torch.cat([prompt, torch.ones(2, 1).long()], 1)
     with torch.no_grad():
-        call(model, PROMPT.ids, PROMPT.mask, cache)
+        call(model, PROMPT.ids, prompt, cache)
         call(model, tokens(2, 1), mask, cache)
     return cache, mask
 
@@ -144,6 +148,17 @@ def test_foreign_files(tmp_path):
         lkv.Cache.load(tmp_path / "cache", build("qwen3"))
 
 
+def changed(cache: lkv.Cache, path: Path, change: Callable[[dict, dict], object]) -> Path:
+    """A file of this cache in which tensors and the state beside them were changed."""
+    cache.save(path)
+    with safe_open(path, "pt") as file:
+        named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        record = json.loads(file.metadata()["lkv"])
+    change(named, record["state"])
+    save_file(named, path, {"lkv": json.dumps(record)})
+    return path
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -165,14 +180,25 @@ def test_foreign_files(tmp_path):
     ],
 )
 def test_files_that_are_not_consistent(tmp_path, change):
-    model, path = build("llama"), tmp_path / "cache"
-    filled(model)[0].save(path)
-    with safe_open(path, "pt") as file:
-        named = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        record = json.loads(file.metadata()["lkv"])
-    change(named, record["state"])
-    save_file(named, path, {"lkv": json.dumps(record)})
+    model = build("llama")
+    path = changed(filled(model)[0], tmp_path / "cache", change)
     with pytest.raises((ValueError, TypeError), match=r"lkv(_ext)?\.(Ragged)?Cache"):
+        lkv.Cache.load(path, model)
+
+
+@pytest.mark.parametrize("way", [by_file, by_pickle, by_torch])
+def test_a_prompt_with_gaps_comes_back(way, tmp_path):
+    model = build("llama")
+    cache, mask = filled(model, GAPS)
+    again = way(cache, model, tmp_path)
+    assert torch.equal(go_on(model, again, mask), go_on(model, cache, mask))
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_places_outside_of_the_prompt_are_refused(tmp_path, shift):
+    model = build("llama")
+    path = changed(filled(model, GAPS)[0], tmp_path / "cache", lambda t, s: t[".places"].add_(shift))
+    with pytest.raises(ValueError, match=r"places in \[0, 31\)"):
         lkv.Cache.load(path, model)
 
 

@@ -67,6 +67,19 @@ def test_what_is_kept_makes_the_retention(kind: str, temperature: float, retenti
         assert float(kept[..., :length].sum()) == pytest.approx(want, rel=1e-3)
 
 
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_that_is_all_protected_is_seen_whole(kind: str, hard: bool) -> None:
+    lkv, lengths = policy(kind), [50, 4, 7]
+    masks = distill.log_masks(lkv, reading(lengths), torch.full((3,), 0.4), 0.3, hard)
+    for b, length in enumerate(lengths[1:], 1):
+        assert (masks[:, b, :, :length] == 0).all() and (masks[:, b, :, length:] == distill.FLOOR).all()
+    masks.sum().backward()
+    assert all(
+        x.grad is None or bool(x.grad.isfinite().all()) for x in (*lkv.scorer.parameters(), *lkv.budget.parameters())
+    )
+
+
 @pytest.mark.parametrize("kind", ["capped", "softmax", "uniform"])
 def test_masks_are_the_relaxed_top_k_of_what_competes(kind: str) -> None:
     """Against the bisection in float64: scores between the protected rows, and the head's share of their number."""

@@ -146,6 +146,12 @@ def test_processes_share_the_records(make: Make) -> None:
     assert make(process=0, processes=3).run("train", 5).missing() == [2]
 
 
+@pytest.mark.parametrize("process", [0, 1])
+def test_the_first_process_shows_how_far_it_is(make: Make, process: int, capfd: pytest.CaptureFixture[str]) -> None:
+    make(process=process, processes=2).run("train", 2)
+    assert ("lkv train: train texts" in capfd.readouterr().err) == (process == 0)
+
+
 def test_a_disk_that_will_be_full_is_found_out_at_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(OSError, match="expected 1 MB of free space for records in .*records, got less"):

@@ -126,6 +126,14 @@ def test_a_run_goes_on_from_its_last_save_between_validations(make, monkeypatch,
     assert equal(checkpoint.weights(again.run()), checkpoint.weights(whole)) and not begun
 
 
+def test_it_is_saved_now_and_then_between_validations(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "SAVE_EVERY", 3)
+    run, saved = make(validate_every=6), []
+    monkeypatch.setattr(run, "_save_state", lambda: saved.append(run.step))
+    run.run()
+    assert saved == [0, 3, 6]
+
+
 def test_a_finished_run_does_nothing_more(make) -> None:
     make().run()
     lines = (make().folder / METRICS).read_text()

@@ -8,14 +8,30 @@ from __future__ import annotations
 from fnmatch import fnmatch
 from pathlib import Path
 
-_HF = "hf/test_"
-_CACHE = [
-    _HF + x
-    for x in ("bookkeeping", "masks", "refusals", "gaps", "prompts", "hf_errors", "failed_calls", "hf_cache")
-    + ("evict_now", "storage", "growth", "compression")
-]
-_MODELS = [_HF + x for x in ("scores", "observed", "families", "rope", "wrapped", "routing", "generation")]
-_MODELS += [_HF + "observed_model"]
+_CACHE = ["bookkeeping", "hf_cache", "hf_errors"]
+_HF = {
+    "attention": ["hf_errors", "routing", "refusals", "masks"],
+    "batching": ["batching"],
+    "cache": [*_CACHE, "refusals", "evict_now", "storage", "families"],
+    "call": ["failed_calls", "observed", "prompts", "cascade"],
+    "calls": ["failed_calls", *_CACHE, "prompts", "observed"],
+    "capture": ["observed", "observed_model"],
+    "cascade": ["cascade"],
+    "compat": ["families", "refusals", "routing", "wrapped"],
+    "copies": ["storage", *_CACHE],
+    "history": ["masks", "gaps", *_CACHE],
+    "layer": [*_CACHE, "masks", "evict_now", "gaps", "growth"],
+    "masks": ["masks", "gaps", "prompts"],
+    "observation": ["observed", "evict_now", *_CACHE],
+    "planning": ["policy_settings", "cascade", "compression", "gaps", "evict_now", *_CACHE],
+    "queries": ["evict_now", *_CACHE, "rope"],
+    "routing": ["routing", "wrapped", "refusals", "families"],
+    "settings": [*_CACHE, "policy_settings", "refusals"],
+    "state": ["storage"],
+    "storage": ["storage", *_CACHE, "growth"],
+    "token_log": ["observed", "evict_now", "rope"],
+    "versions": [*_CACHE, "refusals"],
+}
 _LEARN = {
     "config": ["schedule"],
     "dialogue": ["dialogue", "recording"],
@@ -48,27 +64,8 @@ _RAGGED = ["test_cache", "test_whole_cache", "test_cache_steps", "test_cache_fil
 _RAGGED += ["test_errors", "test_arguments", "test_tracing"]
 
 GUARDS: dict[str, list[str]] = {
-    **{
-        f"python/lkv/hf/{name}.py": [_HF + first, *_CACHE, *_MODELS]
-        for name, first in {
-            "attention": "routing",
-            "call": "routing",
-            "cascade": "cascade",
-            "calls": "failed_calls",
-            "capture": "observed",
-            "compat": "families",
-            "copies": "storage",
-            "history": "masks",
-            "masks": "masks",
-            "observation": "observed",
-            "queries": "evict_now",
-            "routing": "routing",
-            "state": "storage",
-            "token_log": "observed",
-        }.items()
-    },
-    "python/lkv/hf/batching.py": [_HF + "batching"],
-    "python/lkv/hf/*": [*_CACHE, *_MODELS],
+    **{f"python/lkv/hf/{name}.py": [f"hf/test_{x}" for x in tests] for name, tests in _HF.items()},
+    "python/lkv/hf/*": [f"hf/test_{x}" for x in _CACHE],
     **{f"python/lkv/policies/lkv/{name}.py": [f"learning/test_{x}" for x in tests] for name, tests in _LKV.items()},
     "python/lkv/policies/lkv/policy.py": [
         *("learning/test_" + x for x in ("lkv_policy", "no_gradients")),

@@ -68,7 +68,7 @@ class Cascade(Generic[L]):
         if totals == there:
             return [(x, EvictionPlan(None, None, x.row_counts)) for x in self.layers] if complete else []
         rows = [_rows(x) for x in self.layers]
-        scores = [s.gather(2, at.clamp(0, s.shape[2] - 1)) for s, (at, _, _) in zip(self.scores, rows, strict=True)]
+        scores = [s.gather(2, at.clamp(min=0)) for s, (at, _, _) in zip(self.scores, rows, strict=True)]
         lengths, starts = (torch.stack([x[n].to(found.device) for x in rows]) for n in (1, 2))
         more: dict[str, Any] = {"importance": torch.stack(self.importance)} if self.importance else {}
         shown, of, first = scores, lengths, starts
@@ -78,7 +78,7 @@ class Cascade(Generic[L]):
         budgets = policy.budgets(shown, of, torch.tensor(totals), starts=first, **more)
         check_budgets(policy, budgets, lengths.shape)
         budgets = budgets.to(lengths.device).clamp(min=0)
-        budgets = _within(budgets, lengths) if complete else (budgets + getattr(policy, "slack", 1)).minimum(lengths)
+        budgets = within(budgets, lengths) if complete else (budgets + getattr(policy, "slack", 1)).minimum(lengths)
         counts = budgets.sum(2).tolist()
         return [
             (x, EvictionPlan(s, b, n, policy.sink, policy.window, self.carried.pop(x.index, None)))
@@ -94,7 +94,7 @@ class Cascade(Generic[L]):
         return max(wanted - later * heads * ends, wanted * len(self.layers) // layers)
 
 
-def _within(budgets: Tensor, there: Tensor) -> Tensor:
+def within(budgets: Tensor, there: Tensor) -> Tensor:
     """Budgets `[N, B, H]` of the same total, none above what is there: what rounding has cost a head goes to others."""
     if not bool((budgets > there).any()):
         return budgets
