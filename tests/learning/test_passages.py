@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import replace
 
 import pytest
-from tiny_texts import files, prose
+from tiny_texts import code, files, prose
 
 from lkv import tasks
 from lkv.tasks.documents import Document, documents
@@ -55,6 +56,20 @@ def test_the_same_arguments_give_the_same_passage_and_others_another(found: list
     assert all(other.text != made.text for other in others)
     texts = {make(found, i).text for i in range(20)}
     assert len(texts) == 20
+
+
+def test_passages_are_the_same_everywhere() -> None:
+    """Those that published numbers are of: whatever is cut, woven in or drawn in another way gives others."""
+    rng, digest = random.Random(2), hashlib.sha256()
+    texts = [prose(rng, n) for n in (20, 60, 200)] + [code(rng, 40), "x" * 900 + " word" * 300]
+    found = [Document("one", str(i), text, str(i), "train") for i, text in enumerate(texts)]
+    for index, space in enumerate((300, 500, 800, 1000) * 6):
+        made = passage(found, index, space, len, split="train", facts=1 + index % 3, continuation=index)
+        digest.update(repr(made).encode())
+    made = synthetic("single", 3, 900, len, split="train")
+    digest.update(repr(made).encode())
+    assert 800 < len(made.text) <= 900
+    assert digest.hexdigest() == "ee287d33f59faa9f1aed435fb1dd00e7b5024a322b04908c4b5ea2b1d100d29c"
 
 
 def test_statements_stand_where_a_sentence_has_ended(found: list[Document]) -> None:

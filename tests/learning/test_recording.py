@@ -69,6 +69,15 @@ def test_a_record_is_what_the_model_made_of_the_passage(make: Make, chat: bool, 
     assert stored == dict(tokens=torch.int32, keys=torch.bfloat16, values=torch.bfloat16, attention=torch.float16)
 
 
+@torch.no_grad()
+def test_rotations_are_stored_as_float32(make: Make) -> None:
+    """Of a model in half precision too, whose own are rounded to it."""
+    run = make(by=model().bfloat16())
+    record = run.record(run.passage("train", 1))
+    assert record.cos is not None and record.sin is not None
+    assert record.cos.dtype == record.sin.dtype == torch.float32
+
+
 @pytest.mark.parametrize("letters", [12, 150])
 def test_a_continuation_is_as_long_as_wanted(make: Make, letters: int) -> None:
     """Whatever is usual: texts end early enough for it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lkv.learn.records import MANIFEST, Record, Records, claim, made_with
+from lkv.learn.records import MANIFEST, Record, Records, agreed, claim, made_with
 
 RICH = dict(cos=torch.randn(1, 5, 4), sin=torch.randn(1, 5, 4), kvzip=torch.randn(2, 2, 5).half())
 
@@ -105,3 +105,15 @@ def test_a_folder_belongs_to_one_manifest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="others: more null, which was 1;"):
         (tmp_path / "new" / MANIFEST).write_text(json.dumps({**manifest, "more": 1}))
         claim(tmp_path / "new", manifest)
+
+
+def test_entries_that_may_be_added_are_and_those_that_are_there_stay(tmp_path: Path) -> None:
+    claim(tmp_path, {"model": "abc", "methods": {"a": 1, "b": 2}})
+    more = {"model": "abc", "methods": {"b": 2, "c": 3}}
+    assert agreed(tmp_path, more, grows=("methods",)) == {"model": "abc", "methods": {"a": 1, "b": 2, "c": 3}}
+    for methods, named in (
+        ({"b": 3}, "methods b 3, which was 2"),
+        ({"c": 3, "a": None}, "methods a null, which was 1"),
+    ):
+        with pytest.raises(ValueError, match=f"others: {named};"):
+            agreed(tmp_path, {"model": "abc", "methods": methods}, grows=("methods",))

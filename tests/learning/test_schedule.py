@@ -20,6 +20,23 @@ CONFIG = TrainConfig(steps=100, hard=0.3, temperature=(1.5, 0.05), retention=(0.
 def test_defaults_are_those_of_the_docs() -> None:
     config, design = TrainConfig(), Design()
     assert (config.temperature, config.hard, config.retention) == ((1.0, 0.05), 0.3, (0.05, 0.5))
+    assert (config.steps, config.warm_steps, config.batch, config.accumulate, config.questions) == (600, 150, 8, 1, 4)
+    assert (config.length, config.longest, config.answer_tokens, config.facts, config.continuation) == (
+        1024,
+        0,
+        24,
+        4,
+        48,
+    )
+    assert (config.lr_budget, config.lr_scorer, config.kvzip_weight, config.synthetic) == (2e-2, 2e-3, 1.0, 0.0)
+    assert (config.validate_every, config.validation, config.validation_retentions) == (100, 16, (0.05, 0.15))
+    assert (config.target, config.start, config.replies, config.texts, config.seed) == (
+        "kvzip",
+        "flat",
+        "right",
+        200,
+        0,
+    )
     assert (design.sink, design.window, design.budget, design.input) == (4, 8, "capped", "kv")
 
 
@@ -130,7 +147,7 @@ def test_lengths_of_passages_are_even_in_their_logarithm() -> None:
     drawn = [config.length_of("train", i) for i in range(2000)]
     assert drawn == [replace(config, steps=7).length_of("train", i) for i in range(2000)]
     assert drawn != [replace(config, seed=1).length_of("train", i) for i in range(2000)]
-    assert min(drawn) >= 1000 and max(drawn) <= 4000
+    assert min(drawn) >= 1000 and max(drawn) <= 4000 and all(isinstance(x, int) for x in drawn)
     assert sum(x < 2000 for x in drawn) / 2000 == pytest.approx(0.5, abs=0.05)
     assert {config.length_of("validation", i) for i in range(20)} == {1000}
     assert {replace(config, longest=0).length_of("train", i) for i in range(20)} == {1000}
