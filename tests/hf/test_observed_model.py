@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -111,6 +112,22 @@ def test_queries_are_forgotten_with_the_rows() -> None:
     waiting.batch_select_indices(torch.tensor([0, 0]))
     o = observe(waiting.ragged[0], waiting.settings.observe, 1)
     assert o.queries.shape[0] == o.query_mask.shape[0] == 2 and torch.equal(o.queries[0], o.queries[1])
+
+
+@pytest.mark.parametrize("parts", [[20], [12, 20]], ids=str)
+@torch.no_grad()
+def test_queries_of_hidden_tokens_do_not_count(parts: list[int]) -> None:
+    """Of the sequence that hides them, whether they are in one part or in several."""
+    model, ids, mask = build("llama"), tokens(2, 24), torch.ones(2, 24, dtype=torch.long)
+    cache = lkv.Cache(model, H2O(), retention=0.5, chunks="last")
+    with cache.prefill():
+        for begin, end in pairwise([0, *parts]):
+            call(model, ids[:, begin:end], mask[:, :end], cache)
+        mask[0, 10:14] = 0
+        call(model, ids[:, 20:], mask, cache)
+        for layer in cache.ragged:
+            _, places, filled = layer.observations.all_queries.read()
+            assert places.tolist() == 2 * [list(range(24))] and torch.equal(filled, mask.bool())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

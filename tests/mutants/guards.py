@@ -24,7 +24,7 @@ _HF = {
     "masks": ["masks", "gaps", "prompts"],
     "observation": ["observed", "evict_now", *_CACHE],
     "planning": ["policy_settings", "cascade", "compression", "gaps", "evict_now", *_CACHE],
-    "queries": ["evict_now", *_CACHE, "rope"],
+    "queries": ["evict_now", *_CACHE, "rope", "observed_model", "decoding_policies"],
     "routing": ["routing", "wrapped", "refusals", "families"],
     "settings": [*_CACHE, "policy_settings", "refusals"],
     "state": ["storage"],
