@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 from compared import check, prompts  # noqa: E402
-from dense import load, save  # noqa: E402
+from dense import SIZES, load, save  # noqa: E402
 from engine import BLOCK, SETTINGS, engine, free_blocks, greedy, run  # noqa: E402
 from gpu_engine import gpu_engine  # noqa: E402
 from stand_ins import FlashInfer  # noqa: E402
@@ -17,7 +19,7 @@ from test_prefix_cache import cached_tokens  # noqa: E402
 from test_small_pools import count_preemptions  # noqa: E402
 from vllm.v1.attention.backends import registry  # noqa: E402
 
-from lkv.vllm import backends, metadata  # noqa: E402
+from lkv.vllm import backends, gpu, metadata  # noqa: E402
 from lkv.vllm.settings import dropped  # noqa: E402
 
 BACKENDS = ["flash_attn-NHD", "flashinfer-NHD", "trtllm-HND"]
@@ -90,6 +92,21 @@ def test_tables_that_do_not_divide_by_heads(tmp_path: Path, name: str) -> None:
     start = engine(folder, settings, **options) if name == "cpu" else gpu_engine(name, folder, settings, **options)
     with start as llm:
         check(llm, dense, prompts(190, 65), settings, greedy(8))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_steps_that_are_measured_take_what_evictions_take(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's steps without metadata, by which it knows how much memory is left for the pool."""
+    taken: list[Any] = []
+    with gpu_engine(name, folder, SETTINGS, max_model_len=512) as llm:
+        monkeypatch.setattr(gpu, "torch", SimpleNamespace(empty=lambda *shape, **_: taken.append(shape)))
+        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        query, key = torch.zeros(5, 8, 32), torch.zeros(5, 4, 32)
+        for layer in layers.values():
+            layer.impl.forward(layer, query, key, key, torch.empty(0), None, torch.empty_like(query))
+        assert taken == SIZES["num_hidden_layers"] * [(2, 4, 512, 32)]
 
 
 BLOCKS = {

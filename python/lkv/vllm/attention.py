@@ -68,6 +68,8 @@ class Evicts(ABC):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
+        if attn_metadata is None and self.layers is not None:
+            self._reserve(key)
         step = getattr(attn_metadata, "step", None)
         if step is None:
             given = layer, query, key, value, kv_cache, attn_metadata, output
@@ -85,6 +87,10 @@ class Evicts(ABC):
             self._attend(layer, query[tokens], kv_cache, metadata, again)
             output[tokens] = again
         return output
+
+    def _reserve(self, key: Tensor) -> None:
+        """Takes for a moment what an eviction takes beside the pool: vLLM measures how much memory a step needs."""
+        return
 
     @abstractmethod
     def _move(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, step: Step) -> None:

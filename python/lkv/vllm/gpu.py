@@ -45,19 +45,8 @@ class MovesInPages(Evicts):
         assert self.layers is not None and step.pages is not None
         step.pages.evict(kv_cache, self.layers.scores, self.layers.sink, self.layers.window)
 
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        if attn_metadata is None and self.layers is not None:  # vLLM measures memory: as much as the longest prompt has
-            tokens = self.layers.vllm_config.model_config.max_model_len
-            torch.empty(2, self.num_kv_heads, tokens, self.head_size, dtype=key.dtype, device=key.device)
-        return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+    def _reserve(self, key: Tensor) -> None:
+        """As much as the rows of the longest prompt take when they are scored."""
+        assert self.layers is not None
+        tokens = self.layers.vllm_config.model_config.max_model_len
+        torch.empty(2, self.num_kv_heads, tokens, self.head_size, dtype=key.dtype, device=key.device)
