@@ -45,11 +45,12 @@ def emulated() -> Iterator[Native]:
 
     if tool := build.missing_tool():
         raise RuntimeError(f"the emulator is built with {tool}, which is not installed")
+    sources = sorted(x for pattern in ("*.cpp", "*.h", "*.txt") for x in build.EMULATOR.glob(pattern))
+    parts = [*sources, build.EMULATOR / "include", build.EMULATOR / "harness"]  # what the cases are run by
+    guards = tuple(x.relative_to(ROOT).as_posix() for x in parts)
     for mutation in mutations.MUTATIONS:
         file = (build.KERNELS / mutation.file).relative_to(ROOT).as_posix()
-        yield Native(
-            mutation.name, file, ("tests/emulator",), partial(mutations.caught_by, mutation), mutation.equivalent
-        )
+        yield Native(mutation.name, file, guards, partial(mutations.caught_by, mutation), mutation.equivalent)
 
 
 LISTS: tuple[Callable[[], Iterable[Native]], ...] = (built, emulated)
