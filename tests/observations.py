@@ -107,6 +107,26 @@ def attention_by_loops(o: Observation, b: int, head: int) -> list[list[float]]:
 
 
 @dataclass(frozen=True)
+class Still:
+    """A rotary embedding by angles per position, half of the head against the other."""
+
+    angles: Tensor
+    length: int
+
+    def _at(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        turned = places[..., None].float() * self.angles
+        return turned.cos().repeat(*[1] * places.dim(), 2), turned.sin().repeat(*[1] * places.dim(), 2)
+
+    def undo(self, rows: Tensor, positions: Tensor) -> Tensor:
+        cos, sin = self._at(positions[:, None])
+        first, second = rows.chunk(2, -1)
+        return rows * cos - torch.cat([-second, first], -1) * sin
+
+    def next(self, count: int) -> tuple[Tensor, Tensor]:
+        return self._at((self.length + torch.arange(count))[None])
+
+
+@dataclass(frozen=True)
 class Given(Scorer):
     """Scores as they are given."""
 

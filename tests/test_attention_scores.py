@@ -1,4 +1,6 @@
-"""SnapKV and KVzip against loops over batch, head, query and row, with every setting that a model's logits may have."""
+"""Scores made of attention, with every setting that a model's logits may have: SnapKV and KVzip against loops over
+batch, head, query and row, and what holds of all policies that look at queries.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from observations import SETTINGS, D, G, H, attention_by_loops, observe
+from observations import HIDDEN, SETTINGS, D, G, H, Still, attention_by_loops, observe
 from torch import Tensor
 
-from lkv.policies import KVzip, Observation, SnapKV
+from lkv import policies
+from lkv.policies import SAGEKV, KVzip, Observation, Policy, SnapKV, Weighs
+from lkv.policies.base import refiner
 
 SNAPKV = [
     SnapKV(window=4, kernel_size=1),
@@ -174,3 +178,45 @@ def test_rows_are_known_by_their_positions(policy: SnapKV | KVzip) -> None:
         expected = kvzip_by_loops(alone) if isinstance(policy, KVzip) else snapkv_by_loops(policy, alone)
         close(scores[:, h, : len(rows)], expected[:, 0])
         assert (scores[:, h, len(rows) :] == 0).all()
+
+
+# Compactor takes logits as they are, as kvpress does; the softmax of R-KV is over rows alone; and what a soft cap or
+# sinks make of the expectation of ExpectedAttention has no closed form.
+ASKING = {
+    name: policy
+    for name, policy in {x: policies.get(x) for x in policies.POLICIES}.items()
+    if policy.needs & {"queries", "all_queries"} and name != "compactor"
+} | {f"sagekv {group}": SAGEKV(group=group) for group in ("max", "sum")}
+FREE = {"softcap": {"expected_attention"}, "sinks": {"expected_attention", "rkv"}}
+
+
+def shown(policy: Policy, o: Observation) -> list[Tensor]:
+    """All that a policy makes of an observation: scores, its choice where budgets are known, the weight of a layer."""
+    found = [policy.score(0, o)]
+    if isinstance(policy, Weighs):
+        found.append(policy.importance(0, o, found[0]))
+    if (chooses := refiner(policy)) is not None:
+        found.append(chooses.refine(0, o, found[0].clone(), torch.full(o.lengths.shape, 20)))
+    return found
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_settings_are_those_of_the_model(name: str) -> None:
+    """Louder queries of a lower scale ask for the same; under a cap of nearly nothing, for all rows alike; beside sinks
+    that take everything, for none.
+    """
+    policy, g = ASKING[name], torch.Generator().manual_seed(1)
+    o = observe(60, 60, seed=2, output_projection=torch.randn(HIDDEN, H * G * D, generator=g))
+    still = Still(torch.tensor([1.0, 0.5, 0.1, 0.01]), 60)
+    o = replace(o, rotary=still, budget=torch.tensor([20, 20]), attention_cosine=torch.tensor([0.9, 0.7]))
+    alike, none = replace(o, queries=torch.zeros_like(o.queries)), replace(o, query_mask=torch.zeros(2, 60).bool())
+    pairs = {
+        "scaling": (o, replace(o, queries=o.queries * 4, scaling=o.scaling / 4)),
+        "softcap": (alike, replace(o, softcap=1e-12)),
+        "sinks": (none, replace(o, sinks=torch.full((H * G,), 1e4))),
+    }
+    plain = shown(policy, o)
+    for setting, (one, other) in pairs.items():
+        if name not in FREE.get(setting, ()):
+            assert all(map(torch.equal, shown(policy, one), shown(policy, other))), setting
+            assert setting == "scaling" or not all(map(torch.equal, shown(policy, other), plain)), setting

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -133,6 +134,17 @@ def test_the_mean_of_a_blend_is_over_all_heads_that_compete():
     pairs = [torch.cat([won, lost], 1), torch.cat([lost, lost], 1)]
     four = lkv_ext.budgets_from_scores(pairs, 12, across="layers", floor=lkv_ext.Blend(0.5))
     assert four.tolist() == [[[8, 2]], [[1, 1]]]  # of 7.5 and 1.5 each
+
+
+@pytest.mark.parametrize("total", range(1, 10))
+def test_a_mean_that_is_not_whole_is_blended_as_it_is(total):
+    """Of three rows, all won by the first head, an alpha of 0.4 gives it 2.4 and the other 0.6: two and one."""
+    scores = torch.tensor([[[9.0] * 12, [1.0] * 12]])
+    for tenths in range(11):
+        other = Fraction(tenths * total, 20)
+        other = math.ceil(other - Fraction(1, 2))  # the nearest; a tie goes to the first head
+        budgets = lkv_ext.budgets_from_scores(scores, total, floor=lkv_ext.Blend(tenths / 10))
+        assert budgets.tolist() == [[total - other, other]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -12,6 +12,7 @@ from cache_model import filled, tokens
 from cases import generator, rows_of, scores_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from invariants import STEPS as WATCHED
 from torch import Tensor
 
 import lkv_ext
@@ -138,3 +139,35 @@ def test_restore_whatever_came(reserve: int, appends: list[tuple[int, list[int]]
     cache.append(k, v)
     model.append(k, v)
     model.check(cache)
+
+
+IDLE = {
+    "append": lambda cache: cache.append(*tokens(0)),
+    "evict": lambda cache: cache.evict(cache.packed(torch.zeros(2, 3, cache.max_length)), cache.max_length),
+    "crop": lambda cache: cache.crop(0),
+    "restore": lambda cache: cache.restore(cache.mark(), [0, 0]),
+    "select_batch": lambda cache: cache.select_batch([0, 1]),
+    "reorder": lambda cache: cache.reorder([0, 1]),
+    "to": lambda cache: cache.to("cpu"),
+}
+WRONG = {
+    "k": lambda cache: cache.k[1:],
+    "companions": lambda cache: (cache.k[1:],),
+    "positions": lambda cache: cache.positions.flip(0),
+    "lengths": lambda cache: cache.lengths - 1,
+    "cu_seqlens": lambda cache: cache.cu_seqlens + 1,
+    "seen": lambda cache: cache.seen - 1,
+    "max_length": lambda cache: cache.max_length - 1,
+    "_free": lambda cache: cache._free + 1000,
+    "_tail": lambda cache: cache._tail + 1,
+}
+
+
+@pytest.mark.parametrize("step, part", [*((step, "seen") for step in WATCHED), *(("crop", part) for part in WRONG)])
+def test_every_step_is_looked_at(step: str, part: str) -> None:
+    """In all tests, whatever they are about: what is wrong with a cache is found behind its next step."""
+    cache = filled()[0]
+    IDLE[step](cache)
+    setattr(cache, part, WRONG[part](cache))
+    with pytest.raises(AssertionError):
+        IDLE[step](cache)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from cases import (
@@ -284,6 +286,23 @@ def test_out(device: str, span: dict) -> None:
     again = lkv_ext.evict(*payload[:2], -scores, BUDGETS, companions=payload[2:], out=out, **span)
     assert again is out and again.k.data_ptr() == pointer
     check(again, expected(payload, -scores, BUDGETS, **span))
+
+
+def test_out_of_other_budgets_and_spans(device: str) -> None:
+    """Buffers fit any call of as many rows, and describe what came last."""
+    payload, scores = cache(device), scores_of("normal", [2, 3, 257]).to(device)
+    calls = (
+        dict(budgets=[8, 6, 4]),
+        dict(budgets=[1, 1, 16]),
+        dict(budgets=[6, 4, 2], reserve=2),
+        dict(budgets=[7, 5, 3], align=2),
+    )
+    for first, then in itertools.permutations(calls, 2):
+        out, fresh = (lkv_ext.evict(*payload[:2], scores, companions=payload[2:], **x) for x in (first, then))
+        again = lkv_ext.evict(*payload[:2], scores, companions=payload[2:], out=out, **then)
+        check(again, expected(payload, scores, **then))
+        assert again.max_length == fresh.max_length == max(then["budgets"])
+        assert (again.reserve, again.align) == (then.get("reserve", 0), then.get("align", 1))
 
 
 def test_plan(device: str) -> None:

@@ -13,7 +13,7 @@ import lkv_ext
 from lkv import policies
 from lkv.policies import AdaKV, KVzip, Random, SnapKV, StreamingLLM
 from lkv.policies.base import Wrapper
-from lkv.policies.lkv import LKV, Learned
+from lkv.policies.lkv import LKV, Learned, LKVThreshold
 from lkv.policies.lkv.head_budget import HeadBudget
 from lkv.policies.lkv.token_scorer import TokenScorer
 
@@ -98,6 +98,18 @@ class TestLearned:
         scores = policy.score(1, left)
         torch.testing.assert_close(scores[..., :3], expected, rtol=1e-3, atol=1e-3)
         assert (scores[..., 3:] == 0).all()
+
+    def test_sums_of_a_threshold_are_float64(self) -> None:
+        """Scores that lie far from 0 keep their deviation, whatever came before."""
+        policy, o = LKVThreshold(self.policy("kv").scorer, HeadBudget(2, H, "threshold")), observe(400, 1)
+        with torch.no_grad():
+            policy.scorer.down.mul_(0.01)
+            policy.scorer.up_bias.add_(3000.0)
+        raw = policy.raw(0, o)
+        assert raw.abs().amin() > 100 * raw.std(-1).amax()
+        carried = policy.accumulate(0, o, None)
+        sums = torch.stack([raw.double().sum(-1), (raw.double() ** 2).sum(-1)], -1)
+        torch.testing.assert_close(carried.heads[..., 1:3], sums, rtol=1e-13, atol=0)
 
     def test_what_is_needed_is_the_scorers(self) -> None:
         assert self.policy("kv").needs == {"pre_rope_keys"} and self.policy("hidden").needs == {"hidden_states"}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from observations import D, Given, H, observe, rows_of
-from torch import Tensor
+from observations import D, Given, H, Still, observe, rows_of
 
 import lkv_ext
 from lkv.policies import (
@@ -211,26 +210,6 @@ def test_half_of_a_critical_budget_is_by_projected_norms() -> None:
     kept = lkv_ext.select(got[None, None], [6], sink=1, window=1).positions.tolist()
     assert kept == [0, 1, 2, 4, 5, 7]
     assert policy.refine(0, o, scores.clone(), torch.tensor([[8]]))[0, 0].isinf().sum() == 2
-
-
-@dataclass(frozen=True)
-class Still:
-    """A rotary embedding by angles per position, half of the head against the other."""
-
-    angles: Tensor
-    length: int
-
-    def _at(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        turned = places[..., None].float() * self.angles
-        return turned.cos().repeat(*[1] * places.dim(), 2), turned.sin().repeat(*[1] * places.dim(), 2)
-
-    def undo(self, rows: Tensor, positions: Tensor) -> Tensor:
-        cos, sin = self._at(positions[:, None])
-        first, second = rows.chunk(2, -1)
-        return rows * cos - torch.cat([-second, first], -1) * sin
-
-    def next(self, count: int) -> tuple[Tensor, Tensor]:
-        return self._at((self.length + torch.arange(count))[None])
 
 
 @pytest.mark.parametrize("statistics", [False, True])

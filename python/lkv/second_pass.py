@@ -76,9 +76,8 @@ def repeat_scores(
     scores = [k.new_zeros(k.shape[:3], dtype=torch.float32) for k in context.keys]
     for first, end, request in _chunks(repetition, tokens, begin):
         chunk = torch.cat([request, tokens[:, first:end]], 1)
-        # A text that has ended before has no queries, not even those of the request.
-        counting = (context.lengths - first).clamp(max=end - first)
-        counting = torch.where(counting > 0, request.shape[1] + counting, 0)
+        # Padding asks nothing. Of a text that has ended before nothing is noted: all its rows of the chunk are padding.
+        counting = request.shape[1] + (context.lengths - first).clamp(max=end - first)
         received = Received(context, counting, (min(repetition.sink, first), first, end), scores)
         follow(model, context, chunk, attend=received)
     return scores

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import lkv
+from lkv.hf.layer import RaggedLayer
 from lkv.policies import AdaKV, SnapKV
 
 ALL = {"queries", "hidden_states", "pre_rope_keys"}
@@ -145,6 +146,16 @@ def cropped(model: PreTrainedModel) -> Past:
     past.feed(12)
     past.cache.crop(-2)
     past.mask = past.mask[:, :10]
+    return past
+
+
+@once
+def gapped(model: PreTrainedModel) -> Past:
+    """Padding came between tokens of packed rows, and nothing was evicted since."""
+    past = Past(model, chunks="last")
+    past.feed(20, new=PROMPT.mask)
+    past.feed(1, 1)
+    past.feed(4, 2, new=torch.tensor([[1, 0, 1, 0], [1, 1, 1, 1], [0, 1, 1, 0]]))
     return past
 
 
@@ -298,6 +309,19 @@ def test_a_turn_that_fits_is_over():
     assert all(layer.row_counts == [2 * (12 + 39)] * 3 for layer in past.cache.ragged)
 
 
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_prompt_of_which_a_token_hides_some_is_evicted_behind_that_token(turns):
+    """Rows that leave with the mask are no eviction that the prompt has waited for."""
+    past = Past(build("llama"), chunks="last")
+    for i in range(turns):
+        past.feed(20, i, new=PROMPT.mask if i == 0 else None)
+        assert all(layer.due for layer in past.cache.ragged)
+        past.mask[:, -3:-1] = 0
+        past.feed(1, i)
+        for layer in past.cache.ragged:
+            assert layer.row_counts == [2 * layer.settings.target(n) for n in layer.token_counts] and not layer.due
+
+
 def test_a_prompt_is_attended_to_in_full_before_the_cap_is_kept():
     past = Past(build("llama"), retention=None, cap=16, interval=3)
     for turns in (1, 2, 3):
@@ -325,3 +349,24 @@ def test_a_hidden_token_makes_place_for_an_earlier_query():
             _, places, there = layer.observations.queries.read()
             assert places.tolist() == [expected] * 3 and there.all()
         past.feed(1, 2)
+
+
+WRONG: dict[str, Callable[[RaggedLayer], object]] = {
+    "token_counts": lambda layer: [*layer.token_counts[:2], layer.token_counts[2] + 1],
+    "row_counts": lambda layer: layer.row_counts[::-1],
+    "evicted": lambda layer: 0,
+    "evictions": lambda layer: 0,
+    "keys": lambda layer: torch.zeros(3, 2, 1, 8),
+    "rows": lambda layer: None,
+}
+
+
+@pytest.mark.parametrize("part", WRONG)
+def test_every_method_is_looked_at(part):
+    """In all tests, whatever they are about: what is wrong with a layer is found behind the next call or method."""
+    for act in (lambda past: past.cache.settle(), lambda past: past.cache.evict_due(), lambda past: past.feed(1)):
+        past = packed(build("llama"))
+        layer = past.cache.ragged[-1]
+        setattr(layer, part, WRONG[part](layer))
+        with pytest.raises(AssertionError):
+            act(past)

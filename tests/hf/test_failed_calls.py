@@ -10,11 +10,12 @@ import pytest
 import torch
 from conversation import turn
 from families import build, call, tokens
+from snapshots import differences, snapshot
 from torch import Tensor, nn
 
 import lkv
 import lkv_ext
-from lkv.policies import SnapKV, StreamingLLM
+from lkv.policies import H2O, Carried, SnapKV, SqueezeAttention, StreamingLLM
 
 
 class Flaky:
@@ -137,6 +138,32 @@ def test_a_model_that_fails_between_its_layers(family, padded, policy):
                     assert torch.equal(one.rows.lengths, other.rows.lengths) and one.rows.seen == other.rows.seen
     for each in (cache, twin):
         each.close()
+
+
+class Counting(StreamingLLM):
+    """Carries how many rows each head has had."""
+
+    def accumulate(self, layer, observation, before):
+        counts = observation.lengths[..., None]
+        return Carried(heads=counts if before is None else counts + before.heads)
+
+
+@pytest.mark.parametrize("place", ["k_proj", "o_proj"])
+@pytest.mark.parametrize(
+    "policy", [Counting(), H2O(), SqueezeAttention(SnapKV(window=4))], ids=lambda p: type(p).__name__
+)
+def test_nothing_is_left_of_what_policies_look_at(model, policy, place):
+    """In a layer whose keys have not come yet, and in one that has attended; the other one has been evicted."""
+    prompt, module = turn([30, 22], 0), getattr(model.model.layers[-1].self_attn, place)
+    longer = torch.cat([prompt.mask, torch.ones(2, 1).long()], 1)
+    with torch.no_grad(), lkv.Cache(model, policy, retention=0.5) as cache:
+        for ids, mask in ((prompt.ids, prompt.mask), (tokens(2, 1), longer)):
+            before, hook = snapshot(cache), module.register_forward_pre_hook(interrupt)
+            with pytest.raises(Interrupted):
+                call(model, ids, mask, cache)
+            hook.remove()
+            assert differences(snapshot(cache), before) == []
+            call(model, ids, mask, cache)
 
 
 def test_settings_that_were_wrong_for_a_moment(model):

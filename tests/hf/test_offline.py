@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import build, call, tokens
+from torch import Tensor
 
 import lkv
 from lkv.offline import budget_curves, query_statistics
@@ -36,16 +37,24 @@ def test_statistics_are_those_of_the_queries_before_rope() -> None:
         query_statistics(model, texts, sink=40)
 
 
-def test_curves_of_a_model() -> None:
+@pytest.mark.parametrize("family", ["llama", "nondefault, full"])
+def test_curves_of_a_model(family: str) -> None:
     """The use of a row is what eager attention shows that later tokens pay to it."""
-    model, texts, scorer = build("llama"), [tokens(1, 40, n) for n in range(2)], Protect(KNorm(), sink=2, window=1)
-    expected = []
+    model, texts, scorer = build(family), [tokens(1, 40, n) for n in range(2)], Protect(KNorm(), sink=2, window=1)
+    expected, own = [], model.config._attn_implementation
     for ids in texts:
+        paid: list[Tensor] = []
+        hooks = [
+            layer.self_attn.register_forward_hook(lambda module, args, out, paid=paid: paid.append(out[1]))
+            for layer in model.model.layers
+        ]
         model.config._attn_implementation = "eager"
         with torch.no_grad():
-            output = model(ids, output_attentions=True, use_cache=True)
-        model.config._attn_implementation = "sdpa"
-        use = torch.stack([a[0, :, 20:, :20].sum(1).unflatten(0, (2, 2)).mean(1) for a in output.attentions])
+            output = model(ids, use_cache=True)
+        model.config._attn_implementation = own
+        for hook in hooks:
+            hook.remove()
+        use = torch.stack([a[0, :, 20:, :20].sum(1).unflatten(0, (2, -1)).mean(1) for a in paid])
         keys = torch.stack([layer.keys[0, :, :20] for layer in output.past_key_values.layers])
         expected.append((-keys.norm(dim=-1), use))
     curves = budget_curves(model, texts, scorer)

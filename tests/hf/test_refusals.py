@@ -10,7 +10,7 @@ import torch
 from families import build, tokens
 from safetensors import SafetensorError
 from snapshots import differences, snapshot
-from test_bookkeeping import Past, hidden, packed, prefilled, whole
+from test_bookkeeping import Past, gapped, hidden, packed, prefilled, whole
 
 from lkv.policies import SnapKV
 
@@ -138,13 +138,13 @@ def test_a_mask_that_packed_rows_cannot_follow(past):
 
 
 @pytest.mark.parametrize("family", ["llama", "nondefault, full"])
-@pytest.mark.parametrize("past, least", [(whole, 7), (packed, 20), (prefilled, 20), (hidden, 30)])
+@pytest.mark.parametrize("past, least", [(whole, 7), (packed, 20), (prefilled, 20), (hidden, 30), (gapped, 25)])
 def test_crop_goes_back_as_far_as_rows_are_there(family, past, least):
     """To the padding of the shortest sequence, the last eviction, or the last padding: one token less is refused."""
     made = past(build(family))
     made.cache.settings = Past(made.model, chunks="last").cache.settings
     for i in range(3):
-        made.feed(1, i) if past is not whole else None
+        made.feed(1, i) if past not in (whole, gapped) else None
     before = snapshot(made.cache)
     for argument in (least - 1, least - made.cache.get_seq_length() - 1):
         with pytest.raises(ValueError, match=f"lkv.Cache.crop: expected a length of at least {least}"):

@@ -90,6 +90,15 @@ def test_the_shipped_checkpoint_protects_what_the_docs_say() -> None:
     assert int(policy.table(2, 1000).min()) >= 2 and int(policy.table(2, 1000).sum()) == 2 * 16
 
 
+@pytest.mark.parametrize("name", packaged.names())
+def test_what_is_shipped_protects_the_rows_that_its_training_did(name: str) -> None:
+    config = json.loads((packaged.FOLDER / name / checkpoint.CONFIG).read_text())
+    policy, trained = lkv.load(name), config["facts"]["train"]["design"]
+    assert config["design"] == trained and policy.budget.kind == trained["budget"]
+    assert (policy.sink, policy.window) == (trained["sink"], trained["window"])
+    assert (policy.sink, policy.window) == ((1, 1) if name == "retriever" else (4, 8))
+
+
 @pytest.mark.parametrize(
     ("part", "name"),
     [

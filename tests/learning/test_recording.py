@@ -23,6 +23,7 @@ from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv.checkpoint import Design, Shape
 from lkv.second_pass import in_words, repeat_scores
 from lkv.tasks.documents import Document, documents
+from lkv.tasks.passages import synthetic
 
 CONFIG = TrainConfig(
     design=Design(hidden=4), length=500, facts=2, continuation=12, answer_tokens=5, questions=2, target="attention"
@@ -198,6 +199,19 @@ def test_passages_for_training_have_lengths_of_their_own(make: Make) -> None:
     for i in range(4):
         assert config.length_of("train", i) - 30 < len(run.passage("train", i).text) <= config.length_of("train", i)
         assert 470 < len(run.passage("validation", i).text) <= 500
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_passages_are_of_their_split(make: Make, found: list[Document], split: str) -> None:
+    """Of files of that split, or made for it."""
+    run = make(config=replace(CONFIG, length=900, synthetic=0.5, tasks=("key_value",)))
+    splits = {(x.domain, x.name): x.split for x in found}
+    for i in range(6):
+        made = run.passage(split, i)
+        if i % 2:
+            assert made == synthetic("key_value", i // 2, 900, run.count, split=split)
+        else:
+            assert splits[made.domain, made.document] == split
 
 
 def test_other_wordings_make_other_records(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,21 @@ def test_from_files_to_a_checkpoint(folder: Path, tmp_path: Path, budget: str, c
         assert sum(sum(x.row_counts) for x in cache.ragged) == 3 * 2 * 60
 
 
+def test_the_split_train_is_learned_from_and_validation_judges(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the run and in its folder, each with as many passages as it was given."""
+    runs: list[command.Trainer] = []
+    monkeypatch.setattr(command.Trainer, "run", lambda run: runs.append(run))
+    monkeypatch.setattr(command, "fidelity", lambda lessons: lessons)
+    sources, out = list(map(str, files(tmp_path / "texts"))), tmp_path / "run"
+    assert cli.main(["train", "--model", str(folder), "--text", *sources, "--out", str(out), *SMALL]) == 0
+    used = [x.records for x in (runs[0].lessons, runs[0].validate)]
+    assert [(x.split, x.count) for x in used] == [("train", 4), ("validation", 2)]
+    made = [path.parent.name for path in (out / "records").glob("*/*.safetensors")]
+    assert sorted(made) == ["train"] * 4 + ["validation"] * 2
+
+
 def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = list(map(str, files(tmp_path / "texts")))
 

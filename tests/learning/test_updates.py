@@ -183,17 +183,31 @@ def test_what_changes_from_step_to_step(make: Make, monkeypatch: pytest.MonkeyPa
     assert rates == [pytest.approx([3e-3 * share, 5e-2 * share]) for share in shares]
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("warm_steps", [0, 2])
-def test_the_input_is_standardised_by_the_texts_of_the_first_step(make: Make, warm_steps: int) -> None:
-    run = make(warm_steps=warm_steps, accumulate=2)
+def test_the_input_is_standardised_by_the_texts_of_the_first_step(make: Make, warm_steps: int, accumulate: int) -> None:
+    run = make(warm_steps=warm_steps, accumulate=accumulate)
+    run.source.examples = lambda step, rows: of_rows(uneven(step), rows)
     run._fit_inputs()
-    contexts = run.source.examples(-1 if warm_steps else 0, [0, 1]).contexts
+    contexts = uneven(-1 if warm_steps else 0).contexts
     reading = distill.read(run.model, run.lkv, contexts)
     for layer, x in enumerate(reading.features):
         rows = torch.cat([x[b, :, : len(text)] for b, text in enumerate(contexts)], 1).double()
         torch.testing.assert_close(run.lkv.scorer.mean[layer].double(), rows.mean(1), rtol=1e-5, atol=1e-6)
         deviation = rows.var(1, correction=0).clamp(min=1e-6).sqrt()
         torch.testing.assert_close(run.lkv.scorer.deviation[layer].double(), deviation, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_absolute_scores_begin_at_the_mean_of_the_target(make: Make, accumulate: int) -> None:
+    run = make(accumulate=accumulate, design=replace(CONFIG.design, scale="absolute"))
+    run.source.examples = lambda step, rows: of_rows(uneven(step), rows)
+    run._fit_outputs()
+    readings = [distill.read(run.model, run.lkv, [text]) for text in uneven(-1).contexts]
+    targets = [repeat_scores(run.model, x.context, x.tokens, KVzip()) for x in readings]
+    for layer, offset in enumerate(run.lkv.scorer.offset):
+        rows = torch.cat([x[layer][0] for x in targets], 1).double().clamp(min=1e-4).log()
+        torch.testing.assert_close(offset.double(), rows.mean(1), rtol=1e-4, atol=1e-4)
 
 
 def test_the_model_is_frozen(make: Make, model: PreTrainedModel) -> None:

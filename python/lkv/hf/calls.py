@@ -213,7 +213,7 @@ class Calls(HFCache):
             if not before.restore():
                 self.broken = index
         for layer in self.ragged:
-            layer.observations.captured = None
+            layer.observations.drop_captured()
         self.history.rotations.drop_empty()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

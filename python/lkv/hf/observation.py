@@ -116,8 +116,11 @@ class ObservationBuffer:
         """Takes back what was pushed since `queries.snapshot()`; `length` tokens are left."""
         if self.queries is not None and queries is not None:
             self.queries.restore(queries)
-        self.captured = self.residual = self.padding = None
         self._truncate(length)
+
+    def drop_captured(self) -> None:
+        """Forgets what hooks have handed over of a call that did not come to its end."""
+        self.captured = self.residual = self.padding = None
 
     def _truncate(self, length: int) -> None:
         for part in (self.all_queries, self.hidden_states, self.cosines, self.rotary):
