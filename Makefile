@@ -116,7 +116,7 @@ build/vllm/ready: $(VENV)/ready
 	$(VLLM_RUN) -m pip install -q --no-deps $(VLLM_ALONE)
 	touch $@
 
-# In the emulator, with both sanitizers: every way to evict keeps the same rows, under twenty schedules. Ten minutes.
+# In the emulator, with both sanitizers: every way to evict keeps the same rows, under twenty schedules.
 test-schedules: build
 	LKV_EMULATOR_SEEDS=4 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 tests/emulator/test_ops.py -k everywhere
 
@@ -224,7 +224,7 @@ smollm2-eval: build build/texts/ready
 	  --out $(RESULTS)/4096
 	$(RUN) bench/real_model.py $(RESULTS) $(SMOLLM2_PAGES)
 
-# Both with few texts, to see the whole way in half an hour: the checkpoints that it trains are the ones that it judges, in a
+# Both with few texts, to see the whole way in 40 minutes: the checkpoints that it trains are the ones that it judges, in a
 # page of its own.
 TRY := build/smollm2-try
 
