@@ -180,7 +180,9 @@ def _gpu() -> dict[str, object]:
 
 
 def _commit() -> str | None:
-    """What is measured."""
+    """What is measured; LKV_COMMIT says so of a copy without the history."""
+    if given := os.environ.get("LKV_COMMIT"):
+        return given
     here = ("git", "-C", str(Path(__file__).parent))
     commit = _words(*here, "rev-parse", "HEAD")
     changed = commit is not None and _words(*here, "status", "--porcelain", "--untracked-files=no")
