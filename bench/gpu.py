@@ -156,9 +156,10 @@ def without_hypothesis() -> list[str]:
 
 
 def tests(machine: Machine) -> Outcome:
+    # tests/mutants needs packages of its own, and no GPU.
     workers = min(8, len(os.sched_getaffinity(0)) // 2)
     together = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") is not None else []
-    return machine.pytest("tests", "tests", "-m", "cuda", *together, *without_hypothesis())
+    return machine.pytest("tests", "tests", "--ignore=tests/mutants", "-m", "cuda", *together, *without_hypothesis())
 
 
 def sanitizer(machine: Machine) -> Outcome:
@@ -184,7 +185,7 @@ def sanitizer(machine: Machine) -> Outcome:
     def check(kind: str) -> Outcome:
         uncached = UNCACHED if kind == "memcheck" else {}
         subset = f"({machine.args.sanitize}) and not graph" if uncached else machine.args.sanitize
-        arguments = ("tests", "-m", "cuda", "-k", subset, "-x", *without_hypothesis())
+        arguments = ("tests", "--ignore=tests/mutants", "-m", "cuda", "-k", subset, "-x", *without_hypothesis())
         return machine.pytest("sanitizer", *arguments, under=checked(kind), **uncached)
 
     # Side by side: most of their time is spent on the host.
