@@ -1,4 +1,4 @@
-"""evict beside memcpy, the naive pipeline and the best PyTorch composition; evict_; small evictions in one launch."""
+"""evict beside memcpy, the naive pipeline and the best PyTorch composition; evict_."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from conftest import MODES, Bench, each
 from inputs import Inputs, make_inputs
 from shapes import LENGTHS, Shape
-from timing import switched
 
 import lkv_ext
 
@@ -92,12 +91,3 @@ def test_in_place(bench: Bench, shape: Shape) -> None:
     }
     subject = partial(lkv_ext.evict_, inputs.k, inputs.v, inputs.scores, inputs.budgets)
     bench.time("evict_", "warm", shape, subject, others, shape.moved_bytes)
-
-
-@each("shape", *(Shape(n, skewed=skewed) for skewed in (False, True) for n in (256, 512, 1024, 2048, 4096, 8192)))
-@each("mode", "graph")
-def test_one_launch(bench: Bench, mode: str, shape: Shape) -> None:
-    """Small evictions in one launch, and as a select with a gather beside it: which is faster from where on."""
-    call = make_inputs(shape, bench.device).evict
-    ways = {name: switched(call, "LKV_CUDA_EVICT", name) for name in ("fused", "pair")}
-    bench.time("evict, by size", mode, shape, call, ways, shape.moved_bytes)

@@ -13,7 +13,6 @@ import torch
 from conftest import Bench, each
 from inputs import index_of, make_inputs, runs_of
 from shapes import LENGTHS, Shape
-from timing import switched
 
 import lkv_ext
 
@@ -48,13 +47,12 @@ def test_gather(bench: Bench, shape: Shape) -> None:
     *((f"runs of {run}", run, 0.15) for run in (4, 8, 16)),
 )
 def test_ceiling(bench: Bench, mode: str, rows: str, run: int, retention: float) -> None:
-    """Rows of 256 bytes at given positions, beside a memcpy of as many bytes and the bulk copies."""
+    """Rows of 256 bytes at given positions, beside a memcpy of as many bytes."""
     shape = Shape(CEILING, retention=retention)
     inputs, positions = make_inputs(shape, bench.device), runs_of(shape, run, bench.device)
     subject = partial(lkv_ext.gather, inputs.payload, index_of(positions))
     others = {
         "memcpy": pytorch.clone(subject()),
-        "bulk copies": switched(subject, "LKV_CUDA_GATHER", "bulk"),
         "index_select": pytorch.gather_rows(inputs, positions),
     }
     bench.time(f"ceiling {rows}", mode, shape, subject, others, 2 * shape.output_bytes + 4 * shape.kept)

@@ -38,7 +38,6 @@ class Code(NamedTuple):
     loads: int  # from global memory, 16 bytes or more each
     stores: int
     shared_loads: int  # 16 bytes each
-    bulk: int  # bulk copies
     generic: int  # loads and stores whose address space the compiler did not find out
     local: int  # loads and stores of local memory: spills and arrays with computed indices
     total: int
@@ -58,14 +57,12 @@ class Limit(NamedTuple):
     kernels: str  # pattern of their names; the first limit that matches holds
     registers: int  # at most
     vectors: int = 0  # 16-byte loads, and as many stores: at least
-    bulk: int = 0  # bulk copies, from sm_90 on: at least
 
 
 # What was measured and up to a tenth more, in the steps of 8 that registers are handed out in, but at most 64 where
 # that is met: beyond it a multiprocessor holds no 1024 threads. No kernel has a stack, spills or static shared memory.
 LIMITS = (
-    Limit(r"gather_bulk_kernel", 64, vectors=4, bulk=2),
-    Limit(r"(gather|evict|append|fill)_kernel", 64, vectors=4),
+    Limit(r"(gather|append|fill)_kernel", 64, vectors=4),
     Limit(r"compact_kernel", 128, vectors=4),  # two blocks of 256 threads share a multiprocessor
     Limit(r"split_(histogram|count)_kernel|spans_kernel", 48),
     Limit(r"soft_topk_\w*kernel", 56),
@@ -102,8 +99,6 @@ def defects(kernels: Iterable[Kernel]) -> list[str]:
             found.append(f"{name}: {code.local} instructions on local memory")
         if min(code.loads, code.stores) < limit.vectors:
             found.append(f"{name}: {code.loads} 16-byte loads, {code.stores} stores, at least {limit.vectors} of each")
-        if kernel.arch >= 90 and code.bulk < limit.bulk:
-            found.append(f"{name}: {code.bulk} bulk copies, at least {limit.bulk}")
     return found
 
 
@@ -218,7 +213,6 @@ def count(opcodes: Iterable[str]) -> Code:
         loads=number("LDG", "LDGSTS", "LD", wide=True),
         stores=number("STG", "ST", wide=True),
         shared_loads=number("LDS", wide=True),
-        bulk=sum(name.startswith(("UBLK", "UTMA")) for name, *_ in parts),
         generic=number("LD", "ST"),
         local=number("LDL", "STL"),
         total=len(parts) - number("NOP"),
@@ -244,7 +238,7 @@ def shorten(name: str) -> str:
 def markdown(kernels: Iterable[Kernel]) -> str:
     """A line per instantiation and architecture."""
     head = ["kernel", "sm", "registers", "limit", "shared", "stack", "spills"]
-    head += ["16-byte loads", "stores", "from shared", "bulk", "generic", "local", "instructions"]
+    head += ["16-byte loads", "stores", "from shared", "generic", "local", "instructions"]
     unknown = ("",) * len(Code._fields)
     rows = [[k.name, k.arch, k.registers, limit_of(k).registers, *k[3:6], *(k.code or unknown)] for k in kernels]
     return _table(head, rows)

@@ -7,12 +7,10 @@ what is judged is the median of the per-round ratios.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -98,19 +96,6 @@ def captured(call: Call) -> Call:
         return result
 
     return replay
-
-
-def switched(call: Call, variable: str, value: str) -> Call:
-    """The same call with an environment variable set, which csrc/cuda/tuning.h reads at every launch.
-
-    A graph of it keeps what was chosen when it was captured.
-    """
-
-    def chosen() -> object:
-        with patch.dict(os.environ, {variable: value}):
-            return call()
-
-    return chosen
 
 
 def take_turns(benchmark: Any, subject: Call, rivals: dict[str, Call], clock: Clock, seconds: float) -> dict[str, Any]:

@@ -39,7 +39,6 @@ class Index:
     def cu_seqlens(self) -> np.ndarray: ...
 
 class SelectPlan(TypedDict):
-    fused: bool
     cluster: int
     clusters: int
     warp_keys: int
@@ -65,5 +64,5 @@ def plan_select(
     multiprocessors: int,
     shared_per_block: int,
     active: Callable[[int, int], int],
-    bytes: int | None = None,
+    beside: bool = False,
 ) -> SelectPlan: ...

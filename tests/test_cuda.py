@@ -171,11 +171,9 @@ def test_host_and_device_results_are_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("way", ["calls", "graph"])
-@pytest.mark.parametrize("gather", ["registers", "bulk"])
 @pytest.mark.parametrize("length", [512, 8192, 40_000, 140_000])
-def test_every_size_and_both_gathers(length: int, gather: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One launch for small evictions, a select with a gather beside it for large ones, back to back or replayed."""
-    monkeypatch.setenv("LKV_CUDA_GATHER", gather)
+def test_every_size(length: int, way: str) -> None:
+    """A select with a gather beside it, back to back or replayed."""
     heads, budgets = 8, [length // 3, 1, 0, length // 50, length // 10, 77, length // 5, length]
     payload = [rows_of([1, heads, length, 128], torch.bfloat16, i) for i in range(2)]
     scores = scores_of("normal", [1, heads, length], 3)
@@ -194,12 +192,9 @@ def test_every_size_and_both_gathers(length: int, gather: str, way: str, monkeyp
         assert torch.equal(bits(mine).cpu(), bits(theirs))
 
 
-@pytest.mark.parametrize("gather", ["registers", "bulk"])
 @pytest.mark.parametrize("length", [3000, 40_000])
-def test_other_budgets_at_the_same_addresses(length: int, gather: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_budgets_at_the_same_addresses(length: int) -> None:
     """Back to back, nothing of the call before is found: neither its offsets nor its tables, positions and flags."""
-    monkeypatch.setenv("LKV_CUDA_GATHER", gather)
-    monkeypatch.setenv("LKV_CUDA_EVICT", "pair")
     heads, most = 8, length // 2
     payload = [rows_of([1, heads, length, 128], torch.bfloat16, i) for i in range(2)]
     scores = scores_of("normal", [1, heads, length], 3)

@@ -93,8 +93,8 @@ SASS = """
 def test_instruction_counter_sees_local_memory_and_vectors() -> None:
     codes = resources.parse_sass(SASS)
     gather, spilling = codes["gather_kernel", 90], codes["spilling_kernel", 90]
-    assert gather == resources.Code(loads=1, stores=1, shared_loads=1, bulk=0, generic=1, local=0, total=5)
-    assert spilling == resources.Code(loads=0, stores=0, shared_loads=0, bulk=1, generic=0, local=2, total=3)
+    assert gather == resources.Code(loads=1, stores=1, shared_loads=1, generic=1, local=0, total=5)
+    assert spilling == resources.Code(loads=0, stores=0, shared_loads=0, generic=0, local=2, total=3)
 
     clean = Kernel("other_kernel", 90, registers=32, shared=0, stack=0, spills=0, code=gather)
     assert not resources.defects([clean])

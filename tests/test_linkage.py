@@ -32,6 +32,15 @@ def test_op_library_needs_all_of_torch_but_no_python():
     assert not {name for name in linked if name.startswith(("libpython", "libcudart", "libgomp", "libtorch_cuda"))}
 
 
+def test_op_library_shares_the_cxx_runtime_of_torch():
+    """Two of them, one linked statically, break error messages or end the process with the first exception."""
+    linked = needed(PACKAGE / "_torch.so")
+    assert linked & {"libstdc++", "libc++"} == needed(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so") & {
+        "libstdc++",
+        "libc++",
+    }
+
+
 def test_current_stream_is_a_weak_symbol():
     """So that the library loads with a torch that has no CUDA."""
     symbols = [line.split() for line in readelf("--dyn-syms", PACKAGE / "_torch.so") if "current_cuda_stream" in line]

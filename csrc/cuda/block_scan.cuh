@@ -25,11 +25,6 @@ __device__ __forceinline__ T warp_inclusive_sum(T x) {
   return x;
 }
 
-template <class T>
-__device__ __forceinline__ T warp_sum(T x) {
-  return __shfl_sync(kFullWarp, warp_inclusive_sum(x), kWarp - 1);
-}
-
 // Sums over the threads of a block, in thread order. Lives in shared memory; called by all threads.
 template <class T, int kBlock>
 struct BlockScan {

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "gather_tile.cuh"
+#include "find_row.cuh"
 
 // Eviction in place in any order: kept rows that lie where kept rows go stay, the others fill the holes between them
 // (filler_of). What moves lies where nothing goes, so blocks need not know of each other. The slots of all segments, as

@@ -1,60 +1,79 @@
-#include "gather_bulk.cuh"
+#include "gather_warp.cuh"
 #include "launch.h"
 #include "tuning.h"
+
+// Gather, and evict: a select with a gather that starts beside it.
 
 namespace lkv::cuda {
 namespace {
 
-template <int kBlock>
-__global__ void __launch_bounds__(kBlock) gather_kernel(const LKV_GRID_CONSTANT GatherParams p) {
-  auto* shared = dyn_smem<TileShared>();
-  for (int64_t first = int64_t{blockIdx.x} * kTileRows; first < p.total; first += int64_t{gridDim.x} * kTileRows) {
-    const int rows = static_cast<int>(p.total - first < kTileRows ? p.total - first : kTileRows);
-    copy_tile<kBlock>(
-        p, first, rows, shared, [&](int i) { return find_row(p, first, i); },
-        [&](int64_t row) { wait_for_select(p, row); });
-  }
+constexpr int kProductionBlock = 256;
+constexpr int kSlots = 32;  // warps of a multiprocessor that move rows
+
+// `kTables`: the tables fit into shared memory.
+template <int kBlock, bool kTables>
+__global__ void __launch_bounds__(kBlock, kSlots* kWarp / kBlock)
+    gather_kernel(const LKV_GRID_CONSTANT GatherParams given, const int shift) {
+  const auto params = [&] {
+    if constexpr (kTables) return with_tables(given, dyn_smem<GatherTables>());
+    return given;
+  };
+  const GatherParams p = params();
+  const int64_t chunk = int64_t{kBlock / kWarp} << shift, begin = blockIdx.x * chunk;
+  gather_rows(p, begin + (int64_t{warp_id()} << shift), shift, [&] {
+    if (p.ready == nullptr || p.source.rows() == 0) return;
+    // One warp waits for all, as every acquire empties the L1 cache.
+    if (warp_id() == 0) wait_for_rows(p, begin, smaller(begin + chunk, p.total));
+    block_sync();
+  });
   // The next work on the stream waits for this grid alone, so it must not end before the select does.
   grid_dependency_wait();
 }
 
-// Rows move through registers unless the caller or the environment asks for bulk copies.
-bool moves_in_bulk(const Tuning& tuning) {
-  return tuning.bulk >= 0 ? tuning.bulk > 0 : env_is("LKV_CUDA_GATHER", "bulk");
+// As many rows for every warp as leave all of them something to do, up to 16.
+int choose_shift(int64_t total, int64_t multiprocessors) {
+  int shift = kMostShift;
+  while (shift > 0 && (total >> shift) < multiprocessors * kSlots / 2) --shift;
+  return shift;
 }
 
-// Behind a select the grid starts while that runs, where the code of the kernel can wait for it.
-Status run(void (*kernel)(GatherParams), const GatherParams& p, const Device& device, bool behind_select, int block,
-           size_t shared, Stream stream) {
-  const Grid grid = {.blocks = std::min((p.total + kTileRows - 1) / kTileRows, kMaxBlocks),
-                     .block = block,
-                     .shared = shared,
+template <int kBlock>
+Status run(const GatherParams& p, bool behind_select, Stream stream) {
+  Device device;
+  const Status status = Device::of(gather_kernel<kBlock, true>, device);
+  if (status != cudaSuccess) return status;
+  const int shift = choose_shift(p.total, device.multiprocessors);
+  const int64_t chunk = int64_t{kBlock / kWarp} << shift;
+  const bool tables = fit_tables(p);
+  const Grid grid = {.blocks = (p.total + chunk - 1) / chunk,
+                     .block = kBlock,
+                     .shared = tables ? sizeof(GatherTables) : 0,
                      .dependent = behind_select && device.clusters};
-  return launch(kernel, grid, stream, p);
+  return tables ? launch(gather_kernel<kBlock, true>, grid, stream, p, shift)
+                : launch(gather_kernel<kBlock, false>, grid, stream, p, shift);
 }
 
 }  // namespace
 
+// Behind a select the grid starts while that runs, where the code of the kernel can wait for it.
 Status gather(const GatherParams& p, bool behind_select, Stream stream, const Tuning& tuning) {
   GatherParams params = p;
   params.source.lengths = params.source.starts = RowInts{};  // a gather reads any position of a segment
-  Device device;
-  if (moves_in_bulk(tuning)) {
-    const Status status = Device::of(gather_bulk_kernel, device);
-    if (status != cudaSuccess) return status;
-    if (device.clusters) {
-      return run(gather_bulk_kernel, params, device, behind_select, kBulkBlock, sizeof(BulkShared), stream);
-    }
-  }
-  return with_block<512>(tuning, [&]<int kBlock>() -> Status {
-    const Status status = Device::of(gather_kernel<kBlock>, device);
-    if (status != cudaSuccess) return status;
-    return run(gather_kernel<kBlock>, params, device, behind_select, kBlock, sizeof(TileShared), stream);
-  });
+  return with_block<kProductionBlock>(tuning, [&]<int kBlock> { return run<kBlock>(params, behind_select, stream); });
 }
 
 Status gather(const GatherParams& p, bool behind_select, Stream stream) {
   return gather(p, behind_select, stream, {});
+}
+
+Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, void* scratch, Stream stream,
+             const Tuning& tuning) {
+  const Status status = select(p, longest, scratch, stream, tuning);
+  return status == cudaSuccess ? gather(g, /*behind_select=*/p.source.rows() > 0, stream, tuning) : status;
+}
+
+Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, void* scratch, Stream stream) {
+  return evict(p, g, longest, scratch, stream, {});
 }
 
 }  // namespace lkv::cuda

@@ -105,7 +105,7 @@ struct Device {
   int index = 0;
   int multiprocessors = 0;
   int shared_per_block = 0;  // with the opt-in
-  bool clusters = false;     // clusters, dependent launches and bulk copies
+  bool clusters = false;     // clusters and dependent launches
 
   // The code of the kernel decides, not the device: code that was compiled for an older architecture, and translated
   // when it was loaded, has no griddepcontrol.wait, so a dependent launch of it would race with the grid in front.

@@ -1,7 +1,7 @@
 #pragma once
 
 // The device primitives that are not plain C++. Kernels use nothing else but these, threadIdx, blockIdx, blockDim and
-// gridDim, __shfl_sync, __shfl_up_sync, __reduce_or_sync, __ballot_sync, __popc, __syncwarp, atomicAdd on uint32_t,
+// gridDim, __shfl_sync, __shfl_up_sync, __reduce_or_sync, __reduce_add_sync, __ballot_sync, __popc, __syncwarp, atomicAdd on uint32_t,
 // rsqrtf, and what <cmath> has under the same name, so that the sources also compile against the emulator. Architecture
 // guards live in here: before sm_90 a cluster is one block, and dependent launches do not exist.
 
@@ -89,11 +89,11 @@ LKV_HD T load_relaxed(const T* p) {
   T value;
   if constexpr (sizeof(T) == 4) {
     uint32_t word;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(p));
+    asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(word) : "l"(p));
     memcpy(&value, &word, sizeof value);
   } else {
     uint64_t word;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(p));
+    asm volatile("ld.relaxed.gpu.u64 %0, [%1];" : "=l"(word) : "l"(p));
     memcpy(&value, &word, sizeof value);
   }
   return value;
@@ -135,75 +135,6 @@ __device__ __forceinline__ void trigger_dependents() {
 template <class T>
 __device__ __forceinline__ T load_once(const T* p) {
   return __ldcs(p);
-}
-
-// Bulk copies between global and shared memory, by the asynchronous proxy; from sm_90 on. Addresses and sizes are
-// multiples of 16 bytes. An arrival barrier is an 8-byte word in shared memory whose phases complete when as many
-// threads have arrived as it was made for and the bytes they expect have come.
-using ArrivalBarrier = uint64_t;
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// By one thread; a block barrier later the others may use it.
-__device__ __forceinline__ void make_barrier(ArrivalBarrier* barrier, uint32_t threads) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(threads) : "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void arrive_expecting(ArrivalBarrier* barrier, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
-#endif
-}
-
-// Waits for the phase of this parity (the first is 0) to be complete.
-__device__ __forceinline__ void wait_arrivals(ArrivalBarrier* barrier, uint32_t parity) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n\t.reg .pred done;\n\t"
-      "again:\n\t"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
-      "@!done bra again;\n\t}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-#endif
-}
-
-__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes, ArrivalBarrier* barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(shared)),
-               "l"(global), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
-#endif
-}
-
-// What this thread has written to shared memory, or knows to be written, is what its bulk stores read.
-__device__ __forceinline__ void fence_bulk() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void bulk_store(void* global, const void* shared, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared_address(shared)),
-               "r"(bytes)
-               : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits for this thread's bulk stores to have read shared memory.
-__device__ __forceinline__ void wait_bulk_stores() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-#endif
 }
 
 // Within one unit in the last place; 0 where that is not a normal number.

@@ -73,9 +73,13 @@ __device__ __forceinline__ void sum_histograms(ClusterShared<kBlock>* shared, Cl
   const uint32_t share = kBins >> cluster.shift, next = cluster.turn == 2 ? 0 : cluster.turn + 1;
   uint32_t* sums = shared->sums[cluster.turn];
   for (uint32_t i = threadIdx.x; i < share; i += kBlock) shared->sums[next][i] = 0;
-  for (uint32_t bin = threadIdx.x; bin < kBins; bin += kBlock) {
-    const uint32_t count = shared->histogram[bin];
-    if (count > 0) atomicAdd(cluster.sum_of(sums, bin), count);
+  for (uint32_t bin = 4 * threadIdx.x; bin < kBins; bin += 4 * kBlock) {
+    const uint4 counts = *reinterpret_cast<const uint4*>(&shared->histogram[bin]);
+    uint32_t* sum = cluster.sum_of(sums, bin);
+    if (counts.x > 0) atomicAdd(sum, counts.x);
+    if (counts.y > 0) atomicAdd(sum + 1, counts.y);
+    if (counts.z > 0) atomicAdd(sum + 2, counts.z);
+    if (counts.w > 0) atomicAdd(sum + 3, counts.w);
   }
   cluster.sync();
 }
@@ -140,11 +144,11 @@ __device__ __forceinline__ void select_row(const SelectParams& p, int64_t row, u
 template <ScoreType type, int kBlock, KeysIn keys_in>
 __global__ void __launch_bounds__(kBlock, kResidentThreads / kBlock)
     select_kernel(const LKV_GRID_CONSTANT SelectParams p, const uint32_t warp_capacity) {
-  grid_dependency_wait();
-  trigger_dependents();
   auto* shared = dyn_smem<ClusterShared<kBlock>>();
   Cluster cluster;
   meet(shared, cluster);
+  grid_dependency_wait();
+  trigger_dependents();
   const int64_t rows = p.source.rows();
   for (int64_t row = blockIdx.x >> cluster.shift; row < rows; row += gridDim.x >> cluster.shift) {
     select_row<type, kBlock, keys_in>(p, row, warp_capacity, cluster, shared);

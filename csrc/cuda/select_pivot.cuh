@@ -63,17 +63,20 @@ struct PivotSearch {
     constexpr int kOwn = kBins / kBlock;
     static_assert(kOwn % 4 == 0);
     const uint32_t top = kBins - threadIdx.x * kOwn;  // one past this thread's highest bin
+    uint4 own[kOwn / 4];                              // the highest first
     uint32_t sum = 0, total;
-#pragma unroll 2
-    for (int i = 4; i <= kOwn; i += 4) {
-      const uint4 counts = four(top - i);
-      sum += counts.x + counts.y + counts.z + counts.w;
+#pragma unroll
+    for (int i = 0; i < kOwn / 4; ++i) {
+      own[i] = four(top - 4 * (i + 1));
+      sum += own[i].x + own[i].y + own[i].z + own[i].w;
     }
     uint32_t above = scan.exclusive(sum, total);
     if (above < pivot.need && pivot.need <= above + sum) {
       const uint32_t shift = round_shift(round);
-      for (uint32_t bin = top; bin > top - kOwn && above < pivot.need;) {
-        const uint4 counts = four(bin -= 4);
+#pragma unroll
+      for (int step = 0; step < kOwn / 4; ++step) {
+        const uint4 counts = own[step];
+        const uint32_t bin = top - 4 * (step + 1);
         const uint32_t count[4] = {counts.x, counts.y, counts.z, counts.w};
 #pragma unroll
         for (int i = 3; i >= 0; --i) {
@@ -101,6 +104,11 @@ __device__ __forceinline__ uint32_t above(Counts counts) {
 }
 __device__ __forceinline__ uint32_t equal(Counts counts) {
   return static_cast<uint32_t>(counts);
+}
+
+// Over the lanes of a warp; neither half overflows, as rows are counted in 31 bits.
+__device__ __forceinline__ Counts warp_sum(Counts mine) {
+  return Counts{__reduce_add_sync(kFullWarp, above(mine))} << 32 | __reduce_add_sync(kFullWarp, equal(mine));
 }
 
 template <class Keys>

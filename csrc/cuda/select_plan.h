@@ -11,17 +11,14 @@ namespace lkv::cuda {
 
 static_assert(sizeof(ClusterShared<kSelectBlock>) == kSelectShared && kWarpTile == 4 * kWarp);
 
-// `beside`: shared memory that the kernel has for something else.
-inline SelectSizes sizes_of(const Device& device, int64_t rows, int64_t longest, const Tuning& tuning,
-                            int64_t beside = 0) {
+inline SelectSizes sizes_of(const Device& device, int64_t rows, int64_t longest, const Tuning& tuning) {
   return with_block<kSelectBlock>(tuning, [&]<int kBlock> {
-    const int64_t fixed = beside + static_cast<int64_t>(sizeof(ClusterShared<kBlock>));
     return SelectSizes{.rows = rows,
                        .longest = longest,
                        .multiprocessors = device.multiprocessors,
                        .shared_per_block = device.shared_per_block,
                        .has_clusters = device.clusters,
-                       .fixed = fixed,
+                       .fixed = static_cast<int64_t>(sizeof(ClusterShared<kBlock>)),
                        .block = kBlock,
                        .cluster = tuning.cluster,
                        .resident = tuning.resident,

@@ -15,12 +15,11 @@ inline constexpr int kSelectBlock = 512;
 inline constexpr int kSelectWarps = kSelectBlock / 32;
 inline constexpr int kMaxCluster = 16;
 inline constexpr int kPortableCluster = 8;        // more than this must be allowed per kernel
-inline constexpr int64_t kShortPart = 256;        // keys per warp below which more blocks cost more than they save
+inline constexpr int64_t kShortPart = 128;        // keys per warp below which more blocks cost more than they save
+inline constexpr int64_t kOneBlock = 256;         // the same of one block, which meets no other
 inline constexpr int64_t kShortRow = 16384;       // up to which keys stay in registers, if it takes a cluster
 inline constexpr int64_t kForGather = 16 << 10;   // shared memory left to the blocks of a gather that runs beside
-inline constexpr int64_t kFusedBytes = 32 << 10;  // of the output per block that moves rows: a tile of K and V
-// Shared memory of a block besides its keys, and what moving rows adds to it; compared with the structs where they are.
-inline constexpr int64_t kSelectShared = 20784, kMoveShared = 4192;
+inline constexpr int64_t kSelectShared = 20784;   // of a block besides its keys; compared with the struct where it is
 
 // The tokens that compete are cut, in order, into one run per block and each run into one part per warp. Parts are
 // whole warp tiles.
@@ -78,11 +77,6 @@ struct SelectSizes {
     plan.shared = fixed + plan.warp_capacity * warps() * sizeof(uint32_t);
     return plan;
   }
-
-  // Whether the blocks that select should move `bytes` of output as well.
-  bool fuses(const Plan& plan, int64_t bytes) const {
-    return plan.keys_in == KeysIn::registers && bytes <= std::min(rows * plan.cluster, multiprocessors) * kFusedBytes;
-  }
 };
 
 // Blocks are added to a segment until its keys fit on chip, and further while multiprocessors would idle.
@@ -91,7 +85,9 @@ inline Plan plan_clusters(const SelectSizes& x) {
   if (x.cluster > 0) return x.with_cluster(x.cluster);
   int cluster = 1;
   const int64_t fits = x.longest <= kShortRow && x.in_registers() > 0 ? x.in_registers() : x.in_shared();
-  const auto idle = [&] { return x.part(cluster) > kShortPart && x.rows * cluster * 2 <= x.multiprocessors; };
+  const auto idle = [&] {
+    return x.part(cluster) > (cluster == 1 ? kOneBlock : kShortPart) && x.rows * cluster * 2 <= x.multiprocessors;
+  };
   const auto spills = [&] { return x.part(cluster) > fits; };
   while (cluster < kMaxCluster && (spills() || idle())) cluster *= 2;
   return x.with_cluster(cluster);

@@ -1,8 +1,5 @@
 #pragma once
 
-#include <cstdlib>
-#include <string_view>
-
 #include "lkv/cuda.h"
 
 // The launchers with their choices made by the caller, so that tests reach every path with few threads and short rows.
@@ -16,23 +13,14 @@ struct Tuning {
   int splits = -1;     // select: independent blocks per segment, without clusters; 0: never; -1: chosen by size
   int resident = -1;   // select, soft_topk: the most keys a block keeps on chip; -1: as many as fit
   int registers = -1;  // select: 0: no keys in registers
-  int fused = -1;      // evict: 1: select and gather in one kernel, 0: never; -1: chosen by size
-  int bulk = -1;       // gather: 1: rows move by bulk copies, 0: through registers; -1: as LKV_CUDA_GATHER says
   int pieces = 0;      // attend: the most pieces that the rows of a segment are split into; 0: chosen by size
 };
-
-// Whether the environment chooses a kernel where a tuning leaves the choice: for benchmarks that compare two. Read at
-// every call.
-inline bool env_is(const char* variable, std::string_view value) {
-  const char* given = std::getenv(variable);
-  return given != nullptr && value == given;
-}
 
 Status spans(const SpansParams& p, Upload tables, Stream stream, const Tuning& tuning);
 size_t select_scratch(int64_t rows, int64_t longest, const Tuning& tuning);
 Status select(const SelectParams& p, int64_t longest, void* scratch, Stream stream, const Tuning& tuning);
 Status gather(const GatherParams& p, bool behind_select, Stream stream, const Tuning& tuning);
-Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, int64_t bytes, void* scratch, Stream stream,
+Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, void* scratch, Stream stream,
              const Tuning& tuning);
 size_t compact_scratch(int64_t total, int64_t payloads, const Tuning& tuning);
 Status compact(const CompactParams& p, void* scratch, Stream stream, const Tuning& tuning);

@@ -59,5 +59,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   define_ops(m);
   m.def("plan_select", &lkv::python::plan_select, py::arg("segments"), py::arg("longest"), py::arg("multiprocessors"),
-        py::arg("shared_per_block"), py::arg("active"), py::arg("bytes") = py::none());
+        py::arg("shared_per_block"), py::arg("active"), py::arg("beside") = false);
 }

@@ -9,24 +9,17 @@ namespace py = pybind11;
 namespace lkv::python {
 
 py::dict plan_select(int64_t segments, int64_t longest, int64_t multiprocessors, int64_t shared_per_block,
-                     const ActiveClusters& active, std::optional<int64_t> bytes) {
+                     const ActiveClusters& active, bool beside) {
   using namespace lkv::cuda;
-  SelectSizes x = {
+  const SelectSizes x = {
       .rows = segments, .longest = longest, .multiprocessors = multiprocessors, .shared_per_block = shared_per_block};
-  if (bytes) x.fixed += kMoveShared;
   Plan plan = plan_clusters(x);
-  const bool fused = bytes && x.fuses(plan, *bytes);
-  if (bytes && !fused) {
-    x.fixed = kSelectShared;
-    plan = plan_clusters(x);
-  }
   const auto ask = [&](const Plan& plan) { return active(plan.cluster, static_cast<int64_t>(plan.shared)); };
   const int64_t at_once = settle(x, plan, ask);
   py::dict found;
-  found["fused"] = fused;
   found["cluster"] = plan.cluster;
   // A select alone has both halves of a multiprocessor; a gather beside it gets one.
-  found["clusters"] = clusters_of(x, plan, at_once, bytes ? 1 : 2);
+  found["clusters"] = clusters_of(x, plan, at_once, beside ? 1 : 2);
   found["warp_keys"] = x.part(plan.cluster);
   found["keys_in"] = plan.keys_in == KeysIn::registers ? "registers" : plan.on_chip ? "shared" : "memory";
   found["shared"] = plan.shared;

@@ -55,9 +55,7 @@ void Launch::evict(const host::Sizes& sizes, const host::IndexPointers& out, boo
   const GatherParams gather = params.gather(outputs_, out.positions, out.cu_seqlens, sizes.total, ready_, warm);
   make_spans(params.spans(sizes, out, ready_));
   if (cuda_) {
-    int64_t bytes = 0;
-    for (const host::Payload& payload : problem_.payloads) bytes += sizes.total * payload.row_bytes;
-    cuda_->check(cuda::evict(select, gather, problem_.longest, bytes, scratch_, cuda_->stream()), "evict");
+    cuda_->check(cuda::evict(select, gather, problem_.longest, scratch_, cuda_->stream()), "evict");
     return;
   }
   cpu::evict(select, gather, torch_threads());

@@ -43,7 +43,7 @@ Status gather(const GatherParams&, bool, Stream) {
   return kNoKernels;
 }
 
-Status evict(const SelectParams&, const GatherParams&, int64_t, int64_t, void*, Stream) {
+Status evict(const SelectParams&, const GatherParams&, int64_t, void*, Stream) {
   return kNoKernels;
 }
 

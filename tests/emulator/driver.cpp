@@ -50,9 +50,9 @@ int driver_gather(const GatherParams* p, int behind_select, const cuda::Tuning* 
   return cuda::gather(*p, behind_select != 0, stream, *tuning);
 }
 
-int driver_evict(const SelectParams* p, const GatherParams* g, int64_t longest, int64_t bytes, void* scratch,
+int driver_evict(const SelectParams* p, const GatherParams* g, int64_t longest, void* scratch,
                  const cuda::Tuning* tuning) {
-  return cuda::evict(*p, *g, longest, bytes, scratch, stream, *tuning);
+  return cuda::evict(*p, *g, longest, scratch, stream, *tuning);
 }
 
 size_t driver_compact_scratch(int64_t total, int64_t payloads, const cuda::Tuning* tuning) {

@@ -36,10 +36,9 @@ Status select(const SelectParams& p, int64_t longest, void* scratch, Stream stre
 // `behind_select`: launched with programmatic dependent launch right behind the select that sets p.ready.
 Status gather(const GatherParams& p, bool behind_select, Stream stream);
 
-// select, then gather; in one launch where little moves. `bytes`: size of the output. p.ready must be g.ready, not
-// nullptr.
-Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, int64_t bytes, void* scratch,
-             Stream stream);
+// A select and a gather that starts beside it. p.ready must be g.ready, not nullptr.
+Status evict(const SelectParams& p, const GatherParams& g, int64_t longest, void* scratch, Stream stream);
+
 // Scratch: device bytes, any content, 16-byte aligned.
 size_t compact_scratch(int64_t total, int64_t payloads);
 Status compact(const CompactParams& p, void* scratch, Stream stream);

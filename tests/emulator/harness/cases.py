@@ -57,8 +57,6 @@ class Case:
     splits: int
     resident_keys: int
     registers: int
-    fused: int
-    bulk: int
     behind_select: bool
     by_upload: bool
 
@@ -169,8 +167,8 @@ def make_case(seed: int) -> Case:
                 block=0 if kind_of_size == "production" else 64,
                 cluster=1 if kind_of_size == "crowd" else one_of(0, 1, 2, 4, 8, 16),
                 splits=one_of(-1, -1, -1, 0, 1, 3), resident_keys=one_of(-1, -1, 0, 256),
-                behind_select=rng.random() < 0.7, by_upload=rng.random() < 0.3, registers=one_of(-1, -1, 0),
-                fused=one_of(-1, 0, 1), bulk=one_of(0, 1))  # fmt: skip
+                behind_select=rng.random() < 0.7, by_upload=rng.random() < 0.3,
+                registers=one_of(-1, -1, 0))  # fmt: skip
     layout.to_back = rng.random() < 0.5
     if layout.to_back:
         layout.page = one_of(1, 1, 4, 7, 64)

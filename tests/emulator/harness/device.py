@@ -50,7 +50,7 @@ class Emulator:
         lib.driver_select_scratch.restype = c_size_t
         lib.driver_select.argtypes = [POINTER(SelectParams), c_int64, c_void_p, POINTER(Tuning)]
         lib.driver_gather.argtypes = [POINTER(GatherParams), c_int, POINTER(Tuning)]
-        lib.driver_evict.argtypes = [POINTER(SelectParams), POINTER(GatherParams), c_int64, c_int64, c_void_p,
+        lib.driver_evict.argtypes = [POINTER(SelectParams), POINTER(GatherParams), c_int64, c_void_p,
                                      POINTER(Tuning)]  # fmt: skip
         lib.driver_compact_scratch.argtypes = [c_int64, c_int64, POINTER(Tuning)]
         lib.driver_compact_scratch.restype = c_size_t
@@ -112,9 +112,9 @@ class Emulator:
     def gather(self, p: GatherParams, behind_select: bool) -> None:
         self._check(self._lib.driver_gather(p, behind_select, self._tuning))
 
-    def evict(self, p: SelectParams, g: GatherParams, longest: int, moved: int) -> None:
+    def evict(self, p: SelectParams, g: GatherParams, longest: int) -> None:
         scratch = self.empty(self._lib.driver_select_scratch(rows_of(p.source), longest, self._tuning), np.uint8)
-        self._check(self._lib.driver_evict(p, g, longest, moved, pointer(scratch), self._tuning))
+        self._check(self._lib.driver_evict(p, g, longest, pointer(scratch), self._tuning))
 
     def compact(self, p: CompactParams) -> None:
         scratch = self.empty(self._lib.driver_compact_scratch(p.total, p.payloads, self._tuning), np.uint8)

@@ -27,9 +27,7 @@ class Run:
     def __init__(self, emulator: Emulator, case: Case, schedule: Schedule) -> None:
         self.emulator, self.case = emulator, case
         cluster = min(case.cluster, 1) if schedule.code < 90 else case.cluster
-        bulk = case.bulk if schedule.code >= 90 else 0
-        emulator.configure(schedule, Tuning(case.block, cluster, case.splits, case.resident_keys, case.registers,
-                                            case.fused, bulk))  # fmt: skip
+        emulator.configure(schedule, Tuning(case.block, cluster, case.splits, case.resident_keys, case.registers))
 
     def table(self, values: np.ndarray) -> np.ndarray:
         if not self.case.by_upload:
@@ -86,7 +84,7 @@ class Run:
         select, longest, positions = self.select(source, lengths, cu_seqlens, ready)
         gather, out = self.gather(source, positions, cu_seqlens, ready if case.behind_select else None)
         if case.behind_select:
-            emulator.evict(select, gather, longest, sum(o.size for o in out))
+            emulator.evict(select, gather, longest)
             # The next work on the stream may use the select's memory again.
             emulator.upload(np.full(segments.count, 7, np.uint32), ready)
         else:
@@ -128,13 +126,10 @@ class Run:
         wild = rng.choice([-(2**31), -1, 0, 3, total, 2**31 - 1], 2 * segments.count + 1).astype(np.int32)
         anywhere, lengths = emulator.copy(wild[segments.count :]), emulator.copy(wild[: segments.count])
         source = self.source(wild[segments.count :] if self.ragged else None)
-        select, longest, chosen = self.select(source, lengths, anywhere, None)
+        select, longest, _ = self.select(source, lengths, anywhere, None)
         gather, _ = self.gather(source, emulator.copy(positions), anywhere, None)
         emulator.select(select, longest)
         emulator.gather(gather, False)
-        if case.fused == 1:
-            gather, _ = self.gather(source, chosen, anywhere, None)
-            emulator.evict(select, gather, longest, 0)
         emulator.synchronize()
         for i, payload in enumerate(case.payloads):
             data = [layer.data for layer in payload]
@@ -195,7 +190,7 @@ def check_no_segments(emulator: Emulator) -> None:
                           pointer(positions), pointer(ready))  # fmt: skip
     gather = GatherParams(source, 1, pointer(inputs), pointer(outputs), pointer(emulator.copy(np.array([size]))),
                           pointer(positions), pointer(cu_seqlens), total, pointer(ready), False)  # fmt: skip
-    emulator.evict(select, gather, 0, out.size)
+    emulator.evict(select, gather, 0)
     emulator.synchronize()
     oracle.same("positions of no segments", positions, np.full(total, -1))
     oracle.same("rows of no segments", out, np.zeros(out.size))

@@ -201,14 +201,12 @@ class Tuning(ctypes.Structure):
         ("splits", c_int),
         ("resident", c_int),
         ("registers", c_int),
-        ("fused", c_int),
-        ("bulk", c_int),
         ("pieces", c_int),
     ]
 
     def __init__(self, block: int = 0, cluster: int = 0, splits: int = -1, resident: int = -1, registers: int = -1,
-                 fused: int = -1, bulk: int = 0, pieces: int = 0) -> None:  # fmt: skip
-        super().__init__(block, cluster, splits, resident, registers, fused, bulk, pieces)
+                 pieces: int = 0) -> None:  # fmt: skip
+        super().__init__(block, cluster, splits, resident, registers, pieces)
 
 
 MIRRORS = (

@@ -38,14 +38,6 @@ void* shared_memory();
 size_t shared_bytes();
 void* shared_memory_of(const void* own, unsigned rank, Where where);
 
-// Bulk copies are made when a thread waits for them, so that a thread that does not wait finds other bytes.
-void make_barrier(uint64_t* barrier, unsigned threads);
-void arrive_expecting(uint64_t* barrier, unsigned bytes, Where where);
-void wait_arrivals(uint64_t* barrier, unsigned parity, Where where);
-void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barrier, Where where);
-void bulk_store(void* global, const void* shared, unsigned bytes, Where where);
-void wait_bulk_stores();
-
 void grid_dependency_wait(Where where);
 void trigger_dependents();
 

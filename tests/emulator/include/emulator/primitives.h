@@ -94,34 +94,6 @@ T load_once(const T* p) {
   return *p;
 }
 
-using ArrivalBarrier = uint64_t;
-
-inline void make_barrier(ArrivalBarrier* barrier, uint32_t threads) {
-  emulator::make_barrier(barrier, threads);
-}
-inline void arrive_expecting(ArrivalBarrier* barrier, uint32_t bytes,
-                             emulator::Where where = emulator::Where::current()) {
-  emulator::arrive_expecting(barrier, bytes, where);
-}
-inline void wait_arrivals(ArrivalBarrier* barrier, uint32_t parity,
-                          emulator::Where where = emulator::Where::current()) {
-  emulator::wait_arrivals(barrier, parity, where);
-}
-inline void bulk_load(void* shared, const void* global, uint32_t bytes, ArrivalBarrier* barrier,
-                      emulator::Where where = emulator::Where::current()) {
-  emulator::bulk_load(shared, global, bytes, barrier, where);
-}
-inline void fence_bulk() {
-  emulator::preemption_point();
-}
-inline void bulk_store(void* global, const void* shared, uint32_t bytes,
-                       emulator::Where where = emulator::Where::current()) {
-  emulator::bulk_store(global, shared, bytes, where);
-}
-inline void wait_bulk_stores() {
-  emulator::wait_bulk_stores();
-}
-
 inline float reciprocal(float x) {
   return 1.0f / x;
 }
@@ -190,6 +162,13 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned value, emulator::Where 
   unsigned bits = 0;
   for (unsigned i = 0; i < 32; ++i) bits |= mask >> i & 1 ? static_cast<unsigned>(words[i]) : 0u;
   return bits;
+}
+
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value, emulator::Where where = emulator::Where::current()) {
+  const std::array<uint64_t, 32> words = emulator::warp_exchange("__reduce_add_sync", mask, value, where);
+  unsigned sum = 0;
+  for (unsigned i = 0; i < 32; ++i) sum += mask >> i & 1 ? static_cast<unsigned>(words[i]) : 0u;
+  return sum;
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Where where = emulator::Where::current()) {
