@@ -40,8 +40,9 @@ from report import markdown  # noqa: E402
 from results import Run, replace_text, slug  # noqa: E402
 
 SANITIZERS = ("memcheck", "synccheck", "racecheck")
-# What compute-sanitizer runs, as an expression of `pytest -k`; it slows kernels a hundredfold.
-SANITIZED = "(parity and not test_scores) or test_every_size"
+# What compute-sanitizer runs: files, and an expression of `pytest -k`; it slows kernels a hundredfold.
+SANITIZED_FILES = ("tests/test_parity.py", "tests/test_cuda.py")
+SANITIZED = "(test_evict and not layers) or test_every_size or test_other_budgets"
 # memcheck sees accesses out of bounds only where every tensor is an allocation of its own; graphs need torch's cache.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 EVICTIONS = ("bench_evict.py", "bench_gather.py")
@@ -185,7 +186,7 @@ def sanitizer(machine: Machine) -> Outcome:
     def check(kind: str) -> Outcome:
         uncached = UNCACHED if kind == "memcheck" else {}
         subset = f"({machine.args.sanitize}) and not graph" if uncached else machine.args.sanitize
-        arguments = ("tests", "--ignore=tests/mutants", "-m", "cuda", "-k", subset, "-x", *without_hypothesis())
+        arguments = (*SANITIZED_FILES, "-m", "cuda", "-k", subset, "-x")
         return machine.pytest("sanitizer", *arguments, under=checked(kind), **uncached)
 
     # Side by side: most of their time is spent on the host.

@@ -2,8 +2,9 @@
 
 All times are predictions, not measurements. They are sums over one path through csrc/cuda, launched as its own planner
 chooses, and ignore instruction schedules, bank conflicts beyond an average, or the memory controller. What the
-constants are taken from stands beside them; expect errors of a quarter below 20 us, where latencies and launches are
-all there is, and of a tenth above 100 us, where the rate of gathering 256-byte rows is.
+constants are taken from stands beside them. Those called fitted are of one H200 (2026-11-27: selects and gathers of a
+few shapes as graphs with a cold L2 cache); before, selects had been taken for three times as fast as they are. Expect
+errors of a fifth.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Gpu:
     name: str
     memory_rate: float  # GB/s, data sheet
     copy_rate: float  # GB/s read and written by a contiguous copy
-    row_share: float = 0.9  # of it for rows of 256 bytes in ascending order; estimate, between 0.8 and 0.95
+    row_share: float = 0.9  # of it for rows of 256 bytes in ascending order; fitted, of the H200
     # NVIDIA H100 white paper (H200: the same die): SXM5 has 132 multiprocessors, 50 MB of L2 cache.
     multiprocessors: int = 132
     l2: int = 50 << 20
@@ -40,10 +41,10 @@ class Gpu:
     shared: int = 228 << 10
     shared_per_block: int = 227 << 10
     shared_reserved: int = 1 << 10  # of every block, for the system
-    # Latencies in us; all estimates.
-    launch_us: float = 2.5  # of the first kernel of a graph, between the events around it
+    # Latencies in us; estimates where nothing else is said.
+    launch_us: float = 3.5  # of the first kernel of a graph, between the events around it; fitted
     gap_us: float = 1.0  # between kernels in a stream
-    dependent_us: float = 0.7  # the same with programmatic dependent launch
+    dependent_us: float = 0.2  # the same with programmatic dependent launch; fitted
     memory_us: float = 0.7  # a load from HBM under load; idle it is about 480 cycles (arXiv 2402.13499, H100 PCIe)
     l2_us: float = 0.2  # a load from L2, about 260 cycles there and more from the far half
     remote_us: float = 0.1  # a load from a peer's shared memory, about 180 cycles there
@@ -62,8 +63,8 @@ class Gpu:
         return self.copy_rate * self.row_share * 1e3
 
 
-# 4.3 TB/s: of contiguous copies (specs of this project); the H100 at the same share of its data sheet.
-H200 = Gpu("NVIDIA H200", memory_rate=4800, copy_rate=4300)
+# 4.2 TB/s: of contiguous copies of 270 MB, measured; the H100 at the same share of its data sheet.
+H200 = Gpu("NVIDIA H200", memory_rate=4800, copy_rate=4200)
 H100 = Gpu("NVIDIA H100 80GB HBM3", memory_rate=3350, copy_rate=3000)
 GPUS = {"h200": H200, "h100": H100}
 
@@ -94,17 +95,17 @@ class Kernel:
         return round_up(self.shared, 128) + gpu.shared_reserved
 
 
-# Constants of csrc/cuda, gather_tile.cuh and spans.cu; registers as bench/resources.py finds them for sm_90.
+# Constants of csrc/cuda, gather.cu and spans.cu; registers as bench/resources.py finds them for sm_90.
 SELECT_THREADS, SELECT_REGISTERS = 512, 55
-GATHER = Kernel(threads=512, registers=52, shared=4192)
-TILE_ROWS, CHUNK_BYTES = 64, 3456
+GATHER = Kernel(threads=256, registers=64, shared=11272)
+WARP_ROWS, GATHER_WARPS, CHUNK_BYTES = 16, 8, 3456
 BINS, AHEAD = 2048, 256 * SELECT_THREADS // 32  # bins of a round; keys that a block loads ahead, two tiles of a warp
-# Throughput of a multiprocessor, in keys per cycle: estimates.
-COUNTED = 8  # into a histogram: four lanes of a warp meet in a bank
-VISITED = 10  # compared and found to lie elsewhere
-EMITTED = 6  # with the shuffles of a scan and the stores
-ROUND_CYCLES = 450  # clearing and searching the bins: six barriers and a scan by 512 threads
-SPANS_US = 0.9  # the grid of one block that lays out spans: a scan between loads and stores
+# Throughput of a multiprocessor, in keys per cycle: fitted.
+COUNTED = 2.5  # into a histogram
+VISITED = 4  # compared and found to lie elsewhere
+EMITTED = 2  # with the shuffles of a scan and the stores
+ROUND_CYCLES = 2600  # clearing and searching the bins: six barriers and a scan by 512 threads; fitted
+SPANS_US = 2.3  # the grid of one block that lays out spans: measured
 
 
 def uploads(shape: Shape) -> int:
@@ -117,14 +118,13 @@ def uploads(shape: Shape) -> int:
 class Plan:
     """How a call is launched, as csrc/cuda chooses it."""
 
-    fused: bool  # one launch that selects and gathers
     cluster: int  # blocks per segment
     clusters: int  # that run at once
     waves: int  # segments that one cluster works on, at most
     keys: int  # of one block
     keys_in: str  # "registers", "shared" or "memory"
     per_multiprocessor: int  # select blocks that would fit
-    gather_blocks: int  # per multiprocessor, beside a select block (fused: the same blocks)
+    gather_blocks: int  # per multiprocessor, beside a select block
     launches: int
 
     @property
@@ -150,19 +150,18 @@ def make_plan(gpu: Gpu, shape: Shape, op: str = "evict") -> Plan:
         fit = Kernel(SELECT_THREADS, SELECT_REGISTERS, shared).per_multiprocessor(gpu)
         return sum(group * fit // cluster for group in gpu.groups)
 
-    segments, moved = len(shape.per_segment), None if op == "select" else shape.output_bytes
-    plan = _C.plan_select(segments, shape.length, gpu.multiprocessors, gpu.shared_per_block, active, moved)
+    segments, beside = len(shape.per_segment), op != "select"
+    plan = _C.plan_select(segments, shape.length, gpu.multiprocessors, gpu.shared_per_block, active, beside)
     select = Kernel(SELECT_THREADS, SELECT_REGISTERS, plan["shared"])
     return Plan(
-        fused=plan["fused"],
         cluster=plan["cluster"],
         clusters=plan["clusters"],
         waves=ceil(segments / plan["clusters"]),
         keys=min(ceil(shape.length / plan["cluster"]), plan["warp_keys"] * SELECT_THREADS // 32),
         keys_in=plan["keys_in"],
         per_multiprocessor=select.per_multiprocessor(gpu),
-        gather_blocks=1 if plan["fused"] else GATHER.per_multiprocessor(gpu, beside=select),
-        launches=uploads(shape) + 1 + (op != "select" and not plan["fused"]),
+        gather_blocks=GATHER.per_multiprocessor(gpu, beside=select),
+        launches=uploads(shape) + 1 + beside,
     )
 
 
@@ -192,9 +191,9 @@ def predict(gpu: Gpu, shape: Shape, op: str = "evict") -> Prediction:
     total = launch + select
     if op != "select":
         moved = shape.moved_bytes
-        gather = _fused_gather_us(gpu, shape, plan) if plan.fused else _gather_us(gpu, shape, plan)
+        gather = _gather_us(gpu, shape, plan)
         # The gather of a wave runs beside the selects of those behind it.
-        total = launch + (select + gather if plan.fused else max(wave + gather, select + gather / plan.waves))
+        total = launch + max(wave + gather, select + gather / plan.waves)
     parts = {"launches": launch, "select": select, "gather": gather}
     floor = moved / gpu.copy_rate / 1e3
     return Prediction(floor, select, gather, launch, total, max(parts, key=lambda part: parts[part]), plan)
@@ -224,22 +223,11 @@ def _exchange_us(gpu: Gpu, cluster: int) -> float:
     return gpu.remote_us + gpu.barrier_us(cluster) + read
 
 
-def _tile_us(gpu: Gpu) -> float:
-    """One tile by one block: its segment by two loads, the tables, the flag, positions, then K and V side by side."""
-    return 5 * gpu.l2_us + gpu.memory_us
-
-
 def _gather_us(gpu: Gpu, shape: Shape, plan: Plan) -> float:
-    """Tiles over all segments, however budgets are shared; at the end nothing is in flight but the last of them."""
+    """Warps over all segments, however budgets are shared; at the end nothing is in flight but the last of them."""
     scores = shape.score_bytes * (plan.waves - 1) / plan.waves  # that are read meanwhile
-    tiles = ceil(shape.kept / TILE_ROWS)
-    slots = gpu.multiprocessors * max(1, plan.gather_blocks)
+    warps = ceil(shape.kept / WARP_ROWS)
+    slots = gpu.multiprocessors * max(1, plan.gather_blocks) * GATHER_WARPS
     bandwidth = (2 * shape.output_bytes + scores) / gpu.row_rate + gpu.memory_us
-    return 2 * gpu.l2_us + max(bandwidth, ceil(tiles / slots) * _tile_us(gpu))  # a flag goes through L2
-
-
-def _fused_gather_us(gpu: Gpu, shape: Shape, plan: Plan) -> float:
-    """Every cluster moves the rows that it has selected: the longest segment is what all wait for."""
-    tiles = ceil(ceil(max(shape.per_segment) / TILE_ROWS) / plan.cluster)
-    bandwidth = 2 * shape.output_bytes / gpu.row_rate
-    return max(bandwidth, plan.waves * tiles * _tile_us(gpu)) + gpu.barrier_us(plan.cluster)
+    chain = 3 * gpu.l2_us + 2 * gpu.memory_us  # the flag and the segment, the position, the row
+    return max(bandwidth, ceil(warps / slots) * chain)

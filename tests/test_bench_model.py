@@ -72,17 +72,17 @@ def test_occupancy(kernel: Kernel, blocks: int) -> None:
 def test_occupancy_beside_another_kernel() -> None:
     select = Kernel(threads=512, registers=64, shared=20784 + (128 << 10))
     assert select.per_multiprocessor(H200) == 1
-    assert GATHER.per_multiprocessor(H200, beside=select) == 1  # the other half of the registers
+    assert GATHER.per_multiprocessor(H200, beside=select) == 2  # the other half of the registers
     assert GATHER.per_multiprocessor(H200, beside=Kernel(threads=2048, registers=32)) == 0
 
 
 def test_plans() -> None:
     """What csrc/cuda/select_sizes.h comes to on 132 multiprocessors."""
     tiny, short, middle, long = (make_plan(H200, Shape(length)) for length in (256, 8192, 32768, 131072))
-    assert (tiny.fused, tiny.cluster, tiny.keys_in, tiny.launches) == (True, 1, "registers", 2)
-    assert (short.fused, short.cluster, short.keys_in, short.launches) == (False, 2, "registers", 3)
-    assert (middle.fused, middle.cluster, middle.keys_in, middle.launches) == (False, 8, "registers", 3)
-    assert (long.fused, long.cluster, long.keys_in, long.waves) == (False, 16, "shared", 1)
+    assert (tiny.cluster, tiny.keys_in, tiny.launches) == (1, "registers", 3)
+    assert (short.cluster, short.keys_in, short.launches) == (4, "registers", 3)
+    assert (middle.cluster, middle.keys_in, middle.launches) == (16, "registers", 3)
+    assert (long.cluster, long.keys_in, long.waves) == (16, "shared", 1)
     whole = make_plan(H200, Shape(131072, layers=32))
     assert (whole.cluster, whole.keys, whole.per_multiprocessor) == (4, 32768, 1)
     assert whole.blocks <= H200.multiprocessors
