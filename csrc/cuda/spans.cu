@@ -9,7 +9,7 @@
 //   1. Let the kernels behind start; they wait for this grid before they read what it writes.
 //   2. Write the tables of the call, and the budgets if they came from the host, to device memory. They are an argument
 //      of the launch; what does not fit into 4 KB goes ahead in launches of its own.
-//   3. For 512 segments at a time: each thread computes the size of one span, a scan over the block adds up those
+//   3. For as many segments as it has threads at a time: each thread computes the size of one span, a scan over the block adds up those
 //      before it, and the thread writes length, offset and a cleared flag (the rules are in lkv/segments.h).
 //   4. Write the end of the last span and, summed over the block, the rows that were cut.
 
@@ -49,6 +49,7 @@ Chunk take_chunk(Upload& left) {
 }
 
 constexpr int kUploadBlock = 256;
+constexpr int kFewRows = 128;  // for which a small block is enough, whose barriers are short
 
 __global__ void __launch_bounds__(kUploadBlock) upload_kernel(const LKV_GRID_CONSTANT Chunk chunk) {
   write_chunk(chunk);
@@ -103,7 +104,8 @@ Status spans(const SpansParams& p, Upload tables, Stream stream, const Tuning& t
     if (status != cudaSuccess) return status;
     last = take_chunk(tables);
   }
-  return with_block<512>(tuning, [&]<int kBlock> { return run<kBlock>(p, last, stream); });
+  const auto go = [&]<int kBlock> { return run<kBlock>(p, last, stream); };
+  return p.source.rows() <= kFewRows ? with_block<kFewRows>(tuning, go) : with_block<512>(tuning, go);
 }
 
 Status spans(const SpansParams& p, const Upload& tables, Stream stream) {
