@@ -14,12 +14,12 @@ namespace lkv::cuda {
 inline constexpr int kSelectBlock = 512;
 inline constexpr int kSelectWarps = kSelectBlock / 32;
 inline constexpr int kMaxCluster = 16;
-inline constexpr int kPortableCluster = 8;        // more than this must be allowed per kernel
-inline constexpr int64_t kShortPart = 128;        // keys per warp below which more blocks cost more than they save
-inline constexpr int64_t kOneBlock = 256;         // the same of one block, which meets no other
-inline constexpr int64_t kShortRow = 16384;       // up to which keys stay in registers, if it takes a cluster
-inline constexpr int64_t kForGather = 16 << 10;   // shared memory left to the blocks of a gather that runs beside
-inline constexpr int64_t kSelectShared = 20784;   // of a block besides its keys; compared with the struct where it is
+inline constexpr int kPortableCluster = 8;       // more than this must be allowed per kernel
+inline constexpr int64_t kShortPart = 128;       // keys per warp below which more blocks cost more than they save
+inline constexpr int64_t kOneBlock = 256;        // the same of one block, which meets no other
+inline constexpr int64_t kShortRow = 16384;      // up to which keys stay in registers, if it takes a cluster
+inline constexpr int64_t kForGather = 16 << 10;  // shared memory left to the blocks of a gather that runs beside
+inline constexpr int64_t kSelectShared = 20784;  // of a block besides its keys; compared with the struct where it is
 
 // The tokens that compete are cut, in order, into one run per block and each run into one part per warp. Parts are
 // whole warp tiles.

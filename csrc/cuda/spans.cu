@@ -9,8 +9,9 @@
 //   1. Let the kernels behind start; they wait for this grid before they read what it writes.
 //   2. Write the tables of the call, and the budgets if they came from the host, to device memory. They are an argument
 //      of the launch; what does not fit into 4 KB goes ahead in launches of its own.
-//   3. For as many segments as it has threads at a time: each thread computes the size of one span, a scan over the block adds up those
-//      before it, and the thread writes length, offset and a cleared flag (the rules are in lkv/segments.h).
+//   3. For as many segments at a time as it has threads: each thread computes the size of one span, a scan over the
+//      block adds up those before it, and the thread writes length, offset and a cleared flag (the rules are in
+//      lkv/segments.h).
 //   4. Write the end of the last span and, summed over the block, the rows that were cut.
 
 namespace lkv::cuda {
