@@ -70,6 +70,15 @@ def test_evict(device: str, span: dict, placement: str) -> None:
     check(out, expected(payload, scores, BUDGETS, **options))
 
 
+@pytest.mark.parametrize("widths", [(28, 0), (0, 28), (8, 0, 3)], ids=str)
+def test_rows_without_bytes(device: str, widths: tuple[int, ...]) -> None:
+    """Beside others: a tensor of no elements has no memory that could be read."""
+    payload = [rows_of([2, 3, 60, width], torch.bfloat16, width).to(device) for width in widths]
+    scores = scores_of("normal", [2, 3, 60]).to(device)
+    out = lkv_ext.evict(*payload[:2], scores, [5, 40, 17], companions=payload[2:], reserve=2)
+    check(out, expected(payload, scores, [5, 40, 17], reserve=2))
+
+
 @pytest.mark.parametrize("dtype", SCORE_DTYPES, ids=str)
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize("tokens", [1, 7, 64, 1000, 5000])

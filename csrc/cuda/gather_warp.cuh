@@ -105,10 +105,10 @@ __device__ __forceinline__ void move_rows(const RowMove& mine, int begin, int en
 // Row `j` of the output, of payload `payload`: where it comes from, at `position` of `segment`, and goes to.
 __device__ __forceinline__ RowMove find_move(const GatherParams& p, const Segment& segment, int64_t position, int64_t j,
                                              int64_t payload) {
-  if (j >= p.total || payload >= p.payloads) return {nullptr, nullptr, 0};
-  const int64_t bytes = load_relaxed(&p.row_bytes[payload]);
-  RowMove move = {nullptr, load_relaxed(&p.outputs[payload]) + j * bytes, bytes};
-  if (position >= 0 && position < segment.limit) {
+  if (payload >= p.payloads) return {nullptr, nullptr, 0};
+  RowMove move = {nullptr, nullptr, load_relaxed(&p.row_bytes[payload])};
+  if (j < p.total) move.to = load_relaxed(&p.outputs[payload]) + j * move.bytes;
+  if (move.bytes > 0 && position >= 0 && position < segment.limit) {
     move.from = segment.at(load_relaxed(&p.inputs[payload * p.source.layers + segment.layer]), position);
   }
   return move;
@@ -130,7 +130,7 @@ __device__ __forceinline__ void gather_rows(const GatherParams& p, int64_t first
     const int64_t left = p.payloads - payload;
     const int end = static_cast<int>(left < group ? left : group) << shift;
     const int64_t bytes = __shfl_sync(kFullWarp, mine.bytes, 0);
-    const bool same = __ballot_sync(kFullWarp, mine.to != nullptr && mine.bytes != bytes) == 0;
+    const bool same = __ballot_sync(kFullWarp, lane_id() < end && mine.bytes != bytes) == 0;
     with_vector(bits, [&](auto vector) {
       for (int begin = 0, batch = same ? end : rows; begin < end; begin += batch) {
         move_rows<decltype(vector)>(mine, begin, begin + batch);

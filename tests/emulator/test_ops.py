@@ -15,6 +15,7 @@ pytest.importorskip("torch")
 # What of a suite runs here: not float64, which is the CPU's alone, nor what takes long.
 SUITES = {
     "test_parity.py": "",
+    "test_properties.py": "evict_is or layers_are",
     "test_cache.py": "",
     "test_whole_cache.py": "",
     "test_paged.py": "reference or layers_in_one or stay_where",
