@@ -102,14 +102,21 @@ __device__ __forceinline__ void move_rows(const RowMove& mine, int begin, int en
   }
 }
 
-// Row `j` of the output, of payload `payload`: where it comes from, at `position` of `segment`, and goes to.
-__device__ __forceinline__ RowMove find_move(const GatherParams& p, const Segment& segment, int64_t position, int64_t j,
+// The token that a row of the output comes from, in any payload; -1: zeros. What is counted in segments has 31 bits.
+struct RowSource {
+  uint32_t layer, b, h;
+  int64_t token;
+};
+
+// Row `j` of the output, of payload `payload`: where it comes from and goes to.
+__device__ __forceinline__ RowMove find_move(const GatherParams& p, const RowSource& source, int64_t j,
                                              int64_t payload) {
   if (payload >= p.payloads) return {nullptr, nullptr, 0};
   RowMove move = {nullptr, nullptr, load_relaxed(&p.row_bytes[payload])};
   if (j < p.total) move.to = load_relaxed(&p.outputs[payload]) + j * move.bytes;
-  if (move.bytes > 0 && position >= 0 && position < segment.limit) {
-    move.from = segment.at(load_relaxed(&p.inputs[payload * p.source.layers + segment.layer]), position);
+  if (move.bytes > 0 && source.token >= 0) {
+    const Strided input = load_relaxed(&p.inputs[payload * p.source.layers + source.layer]);
+    move.from = input.data + source.b * input.batch + source.h * input.head + source.token * input.token;
   }
   return move;
 }
@@ -122,9 +129,12 @@ __device__ __forceinline__ void gather_rows(const GatherParams& p, int64_t first
   const int64_t row = first < p.total ? find_row(p, first, lane_id() & (rows - 1)) : -1;
   const Segment segment = row < 0 ? Segment{} : segment_of(p.source, row, RelaxedLoad{});
   wait();
-  const int64_t position = row < 0 ? -1 : p.positions[j];
+  const int32_t position = row < 0 ? -1 : p.positions[j];
+  const RowSource source = {static_cast<uint32_t>(segment.layer), static_cast<uint32_t>(segment.b),
+                            static_cast<uint32_t>(segment.h),
+                            position >= 0 && position < segment.limit ? segment.origin + position : -1};
   for (int64_t payload = 0; payload < p.payloads && first < p.total; payload += group) {
-    const RowMove mine = find_move(p, segment, position, j, payload + (lane_id() >> shift));
+    const RowMove mine = find_move(p, source, j, payload + (lane_id() >> shift));
     const uint32_t bits =
         __reduce_or_sync(kFullWarp, low_bits(mine.from) | low_bits(mine.to) | static_cast<uint32_t>(mine.bytes));
     const int64_t left = p.payloads - payload;
