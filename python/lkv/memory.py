@@ -167,8 +167,9 @@ def _maker(config: PretrainedConfig) -> Callable[..., PreTrainedModel]:
 def _read(decoder: Decoder) -> DynamicCache:
     """The cache of a model that has read some tokens."""
     cache = DynamicCache(config=decoder.config)
+    tokens = torch.zeros(1, PROBE, dtype=torch.long, device=decoder.module.device)
     try:
-        decoder.module(torch.zeros(1, PROBE, dtype=torch.long), **with_cache(decoder.module, cache))
+        decoder.module(tokens, **with_cache(decoder.module, cache))
     except Exception as error:  # anything: models without memory stop at what depends on data
         name = type(decoder.module).__name__
         raise ValueError(f"lkv plan: expected a model that runs without its weights, got {name}: {error}") from error
