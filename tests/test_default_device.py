@@ -247,6 +247,19 @@ def test_policies(name: str, total: int) -> None:
     check_same(elsewhere(lambda: asked(POLICIES[name], total)), asked(POLICIES[name], total))
 
 
+@pytest.mark.parametrize("name", [name for name in TRAINED if "lkv" in name])
+def test_weights_follow_what_they_score(name: str) -> None:
+    """A checkpoint that was loaded for no model is on the host."""
+    policy, o = TRAINED[name], OBSERVED[0]
+    parts = [(part.name, getattr(o, part.name)) for part in fields(o)]
+    o = replace(o, **{part: x.to("meta") for part, x in parts if isinstance(x, Tensor)})
+    scored = [policy.score(n, o) for n in range(N)]
+    assert {s.device.type for s in scored} == {"meta"}
+    if policy.scope == "model":
+        lengths = torch.stack([o.lengths] * N)
+        assert policy.budgets(scored, lengths, torch.tensor([40, 30]), starts=o.starts).shape == (N, B, H)
+
+
 def test_every_tensor_names_its_device() -> None:
     """Also where no test runs, as on the way to a GPU."""
     missing = []

@@ -131,7 +131,7 @@ def footprint(config: PretrainedConfig, dtype: torch.dtype | None = None, page: 
     """
     weight_dtype = _dtype(config)
     dtype = dtype or weight_dtype
-    with FakeTensorMode(), torch.no_grad():
+    with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
         # In bfloat16, as kernels of experts know nothing else. The config is changed by it.
         model = _maker(config)(copy.deepcopy(config), dtype=torch.bfloat16).eval()
         parameters = sum(parameter.numel() for parameter in model.parameters())
