@@ -116,9 +116,8 @@ def _of_a_text(scores: Tensor, use: Tensor, sink: int, window: int) -> Tensor:
     # Of what is lost at 99 %, a head keeps one per cent at least.
     most = length - max(round(0.01 * length), sink + window)
     costs = costs[:, :most]
-    givers = torch.arange(len(costs), device="cpu").repeat_interleave(costs.shape[1])[
-        costs.flatten().argsort(stable=True)
-    ]
+    owners = torch.arange(len(costs), device="cpu").repeat_interleave(costs.shape[1])
+    givers = owners[costs.flatten().argsort(stable=True)]
     lost, done = torch.zeros(len(costs), dtype=torch.float64, device="cpu"), 0
     steps = []
     for step in range(1, STEPS + 1):

@@ -103,7 +103,7 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None, *, 
     Args:
         path: folder that `lkv train` wrote. Where there is no file or folder of that name: the name of a checkpoint
             that comes with the package (`lkv.policies.lkv.packaged.names()`), as "smollm2".
-        model: the model that it shall be used with; its device is taken; default: the host.
+        model: the model that it shall be used with; its device is taken. Default: the host.
         any_weights: also for another fine-tune of the model that it was trained for. Checkpoints without a fingerprint,
             which older ones are, fit any weights.
 
