@@ -24,7 +24,7 @@ from lkv.policies import Policy, SnapKV
 from lkv.policies.lkv import TokenScorer, learned
 from lkv.policies.lkv.head_budget import HeadBudget
 from lkv.policies.protocol import Accumulates, Ahead, Layered, Refines, Weighs
-from lkv.policies.tables import DuoAttention, HeadKV
+from lkv.policies.tables import DuoAttention, HeadKV, load_table
 from lkv_ext import layout
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,7 +127,9 @@ def steps_of_pages() -> object:
 
 def saved(folder: Path) -> object:
     a_cache().save(folder / "cache")
-    return lkv_ext.RaggedCache.load(folder / "cache"), pickle.loads(pickle.dumps(a_cache()))
+    (folder / "table").write_text("0.2 0.9 0.4\n1.0 0.1 0.3\n")
+    read = lkv_ext.RaggedCache.load(folder / "cache"), load_table(folder / "table")
+    return read, pickle.loads(pickle.dumps(a_cache()))
 
 
 scores, shares = lkv_ext.budgets_from_scores, lkv_ext.budgets_from_shares
