@@ -182,7 +182,7 @@ class PagedCache:
             pools, ranking = [self.k, self.v, *self.companions], scores[..., : self.max_length]
             if tuple(scores.shape[:2]) != (batch, heads):
                 raise ValueError(f"{expected}, got {list(scores.shape)}")
-            held = self.lengths if self.lengths.is_cuda else torch.tensor(self._counts).view(batch, heads)
+            held = self.lengths if self.lengths.is_cuda else torch.tensor(self._counts, device="cpu").view(batch, heads)
             index = evict_paged_(pools, ranking, budgets, self.tables, held, sink=sink, window=window)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             errors.reraise("PagedCache.evict", error, given=locals())
@@ -206,11 +206,11 @@ class PagedCache:
 
     def packed(self) -> RaggedKV:
         """A copy of the rows in use, one head behind the other, as of `lkv_ext.evict`; `positions` are places here."""
-        counts = torch.tensor(self._counts, dtype=torch.int64)
+        counts = torch.tensor(self._counts, dtype=torch.int64, device="cpu")
         ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         total, device = int(ends[-1]), self.k.device
-        segment = torch.arange(len(counts)).repeat_interleave(counts, output_size=total)
-        places = (torch.arange(total) - ends[segment]).to(device)
+        segment = torch.arange(len(counts), device="cpu").repeat_interleave(counts, output_size=total)
+        places = (torch.arange(total, device="cpu") - ends[segment]).to(device)
         ids = self.block_table[segment.to(device), places // self.align].long()
         k, v, *companions = (pool[ids, places % self.align] for pool in (self.k, self.v, *self.companions))
         offsets = ends.int().to(device)

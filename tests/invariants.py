@@ -122,8 +122,8 @@ def _is_as_it_was(old: Snapshot, new: Snapshot) -> None:
 
 def _append(old: Snapshot, new: Snapshot, k: Tensor, v: Tensor, companions=(), *, valid=None) -> None:
     batch, heads, count = k.shape[:3]
-    counts = torch.as_tensor(count if valid is None else valid).long().clamp(0, count).expand(batch)
-    first = count - counts.to(k.device)
+    counts = torch.as_tensor(count if valid is None else valid, device=k.device).long().clamp(0, count).expand(batch)
+    first = count - counts
     steps = torch.arange(count, device=k.device)
     added = (steps >= first[:, None, None]).expand(batch, heads, count)
     segment = torch.arange(batch * heads, device=k.device).view(batch, heads, 1)
@@ -135,7 +135,7 @@ def _append(old: Snapshot, new: Snapshot, k: Tensor, v: Tensor, companions=(), *
 
 
 def _evict(old: Snapshot, new: Snapshot, scores, budgets, *, sink=0, window=0, max_budget=None, reserve=None) -> None:
-    given = torch.as_tensor(getattr(budgets, "budgets_tensor", budgets)).to(old.lengths.device).long()
+    given = torch.as_tensor(getattr(budgets, "budgets_tensor", budgets), device=old.lengths.device).long()
     kept = old.lengths.minimum(given.clamp(0, 2**31 - 1 if max_budget is None else max_budget))
     assert torch.equal(new.lengths, kept.int()), "as many rows as the budgets, of those that are there"
     assert new.holds_some_of(old)
@@ -157,8 +157,10 @@ def _select_batch(old: Snapshot, new: Snapshot, indices) -> None:
     heads, segment = old.lengths.shape[1], old.keys // BIT
     order = torch.as_tensor(indices, device=old.keys.device).long().flatten()
     wanted = (order[:, None] * heads + torch.arange(heads, device=order.device)).flatten()
-    at = torch.cat([torch.zeros(0, dtype=torch.long), *((segment == r).nonzero()[:, 0].cpu() for r in wanted)])
-    of = torch.arange(wanted.numel()).repeat_interleave(old.lengths.flatten()[wanted].cpu())
+    at = torch.cat(
+        [torch.zeros(0, dtype=torch.long, device="cpu"), *((segment == r).nonzero()[:, 0].cpu() for r in wanted)]
+    )
+    of = torch.arange(wanted.numel(), device="cpu").repeat_interleave(old.lengths.flatten()[wanted].cpu())
     moved = of.to(old.keys.device) * BIT + old.keys[at] % BIT
     assert new.holds(moved, [t[at] for t in old.rows]), "the chosen sequences, in that order"
     assert (new.seen, new.tail, new.max_length) == (old.seen, old.tail, old.max_length)

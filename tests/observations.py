@@ -123,7 +123,7 @@ class Still:
         return rows * cos - torch.cat([-second, first], -1) * sin
 
     def next(self, count: int) -> tuple[Tensor, Tensor]:
-        return self._at((self.length + torch.arange(count))[None])
+        return self._at((self.length + torch.arange(count, device=self.angles.device))[None])
 
 
 @dataclass(frozen=True)

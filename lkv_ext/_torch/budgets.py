@@ -107,7 +107,7 @@ def _from_shares(
     if not is_of("numbers", shares):
         raise TypeError(f"expected shares as numbers or a tensor of a real dtype, got {described(shares)}")
     try:
-        weights = shares if isinstance(shares, Tensor) else torch.as_tensor(shares, dtype=torch.float64)
+        weights = shares if isinstance(shares, Tensor) else torch.as_tensor(shares, dtype=torch.float64, device="cpu")
     except (ValueError, TypeError, RuntimeError):
         raise ValueError(f"expected shares as numbers in rows of one length, got {described(shares)}") from None
     weights = weights.detach().to("cpu", torch.float64)
@@ -134,7 +134,8 @@ def _from_shares(
     lower = upper.clamp(max=floor)
     if total < int(lower.sum()):
         raise ValueError(f"expected a total of at least the floors, {int(lower.sum())}, got {total} (floor {floor})")
-    flat = apportion(weights.view(1, -1), torch.tensor([total]), lower.reshape(1, -1), upper.reshape(1, -1))
+    whole = torch.tensor([total], device="cpu")
+    flat = apportion(weights.view(1, -1), whole, lower.reshape(1, -1), upper.reshape(1, -1))
     return flat.view(weights.shape)
 
 
@@ -142,7 +143,7 @@ def _values(values: Ints, name: str, device: torch.device | str = "cpu") -> Tens
     """int64, of the shape they have."""
     if isinstance(values, Tensor):
         host, tensor = split(values, name, [tuple(values.shape)])
-        values = torch.tensor(host).view(values.shape) if tensor is None else tensor
+        values = torch.tensor(host, device="cpu").view(values.shape) if tensor is None else tensor
         return values.to(device, torch.int64)
     shape = () if isinstance(values, int) else flatten(values, name)[1]
     return torch.tensor(host_ints(values, name, [shape]), dtype=torch.int64, device=device).view(shape)

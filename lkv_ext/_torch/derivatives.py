@@ -41,7 +41,7 @@ class _NoTangents(EachSample):
 
     @staticmethod
     def forward(why: str, *tensors: Tensor) -> Tensor:
-        return torch.empty(0)
+        return torch.empty(0, device="cpu")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -72,7 +72,8 @@ def plan(budgets: Ints, lengths: Ints | None = None, *, device: torch.device | s
 
 def _both(values: Ints, name: str, device: torch.device) -> tuple[list[int], Tensor]:
     if isinstance(values, (list, tuple)) and is_of("numbers", values) and not is_of("integers", values):
-        raise TypeError(f"expected {name} of integers, got {torch.as_tensor(values).dtype}")
+        dtype = torch.as_tensor(values, device="cpu").dtype
+        raise TypeError(f"expected {name} of integers, got {dtype}")
     if isinstance(values, Tensor):
         host, unread = split(values.cpu(), name, [tuple(values.shape)])
         if unread is not None:
@@ -81,7 +82,7 @@ def _both(values: Ints, name: str, device: torch.device) -> tuple[list[int], Ten
     else:
         shape = () if isinstance(values, int) else flatten(values, name)[1]
         host = host_ints(values, name, [shape])
-    tensor = torch.tensor(host, dtype=torch.int64).view(shape)
+    tensor = torch.tensor(host, dtype=torch.int64, device="cpu").view(shape)
     return list(host), tensor.to(device)
 
 

@@ -131,7 +131,7 @@ def footprint(config: PretrainedConfig, dtype: torch.dtype | None = None, page: 
     """
     weight_dtype = _dtype(config)
     dtype = dtype or weight_dtype
-    with FakeTensorMode(), torch.no_grad():
+    with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
         # In bfloat16, as kernels of experts know nothing else. The config is changed by it.
         model = _maker(config)(copy.deepcopy(config), dtype=torch.bfloat16).eval()
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -167,8 +167,9 @@ def _maker(config: PretrainedConfig) -> Callable[..., PreTrainedModel]:
 def _read(decoder: Decoder) -> DynamicCache:
     """The cache of a model that has read some tokens."""
     cache = DynamicCache(config=decoder.config)
+    tokens = torch.zeros(1, PROBE, dtype=torch.long, device=decoder.module.device)
     try:
-        decoder.module(torch.zeros(1, PROBE, dtype=torch.long), **with_cache(decoder.module, cache))
+        decoder.module(tokens, **with_cache(decoder.module, cache))
     except Exception as error:  # anything: models without memory stop at what depends on data
         name = type(decoder.module).__name__
         raise ValueError(f"lkv plan: expected a model that runs without its weights, got {name}: {error}") from error

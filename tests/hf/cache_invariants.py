@@ -33,13 +33,13 @@ def check(cache: Calls) -> None:
     assert len(lengths) == 1 == len(batches), f"layers of lengths {lengths} and batches {batches}"
     (length,), (batch,) = lengths, batches
     history = cache.history
-    hidden = torch.zeros(batch, length, dtype=torch.bool)
+    hidden = torch.zeros(batch, length, dtype=torch.bool, device="cpu")
     if history.hidden is not None:
         assert history.hidden.dtype == torch.bool and history.hidden.any()
         hidden = history.hidden
     assert hidden.shape == (batch, length)
     if history.places is not None:  # every token has a place of its own
-        assert torch.equal(history.places.sort(1).values, torch.arange(length).expand(batch, -1))
+        assert torch.equal(history.places.sort(1).values, torch.arange(length, device="cpu").expand(batch, -1))
         hidden = torch.zeros_like(hidden).scatter_(1, history.places, hidden)
     for layer in cache.ragged:
         _check_layer(layer, ~hidden)
@@ -68,7 +68,9 @@ def _check_layer(layer: RaggedLayer, present: Tensor) -> None:
         assert layer.row_counts == [layer.heads * n for n in layer.token_counts]
         assert (layer.evicted, layer.evictions, layer.due) == (0, 0, True)
         padding = length - present.sum(1, keepdim=True)
-        assert torch.equal(present, torch.arange(length) >= padding), "whole rows with padding between tokens"
+        assert torch.equal(present, torch.arange(length, device="cpu") >= padding), (
+            "whole rows with padding between tokens"
+        )
     else:
         assert layer.row_counts == [] and length == layer.evicted == layer.evictions == 0 and not layer.due
 

@@ -75,7 +75,7 @@ def _contents(value: object) -> dict[str, object]:
         kept = [[t[b][:, i] if t.dim() == 4 else t[b][i] for t in (queries, places)] for b, i in enumerate(there)]
         return results | {"kept": kept}
     results = {name: getattr(value, name) for name in ROWS}
-    in_use = torch.arange(max(value.max_length, 1)) < value.lengths[..., None]
+    in_use = torch.arange(max(value.max_length, 1), device=value.lengths.device) < value.lengths[..., None]
     parts = (value.k, value.v, value.positions, *value.companions)
     return results | {
         "lengths": value.lengths,

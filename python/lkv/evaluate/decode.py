@@ -15,8 +15,8 @@ from lkv.hf.versions import with_cache
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """`[B, m]` tokens, and int64 1 for those that are no padding."""
     longest = max(map(len, rows))
-    tokens = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    tokens = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device="cpu")
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device="cpu")
     return tokens, mask
 
 

@@ -23,7 +23,7 @@ def kept_rows(cache: Cache, sequence: int = 0) -> list[list[Tensor]]:
     for layer in cache.ragged:
         if layer.rows is None:
             end = layer.get_seq_length()
-            found.append([torch.arange(end - layer.token_counts[sequence], end)] * layer.heads)
+            found.append([torch.arange(end - layer.token_counts[sequence], end, device="cpu")] * layer.heads)
         else:
             segments = slice(sequence * layer.heads, (sequence + 1) * layer.heads)
             begins, counts = layer.rows.cu_seqlens[segments].tolist(), layer.rows.lengths[sequence].tolist()

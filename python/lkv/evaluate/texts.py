@@ -85,7 +85,7 @@ class Judge:
             judged = [text.judge(method, retention) for text in texts]
             answers = [x for each in judged for x in each.facts]
             facts = [{"kind": kind, **x} for kind, x in zip(kinds, answers, strict=True)]
-            rows = torch.tensor([each.rows for each in judged]).sum(0).tolist()
+            rows = torch.tensor([each.rows for each in judged], device="cpu").sum(0).tolist()
             cost = {name: sum(each.seconds[name] for each in judged) for name in judged[0].seconds}
             read_tokens = sum(text.length for text in texts)
             yield Cell(

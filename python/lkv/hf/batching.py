@@ -114,7 +114,7 @@ class Eviction:
         heads = keys.shape[1]
         count = torch.full((1, heads), length, device=k.device)
         places = torch.arange(length, device=k.device).expand(1, heads, length)
-        budget = torch.tensor([keep])
+        budget = torch.tensor([keep], device="cpu")
         seen = Observation(keys, values, places, count, torch.zeros_like(count), budget=budget)
         scores = self.policy.score(layer, seen)
         if isinstance(self.policy, Refines):
@@ -129,8 +129,8 @@ class EvictingIOs(ContinuousBatchingIOs):
         super().prepare_batch_tensors(requests_in_batch, *args, **kwargs)
         dropped = [getattr(future.state, "lkv_dropped", 0) for future in requests_in_batch]
         if any(dropped):
-            counts = torch.tensor([future.query_length for future in requests_in_batch])
-            shift = torch.tensor(dropped, dtype=torch.int32).repeat_interleave(counts)
+            counts = torch.tensor([future.query_length for future in requests_in_batch], device="cpu")
+            shift = torch.tensor(dropped, dtype=torch.int32, device="cpu").repeat_interleave(counts)
             self.position_ids[: len(shift)] += shift.to(self.position_ids.device)
 
 

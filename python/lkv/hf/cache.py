@@ -182,7 +182,7 @@ class Cache(Copies):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         batch = max((len(layer.token_counts) for layer in self.ragged), default=0)
-        self.batch_select_indices(torch.arange(batch).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(batch, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._select(indices)

@@ -75,7 +75,7 @@ class Cascade(Generic[L]):
         if not nested:
             shown = [each for each, _, _ in self.scored]
             of, first = (torch.stack([each[n].to(found.device) for each in self.scored]) for n in (1, 2))
-        budgets = policy.budgets(shown, of, torch.tensor(totals), starts=first, **more)
+        budgets = policy.budgets(shown, of, torch.tensor(totals, device="cpu"), starts=first, **more)
         check_budgets(policy, budgets, lengths.shape)
         budgets = budgets.to(lengths.device).clamp(min=0)
         budgets = within(budgets, lengths) if complete else (budgets + getattr(policy, "slack", 1)).minimum(lengths)

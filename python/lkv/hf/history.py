@@ -41,7 +41,7 @@ class History:
                 "lkv.Cache: expected attention_mask of all tokens, as earlier ones hid some, got none: pass it with "
                 "every later call"
             )
-        past = self.hidden if self.hidden is not None else torch.zeros(batch, seen, dtype=torch.bool)
+        past = self.hidden if self.hidden is not None else torch.zeros(batch, seen, dtype=torch.bool, device="cpu")
         now = past & False if visible.hidden is None else visible.hidden[:, :seen]
         past = past.to(now.device)
         again, newly = torch.stack([(past & ~now).any(), (now & ~past).any()]).tolist()

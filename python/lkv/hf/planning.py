@@ -80,8 +80,8 @@ def _wanted(layer: ObservedLayer, settings: Settings, rows: int | None) -> list[
     wanted = [settings.target(count) if rows is None else rows for count in layer.token_counts]
     if isinstance(settings.policy, Layered):
         here, layers = layer.rank
-        kept = torch.tensor(list(map(min, wanted, layer.token_counts)))
-        table = settings.policy.layer_rows(layers, kept, torch.tensor(layer.token_counts))
+        kept = torch.tensor(list(map(min, wanted, layer.token_counts)), device="cpu")
+        table = settings.policy.layer_rows(layers, kept, torch.tensor(layer.token_counts, device="cpu"))
         check_budgets(settings.policy, table, [layers, len(wanted)], "[N, B]")
         wanted = table[here].tolist()
     return [layer.heads * count for count in wanted]
@@ -97,7 +97,7 @@ def score(
     """
     observed = observe(layer, policy.needs if given is None else policy.needs & NOT_FOR_SCORES, policy.window)
     if "budget" in policy.needs:
-        observed = replace(observed, budget=torch.tensor(budget))
+        observed = replace(observed, budget=torch.tensor(budget, device="cpu"))
     own, here = accumulator(layer.settings.policy), accumulator(policy) if given is None else None
     carried = None
     if own is not None:  # whoever evicts: the queries since the last eviction are there for the last time
@@ -149,7 +149,7 @@ def _plan(layer: ObservedLayer, settings: Settings, rows: int | None, given: Ten
     if totals == layer.row_counts:
         return EvictionPlan(None, None, totals)
     scores, observed, carried = score(layer, policy, given, [total // layer.heads for total in totals])
-    budgets = policy.budgets(scores, observed.lengths, torch.tensor(totals), starts=observed.starts)
+    budgets = policy.budgets(scores, observed.lengths, torch.tensor(totals, device="cpu"), starts=observed.starts)
     check_budgets(policy, budgets, observed.lengths.shape)
     budgets = budgets if budgets.is_cpu else _within(budgets, totals)
     scores = _refine(layer, policy, observed, scores, budgets)
@@ -164,10 +164,11 @@ def _plan_ahead(
     if wanted == counts:
         return EvictionPlan(None, None, layer.row_counts)
     scores, observed, carried = score(layer, policy, given, wanted)
-    budgets = ahead.ahead(layer.index, torch.tensor(wanted), torch.tensor(counts))
+    kept, tokens = torch.tensor(wanted, device="cpu"), torch.tensor(counts, device="cpu")
+    budgets = ahead.ahead(layer.index, kept, tokens)
     check_budgets(policy, budgets, observed.lengths.shape)
     # Whole rows are as many as there are tokens; of packed ones only the device knows.
-    there = torch.tensor(counts)[:, None] if layer.rows is None else observed.lengths.cpu()
+    there = tokens[:, None] if layer.rows is None else observed.lengths.cpu()
     budgets = budgets.clamp(min=0).minimum(there)
     scores = _refine(layer, policy, observed, scores, budgets)
     return EvictionPlan(scores, budgets, budgets.sum(1).tolist(), policy.sink, policy.window, carried)
@@ -202,7 +203,7 @@ def _plan_together(
             importance.append(policy.importance(layer.index, observed, found).to(lengths[0].device))
     stacked = torch.stack([each.to(lengths[0].device) for each in lengths])
     more: dict[str, Any] = {"importance": torch.stack(importance)} if importance else {}
-    budgets = policy.budgets(scores, stacked, torch.tensor(totals), starts=starts, **more)
+    budgets = policy.budgets(scores, stacked, torch.tensor(totals, device="cpu"), starts=starts, **more)
     check_budgets(policy, budgets, stacked.shape)
     budgets = budgets.clamp(min=0).minimum(stacked.to(budgets.device))
     if refiner(policy) is not None:  # observed once more, as the rows of one layer at a time are in memory then

@@ -178,7 +178,7 @@ class Storage(CacheLayerMixin):
         if self.rows is None:
             keys, values = self.whole()
             batch, heads, length = keys.shape[:3]
-            lengths = torch.tensor(self.token_counts)[:, None].expand(batch, heads)
+            lengths = torch.tensor(self.token_counts, device="cpu")[:, None].expand(batch, heads)
             if scores is None or budgets is None:
                 scores, budgets = keys.new_zeros(keys.shape[:3], dtype=torch.float32), lengths
             # Budgets made on a GPU stay there: what they add up to is known here.

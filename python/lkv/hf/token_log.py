@@ -127,7 +127,7 @@ class RotaryView:
 
     def next(self, count: int) -> tuple[Tensor, Tensor]:
         cos = self.rotary.cos.read()
-        places = torch.tensor(self.counts)[:, None] + torch.arange(count)
+        places = torch.tensor(self.counts, device="cpu")[:, None] + torch.arange(count, device="cpu")
         like = torch.empty(0, dtype=torch.float32, device=cos.device)
         found, more = self.embedding(like, places.to(cos.device))
         return found.float(), more.float()

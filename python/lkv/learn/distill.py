@@ -199,7 +199,7 @@ def divergence(
 def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """`[B, m]` tokens with zeros behind, and how many each row has."""
     lengths = [len(row) for row in rows]
-    tokens = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+    tokens = torch.zeros(len(rows), max(lengths), dtype=torch.int64, device="cpu")
     for b, row in enumerate(rows):
-        tokens[b, : len(row)] = torch.tensor(row)
+        tokens[b, : len(row)] = torch.tensor(row, device="cpu")
     return tokens.to(device), torch.tensor(lengths, device=device)

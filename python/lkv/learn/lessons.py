@@ -118,7 +118,8 @@ class Recorded:
         won = []
         for i in range(len(self.records)):
             record = self.records[i]
-            target, lengths = list(self._target(record).float()[:, None]), torch.tensor([len(record.tokens)])
+            target = list(self._target(record).float()[:, None])
+            lengths = torch.tensor([len(record.tokens)], device="cpu")
             won.append(targets.joint_shares(lengths, target, retention, self.lkv.sink, self.lkv.window))
         return torch.cat(won).mean(0)
 

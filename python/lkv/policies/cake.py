@@ -97,13 +97,13 @@ class CAKE(ImportanceWrapper):
         rest = total - int(sure.sum())
         if rest <= 0:
             even, left = divmod(total, len(sure))
-            return torch.tensor([even + (n < left) for n in range(len(sure))])
+            return torch.tensor([even + (n < left) for n in range(len(sure))], device="cpu")
         each, left = divmod(rest, heads)  # the authors count rows of a head
         rows = [heads * n for n in adjusted(importance, each, [int(n) // heads for n in there])]
         for n, most in enumerate(there.tolist()):  # and no remainders of heads
             more = min(left + each * heads - sum(rows), most - rows[n])
             rows[n] += max(more, 0)
-        return sure.sum(1) + torch.tensor(rows)
+        return sure.sum(1) + torch.tensor(rows, device="cpu")
 
 
 def moments(weights: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,8 @@ class LAVa(ImportanceWrapper):
         sure = lengths.clamp(max=self.sink + self.window).sum(1)
         there, rest = lengths.sum(1), total - int(sure.sum())
         if rest <= 0:
-            return apportion(torch.ones(1, len(there)).double(), torch.tensor([total]), sure[None] * 0, sure[None])[0]
+            even = torch.ones(1, len(there), dtype=torch.float64, device="cpu")
+            return apportion(even, torch.tensor([total], device="cpu"), sure[None] * 0, sure[None])[0]
         return sure + lkv_ext.budgets_from_shares(importance, total=rest, lengths=there - sure)
 
     def budgets(

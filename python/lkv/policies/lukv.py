@@ -116,8 +116,9 @@ def _of_a_text(scores: Tensor, use: Tensor, sink: int, window: int) -> Tensor:
     # Of what is lost at 99 %, a head keeps one per cent at least.
     most = length - max(round(0.01 * length), sink + window)
     costs = costs[:, :most]
-    givers = torch.arange(len(costs)).repeat_interleave(costs.shape[1])[costs.flatten().argsort(stable=True)]
-    lost, done = torch.zeros(len(costs), dtype=torch.float64), 0
+    owners = torch.arange(len(costs), device="cpu").repeat_interleave(costs.shape[1])
+    givers = owners[costs.flatten().argsort(stable=True)]
+    lost, done = torch.zeros(len(costs), dtype=torch.float64, device="cpu"), 0
     steps = []
     for step in range(1, STEPS + 1):
         until = min(round(step / 100 * layers * heads * length), len(givers))
@@ -139,4 +140,4 @@ def _convex(costs: Tensor) -> Tensor:
                 mean, count = (mean * count + before * more) / (count + more), count + more
             means.append((mean, count))
         rows.append([mean for mean, count in means for _ in range(count)])
-    return torch.tensor(rows, dtype=torch.float64).view(costs.shape)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").view(costs.shape)

@@ -57,6 +57,6 @@ class PyramidKV(LayerWrapper):
             most, least = there, 2 * base - there
         steep = most >= least >= ends if self.whole else length >= 2 * base and least >= 0
         if layers == 1 or not steep:
-            return torch.full((layers,), rows)
+            return torch.full((layers,), rows, device="cpu")
         shares = [most - n * (most - least) / (layers - 1) for n in range(layers)]
         return sure + lkv_ext.budgets_from_shares(shares, total=layers * base, lengths=length - sure)

@@ -57,7 +57,7 @@ class SqueezeAttention(ImportanceWrapper):
 def least_important(cosines: list[float]) -> list[bool]:
     """Which values are in the highest of three groups with the least sum of squares; none of fewer than 3 different."""
     order = sorted(range(len(cosines)), key=lambda n: cosines[n])
-    x = torch.tensor([cosines[n] for n in order], dtype=torch.float64)
+    x = torch.tensor([cosines[n] for n in order], dtype=torch.float64, device="cpu")
     if len(x.unique()) < 3:
         return [False] * len(x)
     sums, squares = (torch.cat([x.new_zeros(1), y.cumsum(0)]) for y in (x, x * x))

@@ -36,7 +36,7 @@ def load_table(path: str | PathLike[str], heads: int | None = None) -> Table:
             rows = _of_json(json.loads(text))
         else:
             rows = [[float(x) for x in line.split()] for line in text.splitlines() if line.strip()]
-        table = torch.tensor(rows, dtype=torch.float64)
+        table = torch.tensor(rows, dtype=torch.float64, device="cpu")
         if table.dim() != 2 or not table.numel() or not table.isfinite().all():
             raise ValueError(f"got {list(table.shape)}")
         if heads is not None:
@@ -87,7 +87,7 @@ class HeadKV(LayerWrapper):
 
     def budget_table(self, rows: int, length: int) -> Tensor:
         """int64 `[N, H]`: rows of every head, `rows` on average."""
-        scores = torch.tensor(self.table, dtype=torch.float64) ** self.temperature
+        scores = torch.tensor(self.table, dtype=torch.float64, device="cpu") ** self.temperature
         sure = min(rows, self.sink + self.window)
         base, heads = rows - sure, scores.numel()
         pool = int(base // self.beta)
@@ -130,9 +130,9 @@ class DuoAttention(Scorer):
 
     def budget_table(self, rows: int, length: int) -> Tensor:
         """int64 `[N, H]`: rows of every head, `rows` on average."""
-        scores = torch.tensor(self.table, dtype=torch.float64)
+        scores = torch.tensor(self.table, dtype=torch.float64, device="cpu")
         streaming = min(self.sink + self.recent, rows, length)
-        budgets = torch.full((scores.numel(),), streaming)
+        budgets = torch.full((scores.numel(),), streaming, device="cpu")
         left = (rows - streaming) * scores.numel()
         for head in scores.flatten().argsort(descending=True, stable=True).tolist():
             more = min(left, length - streaming)

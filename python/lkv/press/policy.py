@@ -162,7 +162,7 @@ def _positions(layer: PressedLayer, plan: planning.EvictionPlan) -> Tensor:
     """int64 `[B, H, C]`, of the rows that stay, ascending; -1 behind those of a head that keeps fewer."""
     assert plan.scores is not None and plan.budgets is not None
     batch, heads, length = layer.keys.shape[:3]
-    lengths = torch.tensor(layer.token_counts)[:, None].expand(batch, heads)
+    lengths = torch.tensor(layer.token_counts, device="cpu")[:, None].expand(batch, heads)
     options: dict[str, Any] = dict(lengths=lengths, starts=length - lengths, sink=plan.sink, window=plan.window)
     capacity = None if plan.budgets.is_cpu else length
     found = lkv_ext.select(plan.scores, plan.budgets, layout="padded", capacity=capacity, **options)

@@ -43,8 +43,8 @@ class Stage:
 
 def repeated(rng: torch.Generator, batch: int, vocabulary: int, longest: int = 32) -> tuple[Tensor, Tensor]:
     """Random sequences, each three times in a row: all but the first time can be known. Tokens and labels `[B, n]`."""
-    length = int(torch.randint(8, longest + 1, (), generator=rng))
-    once = torch.randint(len(Words.SPECIAL), vocabulary, (batch, length), generator=rng)
+    length = int(torch.randint(8, longest + 1, (), generator=rng, device="cpu"))
+    once = torch.randint(len(Words.SPECIAL), vocabulary, (batch, length), generator=rng, device="cpu")
     tokens = once.repeat(1, 3)
     labels = tokens.clone()
     labels[:, : length + 1] = IGNORE
@@ -57,7 +57,7 @@ def texts(rng: random.Random, words: Words, stage: Stage, questions: int = 8) ->
     longest = max(len(tokens) for tokens, _ in rows)
     pad, out = words.vocabulary["<pad>"], []
     for fill, part in ((pad, 0), (IGNORE, 1)):
-        out.append(torch.tensor([row[part] + [fill] * (longest - len(row[part])) for row in rows]))
+        out.append(torch.tensor([row[part] + [fill] * (longest - len(row[part])) for row in rows], device="cpu"))
     return out[0], out[1]
 
 

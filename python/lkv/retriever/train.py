@@ -134,8 +134,9 @@ def probe(model: LlamaForCausalLM, words: Words, stage: Stage) -> dict[str, floa
         for index in range(12):
             s = tasks.make(task, index, stage.length, split="validation", **size(task, stage))
             head, answer = words.encode("<s> " + s.context + " " + s.question), words.encode(s.answer)
-            labels = torch.tensor([[IGNORE] * len(head) + answer])
-            out[task].append(float(loss_of(model, torch.tensor([head + answer]), labels)[1].float().mean()))
+            labels = torch.tensor([[IGNORE] * len(head) + answer], device="cpu")
+            tokens = torch.tensor([head + answer], device="cpu")
+            out[task].append(float(loss_of(model, tokens, labels)[1].float().mean()))
     return {task: round(sum(values) / len(values), 3) for task, values in out.items()}
 
 

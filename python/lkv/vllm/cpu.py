@@ -84,7 +84,7 @@ class Attention(Evicts, CPUAttentionBackendImpl):
 
 def _slots(table: Tensor, start: int, end: int, page: int) -> Tensor:
     """int64 `[end - start]`: slots of tokens of a sequence."""
-    tokens = torch.arange(start, end)
+    tokens = torch.arange(start, end, device="cpu")
     return table[tokens // page] * page + tokens % page
 
 
@@ -97,12 +97,12 @@ class Interior:
     def __init__(self, isa: str, dtype: torch.dtype, page: int, dim: int) -> None:
         self.shape = page, dim
         count, base = page * dim, 128  # bfloat16 holds integers up to 256
-        index, digits = torch.arange(count), list[Tensor]()
+        index, digits = torch.arange(count, device="cpu"), list[Tensor]()
         while base ** len(digits) < count:
             row = (index // base ** len(digits) % base).view(page, 1, dim).to(dtype)
-            block = torch.zeros(1, 1, 2 * page, dim, dtype=dtype)
+            block = torch.zeros(1, 1, 2 * page, dim, dtype=dtype, device="cpu")
             keys, values = block.chunk(2, dim=2)
-            ops.cpu_attn_reshape_and_cache(row, row, keys, values, torch.arange(page), isa)
+            ops.cpu_attn_reshape_and_cache(row, row, keys, values, torch.arange(page, device="cpu"), isa)
             digits.append(block.view(2, count).long())
         found = torch.stack([digit * base**i for i, digit in enumerate(digits)]).sum(0)
         places = [_strides(order, page, dim) for order in found.argsort(1)]
@@ -133,9 +133,9 @@ def _strides(order: Tensor, page: int, dim: int) -> tuple[tuple[int, ...], tuple
         shape = page // tile, tile, dim // part, part
         steps = tile * dim, dim, part, 1
         strides = tuple(int(order[step]) if size > 1 else 0 for size, step in zip(shape, steps, strict=True))
-        at = torch.zeros(shape, dtype=torch.long)
+        at = torch.zeros(shape, dtype=torch.long, device="cpu")
         for axis, stride in enumerate(strides):
-            at += (torch.arange(shape[axis]) * stride).view([-1 if i == axis else 1 for i in range(4)])
+            at += (torch.arange(shape[axis], device="cpu") * stride).view([-1 if i == axis else 1 for i in range(4)])
         if torch.equal(at.flatten(), order):
             return shape, strides
     return None

@@ -137,7 +137,7 @@ class Evicting(ABC):
             query_start_loc=on_device(loc, device),
             query_start_loc_cpu=loc,
             seq_lens=common.seq_lens[at],
-            seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound[torch.tensor(rows)],
+            seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound[torch.tensor(rows, device="cpu")],
             num_reqs=len(rows),
             num_actual_tokens=len(places),
             max_query_len=int(counts.max()),
@@ -159,7 +159,7 @@ class Evicting(ABC):
         starts = common.query_start_loc_cpu[: rows + 1].long()
         counts = starts.diff()
         position = common.positions[:tokens]
-        sequence = torch.repeat_interleave(torch.arange(rows), counts, output_size=int(starts[-1]))
+        sequence = torch.repeat_interleave(torch.arange(rows, device="cpu"), counts, output_size=int(starts[-1]))
         if len(sequence) < tokens:  # padding, which goes into the null block
             sequence = torch.nn.functional.pad(sequence, (0, tokens - len(sequence)))
         blocks = table[on_device(sequence, position.device), position // self.page]  # [tokens, H]
@@ -195,6 +195,6 @@ def by_head(counts: Tensor, heads: int) -> Tensor:
     starts = (counts.cumsum(0) - counts).repeat_interleave(heads)
     each = counts.repeat_interleave(heads)  # of (sequence, head)
     first = each.cumsum(0) - each
-    head = torch.arange(heads).repeat(len(counts))
-    place = torch.arange(int(each.sum())) - first.repeat_interleave(each)
+    head = torch.arange(heads, device="cpu").repeat(len(counts))
+    place = torch.arange(int(each.sum()), device="cpu") - first.repeat_interleave(each)
     return (starts.repeat_interleave(each) + place) * heads + head.repeat_interleave(each)

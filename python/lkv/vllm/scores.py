@@ -113,7 +113,7 @@ def scorer(policy: str, model_config: Any, heads: range | None = None) -> Scorer
         return ByPolicy(found)
     config: PretrainedConfig = getattr(model_config, "hf_text_config", model_config)
     model = cast(PreTrainedModel, SimpleNamespace(config=config, device="cpu"))  # all that `load` reads of one
-    with float32():
+    with float32(), torch.device("cpu"):  # an engine builds its model on a default device, too
         learned = load(policy, model, any_weights=True)
         if learned.needs != {"pre_rope_keys"}:
             raise ValueError(

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -102,7 +103,7 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None, *, 
     Args:
         path: folder that `lkv train` wrote. Where there is no file or folder of that name: the name of a checkpoint
             that comes with the package (`lkv.policies.lkv.packaged.names()`), as "smollm2".
-        model: the model that it shall be used with; its device is taken.
+        model: the model that it shall be used with; its device is taken. Default: the host.
         any_weights: also for another fine-tune of the model that it was trained for. Checkpoints without a fingerprint,
             which older ones are, fit any weights.
 
@@ -126,7 +127,8 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None, *, 
         check(shape, Shape.of(model))
         if config.get("fingerprint") is not None and not any_weights:
             check_weights(config["fingerprint"], model)
-    lkv = design.build(shape)
+    with torch.device("cpu"):  # whatever the default device: `put` copies into these weights
+        lkv = design.build(shape)
     put(lkv, load_file(folder / WEIGHTS), folder)
     if model is not None:
         for module in (lkv.token_scorer, lkv.budget):

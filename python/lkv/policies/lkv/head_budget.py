@@ -79,7 +79,8 @@ class HeadBudget(nn.Module):
         """Shares `[..., N, H]` in [0, 1] for retentions `[...]`; their mean over heads and layers is the retention."""
         if not self.static:
             raise ValueError("lkv.HeadBudget: expected a kind with shares, got 'threshold'")
-        retention = torch.as_tensor(retention, dtype=torch.float32)
+        device = retention.device if isinstance(retention, Tensor) else "cpu"
+        retention = torch.as_tensor(retention, dtype=torch.float32, device=device)
         if not ((retention > 0) & (retention <= 1)).all():
             raise ValueError(f"lkv.HeadBudget: expected retention in (0, 1], got {retention.tolist()}")
         count = self.layers * self.heads
@@ -141,12 +142,13 @@ class HeadBudget(nn.Module):
             lengths: tokens of a head, an int or int `[N, H]`.
             protected: rows that every head has, of which its share comes on top.
         """
-        lengths = torch.as_tensor(lengths).cpu().expand(self.layers, self.heads)
+        lengths = torch.as_tensor(lengths, device="cpu").expand(self.layers, self.heads)
         sure = lengths.clamp(max=protected)
         competing = lengths - sure
         rest = min(total - int(sure.sum()), int(competing.sum()))
         if rest <= 0:
-            return budgets_from_shares(torch.ones(lengths.shape), total=min(total, int(sure.sum())), lengths=sure)
+            even = torch.ones(lengths.shape, device="cpu")
+            return budgets_from_shares(even, total=min(total, int(sure.sum())), lengths=sure)
         return sure + budgets_from_shares(self(rest / int(competing.sum())), total=rest, lengths=competing)
 
     def log_masks(

@@ -126,7 +126,7 @@ class LKVThreshold(Learned):
         self, scores: Tensor | Sequence[Tensor], lengths: Tensor, total: Tensor, *, starts: Tensor | None = None
     ) -> Tensor:
         """int64 `[N, B, H]`."""
-        biased = [s + bias[:, None] for s, bias in zip(scores, self.budget.bias(), strict=True)]
+        biased = [s + bias.to(s.device)[:, None] for s, bias in zip(scores, self.budget.bias(), strict=True)]
         options: dict[str, Any] = dict(lengths=lengths, starts=starts, sink=self.sink, window=self.window)
         return lkv_ext.budgets_from_scores(biased, total, across="layers", **options)
 

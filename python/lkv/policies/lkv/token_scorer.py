@@ -71,11 +71,13 @@ class TokenScorer(nn.Module):
 
     def _piece(self, layer: int, features: Tensor) -> Tensor:
         # The standardised input, (x - mean) / deviation, is folded into the first matmul.
-        up = self.up[layer] / self.deviation[layer][..., None]
-        bias = self.up_bias[layer] - (self.mean[layer][:, None] @ up)[:, 0]
+        parts = (self.up, self.up_bias, self.down, self.mean, self.deviation)
+        up, up_bias, down, mean, deviation = (part[layer].to(features.device) for part in parts)
+        up = up / deviation[..., None]
+        bias = up_bias - (mean[:, None] @ up)[:, 0]
         hidden = F.silu(features.float() @ up + bias[:, None])
-        out = (hidden @ self.down[layer][..., None])[..., 0]
-        return out if self.offset is None else out + self.offset[layer][:, None]
+        out = (hidden @ down[..., None])[..., 0]
+        return out if self.offset is None else out + self.offset[layer].to(out.device)[:, None]
 
     @torch.no_grad()
     def fit_input(self, moments: Tensor) -> None:
