@@ -19,29 +19,30 @@ __device__ __forceinline__ Strided load_relaxed(const Strided* p) {
   return {load_relaxed(&p->data), load_relaxed(&p->batch), load_relaxed(&p->head), load_relaxed(&p->token)};
 }
 
-// The segment whose span holds output row j, or -1. Any contents of cu_seqlens give a segment in range.
+// The segment whose span holds output row j, or -1. Any contents of cu_seqlens give a segment in range. Segments and
+// rows are counted in 31 bits.
 __device__ __forceinline__ int64_t row_of(const int32_t* cu_seqlens, int64_t rows, int64_t j) {
-  int64_t low = 0, high = rows;
+  uint32_t low = 0, high = static_cast<uint32_t>(rows);
   while (low < high) {
-    const int64_t middle = (low + high) / 2;
+    const uint32_t middle = (low + high) / 2;
     if (load_relaxed(&cu_seqlens[middle + 1]) > j) {
       high = middle;
     } else {
       low = middle + 1;
     }
   }
-  return low < rows && load_relaxed(&cu_seqlens[low]) <= j ? low : -1;
+  return low < rows && load_relaxed(&cu_seqlens[low]) <= j ? int64_t{low} : -1;
 }
 
 // The last segment that begins at or before output row j, by a whole warp: of 1024 segments in two loads that wait for
 // each other, where row_of takes ten.
 __device__ __forceinline__ int64_t warp_row_of(const int32_t* cu_seqlens, int64_t rows, int64_t j) {
-  int64_t low = 0;
-  for (int64_t size = rows; size > 1;) {
-    const int64_t step = (size + kWarp - 1) / kWarp, probe = low + lane_id() * step;
-    const bool begins = lane_id() * step < size && load_relaxed(&cu_seqlens[probe]) <= j;
+  uint32_t low = 0;
+  for (auto size = static_cast<uint32_t>(rows); size > 1;) {
+    const uint32_t step = (size + kWarp - 1) / kWarp, probe = lane_id() * step;
+    const bool begins = probe < size && load_relaxed(&cu_seqlens[low + probe]) <= j;
     const int before = __popc(__ballot_sync(kFullWarp, begins)) - 1;
-    const int64_t skipped = before > 0 ? before * step : 0;
+    const uint32_t skipped = before > 0 ? before * step : 0;
     low += skipped;
     size = size - skipped < step ? size - skipped : step;
   }

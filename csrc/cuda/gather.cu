@@ -10,20 +10,28 @@ namespace {
 constexpr int kProductionBlock = 256;
 constexpr int kSlots = 32;  // warps of a multiprocessor that move rows
 
+// Warps that registers are bounded for: the code for sm_120 would spill with as many as the others have.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kResident = 24;
+#else
+constexpr int kResident = kSlots;
+#endif
+
 // `kTables`: the tables fit into shared memory.
 template <int kBlock, bool kTables>
-__global__ void __launch_bounds__(kBlock, kSlots* kWarp / kBlock)
+__global__ void __launch_bounds__(kBlock, kResident* kWarp / kBlock)
     gather_kernel(const LKV_GRID_CONSTANT GatherParams given, const int shift) {
   const auto params = [&] {
     if constexpr (kTables) return with_tables(given, dyn_smem<GatherTables>());
     return given;
   };
   const GatherParams p = params();
-  const int64_t chunk = int64_t{kBlock / kWarp} << shift, begin = blockIdx.x * chunk;
-  gather_rows(p, begin + (int64_t{warp_id()} << shift), shift, [&] {
+  // Rows are counted in 31 bits.
+  const uint32_t chunk = kBlock / kWarp << shift, begin = blockIdx.x * chunk;
+  gather_rows(p, begin + (warp_id() << shift), shift, [&] {
     if (p.ready == nullptr || p.source.rows() == 0) return;
     // One warp waits for all, as every acquire empties the L1 cache.
-    if (warp_id() == 0) wait_for_rows(p, begin, smaller(begin + chunk, p.total));
+    if (warp_id() == 0) wait_for_rows(p, begin, smaller(int64_t{begin} + chunk, p.total));
     block_sync();
   });
   // The next work on the stream waits for this grid alone, so it must not end before the select does.

@@ -109,8 +109,8 @@ struct RowSource {
 };
 
 // Row `j` of the output, of payload `payload`: where it comes from and goes to.
-__device__ __forceinline__ RowMove find_move(const GatherParams& p, const RowSource& source, int64_t j,
-                                             int64_t payload) {
+__device__ __forceinline__ RowMove find_move(const GatherParams& p, const RowSource& source, uint32_t j,
+                                             uint32_t payload) {
   if (payload >= p.payloads) return {nullptr, nullptr, 0};
   RowMove move = {nullptr, nullptr, load_relaxed(&p.row_bytes[payload])};
   if (j < p.total) move.to = load_relaxed(&p.outputs[payload]) + j * move.bytes;
@@ -123,9 +123,10 @@ __device__ __forceinline__ RowMove find_move(const GatherParams& p, const RowSou
 
 // Rows first .. first + R of every payload, by one warp; R is 1 << shift. `wait()`: returns once positions may be read.
 template <class Wait>
-__device__ __forceinline__ void gather_rows(const GatherParams& p, int64_t first, int shift, Wait&& wait) {
-  const int rows = 1 << shift, group = kWarp >> shift;
-  const int64_t j = first + (lane_id() & (rows - 1));
+__device__ __forceinline__ void gather_rows(const GatherParams& p, uint32_t first, int shift, Wait&& wait) {
+  const int rows = 1 << shift;
+  const uint32_t group = kWarp >> shift;
+  const uint32_t j = first + (lane_id() & (rows - 1));
   const int64_t row = first < p.total ? find_row(p, first, lane_id() & (rows - 1)) : -1;
   const Segment segment = row < 0 ? Segment{} : segment_of(p.source, row, RelaxedLoad{});
   wait();
@@ -133,11 +134,12 @@ __device__ __forceinline__ void gather_rows(const GatherParams& p, int64_t first
   const RowSource source = {static_cast<uint32_t>(segment.layer), static_cast<uint32_t>(segment.b),
                             static_cast<uint32_t>(segment.h),
                             position >= 0 && position < segment.limit ? segment.origin + position : -1};
-  for (int64_t payload = 0; payload < p.payloads && first < p.total; payload += group) {
+  const auto payloads = static_cast<uint32_t>(p.payloads);
+  for (uint32_t payload = 0; payload < payloads && first < p.total; payload += group) {
     const RowMove mine = find_move(p, source, j, payload + (lane_id() >> shift));
     const uint32_t bits =
         __reduce_or_sync(kFullWarp, low_bits(mine.from) | low_bits(mine.to) | static_cast<uint32_t>(mine.bytes));
-    const int64_t left = p.payloads - payload;
+    const uint32_t left = payloads - payload;
     const int end = static_cast<int>(left < group ? left : group) << shift;
     const int64_t bytes = __shfl_sync(kFullWarp, mine.bytes, 0);
     const bool same = __ballot_sync(kFullWarp, lane_id() < end && mine.bytes != bytes) == 0;
