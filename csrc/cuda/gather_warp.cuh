@@ -28,7 +28,8 @@ struct GatherTables {
 };
 
 inline bool fit_tables(const GatherParams& p) {
-  return p.payloads * p.source.layers <= kTableInputs && p.source.rows() <= kTableRows;
+  const int64_t layers = p.source.layers;
+  return layers <= kTableInputs && p.payloads * layers <= kTableInputs && p.source.rows() <= kTableRows;
 }
 
 template <class T>
