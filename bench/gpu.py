@@ -111,7 +111,7 @@ class Machine:
         with subprocess.Popen(command, cwd=ROOT, env=self.environment | environment, **options) as process:
             for line in process.stdout:
                 print(line, end="", flush=True)
-                last = line.strip() or last
+                last = line.strip().replace(f"{ROOT}/", "") or last
             code = process.wait()
         detail = f"no end within {limit:.0f} s" if code in (124, 137) else last
         return Outcome(step, "passed" if code == 0 else "failed", time.monotonic() - begin, detail)
