@@ -135,11 +135,12 @@ def build(machine: Machine) -> Outcome:
         return Outcome("build", "failed", 0.0, "no cmake or no ninja here; give a prebuilt --library")
     options = ("LKV_CUDA=ON", "LKV_TORCH=ON", f"Python_EXECUTABLE={sys.executable}", f"CMAKE_INSTALL_PREFIX={ROOT}")
     configure = [cmake, "-S", str(ROOT), "-B", tree, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    begin = time.monotonic()
     for command in ([*configure, *(f"-D{o}" for o in options)], [cmake, "--build", tree], [cmake, "--install", tree]):
         outcome = machine.run("build", command, machine.args.limit)
         if outcome.state != "passed":
             break
-    return outcome
+    return replace(outcome, seconds=time.monotonic() - begin)
 
 
 def program(name: str) -> str | None:

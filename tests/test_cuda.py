@@ -220,6 +220,22 @@ def test_other_budgets_at_the_same_addresses(length: int) -> None:
                 assert torch.equal(bits(mine).cpu()[kept], bits(theirs)[kept])
 
 
+@pytest.mark.parametrize("order", ["ascending", "any"])
+@pytest.mark.parametrize("to", ["front", "back"])
+def test_pages_as_on_the_host(to: str, order: str) -> None:
+    pools = [rows_of([24, H, 16, D], torch.bfloat16, i) for i in range(2)]
+    tables = torch.randperm(24, generator=torch.Generator().manual_seed(0)).view(B, 12).int()
+    scores, lengths, options = scores_of("normal", [B, H, 192], 2), [192, 70], dict(to=to, order=order)
+
+    def run(device: str) -> list[Tensor]:
+        moved = [pool.to(device, copy=True) for pool in pools]
+        args = (scores.to(device), [50, 7, 100, 0], tables.to(device), lengths)
+        return [*moved, *tensors_of(lkv_ext.evict_paged_(moved, *args, **options))]
+
+    for mine, theirs in zip(run("cuda"), run("cpu"), strict=True):
+        assert torch.equal(bits(mine).cpu(), bits(theirs))
+
+
 def test_gradients() -> None:
     k = torch.randn(1, 2, 40, 3, dtype=torch.float64, device="cuda", requires_grad=True)
     scores = torch.randn(1, 2, 40, device="cuda")

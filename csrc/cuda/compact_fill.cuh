@@ -1,6 +1,7 @@
 #pragma once
 
 #include "find_row.cuh"
+#include "rows_copy.cuh"
 
 // Eviction in place in any order: kept rows that lie where kept rows go stay, the others fill the holes between them
 // (filler_of). What moves lies where nothing goes, so blocks need not know of each other. The slots of all segments, as

@@ -1,7 +1,7 @@
 #pragma once
 
+#include "block_scan.cuh"
 #include "lkv/segments.h"
-#include "rows_copy.cuh"
 
 // The segment that an output row belongs to, from the offsets of the spans.
 

@@ -1,9 +1,11 @@
 #pragma once
 
 #include "find_row.cuh"
+#include "rows_copy.cuh"
 
 // A gather by warps. A warp takes up to 16 rows of the output, whatever segments they belong to, so that skewed budgets
-// balance, and shares no memory with others, so that a multiprocessor always has loads in flight:
+// balance. Once its block has read the tables and waited for the positions, it meets no barrier, so that a
+// multiprocessor always has loads in flight:
 //   1. Lane l finds the segment of row l % R, where the warp has R rows.
 //   2. It waits until the positions of its block are there, and reads its own.
 //   3. It works out where row l % R of payload l / R comes from and goes to.

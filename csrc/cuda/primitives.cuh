@@ -3,7 +3,8 @@
 // The device primitives that are not plain C++. Kernels use nothing else but these, threadIdx, blockIdx, blockDim and
 // gridDim, __shfl_sync, __shfl_up_sync, __reduce_or_sync, __reduce_add_sync, __ballot_sync, __popc, __syncwarp,
 // atomicAdd on uint32_t, rsqrtf, and what <cmath> has under the same name, so that the sources also compile against the
-// emulator. Architecture guards live in here: before sm_90 a cluster is one block, and dependent launches do not exist.
+// emulator. Guards of what an architecture has live in here: before sm_90 a cluster is one block, and dependent
+// launches do not exist.
 
 #if defined(LKV_EMULATOR)
 #include "emulator/primitives.h"
