@@ -111,7 +111,8 @@ def make_case(seed: int) -> Case:
     def one_of(*choices):
         return choices[rng.integers(len(choices))]
 
-    # Most cases run small blocks; those of production size get few segments, and some cases more segments than threads.
+    # Most cases run small blocks; those of production size get few segments, and some cases more segments than threads,
+    # or than fit into a table of shared memory.
     kind_of_size = one_of("small", "small", "small", "small", "small", "small", "production", "crowd")
     ragged = rng.random() < 0.3
     layers = 1 if ragged else int(rng.integers(1, 4))
@@ -120,7 +121,8 @@ def make_case(seed: int) -> Case:
     if kind_of_size == "production":
         layers, batch, longest = 1, 1, one_of(31, 600, 5000)
     elif kind_of_size == "crowd":
-        layers, batch, heads, longest = 1, int(rng.integers(1, 6)), int(rng.integers(30, 50)), one_of(1, 5, 31)
+        layers, batch, longest = 1, int(rng.integers(1, 6)), one_of(1, 5, 31)
+        heads = int(rng.integers(*one_of((30, 50), (30, 50), (500, 700))))
     full = (layers, batch, heads)
     rows = layers * batch * heads
     if ragged:
