@@ -286,3 +286,19 @@ def test_a_synthetic_text_is_recorded_without_a_continuation(make: Make) -> None
         make(config=replace(config, tasks=("single",)))
     with pytest.raises(ValueError, match="synthetic"):
         make(config=replace(config, synthetic=0.0))
+
+
+@pytest.mark.parametrize("synthetic", [0.0, 0.5])
+@pytest.mark.parametrize("longest, enough", [(2500, True), (5000, False), (9000, False)])
+def test_texts_that_are_too_short_are_found_out_at_once(
+    make: Make, longest: int, enough: bool, synthetic: float
+) -> None:
+    """Whichever passages they are too short for; the folder is as it was."""
+    config = replace(CONFIG, longest=longest, synthetic=synthetic, tasks=("single",), texts=12)
+    if enough:
+        recorder = make(config=config)
+        assert all(recorder.passage("train", i) for i in range(12))
+    else:
+        with pytest.raises(ValueError, match="expected a file of more than"):
+            make(config=config)
+        make()

@@ -19,14 +19,14 @@ from lkv.hf import Cache
 from lkv.learn import distill, targets
 from lkv.learn.config import TrainConfig
 from lkv.learn.dialogue import Exchange, exchange
-from lkv.learn.records import Record, Records, claim, full, made_with
+from lkv.learn.records import Record, Records, agreed, claim, full, made_with
 from lkv.passes import Context
 from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv.fingerprint import fingerprint
 from lkv.second_pass import in_words, repeat_scores
 from lkv.tasks.documents import Document
 from lkv.tasks.facts import TRAINED
-from lkv.tasks.passages import Passage, passage, synthetic
+from lkv.tasks.passages import Passage, domain_of, passage, synthetic
 from lkv.text import check_known, pad_and_ends
 
 FORMAT = 1
@@ -42,7 +42,8 @@ class Recorder:
         process, processes: every process makes each so many-th record.
 
     Raises:
-        ValueError: for a folder with records of another model, tokenizer, or other texts or settings.
+        ValueError: for texts that are too short for the passages of a run, and a folder with records of another model,
+            tokenizer, or other texts or settings.
     """
 
     def __init__(
@@ -62,7 +63,11 @@ class Recorder:
         # Records that have a target more than is needed go on having it.
         more = config.target != "attention" or made_with(folder).get("kvzip") is True
         self.kvzip = in_words(KVzip(), tokenizer) if more else None
-        claim(folder, self.manifest())
+        manifest = self.manifest()
+        agreed(folder, manifest)
+        for split, count in (("train", config.texts), ("validation", config.validation)):
+            self._check(split, count)
+        claim(folder, manifest)
 
     def manifest(self) -> dict[str, object]:
         return {
@@ -92,13 +97,13 @@ class Recorder:
         return records
 
     def passage(self, split: str, index: int) -> Passage:
-        config = self.config
-        length, made = config.length_of(split, index), int(index * config.synthetic)  # synthetic ones before this one
-        if int((index + 1) * config.synthetic) > made:
-            return synthetic(config.tasks[made % len(config.tasks)], made, length, self.count, split=split)
+        config, length = self.config, self.config.length_of(split, index)
+        number, task = self._kind(index)
+        if task is not None:
+            return synthetic(task, number, length, self.count, split=split)
         return passage(
             self.documents,
-            index - made,
+            number,
             length,
             self.count,
             split=split,
@@ -106,6 +111,23 @@ class Recorder:
             continuation=config.continuation,
             seed=config.seed,
         )
+
+    def _check(self, split: str, count: int) -> None:
+        """Makes the longest passage of every domain: if a file is long enough for it, there is one for all."""
+        longest: dict[str, int] = {}
+        for index in sorted(range(count), key=lambda i: self.config.length_of(split, i)):
+            number, task = self._kind(index)
+            longest[task or domain_of(self.documents, number, split)] = index
+        for index in longest.values():
+            self.passage(split, index)
+
+    def _kind(self, index: int) -> tuple[int, str | None]:
+        """The number of a passage among those of files or of synthetic tasks, and its task."""
+        share, tasks = self.config.synthetic, self.config.tasks
+        before = int(index * share)  # synthetic ones
+        if int((index + 1) * share) > before:
+            return before, tasks[before % len(tasks)]
+        return index - before, None
 
     def count(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False).input_ids)

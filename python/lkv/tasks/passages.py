@@ -59,10 +59,7 @@ def passage(
     Raises:
         ValueError: where no file of the split and the domain is long enough.
     """
-    domains = sorted({x.domain for x in documents if x.split == split})
-    if not domains:
-        raise ValueError(f"lkv.tasks: expected documents of the split {split!r}, got none")
-    domain = domains[index % len(domains)]
+    domain = domain_of(documents, index, split)
     rng = random.Random(f"passage/{seed}/{split}/{index}")
     candidates = [x for x in documents if x.split == split and x.domain == domain]
     woven = draw(rng, facts, wordings)
@@ -78,6 +75,18 @@ def passage(
         f"lkv.tasks: expected a file of more than {space + continuation} tokens in the split {split!r} of the domain "
         f"{domain!r}, got {len(candidates)} shorter ones"
     )
+
+
+def domain_of(documents: Sequence[Document], index: int, split: str) -> str:
+    """Of passage number `index` of a split.
+
+    Raises:
+        ValueError: for a split without documents.
+    """
+    domains = sorted({x.domain for x in documents if x.split == split})
+    if not domains:
+        raise ValueError(f"lkv.tasks: expected documents of the split {split!r}, got none")
+    return domains[index % len(domains)]
 
 
 def synthetic(task: str, index: int, length: int, count: Count, *, split: str, questions: int = 16) -> Passage:
