@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conversation import turn
-from families import FAMILIES, HEADS, SPECIAL, WITHOUT_WINDOWS, build, call, tokens
+from families import FAMILIES, HEADS, SPECIAL, WITHOUT_WINDOWS, build, call, selected, tokens
 from masked import masked_logits, recorded
 from torch import Tensor
 
@@ -29,7 +29,7 @@ POLICIES = {
 RECURRENT = ("qwen3_next", "qwen3_5", "jamba", "nemotron_h")
 HALF = dict(retention=0.5, budget=20)  # of 40 tokens
 LENGTHS = {"one": [47], "padded": [47, 31, 9, 40]}
-WHOLE = [name for name in WITHOUT_WINDOWS if name in FAMILIES] + ["mixtral"]  # full attention in all layers
+WHOLE = [name for name in selected(WITHOUT_WINDOWS) if name in FAMILIES] + ["mixtral"]  # full attention in all layers
 
 
 def mask_of(text: object) -> Tensor | None:
@@ -48,7 +48,7 @@ def positions(cache: lkv.Cache, b: int = 0) -> list[list[list[int]]]:
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("policy", ["snapkv", "adakv"])
 # Older transformers lack some of the special ones; test_families.py says which are refused there.
-@pytest.mark.parametrize("family", [*FAMILIES, *(() if RecurrentLayer is None else SPECIAL)])
+@pytest.mark.parametrize("family", [*selected(FAMILIES), *(() if RecurrentLayer is None else SPECIAL)])
 def test_a_question_is_read_on_the_rows_that_are_left(family: str, policy: str, lengths: list[int]) -> None:
     recurrent = family in RECURRENT
     if recurrent and len(lengths) > 1:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conversation import Turn, talk, turn
-from families import FAMILIES, build, call, tokens
+from families import FAMILIES, build, call, selected, tokens
 from masked import masked_logits, recorded
 
 import lkv
@@ -126,7 +126,7 @@ def rows(cache: lkv.Cache) -> list[list[list[int]]]:
 
 @pytest.mark.parametrize("policy", [Together(), ADAKV], ids=["model", "layer"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", selected(FAMILIES))
 def test_forks_of_one_prompt(family, shape, policy):
     """As the same tokens with what was evicted masked; and the fork of another retention is none the wiser."""
     model = build(family)

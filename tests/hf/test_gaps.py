@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conversation import turn
-from families import WITHOUT_WINDOWS, build, call
+from families import WITHOUT_WINDOWS, build, call, selected
 from test_observed import compare, spy, watched
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -16,7 +16,7 @@ from lkv.policies import AdaKV, SnapKV, StreamingLLM
 FIRST, SECOND = [47, 31, 9, 40], [21, 2, 17, 20]
 
 
-@pytest.fixture(params=WITHOUT_WINDOWS)
+@pytest.fixture(params=selected(WITHOUT_WINDOWS))
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return build(request.param)
 

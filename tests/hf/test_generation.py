@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conversation import Talk, Turn, talk, turn
-from families import FAMILIES, HEADS, build
+from families import FAMILIES, HEADS, build, selected
 from masked import masked_logits, recorded
 from transformers import DynamicCache, PreTrainedModel
 
@@ -17,14 +17,12 @@ from lkv.policies import AdaKV, SnapKV, StreamingLLM
 ONE, FOUR = [47], [47, 31, 9, 40]
 TURNS = {
     "one": [turn(ONE, 12)],
-    "padded": [turn(FOUR, 12)],
-    "one, two turns": [turn(ONE, 9), turn([21], 9, seed=1)],
     "padded, two turns": [turn(FOUR, 9), turn([21, 2, 17, 20], 9, seed=1)],
 }
 CHUNK = 13
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=selected(FAMILIES))
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return build(request.param)
 

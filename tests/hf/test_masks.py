@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conversation import turn
-from families import FAMILIES, build, call, places, tokens
+from families import FAMILIES, build, call, places, selected, tokens
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -20,7 +20,7 @@ LOWEST = torch.finfo(torch.float32).min
 CHUNKS = pytest.mark.parametrize("chunks", ["each", "last"])
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=selected(FAMILIES))
 def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return build(request.param)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conversation import talk, turn
-from families import FAMILIES, SMALL, build, call, tokens
+from families import FAMILIES, SMALL, build, call, selected, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -103,7 +103,7 @@ def check(model: PreTrainedModel, shape: str, chunks: str = "each", chunk: int |
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", selected(FAMILIES))
 def test_prompt_and_second_turn(family, shape):
     policy, cache = check(build(family), shape)
     assert all(len(observations) == 2 for observations in policy.seen.values())

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 import transformers
-from families import FAMILIES, build, call, tokens
+from families import FAMILIES, build, call, selected, tokens
 from transformers import DynamicCache, PreTrainedModel
 
 import lkv
@@ -178,7 +178,7 @@ def test_one_cache_in_two_threads(model):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", selected(FAMILIES))
 def test_other_caches_see_the_models_own_attention(family, attention):
     """Also within a forward of ours, as another thread may."""
     model = copy.deepcopy(build(family))
