@@ -72,6 +72,27 @@ def ask(tokenizer: PreTrainedTokenizerBase, question: str, lead: str = "") -> li
     return encode(tokenizer, f"\n\nQuestion: {question}\nAnswer: {lead}".rstrip())
 
 
+def most_tokens(model: PreTrainedModel) -> int | None:
+    """How many tokens the model reads, if its config says so."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_fits(model: PreTrainedModel, tokens: int, command: str, text: str = "one") -> None:
+    """
+    Args:
+        tokens: of a text and what comes after it. text, command: as for `check_known`.
+
+    Raises:
+        ValueError: for more than the model reads, where answers would be about places that it does not know.
+    """
+    most = most_tokens(model)
+    if most is not None and tokens > most:
+        raise ValueError(
+            f"{command}: expected texts of at most the {most} tokens that the model reads, with what is asked about "
+            f"them, got {text} of {tokens}"
+        )
+
+
 def check_known(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], text: str, command: str) -> None:
     """
     Args:

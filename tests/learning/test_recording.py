@@ -242,11 +242,11 @@ def test_the_tokenizer_is_known_by_what_it_does() -> None:
 def test_a_model_that_does_not_know_the_words_is_refused(found: list[Document], tmp_path: Path) -> None:
     """As the retriever would be, which is what is trained where no other model is named."""
     own, words = retriever.load()
-    run = Recorder(own, words, found, replace(CONFIG, length=90), tmp_path)
     with pytest.raises(
         ValueError, match=r"texts that the tokenizer of the model knows, got .*, .* not know \d\d+%: is"
     ):
-        run.run("train", 1)
+        Recorder(own, words, found, replace(CONFIG, length=90), tmp_path / "records")
+    assert not (tmp_path / "records").exists()
 
 
 def test_without_a_continuation_there_are_questions_alone(make: Make) -> None:
@@ -294,11 +294,12 @@ def test_texts_that_are_too_short_are_found_out_at_once(
     make: Make, longest: int, enough: bool, synthetic: float
 ) -> None:
     """Whichever passages they are too short for; the folder is as it was."""
+    reads_more = model(max_position_embeddings=16384)
     config = replace(CONFIG, longest=longest, synthetic=synthetic, tasks=("single",), texts=12)
     if enough:
-        recorder = make(config=config)
+        recorder = make(by=reads_more, config=config)
         assert all(recorder.passage("train", i) for i in range(12))
     else:
         with pytest.raises(ValueError, match="expected a file of more than"):
-            make(config=config)
-        make()
+            make(by=reads_more, config=config)
+        make(by=reads_more)

@@ -35,7 +35,7 @@ SMALL = [
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    model().save_pretrained(tmp_path / "model")
+    model(max_position_embeddings=1 << 16).save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

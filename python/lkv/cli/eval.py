@@ -26,6 +26,7 @@ from lkv.evaluate.soft import soft_accuracy
 from lkv.learn.recording import fingerprints
 from lkv.policies.lkv import LKV, Learned
 from lkv.tasks import Language, Sample, files
+from lkv.text import check_fits, encode
 
 FORMAT = 1  # of results
 
@@ -41,6 +42,10 @@ def run(argv: Sequence[str]) -> int:
     setting = Setting(tuple(options.retentions), options.see_question, options.batch, options.answer_tokens or 24)
     samples = load_samples(options) if options.file else make_samples(options, tokenizer, language)
     print(f"question {'seen' if options.see_question else 'not seen'} by the compression; {describe(samples, options)}")
+    for sample in samples:
+        limit = sample.limit if isinstance(sample, files.FileSample) else setting.limit
+        length = len(encode(tokenizer, sample.context + sample.question)) + (options.answer_tokens or limit)
+        check_fits(model, length, "lkv eval", f"{sample.task} {sample.index}")
     kept = None
     if options.out:
         known = {method.name: method.identity for method in methods}

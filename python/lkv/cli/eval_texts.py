@@ -30,7 +30,7 @@ from lkv.learn.recording import fingerprints
 from lkv.tasks.documents import Document, documents
 from lkv.tasks.facts import TRAINED, UNSEEN
 from lkv.tasks.passages import Passage, passage
-from lkv.text import check_known
+from lkv.text import check_fits, check_known
 
 FORMAT = 1
 SETTINGS = ("length", "facts", "continuation", "see_question", "greedy", "answer_tokens")
@@ -152,11 +152,9 @@ def check(model: PreTrainedModel, methods: Sequence[Method], given: Sequence[flo
                 f"{rows} rows, {min(given):g} of {len(shortest.context)} tokens, for {method.name}, which protects "
                 f"{policy.sink + policy.window}; choose a larger --length, larger --retentions or other --methods"
             )
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     ends = [[*map(add, talk.questions, talk.answers), talk.continuation] for talk in talks]
     longest = max(len(talk.context) + max(map(len, after)) for talk, after in zip(talks, ends, strict=True))
-    if most is not None and longest > most:
-        raise ValueError(f"lkv eval: expected texts of at most the {most} tokens that the model reads, got {longest}")
+    check_fits(model, longest, "lkv eval")
 
 
 def finish(options: argparse.Namespace, results: Results[Cell], count: int) -> None:

@@ -20,7 +20,7 @@ from lkv.evaluate.forks import Forks, needs_of
 from lkv.evaluate.methods import Method
 from lkv.hf import Cache
 from lkv.tasks import Sample
-from lkv.text import decode, encode, pad_and_ends
+from lkv.text import check_fits, decode, encode, pad_and_ends
 
 OBSERVED_WINDOW = 32
 
@@ -89,7 +89,7 @@ def evaluate(
     """Results as they come, batch by batch.
 
     Raises:
-        ValueError: for a sample without a context or a question.
+        ValueError: for a sample without a context or a question, and one that is longer than what the model reads.
     """
     for begin in range(0, len(samples), setting.batch):
         yield from _batch(model, tokenizer, samples[begin : begin + setting.batch], methods, setting)
@@ -111,6 +111,7 @@ def _batch(
             raise ValueError(
                 f"lkv eval: expected a {missing} of one or more tokens, got none: {sample.task} {sample.index}"
             )
+        check_fits(model, len(context) + len(question) + setting.limit, "lkv eval", f"{sample.task} {sample.index}")
     if setting.see_question:
         # The last token stays behind, so that there is something to decode from.
         contexts = [c + q[:-1] for c, q in zip(contexts, questions, strict=True)]

@@ -21,6 +21,7 @@ from lkv.passes import Context
 from lkv.policies.kvzip import KVzip
 from lkv.policies.lkv import Learned
 from lkv.second_pass import repeat_scores
+from lkv.text import check_fits
 
 Answered = tuple[Reading, Sequence[Sequence[int]], Sequence[Sequence[int]]]
 
@@ -54,10 +55,10 @@ class Live:
 
     def inputs(self, rows: Sequence[int]) -> Reading:
         first = -1 if self.config.warm_steps else 0
-        return distill.read(self.model, self.lkv, self.source.examples(first, rows).contexts)
+        return distill.read(self.model, self.lkv, self._examples(first, rows).contexts)
 
     def regression(self, step: int, rows: Sequence[int]) -> tuple[Reading, list[Tensor]]:
-        examples = self.source.examples(-1 - step, rows)
+        examples = self._examples(-1 - step, rows)
         reading = distill.read(self.model, self.lkv, examples.contexts)
         paid: list[Tensor] = []
         if self.config.target != "kvzip":
@@ -70,7 +71,7 @@ class Live:
         return reading, [targets.logarithm(x) for x in paid]
 
     def distillation(self, step: int, rows: Sequence[int]) -> Answered:
-        examples = self.source.examples(step, rows)
+        examples = self._examples(step, rows)
         reading = distill.read(self.model, self.lkv, examples.contexts)
         return reading, examples.questions, self._replies(reading, examples)
 
@@ -78,6 +79,12 @@ class Live:
         reading, target = self.regression(0, rows)
         won = targets.joint_shares(reading.context.lengths, target, retention, self.lkv.sink, self.lkv.window)
         return won.mean(0)
+
+    def _examples(self, step: int, rows: Sequence[int]) -> Examples:
+        examples = self.source.examples(step, rows)
+        longest = (max(map(len, part)) for part in (examples.contexts, examples.questions, examples.answers))
+        check_fits(self.model, sum(longest), "lkv train")
+        return examples
 
     def _replies(self, reading: Reading, examples: Examples) -> list[list[int]]:
         context = reading.context.repeat(self.config.questions)

@@ -27,7 +27,7 @@ from lkv.second_pass import in_words, repeat_scores
 from lkv.tasks.documents import Document
 from lkv.tasks.facts import TRAINED
 from lkv.tasks.passages import Passage, domain_of, passage, synthetic
-from lkv.text import check_known, pad_and_ends
+from lkv.text import check_fits, check_known, pad_and_ends
 
 FORMAT = 1
 # What records depend on; how many there are may change.
@@ -113,13 +113,26 @@ class Recorder:
         )
 
     def _check(self, split: str, count: int) -> None:
-        """Makes the longest passage of every domain: if a file is long enough for it, there is one for all."""
+        """Makes the longest passage of every domain: if that can be read, all can."""
         longest: dict[str, int] = {}
         for index in sorted(range(count), key=lambda i: self.config.length_of(split, i)):
             number, task = self._kind(index)
             longest[task or domain_of(self.documents, number, split)] = index
         for index in longest.values():
-            self.passage(split, index)
+            self._talk(self.passage(split, index))
+
+    def _talk(self, text: Passage) -> Exchange:
+        """
+        Raises:
+            ValueError: for a text that the tokenizer does not know, and one that is longer than what the model reads.
+        """
+        config = self.config
+        talk = exchange(self.tokenizer, text, config.continuation + 1 if config.continuation else 0)
+        check_known(self.tokenizer, talk.context, text.document, "lkv train")
+        asked = max(map(len, talk.questions)) + max(config.answer_tokens, *map(len, talk.answers))
+        behind = max(asked, len(talk.continuation))
+        check_fits(self.model, len(talk.context) + behind, "lkv train", text.document)
+        return talk
 
     def _kind(self, index: int) -> tuple[int, str | None]:
         """The number of a passage among those of files or of synthetic tasks, and its task."""
@@ -139,8 +152,7 @@ class Recorder:
             ValueError: for a text of which the tokenizer does not know a tenth or more.
         """
         config, model = self.config, self.model
-        talk = exchange(self.tokenizer, text, config.continuation + 1 if config.continuation else 0)
-        check_known(self.tokenizer, talk.context, text.document, "lkv train")
+        talk = self._talk(text)
         tokens = torch.tensor([talk.context], device=model.device)
         needs = {"pre_rope_keys" if config.design.input == "kv" else "hidden_states"}
         with prefill(model, tokens, needs=needs) as cache:

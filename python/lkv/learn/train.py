@@ -27,7 +27,7 @@ from lkv.policies.lkv.checkpoint import Shape
 from lkv.policies.lkv.fingerprint import fingerprint
 from lkv.policies.lkv.token_scorer import TokenScorer, moments
 from lkv.tasks import Language
-from lkv.text import pad_and_ends
+from lkv.text import check_fits, pad_and_ends
 
 STATE, METRICS, LAST, BEST = "state.pt", "metrics.jsonl", "last", "best"
 SAVE_EVERY = 20  # steps; what is done after the last save is done again by a run that was interrupted
@@ -65,6 +65,7 @@ class Trainer:
         self.accelerator = accelerator or Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
         self.model = model.eval().requires_grad_(False).to(self.accelerator.device)
         self.config, self.folder, self.validate = config, Path(folder), validate
+        check_fits(model, max(config.length, config.longest), "lkv train")
         self.source = Source(config, tokenizer, language)
         self.ends = pad_and_ends(model, tokenizer)[1]
         self.shape, self.fingerprint = Shape.of(model), fingerprint(model)

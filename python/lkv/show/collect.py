@@ -17,7 +17,7 @@ from lkv.evaluate.kept import kept_rows
 from lkv.hf import Cache
 from lkv.policies import Policy
 from lkv.show.units import Unit, opening_units, units
-from lkv.text import ask, check_known, decode, encode, opening, pad_and_ends
+from lkv.text import ask, check_known, decode, encode, most_tokens, opening, pad_and_ends
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def check_text(
     if own < 1:
         raise ValueError("lkv.show: expected a text of one or more tokens, got none")
     check_known(tokenizer, tokens, "one", "lkv.show")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = most_tokens(model)
     behind = question + limit if question else 0
     if most is not None and len(tokens) + behind > most:
         beside = len(tokens) - own + behind
