@@ -22,6 +22,7 @@ from results import Result, Run, merge  # noqa: E402
 DRY = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--dry-run", "--results"]
 # A worker of pytest-xdist says so in its environment, and pytest-benchmark measures nothing in one.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+ENVIRONMENT["LKV_COMMIT"] = "tested"  # whatever is committed meanwhile: results of another commit are not added to
 
 
 def read(folder: Path) -> dict[str, Result]:
