@@ -89,7 +89,7 @@ def check_fits(model: PreTrainedModel, tokens: int, command: str, text: str = "o
     if most is not None and tokens > most:
         raise ValueError(
             f"{command}: expected texts of at most the {most} tokens that the model reads, with what is asked about "
-            f"them, got {text} of {tokens}"
+            f"them, got {text} of {tokens}; choose a smaller --length, shorter files, or a model that reads more"
         )
 
 
