@@ -46,13 +46,13 @@ int choose_shift(int64_t total, int64_t multiprocessors) {
 }
 
 template <int kBlock>
-Status run(const GatherParams& p, bool behind_select, Stream stream) {
+Status run(const GatherParams& p, bool behind_select, Stream stream, const Tuning& tuning) {
   Device device;
   const Status status = Device::of(gather_kernel<kBlock, true>, device);
   if (status != cudaSuccess) return status;
   const int shift = choose_shift(p.total, device.multiprocessors);
   const int64_t chunk = int64_t{kBlock / kWarp} << shift;
-  const bool tables = fit_tables(p);
+  const bool tables = tuning.tables != 0 && fit_tables(p);
   const Grid grid = {.blocks = (p.total + chunk - 1) / chunk,
                      .block = kBlock,
                      .shared = tables ? sizeof(GatherTables) : 0,
@@ -67,7 +67,8 @@ Status run(const GatherParams& p, bool behind_select, Stream stream) {
 Status gather(const GatherParams& p, bool behind_select, Stream stream, const Tuning& tuning) {
   GatherParams params = p;
   params.source.lengths = params.source.starts = RowInts{};  // a gather reads any position of a segment
-  return with_block<kProductionBlock>(tuning, [&]<int kBlock> { return run<kBlock>(params, behind_select, stream); });
+  return with_block<kProductionBlock>(tuning,
+                                      [&]<int kBlock> { return run<kBlock>(params, behind_select, stream, tuning); });
 }
 
 Status gather(const GatherParams& p, bool behind_select, Stream stream) {

@@ -14,6 +14,7 @@ struct Tuning {
   int resident = -1;   // select, soft_topk: the most keys a block keeps on chip; -1: as many as fit
   int registers = -1;  // select: 0: no keys in registers
   int pieces = 0;      // attend: the most pieces that the rows of a segment are split into; 0: chosen by size
+  int tables = -1;     // gather: 0: none in shared memory
 };
 
 Status spans(const SpansParams& p, Upload tables, Stream stream, const Tuning& tuning);

@@ -10,6 +10,7 @@ from harness.oracle import Layout, Segments, spans
 
 ROW_BYTES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 40, 48, 64, 80, 256)
 ALIGNED_ROW_BYTES = (16, 48, 80, 256, 1024)
+MOST_SEGMENTS = 20  # the case of more segments than fit into a table of shared memory: it takes seconds
 SCORES = ("normal", "ties", "constant", "minus_infinity", "hostile", "tiny", "ascending", "descending", "one_bin")
 
 
@@ -57,6 +58,7 @@ class Case:
     splits: int
     resident_keys: int
     registers: int
+    shared_tables: bool
     behind_select: bool
     by_upload: bool
 
@@ -111,8 +113,7 @@ def make_case(seed: int) -> Case:
     def one_of(*choices):
         return choices[rng.integers(len(choices))]
 
-    # Most cases run small blocks; those of production size get few segments, and some cases more segments than threads,
-    # or than fit into a table of shared memory.
+    # Most cases run small blocks; those of production size get few segments, and some cases more segments than threads.
     kind_of_size = one_of("small", "small", "small", "small", "small", "small", "production", "crowd")
     ragged = rng.random() < 0.3
     layers = 1 if ragged else int(rng.integers(1, 4))
@@ -121,8 +122,9 @@ def make_case(seed: int) -> Case:
     if kind_of_size == "production":
         layers, batch, longest = 1, 1, one_of(31, 600, 5000)
     elif kind_of_size == "crowd":
-        layers, batch, longest = 1, int(rng.integers(1, 6)), one_of(1, 5, 31)
-        heads = int(rng.integers(*one_of((30, 50), (30, 50), (500, 700))))
+        layers, batch, heads, longest = 1, int(rng.integers(1, 6)), int(rng.integers(30, 50)), one_of(1, 5, 31)
+        if seed == MOST_SEGMENTS:
+            batch, heads, longest = 2, 513, 5
     full = (layers, batch, heads)
     rows = layers * batch * heads
     if ragged:
@@ -170,7 +172,7 @@ def make_case(seed: int) -> Case:
                 cluster=1 if kind_of_size == "crowd" else one_of(0, 1, 2, 4, 8, 16),
                 splits=one_of(-1, -1, -1, 0, 1, 3), resident_keys=one_of(-1, -1, 0, 256),
                 behind_select=rng.random() < 0.7, by_upload=rng.random() < 0.3,
-                registers=one_of(-1, -1, 0))  # fmt: skip
+                registers=one_of(-1, -1, 0), shared_tables=rng.random() < 0.7)  # fmt: skip
     layout.to_back = rng.random() < 0.5
     if layout.to_back:
         layout.page = one_of(1, 1, 4, 7, 64)

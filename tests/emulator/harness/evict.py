@@ -27,7 +27,10 @@ class Run:
     def __init__(self, emulator: Emulator, case: Case, schedule: Schedule) -> None:
         self.emulator, self.case = emulator, case
         cluster = min(case.cluster, 1) if schedule.code < 90 else case.cluster
-        emulator.configure(schedule, Tuning(case.block, cluster, case.splits, case.resident_keys, case.registers))
+        tuning = Tuning(
+            case.block, cluster, case.splits, case.resident_keys, case.registers, tables=-1 if case.shared_tables else 0
+        )
+        emulator.configure(schedule, tuning)
 
     def table(self, values: np.ndarray) -> np.ndarray:
         if not self.case.by_upload:

@@ -202,11 +202,12 @@ class Tuning(ctypes.Structure):
         ("resident", c_int),
         ("registers", c_int),
         ("pieces", c_int),
+        ("tables", c_int),
     ]
 
     def __init__(self, block: int = 0, cluster: int = 0, splits: int = -1, resident: int = -1, registers: int = -1,
-                 pieces: int = 0) -> None:  # fmt: skip
-        super().__init__(block, cluster, splits, resident, registers, pieces)
+                 pieces: int = 0, tables: int = -1) -> None:  # fmt: skip
+        super().__init__(block, cluster, splits, resident, registers, pieces, tables)
 
 
 MIRRORS = (
