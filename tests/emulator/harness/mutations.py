@@ -38,7 +38,6 @@ MUTATIONS = (
              "return true || layers <= kTableInputs"),
     Mutation("gather: warps go on before one has seen the flags", "gather.cu", "    block_sync();\n", ""),
     Mutation("gather: waits for the first segment alone", "gather_warp.cuh", "rows, end - 1)", "rows, first)"),
-    Mutation("gather: waits for a warp of segments alone", "gather_warp.cuh", "row += kWarp", "row = last + 1"),
     Mutation("gather: behind a memset as if behind a select", "gather.cu", "p.source.rows() > 0, stream",
              "true, stream"),
     Mutation("gather: payloads as if all rows had one size", "gather_warp.cuh", "same ? end : rows", "end"),
