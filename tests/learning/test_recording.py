@@ -303,3 +303,11 @@ def test_texts_that_are_too_short_are_found_out_at_once(
         with pytest.raises(ValueError, match="expected a file of more than"):
             make(by=reads_more, config=config)
         make(by=reads_more)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_texts_of_both_splits_have_to_be_long_enough(make: Make, found: list[Document], split: str) -> None:
+    short = [replace(x, text=x.text[:100]) if x.split == split else x for x in found]
+    with pytest.raises(ValueError, match=f"expected a file of more than .* in the split '{split}'"):
+        make(found=short)
+    make()

@@ -43,9 +43,9 @@ def run(argv: Sequence[str]) -> int:
     samples = load_samples(options) if options.file else make_samples(options, tokenizer, language)
     print(f"question {'seen' if options.see_question else 'not seen'} by the compression; {describe(samples, options)}")
     for sample in samples:
-        limit = sample.limit if isinstance(sample, files.FileSample) else setting.limit
-        length = len(encode(tokenizer, sample.context + sample.question)) + (options.answer_tokens or limit)
-        check_fits(model, length, "lkv eval", f"{sample.task} {sample.index}")
+        limit = options.answer_tokens or (sample.limit if isinstance(sample, files.FileSample) else setting.limit)
+        length = len(encode(tokenizer, sample.context, begins=True)) + len(encode(tokenizer, sample.question))
+        check_fits(model, length + limit, "lkv eval", f"{sample.task} {sample.index}")
     kept = None
     if options.out:
         known = {method.name: method.identity for method in methods}

@@ -82,8 +82,8 @@ class Live:
 
     def _examples(self, step: int, rows: Sequence[int]) -> Examples:
         examples = self.source.examples(step, rows)
-        longest = (max(map(len, part)) for part in (examples.contexts, examples.questions, examples.answers))
-        check_fits(self.model, sum(longest), "lkv train")
+        longest = max(map(len, examples.contexts)) + max(map(len, examples.questions))
+        check_fits(self.model, longest + self.config.answer_tokens, "lkv train")
         return examples
 
     def _replies(self, reading: Reading, examples: Examples) -> list[list[int]]:

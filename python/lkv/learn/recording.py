@@ -42,8 +42,8 @@ class Recorder:
         process, processes: every process makes each so many-th record.
 
     Raises:
-        ValueError: for texts that are too short for the passages of a run, and a folder with records of another model,
-            tokenizer, or other texts or settings.
+        ValueError: for texts that are too short for the passages of a run, longer than what the model reads, or unknown
+            to the tokenizer, and a folder with records of another model, tokenizer, or other texts or settings.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Recorder:
         )
 
     def _check(self, split: str, count: int) -> None:
-        """Makes the longest passage of every domain: if that can be read, all can."""
+        """Makes the longest passage of every domain; another needs a few tokens more at most, as facts differ."""
         longest: dict[str, int] = {}
         for index in sorted(range(count), key=lambda i: self.config.length_of(split, i)):
             number, task = self._kind(index)
@@ -129,8 +129,8 @@ class Recorder:
         config = self.config
         talk = exchange(self.tokenizer, text, config.continuation + 1 if config.continuation else 0)
         check_known(self.tokenizer, talk.context, text.document, "lkv train")
-        asked = max(map(len, talk.questions)) + max(config.answer_tokens, *map(len, talk.answers))
-        behind = max(asked, len(talk.continuation))
+        answer = config.answer_tokens if config.replies == "own" else max(map(len, talk.answers))
+        behind = max(max(map(len, talk.questions)) + answer, len(talk.continuation))
         check_fits(self.model, len(talk.context) + behind, "lkv train", text.document)
         return talk
 
@@ -149,7 +149,8 @@ class Recorder:
         """Reads a passage and asks all that there is to ask.
 
         Raises:
-            ValueError: for a text of which the tokenizer does not know a tenth or more.
+            ValueError: for a text of which the tokenizer does not know a tenth or more, and one that is longer than
+                what the model reads.
         """
         config, model = self.config, self.model
         talk = self._talk(text)

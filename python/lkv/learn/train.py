@@ -48,6 +48,9 @@ class Trainer:
 
     Attributes:
         lessons: what is learned from; at first texts of the tasks, others in every step.
+
+    Raises:
+        ValueError: for texts that are longer than what the model reads.
     """
 
     def __init__(
