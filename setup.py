@@ -3,11 +3,13 @@
 Environment: LKV_TORCH and LKV_CUDA (AUTO, ON, OFF), LKV_CUDA_ARCHS; see CMakeLists.txt.
 """
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -33,9 +35,21 @@ class CMakeBuild(build_ext):
             "CMAKE_INSTALL_PREFIX": str(prefix),
         }
         definitions = [f"-D{key}={value}" for key, value in options.items()]
-        self._call(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *definitions)
-        self._call(cmake, "--build", str(build))
-        self._call(cmake, "--install", str(build), "--component", "python")
+        build.mkdir(parents=True, exist_ok=True)
+        with open(build / "lock", "w") as lock:
+            self._wait_for(lock)
+            self._call(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *definitions)
+            self._call(cmake, "--build", str(build))
+            self._call(cmake, "--install", str(build), "--component", "python")
+
+    @staticmethod
+    def _wait_for(lock: TextIO) -> None:
+        """One build at a time: two commands of the Makefile may run in one clone."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("lkv_ext: waiting for another build of this folder", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
 
     @staticmethod
     def _call(*command: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import os
 import shutil
 import subprocess
@@ -101,6 +103,23 @@ def test_the_sdist_has_every_file(tmp_path: Path) -> None:
         names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
     made = {name for name in names if name == "PKG-INFO" or ".egg-info/" in name or name == "setup.cfg"}
     assert names - made == tracked()
+
+
+def test_a_build_waits_for_another_one(tmp_path: Path) -> None:
+    folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert other.stdout is not None
+        lines = iter(other.stdout.readline, "")
+        before = list(itertools.takewhile(lambda line: "waiting for another build" not in line, lines))
+        assert other.poll() is None, before  # it waits
+    after = other.communicate()[0]
+    assert other.returncode == 0, after[-2000:]
+    assert "Configuring done" in after and "Configuring done" not in "".join(before)
+    assert list(tmp_path.glob("lib*/lkv_ext/_C*.so"))
 
 
 NOT_BUILT = {
