@@ -17,9 +17,10 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lkv.learn import train
+from lkv.learn import metrics, train
 from lkv.learn.config import TrainConfig
-from lkv.learn.train import BEST, LAST, METRICS, STATE, Trainer
+from lkv.learn.metrics import METRICS
+from lkv.learn.train import BEST, LAST, STATE, Trainer
 from lkv.policies.lkv import Learned, checkpoint
 from lkv.policies.lkv.checkpoint import Design
 from lkv.tasks import Words
@@ -66,7 +67,7 @@ def test_folders_are_made_and_numbers_are_shown(make, monkeypatch: pytest.Monkey
     """On TensorBoard's board, which is not installed here, as in the lines of the file."""
     shown: list[tuple[str, float, int]] = []
     board = type("Board", (), {"add_scalar": lambda self, *given: shown.append(given)})
-    monkeypatch.setattr(train, "_board", lambda folder: board())
+    monkeypatch.setattr(metrics, "_board", lambda folder: board())
     run = make("new/folders/run", steps=1, warm_steps=1)
     run.run()
     lines = [json.loads(line) for line in (run.folder / METRICS).read_text().splitlines()]
@@ -93,7 +94,7 @@ def test_numbers_go_to_a_board_in_the_folder(monkeypatch: pytest.MonkeyPatch, tm
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = lambda folder: ("board", folder)
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    assert train._board(tmp_path) == ("board", str(tmp_path / "tensorboard"))
+    assert metrics._board(tmp_path) == ("board", str(tmp_path / "tensorboard"))
 
 
 @pytest.mark.parametrize("stops", [[2], [4], [3], [1, 2, 5], [6]], ids=str)
@@ -141,6 +142,18 @@ def test_a_finished_run_does_nothing_more(make) -> None:
     again.source.examples = lambda *args: pytest.fail("a text was read again")
     again.run()
     assert (again.folder / METRICS).read_text() == lines
+
+
+def test_every_step_has_one_line(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that are done again, and the one whose line was torn."""
+    monkeypatch.setattr(train, "SAVE_EVERY", 3)
+    run = make(validate_every=6)
+    run.run(until=5)  # saved after the third
+    with (run.folder / METRICS).open("a") as file:
+        file.write('{"step": 6, "lo')
+    make(validate_every=6).run()
+    lines = [json.loads(line) for line in (run.folder / METRICS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1 - run.config.warm_steps, 7))
 
 
 def test_a_torn_save_is_not_read(make) -> None:

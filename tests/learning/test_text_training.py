@@ -16,9 +16,10 @@ from lkv import cli, models
 from lkv.cli import train as command
 from lkv.learn import forecast
 from lkv.learn.config import TrainConfig
+from lkv.learn.metrics import METRICS
 from lkv.learn.recording import Recorder
 from lkv.learn.records import MANIFEST
-from lkv.learn.train import BEST, METRICS, STATE
+from lkv.learn.train import BEST, STATE
 from lkv.policies.lkv import checkpoint
 from lkv.policies.lkv.checkpoint import Design
 from lkv.policies.lkv.fingerprint import fingerprint

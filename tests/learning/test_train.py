@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkv.learn.config import TrainConfig
-from lkv.learn.train import BEST, LAST, METRICS, STATE, Trainer
+from lkv.learn.metrics import METRICS
+from lkv.learn.train import BEST, LAST, STATE, Trainer
 from lkv.policies.lkv import Learned, checkpoint
 from lkv.policies.lkv.checkpoint import Design
 from lkv.tasks import Words

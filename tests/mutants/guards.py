@@ -38,6 +38,7 @@ _LEARN = {
     "distill": ["hard_masks", "passes", "distill", "padded_batches", "updates", "no_gradients"],
     "forecast": ["text_training", "no_gradients"],
     "lessons": ["lessons", "updates", "recording"],
+    "metrics": ["resume"],
     "recording": ["recording", "no_gradients", "text_training"],
     "records": ["records", "recording"],
     "source": ["source", "schedule"],

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lkv.learn import distill
 from lkv.learn.config import TrainConfig
 from lkv.learn.lessons import Lessons, Live
+from lkv.learn.metrics import Metrics
 from lkv.learn.source import Source
 from lkv.policies.lkv import Learned, checkpoint
 from lkv.policies.lkv.checkpoint import Shape
@@ -29,7 +30,7 @@ from lkv.policies.lkv.token_scorer import TokenScorer, moments
 from lkv.tasks import Language
 from lkv.text import check_fits, pad_and_ends
 
-STATE, METRICS, LAST, BEST = "state.pt", "metrics.jsonl", "last", "best"
+STATE, LAST, BEST = "state.pt", "last", "best"
 SAVE_EVERY = 20  # steps; what is done after the last save is done again by a run that was interrupted
 Validate = Callable[[Learned], dict[str, float]]
 
@@ -88,7 +89,7 @@ class Trainer:
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98), weight_decay=0.0)
         self.step, self.best = -config.warm_steps, -math.inf
-        self._board: Any = None
+        self.metrics = Metrics(self.folder)
 
     def run(self, until: int | None = None) -> Learned:
         """Trains to the last step (or to step `until`); returns the policy."""
@@ -112,7 +113,7 @@ class Trainer:
                 if self.step % SAVE_EVERY == 0:
                     _return_freed_memory()
                 if main:
-                    self._log(numbers)
+                    self.metrics.add(self.step, numbers)
                     bar.update()
                     bar.set_postfix({name: f"{x:.3g}" for name, x in numbers.items() if name != "seconds"})
         return self.lkv
@@ -272,31 +273,9 @@ class Trainer:
         checkpoint.put(self.lkv, state["weights"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best = state["step"], state["best"]
+        if self.accelerator.is_main_process:
+            self.metrics.take_back(self.step)
         return True
-
-    def _log(self, numbers: dict[str, float]) -> None:
-        """A line of JSON, and TensorBoard's event files where it is installed."""
-        with (self.folder / METRICS).open("a") as file:
-            print(json.dumps({"step": self.step, **numbers}), file=file)
-        if self._board is None:
-            self._board = _board(self.folder)
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, self.step)
-
-
-class _Nowhere:
-    """TensorBoard where there is none."""
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        pass
-
-
-def _board(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return _Nowhere()
-    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def _plain(x: object) -> object:

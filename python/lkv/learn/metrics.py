@@ -1,0 +1,55 @@
+"""The numbers of a training run, step by step: lines of JSON, and TensorBoard's event files where it is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+
+
+class Metrics:
+    """Every step has one line in `metrics.jsonl`, also in a run that was interrupted.
+
+    Args:
+        folder: of the run; it is there when the first step is added.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._board: Any = None
+
+    def add(self, step: int, numbers: Mapping[str, float]) -> None:
+        with (self.folder / METRICS).open("a") as file:
+            print(json.dumps({"step": step, **numbers}), file=file)
+        if self._board is None:
+            self._board = _board(self.folder)
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+
+    def take_back(self, step: int) -> None:
+        """Takes out the lines of later steps, which are done again, and one that was torn."""
+        path = self.folder / METRICS
+        if path.exists():
+            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            temporary = self.folder / (METRICS + ".part")
+            temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+            os.replace(temporary, path)
+
+
+class _Nowhere:
+    """TensorBoard where there is none."""
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        pass
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return _Nowhere()
+    return SummaryWriter(str(folder / "tensorboard"))
