@@ -150,7 +150,7 @@ def test_every_step_has_one_line(make, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make(validate_every=6)
     run.run(until=5)  # saved after the third
     with (run.folder / METRICS).open("a") as file:
-        file.write('{"step": 6, "lo')
+        file.write('{"step": 1, "lo{"step": 1}\n{"step": 6, "lo')
     make(validate_every=6).run()
     lines = [json.loads(line) for line in (run.folder / METRICS).read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1 - run.config.warm_steps, 7))

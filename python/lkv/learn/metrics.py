@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,13 +32,21 @@ class Metrics:
             self._board.add_scalar(name, value, step)
 
     def take_back(self, step: int) -> None:
-        """Takes out the lines of later steps, which are done again, and one that was torn."""
+        """Takes out the lines of later steps, which are done again, and what is no whole line."""
         path = self.folder / METRICS
         if path.exists():
-            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            lines = path.read_text(errors="replace").splitlines(keepends=True)
             temporary = self.folder / (METRICS + ".part")
-            temporary.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+            temporary.write_text("".join(line for line in lines if line.endswith("\n") and _step_of(line) <= step))
             os.replace(temporary, path)
+
+
+def _step_of(line: str) -> float:
+    """Infinite for a line that was torn."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 class _Nowhere:
