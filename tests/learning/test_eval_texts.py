@@ -16,11 +16,13 @@ from tiny_texts import files, model, tokenizer
 
 from lkv import cli, policies
 from lkv.cli import eval_texts as command
-from lkv.evaluate.forecast import ANSWERS, GREEDY, ORACLE, QUESTION, REPEAT, forecast
+from lkv.evaluate import forecast as forecasts
+from lkv.evaluate.forecast import GREEDY, ORACLE, QUESTION, REPEAT, Clock, clock, forecast
 from lkv.evaluate.methods import choose, heuristics
 from lkv.evaluate.oracle import ORACLES
 from lkv.evaluate.results import FILE
 from lkv.evaluate.texts import Judge
+from lkv.learn.dialogue import Exchange
 from lkv.policies.kvzip import KVzip, Repetition
 from lkv.policies.lkv.checkpoint import Design, Shape, save
 from lkv.policies.lkv.fingerprint import fingerprint
@@ -326,19 +328,32 @@ def test_how_long_it_takes() -> None:
     known = heuristics() | ORACLES | {"equal": KVzip(across=None), "chunks": KVzip(repetition=Repetition(chunk=100))}
     methods = choose(["full", "kvzip", "kvzip", "equal", "chunks", "oracle", "uniform+oracle"], known)
     some = choose(["snapkv", "snapkv"], known)
-    parts = forecast({3: methods, 5: some}, 2.0, 4, see_question=False, greedy=False)
+    taken = Clock(reading=2.0, answers=0.5)
+    parts = forecast({3: methods, 5: some}, taken, 4, see_question=False, greedy=False)
     assert parts == {
-        "reading": pytest.approx(2 * 2.0 * (1 + ANSWERS)),
+        "reading": pytest.approx(2 * (2.0 + 0.5)),
         "second passes": pytest.approx(2 * 2.0 * REPEAT),
         "oracles": pytest.approx(2.0 * ORACLE),
-        "answers": pytest.approx(9 * 2.0 * ANSWERS),
+        "answers": pytest.approx(9 * 0.5),
     }
-    seen = forecast({3: methods, 5: some}, 2.0, 4, see_question=True, greedy=False)
+    seen = forecast({3: methods, 5: some}, taken, 4, see_question=True, greedy=False)
     assert seen["second passes"] == 4 * parts["second passes"] and seen["answers"] == parts["answers"]
-    assert seen["reading"] == pytest.approx(parts["reading"] + 2 * 2.0 * 4 * QUESTION)
-    free = forecast({3: some}, 2.0, 4, see_question=False, greedy=True)
-    assert free["answers"] == pytest.approx(2 * 2.0 * (ANSWERS + 4 * GREEDY))
-    assert sum(forecast({}, 2.0, 4, see_question=False, greedy=False).values()) == 0
+    assert seen["reading"] == pytest.approx(parts["reading"] + 2 * 0.5 * 4 * QUESTION)
+    free = forecast({3: some}, taken, 4, see_question=False, greedy=True)
+    assert free["answers"] == pytest.approx(2 * 0.5 * (1 + 4 * GREEDY))
+    assert sum(forecast({}, taken, 4, see_question=False, greedy=False).values()) == 0
+
+
+@pytest.mark.parametrize("continuation", [[], [7], [7, 8, 9]], ids=len)
+def test_what_one_passage_takes_is_measured(continuation: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that is asked about it: a clock that counts the forwards of the model."""
+    timed, seen = model(), []
+    timed.get_decoder().register_forward_hook(lambda *given: seen.append(given[2].last_hidden_state.shape[:2]))
+    monkeypatch.setattr(forecasts, "_now", lambda: float(len(seen)))
+    talk = Exchange([1] * 40, 0, [[5, 6], [5]], [[7], [8, 9]], continuation)
+    more = [(1, 2)] if len(continuation) > 1 else []
+    assert clock(timed, talk, choose(["full", "snapkv"], heuristics()), 0.01) == Clock(1.0, 1.0 + len(more))
+    assert seen == [(1, 16), (2, 2), *more, (1, 40), (2, 2), *more]
 
 
 def test_options_of_texts_need_texts(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

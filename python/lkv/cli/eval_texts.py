@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import add
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,13 +20,13 @@ import lkv_ext
 from lkv.cli import models
 from lkv.cli.eval_options import chosen
 from lkv.evaluate import report, text_report
-from lkv.evaluate.forecast import forecast
+from lkv.evaluate.forecast import clock, forecast
 from lkv.evaluate.forks import policy_of
 from lkv.evaluate.methods import FLOOR, FULL, Method
 from lkv.evaluate.results import Cell, Key, Results
 from lkv.evaluate.texts import Judge
 from lkv.learn.dialogue import Exchange, exchange
-from lkv.learn.forecast import prefill_seconds, sentence
+from lkv.learn.forecast import sentence
 from lkv.learn.recording import fingerprints
 from lkv.tasks.documents import Document, documents
 from lkv.tasks.facts import TRAINED, UNSEEN
@@ -58,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
     how = {"see_question": options.see_question, "greedy": options.greedy}
     if missing:
         each = {i: [method for method, _ in part] for i, part in todo.items()}
-        parts = forecast(each, prefill_seconds(model, options.length), options.facts, **how)
+        taken = clock(model, next(iter(talks.values())), methods, fmean(options.retentions))
+        parts = forecast(each, taken, options.facts, **how)
         print(f"lkv eval: {len(missing)} results on {len(todo)} passages, {sentence(parts)}", file=sys.stderr)
     judge = Judge(model, tokenizer, methods, limit=options.answer_tokens, **how)
     with tqdm(total=len(missing), desc="lkv eval", unit="result", disable=not missing) as bar:

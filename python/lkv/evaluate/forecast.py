@@ -2,38 +2,80 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from lkv.evaluate.forks import repetitions
+import torch
+from transformers import PreTrainedModel
+
+from lkv.compression import prefill
+from lkv.evaluate.forced import foretold
+from lkv.evaluate.forks import needs_of, repetitions
 from lkv.evaluate.methods import Method
 from lkv.evaluate.oracle import Oracle
+from lkv.learn.dialogue import Exchange
+from lkv.policies.random import Random
 
-# In prefills of a passage, as measured with SmolLM2-135M-Instruct in bfloat16 on 1000 tokens and one thread of a CPU:
-# the answers of one method at one retention, a second pass, the attention of an oracle, a question that is read before
-# the eviction, and an answer that is written freely.
-ANSWERS, REPEAT, ORACLE, QUESTION, GREEDY = 0.75, 4.4, 1.05, 0.25, 0.4
+# As measured with SmolLM2-135M-Instruct on 1000 tokens. In times of reading a passage, between what was found in float32
+# and in bfloat16: a second pass, and the attention of an oracle. In times of an eviction with the answers behind it, in
+# bfloat16: a question that is read before the eviction, and an answer that is written freely.
+REPEAT, ORACLE = 2.0, 0.5
+QUESTION, GREEDY = 0.3, 0.5
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Seconds of reading one passage, and of an eviction with the answers and the continuation behind it."""
+
+    reading: float
+    answers: float
+
+
+def clock(model: PreTrainedModel, talk: Exchange, methods: Sequence[Method], retention: float) -> Clock:
+    """What these take here and now, with what the methods need observed, and this share of the rows kept."""
+    needs, window = needs_of(methods), max((m.policy.window for m in methods if m.policy is not None), default=1)
+    last, first = talk.continuation[1:], talk.continuation[:1]
+    taken = Clock(0.0, 0.0)
+    for context in (talk.context[:16], talk.context):  # the first one takes what is taken once
+        times = [_now()]
+        with prefill(model, torch.tensor([context], device=model.device), needs=needs, window=window) as cache:
+            times.append(_now())
+            cache.evict(Random(sink=0, window=0), retention=retention)
+            foretold(model, cache, len(context), talk.questions, talk.answers)
+            foretold(model, cache, len(context), [first] if last else [], [last] if last else [])
+            times.append(_now())
+        taken = Clock(times[1] - times[0], times[2] - times[1])
+    return taken
+
+
+def _now() -> float:
+    """When all that was asked for is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def forecast(
-    todo: Mapping[int, Sequence[Method]], prefill: float, questions: int, *, see_question: bool, greedy: bool
+    todo: Mapping[int, Sequence[Method]], taken: Clock, questions: int, *, see_question: bool, greedy: bool
 ) -> dict[str, float]:
     """Seconds of the parts, roughly.
 
     Args:
         todo: for each passage the methods, each as often as there are retentions.
-        prefill: seconds of one passage.
+        taken: by one passage.
         questions: of a passage.
     """
     texts = questions if see_question else 1  # each with an eviction of its own
-    reading = 1 + ANSWERS + (QUESTION * questions if see_question else 0)
-    passes = oracles = answers = 0
+    before = QUESTION * questions if see_question else 0
+    passes = oracles = judged = 0
     for methods in todo.values():
         passes += len(repetitions(methods))
         oracles += any(isinstance(method.policy, Oracle) for method in methods)
-        answers += len(methods)
+        judged += len(methods)
     return {
-        "reading": len(todo) * prefill * reading,
-        "second passes": passes * texts * prefill * REPEAT,
-        "oracles": oracles * prefill * ORACLE,
-        "answers": answers * prefill * (ANSWERS + GREEDY * questions * greedy),
+        "reading": len(todo) * (taken.reading + taken.answers * (1 + before)),
+        "second passes": passes * texts * taken.reading * REPEAT,
+        "oracles": oracles * taken.reading * ORACLE,
+        "answers": judged * taken.answers * (1 + GREEDY * questions * greedy),
     }
