@@ -17,9 +17,9 @@ from lkv.evaluate.oracle import Oracle
 from lkv.learn.dialogue import Exchange
 from lkv.policies.random import Random
 
-# As measured with SmolLM2-135M-Instruct on 1000 tokens. In times of reading a passage, between what was found in float32
-# and in bfloat16: a second pass, and the attention of an oracle. In times of an eviction with the answers behind it, in
-# bfloat16: a question that is read before the eviction, and an answer that is written freely.
+# As measured with SmolLM2-135M-Instruct on 1000 tokens. In times of reading a passage, between what was found in
+# float32 and in bfloat16: a second pass, and the attention of an oracle. In times of an eviction with the answers
+# behind it, in bfloat16: a question that is read before the eviction, and an answer that is written freely.
 REPEAT, ORACLE = 2.0, 0.5
 QUESTION, GREEDY = 0.3, 0.5
 
