@@ -352,7 +352,8 @@ def test_what_one_passage_takes_is_measured(continuation: list[int], monkeypatch
     monkeypatch.setattr(forecasts, "_now", lambda: float(len(seen)))
     talk = Exchange([1] * 40, 0, [[5, 6], [5]], [[7], [8, 9]], continuation)
     more = [(1, 2)] if len(continuation) > 1 else []
-    assert clock(timed, talk, choose(["full", "snapkv"], heuristics()), 0.01) == Clock(1.0, 1.0 + len(more))
+    judge = Judge(timed, tokenizer(), choose(["full", "snapkv"], heuristics()))
+    assert clock(judge, talk, 0.01) == Clock(1.0, 1.0 + len(more))
     assert seen == [(1, 16), (2, 2), *more, (1, 40), (2, 2), *more]
 
 

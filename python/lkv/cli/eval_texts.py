@@ -57,12 +57,12 @@ def run(options: argparse.Namespace) -> int:
     named = {m.name: m for m in methods}
     todo = {i: [(named[name], retention) for _, name, retention in part] for i, part in by_passage.items()}
     how = {"see_question": options.see_question, "greedy": options.greedy}
+    judge = Judge(model, tokenizer, methods, limit=options.answer_tokens, **how)
     if missing:
         each = {i: [method for method, _ in part] for i, part in todo.items()}
-        taken = clock(model, next(iter(talks.values())), methods, fmean(options.retentions))
+        taken = clock(judge, next(iter(talks.values())), fmean(options.retentions))
         parts = forecast(each, taken, options.facts, **how)
         print(f"lkv eval: {len(missing)} results on {len(todo)} passages, {sentence(parts)}", file=sys.stderr)
-    judge = Judge(model, tokenizer, methods, limit=options.answer_tokens, **how)
     with tqdm(total=len(missing), desc="lkv eval", unit="result", disable=not missing) as bar:
         for i, part in todo.items():
             for cell in judge.cells(i, texts.passage(i), talks[i], part):

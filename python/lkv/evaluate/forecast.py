@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
 from lkv.compression import prefill
 from lkv.evaluate.forced import foretold
-from lkv.evaluate.forks import needs_of, repetitions
+from lkv.evaluate.forks import repetitions
 from lkv.evaluate.methods import Method
 from lkv.evaluate.oracle import Oracle
+from lkv.evaluate.texts import Judge
 from lkv.learn.dialogue import Exchange
 from lkv.policies.random import Random
 
@@ -32,14 +32,15 @@ class Clock:
     answers: float
 
 
-def clock(model: PreTrainedModel, talk: Exchange, methods: Sequence[Method], retention: float) -> Clock:
+def clock(judge: Judge, talk: Exchange, retention: float) -> Clock:
     """What these take here and now, with what the methods need observed, and this share of the rows kept."""
-    needs, window = needs_of(methods), max((m.policy.window for m in methods if m.policy is not None), default=1)
+    model = judge.model
     last, first = talk.continuation[1:], talk.continuation[:1]
     taken = Clock(0.0, 0.0)
     for context in (talk.context[:16], talk.context):  # the first one takes what is taken once
+        tokens = torch.tensor([context], device=model.device)
         times = [_now()]
-        with prefill(model, torch.tensor([context], device=model.device), needs=needs, window=window) as cache:
+        with prefill(model, tokens, needs=judge.needs, window=judge.window) as cache:
             times.append(_now())
             cache.evict(Random(sink=0, window=0), retention=retention)
             foretold(model, cache, len(context), talk.questions, talk.answers)

@@ -13,7 +13,7 @@ METRICS = "metrics.jsonl"
 
 
 class Metrics:
-    """Every step has one line in `metrics.jsonl`, also in a run that was interrupted.
+    """No step has two lines in `metrics.jsonl`, also in a run that was interrupted.
 
     Args:
         folder: of the run; it is there when the first step is added.
