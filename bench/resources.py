@@ -1,12 +1,12 @@
-"""What the compiler made of the CUDA kernels: registers, shared memory, spills, and the instructions that move memory.
+"""What the compiler made of the CUDA kernels: registers, shared memory, stack, and the instructions that move memory.
 
     python bench/resources.py                          every kernel of csrc/cuda for sm_80, 90, 100 and 120
     python bench/resources.py csrc/cuda/gather.cu --arch 90
     python bench/resources.py --summary                a line per kernel, over its instantiations
 
-Prints a Markdown table and exits with 1 where a kernel breaks its limit. Needs nvcc, no GPU. Instructions are counted
-where cuobjdump and nvdisasm are found: in a CUDA toolkit, in the packages nvidia-cuda-cuobjdump and
-nvidia-cuda-nvdisasm, or in triton.
+Prints a Markdown table and exits with 1 where a kernel breaks its limit. Reads what `make build` has compiled, where
+that is newer than the sources; else it calls nvcc. Needs no GPU, but cuobjdump and nvdisasm: of a CUDA toolkit, of the
+packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, or of triton.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,8 +47,7 @@ class Kernel(NamedTuple):
     arch: int
     registers: int
     shared: int  # static, bytes per block; what the launchers ask for comes on top
-    stack: int  # bytes of local memory per thread
-    spills: int  # bytes stored and loaded
+    stack: int  # bytes of local memory per thread: spills and arrays with computed indices
     code: Code | None = None
 
 
@@ -60,7 +58,7 @@ class Limit(NamedTuple):
 
 
 # What was measured and up to a tenth more, in the steps of 8 that registers are handed out in, but at most 64 where
-# that is met: beyond it a multiprocessor holds no 1024 threads. No kernel has a stack, spills or static shared memory.
+# that is met: beyond it a multiprocessor holds no 1024 threads. No kernel has a stack or static shared memory.
 LIMITS = (
     Limit(r"gather_kernel", 80, vectors=4),  # 64 but for sm_120
     Limit(r"(append|fill)_kernel", 64, vectors=4),
@@ -79,11 +77,11 @@ def limit_of(kernel: Kernel) -> Limit:
 
 
 def excesses(kernels: Iterable[Kernel]) -> list[str]:
-    """What ptxas reports beyond the limits, a line each; registers are all that a kernel may have some of."""
+    """What a kernel takes beyond its limits, a line each; registers are all that it may have some of."""
     found = []
     for kernel in kernels:
         most = {"registers": limit_of(kernel).registers}
-        for field in ("registers", "shared", "stack", "spills"):
+        for field in ("registers", "shared", "stack"):
             if (has := getattr(kernel, field)) > most.get(field, 0):
                 found.append(f"{kernel.name} for sm_{kernel.arch}: {field} {has}, at most {most.get(field, 0)}")
     return found
@@ -146,41 +144,64 @@ def find_disassembler() -> str | None:
     return None
 
 
-def measure(source: Path, archs: Sequence[int] = ARCHITECTURES) -> list[Kernel]:
-    """The kernels of one source, compiled once. Raises RuntimeError where nvcc warns or fails."""
+def compiled(source: Path, archs: Sequence[int], folder: Path) -> Path:
+    """The object of one source: of the build, where it is up to date and has all architectures, else made in `folder`.
+
+    Raises RuntimeError where nvcc warns or fails. The build has the same flags.
+    """
+    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*"))
+    for built in ROOT.glob(f"build/cmake-{sys.implementation.cache_tag}/csrc/cuda/CMakeFiles/*/{source.name}.o"):
+        if built.stat().st_mtime > newest and {f"sm_{arch}" for arch in archs} <= architectures(built):
+            return built
+    made = folder / f"{source.name}.o"
     targets = [word for arch in archs for word in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
-    options = ["-lineinfo", "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra", "-I", ROOT / "csrc" / "include", *targets]
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = Path(folder) / "out.o"
-        kernels = parse_report(run_nvcc("-c", source, "-o", compiled, *options))
-        tool = find_disassembler()
-        with ThreadPoolExecutor() as pool:  # most of the time goes into starting the tools
-            texts = list(pool.map(partial(_disassemble, tool, compiled), archs)) if tool else []
+    options = ["-lineinfo", "-Xcompiler", "-Wall,-Wextra", "-I", ROOT / "csrc" / "include", *targets]
+    run_nvcc("-c", source, "-o", made, *options)
+    return made
+
+
+def architectures(binary: Path) -> set[str]:
+    return set(re.findall(r"\bsm_\d+", _cuobjdump("-lelf", binary)))
+
+
+def measure(binary: Path, archs: Sequence[int] = ARCHITECTURES) -> list[Kernel]:
+    """The kernels of one object."""
+    with ThreadPoolExecutor() as pool:  # most of the time goes into starting the tools
+        texts = list(pool.map(lambda arch: _cuobjdump("-sass", "-arch", f"sm_{arch}", binary), archs))
     codes = parse_sass("\n".join(texts))
+    kernels = [kernel for kernel in parse_usage(_cuobjdump("-res-usage", binary)) if kernel.arch in archs]
     names = short_names([kernel.name for kernel in kernels])
     return [
-        kernel._replace(name=name, code=codes.get((kernel.name, kernel.arch)))
+        kernel._replace(name=name, code=codes[kernel.name, kernel.arch])
         for kernel, name in zip(kernels, names, strict=True)
     ]
 
 
-def _disassemble(tool: str, compiled: Path, arch: int) -> str:
+def _cuobjdump(*arguments: object) -> str:
+    tool = find_disassembler()
+    if tool is None:
+        raise RuntimeError("no cuobjdump with nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     path = os.pathsep.join([str(Path(tool).parent), *os.get_exec_path()])  # cuobjdump calls nvdisasm
-    command = [tool, "-sass", "-arch", f"sm_{arch}", str(compiled)]
+    command = [tool, *map(str, arguments)]
     return subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True).stdout
 
 
-def parse_report(log: str) -> list[Kernel]:
-    """From the words of `ptxas -v`. A kernel answers for the functions that it calls."""
-    kernels = []
-    for part in re.split(r"(?=Compiling entry function)", log):
-        head = re.match(r"Compiling entry function '(\w+)' for 'sm_(\d+)", part)
-        used = re.search(r"Used (\d+) registers(?:.* (\d+) bytes smem)?", part)
-        if head and used:
-            pattern = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-            frames = [tuple(map(int, frame)) for frame in re.findall(pattern, part)]
-            stack, spills = sum(frame[0] for frame in frames), sum(sum(frame[1:]) for frame in frames)
-            kernels.append(Kernel(head[1], int(head[2]), int(used[1]), int(used[2] or 0), stack, spills))
+SYSTEM_SHARED = (
+    1024  # bytes of a block that CUDA keeps for itself from sm_90 on, counted where a kernel has shared memory
+)
+
+
+def parse_usage(text: str) -> list[Kernel]:
+    """From the words of `cuobjdump -res-usage`."""
+    kernels, arch = [], 0
+    pattern = r"^arch = sm_(\d+)|Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    for found in re.finditer(pattern, text, re.MULTILINE):
+        if found[1]:
+            arch = int(found[1])
+            continue
+        registers, stack, shared, local = map(int, found.groups()[2:])
+        system = min(shared, SYSTEM_SHARED) if arch >= 90 else 0
+        kernels.append(Kernel(found[2], arch, registers, shared - system, stack + local))
     return kernels
 
 
@@ -238,10 +259,12 @@ def shorten(name: str) -> str:
 
 def markdown(kernels: Iterable[Kernel]) -> str:
     """A line per instantiation and architecture."""
-    head = ["kernel", "sm", "registers", "limit", "shared", "stack", "spills"]
+    head = ["kernel", "sm", "registers", "limit", "shared", "stack"]
     head += ["16-byte loads", "stores", "from shared", "generic", "local", "instructions"]
     unknown = ("",) * len(Code._fields)
-    rows = [[k.name, k.arch, k.registers, limit_of(k).registers, *k[3:6], *(k.code or unknown)] for k in kernels]
+    rows = [
+        [k.name, k.arch, k.registers, limit_of(k).registers, k.shared, k.stack, *(k.code or unknown)] for k in kernels
+    ]
     return _table(head, rows)
 
 
@@ -251,13 +274,13 @@ def summary(kernels: Iterable[Kernel]) -> str:
     for kernel in kernels:
         families.setdefault(kernel.name.split("<")[0], []).append(kernel)
     archs = sorted({kernel.arch for family in families.values() for kernel in family})
-    head = ["kernel", *(f"registers sm_{arch}" for arch in archs), "limit", "stack", "spills"]
+    head = ["kernel", *(f"registers sm_{arch}" for arch in archs), "limit", "stack"]
     head += ["16-byte loads", "stores", "local"]
     rows = []
     for name, family in sorted(families.items()):
         registers = (max((kernel.registers for kernel in family if kernel.arch == arch), default="") for arch in archs)
         limit = max(limit_of(kernel).registers for kernel in family)
-        row = [name, *registers, limit, max(k.stack for k in family), max(k.spills for k in family)]
+        row = [name, *registers, limit, max(k.stack for k in family)]
         codes = [kernel.code for kernel in family if kernel.code]
         row += [
             worst((getattr(code, field) for code in codes), default="")
@@ -278,9 +301,12 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="such as 90")
     parser.add_argument("--summary", action="store_true", help="a line per kernel")
     args = parser.parse_args()
-    if find_nvcc() is None:
-        parser.error("no nvcc on the PATH or in CUDA_HOME")
-    kernels = [kernel for source in args.sources for kernel in measure(source, args.arch)]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            binaries = [compiled(source, args.arch, Path(folder)) for source in args.sources]
+            kernels = [kernel for binary in binaries for kernel in measure(binary, args.arch)]
+        except RuntimeError as error:  # a tool is missing, or nvcc has something to say
+            parser.error(str(error))
     print((summary if args.summary else markdown)(kernels))
     broken = excesses(kernels) + defects(kernels)
     print(*broken, sep="\n", file=sys.stderr)
