@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass, replace
 
@@ -17,6 +18,7 @@ from lkv.passes import Context
 from lkv.policies import Ahead, Policy, Protect, Scorer
 from lkv.policies.streaming_llm import StreamingLLM
 from lkv.second_pass import in_words, repeat_scores
+from lkv.text import most_tokens
 
 
 def compress(
@@ -58,6 +60,9 @@ def compress(
 
     Raises:
         ValueError, TypeError: for arguments out of range or that do not fit each other, and see `lkv.Cache`.
+
+    Warns:
+        UserWarning: for texts that are longer than what the model reads, as its config has it.
     """
     policy = policies.get(policy)
     if tokenizer is not None:
@@ -65,7 +70,7 @@ def compress(
     policy = protected(policy, protect)
     needs, window = policy.needs - {"second_pass"}, max(policy.window, 1)
     settings = Settings(policy, retention, budget, "each", None, 1, reserve, needs, window)
-    _check(ids, attention_mask, protect, settings)
+    _check(model, ids, attention_mask, protect, settings)
     if "second_pass" not in policy.needs:
         cache = Cache(model, policy, retention=retention, budget=budget, reserve=reserve)
         with cache.prefill():
@@ -156,10 +161,13 @@ def protected(policy: Policy, rows: int) -> Policy:
     raise ValueError(f"lkv.compress: expected a policy with a setting `sink` where tokens are protected, got {policy}")
 
 
-def _check(ids: Tensor, mask: Tensor | None, protect: int, settings: Settings) -> None:
+def _check(model: PreTrainedModel, ids: Tensor, mask: Tensor | None, protect: int, settings: Settings) -> None:
     """
     Raises:
         ValueError: for texts, a mask and protected tokens that do not fit each other, or the budget.
+
+    Warns:
+        UserWarning: see `compress`.
     """
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
         got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
@@ -176,4 +184,11 @@ def _check(ids: Tensor, mask: Tensor | None, protect: int, settings: Settings) -
         raise ValueError(
             f"lkv.compress: expected protect in [0, {least}], as many rows as a head of the shortest text keeps on "
             f"average, got {protect}"
+        )
+    most = most_tokens(model)
+    if most is not None and max(lengths) > most:
+        warnings.warn(
+            f"lkv.compress: expected texts of at most the {most} tokens that the model reads, got one of "
+            f"{max(lengths)}: what it answers may be wrong",
+            stacklevel=3,
         )

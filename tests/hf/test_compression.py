@@ -193,6 +193,21 @@ def test_bad_input_is_refused_before_the_model_reads(
     assert not calls
 
 
+def test_a_text_longer_than_the_model_reads_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Padding does not count."""
+    model, ids = build("llama"), tokens(2, 40)
+    monkeypatch.setattr(model.config, "max_position_embeddings", 30)
+    mask = torch.ones_like(ids)
+    mask[:, :10] = 0
+    lkv.compress(model, ids, retention=0.5, attention_mask=mask)
+    assert not recwarn.list
+    mask[1, 9] = 1
+    with pytest.warns(UserWarning, match="expected texts of at most the 30 tokens that the model reads, got one of 31"):
+        lkv.compress(model, ids, retention=0.5, attention_mask=mask)
+
+
 def test_a_second_pass_needs_whole_rows_and_the_same_texts() -> None:
     model, ids = build("llama"), tokens(1, 40)
     for cut in (slice(10, 20), slice(30, 40)):  # padding between tokens, and behind them
