@@ -95,30 +95,24 @@ std::array<uint64_t, 32> warp_exchange(const char* kind, uint32_t mask, uint64_t
   if (mask & ~warp.live) {
     scheduler().fail(std::string(kind) + ": the mask names a lane that does not exist or has exited, " + place(where));
   }
-  auto& pending = warp.pending;
-  auto found = std::find_if(pending.begin(), pending.end(), [&](const auto& o) { return o->mask == mask; });
-  if (found == pending.end()) {
-    pending.push_back(std::make_shared<WarpOperation>(WarpOperation{kind, mask}));
-    found = pending.end() - 1;
-  }
-  const std::shared_ptr<WarpOperation> operation = *found;
-  if (!same_text(operation->kind, kind)) {
-    scheduler().fail(std::string("lanes of one mask meet in ") + operation->kind + " and in " + kind + ", " +
+  WarpOperation& operation = warp.operation(kind, mask);
+  if (!same_text(operation.kind, kind)) {
+    scheduler().fail(std::string("lanes of one mask meet in ") + operation.kind + " and in " + kind + ", " +
                      place(where));
   }
-  operation->arrived |= uint32_t{1} << lane;
-  operation->words[lane] = value;
-  operation->known = std::max(operation->known, self.known);
-  if (operation->arrived != mask) {
-    operation->waiting.push_back(&self);
+  operation.arrived |= uint32_t{1} << lane;
+  operation.words[lane] = value;
+  operation.known = std::max(operation.known, self.known);
+  if (operation.arrived != mask) {
+    operation.waiting.push_back(&self);
     scheduler().wait(kind, where);
   } else {
-    pending.erase(found);
-    scheduler().release(&operation->waiting);
+    scheduler().release(&operation.waiting);
     scheduler().preemption_point();
   }
-  if (same_text(kind, "__syncwarp")) self.known = operation->known;  // the others order no memory
-  return operation->words;
+  operation.inside &= ~(uint32_t{1} << lane);
+  if (kind == syncwarp) self.known = operation.known;
+  return operation.words;
 }
 
 void stale_lane(const char* kind, uint32_t mask, unsigned source, Where where) {

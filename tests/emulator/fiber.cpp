@@ -25,9 +25,6 @@ Stack StackPool::take() {
   if (!free_.empty()) {
     const Stack stack = free_.back();
     free_.pop_back();
-#if defined(LKV_EMULATOR_ASAN)
-    __asan_unpoison_memory_region(stack.base, stack.bytes);  // the last frames of a fiber never return
-#endif
     return stack;
   }
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));

@@ -58,9 +58,10 @@ struct Barrier {
 };
 
 struct WarpOperation {
-  const char* kind;
-  uint32_t mask;
-  uint32_t arrived = 0;
+  const char* kind = nullptr;
+  uint32_t mask = 0;
+  uint32_t arrived = 0;  // lanes that have come
+  uint32_t inside = 0;   // lanes that have not left
   uint32_t known = 0;
   std::array<uint64_t, 32> words{};
   std::vector<Thread*> waiting;
@@ -68,7 +69,22 @@ struct WarpOperation {
 
 struct Warp {
   uint32_t live = 0;  // lanes that have not exited
-  std::vector<std::shared_ptr<WarpOperation>> pending;
+  std::vector<std::unique_ptr<WarpOperation>> operations;
+
+  // The operation that lanes of this mask may still join, or a new one.
+  WarpOperation& operation(const char* kind, uint32_t mask) {
+    WarpOperation* spare = nullptr;
+    for (auto& each : operations) {
+      if (each->inside == 0) spare = each.get();
+      if (each->inside != 0 && each->mask == mask && each->arrived != mask) return *each;
+    }
+    if (spare == nullptr) spare = operations.emplace_back(std::make_unique<WarpOperation>()).get();
+    spare->kind = kind;
+    spare->mask = spare->inside = mask;
+    spare->arrived = spare->known = 0;
+    spare->words = {};
+    return *spare;
+  }
 };
 
 struct Block {

@@ -20,6 +20,7 @@ unsigned cluster_size();
 
 // All lanes of the mask meet and see each other's values. Lanes outside of the mask have no value.
 std::array<uint64_t, 32> warp_exchange(const char* kind, uint32_t mask, uint64_t value, Where where);
+inline constexpr char syncwarp[] = "__syncwarp";  // the kind that orders memory
 unsigned lane();
 [[noreturn]] void stale_lane(const char* kind, uint32_t mask, unsigned source, Where where);
 

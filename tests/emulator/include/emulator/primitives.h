@@ -172,7 +172,7 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value, emulator::Where
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, emulator::Where where = emulator::Where::current()) {
-  emulator::warp_exchange("__syncwarp", mask, 0, where);
+  emulator::warp_exchange(emulator::syncwarp, mask, 0, where);
 }
 
 inline int __popc(unsigned x) {
