@@ -47,17 +47,19 @@ build: $(VENV)/ready
 demo: build
 	$(RUN) -m lkv.demo
 
-# Two files at a time, of one thread each: tests of threads ask for more. Files in their order, so that builds and what
-# else takes long begins first.
+# As many files at a time as the machine has cores, of one thread each: threads of several processes would wait for each
+# other, and tests of threads ask for more. Files in their order, so that builds and what else takes long begins first.
+JOBS ?= logical
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
 test: build
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 	$(MAKE) test-hf test-kvpress
 
-test-hf: build $(HF_VERSIONS:%=build/transformers-%/ready)
-	$(MAKE) -j2 -Otarget $(HF_VERSIONS:%=run-hf-%)
+test-hf: build $(HF_VERSIONS:%=build/transformers-%/ready) $(HF_VERSIONS:%=run-hf-%)
 
-run-hf-%:
-	LKV_FEWER_FAMILIES=1 PYTHONPATH=build/transformers-$* $(RUN) -m pytest -q -p no:cacheprovider tests/hf
+run-hf-%: build build/transformers-%/ready
+	LKV_FEWER_FAMILIES=1 PYTHONPATH=build/transformers-$* $(PYTEST) -q -p no:cacheprovider tests/hf
 
 build/transformers-%/ready: $(VENV)/ready
 	rm -rf $(@D)

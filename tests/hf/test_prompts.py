@@ -6,11 +6,13 @@ import warnings
 
 import pytest
 import torch
-from families import build, call, tokens
+from conversation import turn
+from families import FAMILIES, build, call, selected, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import lkv
+from lkv.hf import planning
 from lkv.hf.versions import RecurrentLayer
 from lkv.policies import AdaKV, SnapKV, StreamingLLM
 
@@ -173,6 +175,35 @@ def test_crop_where_nothing_was_evicted(model, chunks):
         torch.testing.assert_close(call(model, more, None, cache), dense, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("lengths", [[14], [9, 14]], ids=["one", "padded"])
+@pytest.mark.parametrize("argument", [-3, 11], ids=["what to drop", "what to keep"])
+@pytest.mark.parametrize("family", selected(FAMILIES))
+def test_crop_within_windows(family: str, argument: int, lengths: list[int]) -> None:
+    """14 tokens fit in every window, so that all layers go back; then the next tokens are as if nothing had been."""
+    model, text, more = build(family), turn(lengths, 0), tokens(len(lengths), 2, seed=1)
+    behind = torch.cat([text.mask[:, :11], torch.ones_like(more)], 1)
+    with torch.no_grad():
+        cache = lkv.Cache(model, "snapkv", retention=1.0)
+        call(model, text.ids, text.mask, cache)
+        cache.crop(argument)
+        assert {layer.get_seq_length() for layer in cache.layers} == {11}
+        dense = call(model, torch.cat([text.ids[:, :11], more], 1), behind, None)[:, 11:]
+        torch.testing.assert_close(call(model, more, behind, cache), dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("argument", [-1, 19])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_windows_that_have_moved_on_cannot_go_back(family: str, argument: int) -> None:
+    model, ids = build(family), tokens(1, 22)
+    with torch.no_grad():
+        cache = lkv.Cache(model, "snapkv", retention=1.0)
+        call(model, ids[:, :20], None, cache)
+        with pytest.raises(ValueError, match=r"lkv.Cache.crop: expected layers that can go back"):
+            cache.crop(argument)
+        dense = call(model, ids, None, None)[:, 20:]
+        torch.testing.assert_close(call(model, ids[:, 20:], None, cache), dense, rtol=1e-4, atol=1e-4)
+
+
 def evicted(model: PreTrainedModel, ids: Tensor, chunks: str) -> lkv.Cache:
     cache = lkv.Cache(model, "snapkv", retention=0.3, chunks=chunks)
     with torch.no_grad(), cache.prefill():
@@ -180,14 +211,47 @@ def evicted(model: PreTrainedModel, ids: Tensor, chunks: str) -> lkv.Cache:
     return cache
 
 
+DRAFTS = {"lookup": lambda: dict(prompt_lookup_num_tokens=3), "model": lambda: dict(assistant_model=build("qwen2"))}
+
+
 @pytest.mark.parametrize("chunks", ["each", "last"])
-@pytest.mark.parametrize("drafts", ["lookup", "model"])
+@pytest.mark.parametrize("drafts", DRAFTS)
+@pytest.mark.parametrize("policy", ["snapkv", "adakv", "h2o", "expected_attention"])
+def test_a_prompt_that_comes_with_a_draft(
+    policy: str, drafts: str, chunks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every turn it is evicted once the draft is verified, and all of its queries count."""
+    model, asked, plan = build("llama"), tokens(1, 8).repeat(1, 5), planning.plan
+    cache = lkv.Cache(model, policy, retention=0.3, chunks=chunks)
+    seen = []
+
+    def watched(layers: list, *rest: object) -> list:
+        queries = layers[0].observations.all_queries
+        seen.append((layers[0].row_counts[0], None if queries is None else queries.read().queries.shape[2]))
+        return plan(layers, *rest)
+
+    monkeypatch.setattr(planning, "plan", watched)
+    kept = 0
+    for evictions in (1, 2):
+        new = asked.shape[1] - cache.get_seq_length()
+        mask = torch.ones_like(asked)  # of the token that pads as well
+        outputs = model.generate(asked, attention_mask=mask, past_key_values=cache, **DRAFTS[drafts](), **GREEDY)
+        rows, queries = seen[-1]
+        accepted = (rows - kept) // 2 - new
+        assert len(seen) == evictions == cache.ragged[0].evictions and 0 <= accepted < GREEDY["max_new_tokens"]
+        assert queries in (None, new + accepted)
+        kept = cache.ragged[0].row_counts[0]
+        asked = torch.cat([outputs, tokens(1, 20, seed=evictions)], 1)
+
+
+@pytest.mark.parametrize("chunks", ["each", "last"])
+@pytest.mark.parametrize("drafts", DRAFTS)
 def test_drafts(drafts, chunks):
     """Prompt lookup and a draft model: the tokens of greedy decoding from the same evicted cache, and its rows."""
     model = build("llama")
     ids = tokens(1, 8).repeat(1, 5)
     cache = evicted(model, ids[:, :-1], chunks)
-    options = dict(prompt_lookup_num_tokens=3) if drafts == "lookup" else dict(assistant_model=build("qwen2"))
+    options = DRAFTS[drafts]()
     plain, drafted = cache.fork(), cache.fork()
     outputs = model.generate(ids, past_key_values=plain, **GREEDY)
     assert torch.equal(model.generate(ids, past_key_values=drafted, **options, **GREEDY), outputs)

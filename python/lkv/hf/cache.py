@@ -208,8 +208,8 @@ class Cache(Copies):
                 "recurrent state: fork() the cache before"
             )
         self.history.crop(drop, self._length)
-        super().crop(tokens)
-        if stage_of_generate() == "draft":  # verified: what is left of the call is there to stay
+        super().crop(-drop)  # what layers of every transformers take
+        if stage_of_generate() == "first draft":  # verified: what is left of the call is there to stay
             self.evict_due()
 
     def reset(self) -> None:

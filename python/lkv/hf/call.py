@@ -35,6 +35,7 @@ class Call:
         prompt: its tokens are of a prompt, which is evicted by the settings.
         token_by_token: see `Calls`, with the token of this call.
         draft: its tokens are to be verified, and may be cropped afterwards: nothing is evicted before.
+        leaves_prompt: there is a prompt among its tokens, which is due from now on.
         due: some layer has something to evict.
         done: it has ended, and is not taken back any more.
         visible, padding: what the mask shows of all tokens, and which of the new ones are padding.
@@ -46,7 +47,7 @@ class Call:
     def __init__(self, route: Route, batch: int, count: int, seen: int, visible: masks.Visible) -> None:
         self.route, self.batch, self.count, self.seen, self.visible = route, batch, count, seen, visible
         self.thread = threading.get_ident()
-        self.prompt = self.token_by_token = self.draft = self.due = self.done = False
+        self.prompt = self.token_by_token = self.draft = self.leaves_prompt = self.due = self.done = False
         hidden = visible.hidden
         self.padding = None if hidden is None else masks.PaddingInfo.of(hidden[:, seen:])
         self.before: dict[int, LayerBefore] = {}
@@ -62,12 +63,13 @@ class Call:
             within_prefill: of `lkv.Cache.prefill`; None where it was never used.
             token_by_token: all tokens before came one by one, outside of both, or there are none.
         """
-        self.draft = stage == "draft"
+        self.draft = stage in ("first draft", "draft")
         self.token_by_token = token_by_token and self.count == 1 and stage is None and within_prefill is None
         if within_prefill is not None:
             self.prompt = within_prefill
         elif not self.draft:
             self.prompt = self.count > 1 or stage == "prompt" or self.token_by_token
+        self.leaves_prompt = self.prompt or (stage == "first draft" and within_prefill is None)
 
     def check_complete(self, readers: dict[int, tuple[int, ...]], model: str) -> None:
         """Raises ValueError where keys have not come, or were not attended to by all their readers."""

@@ -86,7 +86,7 @@ class Calls(HFCache):
         they would be wrong without an error, in transformers' own cache as well.
         """
         seen = self._length
-        if not 0 < seen < count or positions is None or stage_of_generate() != "draft":
+        if not 0 < seen < count or positions is None or stage_of_generate() != "first draft":
             return 0
         return seen if int(positions.min()) == 0 else 0
 

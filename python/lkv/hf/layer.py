@@ -124,7 +124,7 @@ class RaggedLayer(Storage):
             rows.append(key, value, _zeros(rows, key), valid=padding.counts)
             self.evicted = rows.seen
         self._count(call, module, query)
-        self.due = self.due or call.prompt
+        self.due = self.due or call.leaves_prompt
         call.due = call.due or self.due
         return self._attend_rows(rows, call, query, logits)
 
@@ -152,7 +152,7 @@ class RaggedLayer(Storage):
         self.token_counts = [*map(add, self.token_counts or [0] * batch, new)]
         self.row_counts = [*map(add, self.row_counts or [0] * batch, map(heads.__mul__, new))]
         if self.settings.observe:
-            lasting = call.prompt or self.settings.cap is not None
+            lasting = call.leaves_prompt or self.settings.cap is not None
             self.observations.push(module, call.seen, query, padding, lasting)
 
     def snapshot(self) -> Snapshot:

@@ -83,15 +83,18 @@ def is_recurrent(layer: object) -> bool:
 
 
 def stage_of_generate() -> str | None:
-    """What `generate` is about when it calls the model: "prompt", "draft", "answer"; None outside of it.
+    """What `generate` is about when it calls the model: "prompt", "first draft", "draft", "answer"; None outside of it.
 
     A last chunk of one token and a token that was generated look alike, and so do a prompt and a draft that is to be
-    verified (prompt lookup, assisted decoding). transformers tells a cache neither; only its stack does.
+    verified (prompt lookup, assisted decoding), of which the first comes behind the prompt in one call. transformers
+    tells a cache none of it; only its stack does.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") == "transformers.generation.utils":
             stage = _STAGES.get(frame.f_code.co_name)
+            if stage == "draft" and frame.f_locals.get("is_first_iteration"):
+                return "first draft"
             if stage is not None:
                 return stage
         frame = frame.f_back
