@@ -150,10 +150,9 @@ def test_headkv_shares_a_pool_by_a_table() -> None:
     squared = replace(policy, temperature=2.0)  # of 48: 33.52, 0.41, 10.34, 3.72; largest remainders
     assert squared.budget_table(20, 100).tolist() == [[8 + 34, 8 + 0], [8 + 10, 8 + 4]]
     assert policy.budget_table(20, 24).sum() == 80 and policy.budget_table(20, 24).max() <= 24
-    with pytest.raises(ValueError, match="expected a table with a row for layer 2, got one of 2 layers"):
-        policy.ahead(2, torch.tensor([20]), torch.tensor([100]))
-    with pytest.raises(ValueError, match=r"lkv.HeadKV: expected a table \[layers\]\[heads\]"):
-        HeadKV()
+    for wrong in ((), ((1.0, -1.0),), ((1.0, float("nan")),), ((1.0, float("inf")),), ((1.0,), (1.0, 2.0))):
+        with pytest.raises(ValueError, match=r"lkv.HeadKV: expected a table \[layers\]\[heads\] of finite numbers"):
+            HeadKV(table=wrong)
 
 
 def test_duo_attention_pays_for_as_many_retrieval_heads_as_it_can() -> None:

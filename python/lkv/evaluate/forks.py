@@ -79,7 +79,7 @@ class Forks:
             return None, 0.0
         clock, policy = self.clock(), method.policy
         observed = (observe(layer, policy.needs, policy.window) for layer in self.whole.ragged)
-        scores = [policy.score(layer.index, seen) for layer, seen in zip(self.whole.ragged, observed, strict=True)]
+        scores = [policy.score(layer.rank[0], seen) for layer, seen in zip(self.whole.ragged, observed, strict=True)]
         return scores, self.clock() - clock
 
     def evicted(self, method: Method, retention: float, scores: Sequence[Tensor] | None = None) -> tuple[Cache, float]:

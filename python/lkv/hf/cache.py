@@ -22,6 +22,7 @@ from lkv.hf.versions import (
     stage_of_generate,
     tokens_to_drop,
 )
+from lkv.policies.base import check_layers
 
 
 class Cache(Copies):
@@ -100,6 +101,7 @@ class Cache(Copies):
         settings.check_needs()
         decoder = find_decoder(model)
         self._prepare(decoder, settings)
+        check_layers(policy, len(decoder.readers))
         self._make(decoder.config, settings, type(model).__name__, decoder.readers)
 
     def close(self) -> None:

@@ -59,7 +59,7 @@ class Cascade(Generic[L]):
         if not nested:
             self.scored.append((found, observed.lengths, observed.starts))
         if isinstance(policy, Weighs):
-            self.importance.append(policy.importance(layer.index, observed, found))
+            self.importance.append(policy.importance(layer.rank[0], observed, found))
         self.layers.append(layer)
         complete = len(self.layers) == layer.rank[1]
         there = [sum(counts) for counts in zip(*(x.row_counts for x in self.layers), strict=True)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from lkv.hf.observation import ObservedLayer, observe
 from lkv.hf.settings import Settings
 from lkv.policies import Ahead, Carried, Layered, Observation, Policy, Weighs
-from lkv.policies.base import accumulator, refiner
+from lkv.policies.base import accumulator, check_layers, refiner
 from lkv_ext.shared import keeps_tensors
 
 NOT_FOR_SCORES = frozenset({"output_projection", "attention_cosine"})  # needed where scores are given, too
@@ -95,6 +95,7 @@ def score(
     Args:
         budget: rows per head, on average, by sequence.
     """
+    check_layers(policy, layer.rank[1])
     observed = observe(layer, policy.needs if given is None else policy.needs & NOT_FOR_SCORES, policy.window)
     if "budget" in policy.needs:
         observed = replace(observed, budget=torch.tensor(budget, device="cpu"))
@@ -102,10 +103,10 @@ def score(
     carried = None
     if own is not None:  # whoever evicts: the queries since the last eviction are there for the last time
         shown = observed if own == here else observe(layer, own.needs, layer.settings.policy.window)
-        carried = own.accumulate(layer.index, shown, layer.carried())
+        carried = own.accumulate(layer.rank[0], shown, layer.carried())
     if here is not None:
-        observed = replace(observed, carried=carried if own == here else here.accumulate(layer.index, observed, None))
-    scores = policy.score(layer.index, observed) if given is None else given
+        observed = replace(observed, carried=carried if own == here else here.accumulate(layer.rank[0], observed, None))
+    scores = policy.score(layer.rank[0], observed) if given is None else given
     _check_scores(policy, scores, observed)
     return scores, observed, None if carried is None else replace(carried, scores=None)
 
@@ -115,7 +116,7 @@ def _refine(layer: ObservedLayer, policy: Policy, observed: Observation, scores:
     chooses = refiner(policy)
     if chooses is None:
         return scores
-    scores = chooses.refine(layer.index, observed, scores, budgets.to(scores.device))
+    scores = chooses.refine(layer.rank[0], observed, scores, budgets.to(scores.device))
     _check_scores(policy, scores, observed)
     return scores
 
@@ -165,7 +166,7 @@ def _plan_ahead(
         return EvictionPlan(None, None, layer.row_counts)
     scores, observed, carried = score(layer, policy, given, wanted)
     kept, tokens = torch.tensor(wanted, device="cpu"), torch.tensor(counts, device="cpu")
-    budgets = ahead.ahead(layer.index, kept, tokens)
+    budgets = ahead.ahead(layer.rank[0], kept, tokens)
     check_budgets(policy, budgets, observed.lengths.shape)
     # Whole rows are as many as there are tokens; of packed ones only the device knows.
     there = tokens[:, None] if layer.rows is None else observed.lengths.cpu()
@@ -200,7 +201,7 @@ def _plan_together(
         lengths.append(observed.lengths)
         starts = observed.starts  # the same for all: padding while rows are whole, then 0
         if isinstance(policy, Weighs):
-            importance.append(policy.importance(layer.index, observed, found).to(lengths[0].device))
+            importance.append(policy.importance(layer.rank[0], observed, found).to(lengths[0].device))
     stacked = torch.stack([each.to(lengths[0].device) for each in lengths])
     more: dict[str, Any] = {"importance": torch.stack(importance)} if importance else {}
     budgets = policy.budgets(scores, stacked, torch.tensor(totals, device="cpu"), starts=starts, **more)

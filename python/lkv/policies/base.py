@@ -221,6 +221,24 @@ def accumulator(policy: object) -> Accumulates | None:
     return None
 
 
+def check_layers(policy: object, count: int) -> None:
+    """
+    Args:
+        count: layers that are evicted.
+
+    Raises:
+        ValueError: where the policy, or what it wraps, knows something of each layer (`layers`), of more or fewer.
+    """
+    while policy is not None:
+        known = getattr(policy, "layers", None)
+        if known is not None and known != count:
+            raise ValueError(
+                f"lkv.{type(policy).__name__}: expected a table, curves, gates or statistics of {count} layers, those "
+                f"of the model that are evicted, got {known}"
+            )
+        policy = getattr(policy, "scorer", None)
+
+
 def treats_heads_alike(policy: Policy) -> bool:
     """Whether all heads of a layer keep as many whatever they score."""
     inner: object = policy

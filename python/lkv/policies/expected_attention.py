@@ -87,6 +87,10 @@ class ExpectedAttention(Scorer):
             )
 
     @property
+    def layers(self) -> int | None:
+        return None if self.statistics is None else len(self.statistics.mean)
+
+    @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]  # depends on the settings
         return frozenset({"rotary"} if self.statistics else {"all_queries", "rotary"})
 

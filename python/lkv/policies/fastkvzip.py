@@ -67,10 +67,6 @@ class FastGate:
     @torch.no_grad()
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
         """float32 `[B, H, n]` in (0, 1) of hidden states `[B, n, hidden]`."""
-        if layer >= len(self.layers):
-            raise ValueError(
-                f"lkv.FastKVzip: expected a gate of more than {layer} layers, got one of {len(self.layers)}"
-            )
         tensors = {name: tensor.to(hidden.device) for name, tensor in self.layers[layer].items()}
         width = tensors["k_proj.weight"].shape[1]
         if hidden.shape[-1] != width:
@@ -131,6 +127,10 @@ class FastKVzip(Scorer):
     sink: int = 4
 
     needs = frozenset({"hidden_states"})
+
+    @property
+    def layers(self) -> int:
+        return len(self.gate.layers)
 
     def score(self, layer: int, observation: Observation) -> Tensor:
         """float32 `[B, H, L]`."""

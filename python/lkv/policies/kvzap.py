@@ -57,8 +57,6 @@ class Gate:
     @torch.no_grad()
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
         """float32 `[B, H, n]` of hidden states `[B, n, hidden]`."""
-        if layer >= len(self.layers):
-            raise ValueError(f"lkv.KVzap: expected a gate of more than {layer} layers, got one of {len(self.layers)}")
         maps = [(weight.to(hidden.device), bias.to(hidden.device)) for weight, bias in self.layers[layer]]
         if hidden.shape[-1] != maps[0][0].shape[1]:
             raise ValueError(
@@ -94,6 +92,10 @@ class KVzap(Scorer):
     sink: int = 0
 
     needs = frozenset({"hidden_states"})
+
+    @property
+    def layers(self) -> int:
+        return len(self.gate.layers)
 
     def score(self, layer: int, observation: Observation) -> Tensor:
         """float32 `[B, H, L]`."""

@@ -87,11 +87,13 @@ class LUKV(LayerWrapper):
         if self.curves is None:
             raise ValueError("lkv.LUKV: expected curves, got none: lkv.policies.lukv.Curves.load reads a file")
 
+    @property
+    def layers(self) -> int:
+        assert self.curves is not None
+        return self.curves.lost.shape[1]
+
     def ahead(self, layer: int, rows: Tensor, lengths: Tensor) -> Tensor:
         """int64 `[B, H]` of one layer; see `Ahead`."""
-        assert self.curves is not None
-        if layer >= self.curves.lost.shape[1]:
-            raise ValueError(f"lkv.LUKV: expected curves of more than {layer} layers, got {self.curves.lost.shape[1]}")
         return torch.stack([self.budget_table(*p)[layer] for p in zip(rows.tolist(), lengths.tolist(), strict=True)])
 
     def budget_table(self, rows: int, length: int) -> Tensor:

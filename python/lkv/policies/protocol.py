@@ -18,6 +18,8 @@ How other methods fit:
   layers; it returns `[N, B, H]`. Before anything is evicted all layers are there in full: scope "layer" holds one.
 - Budgets that no score changes (LKV-H): a policy of scope "layer" with a method `ahead` instead of `budgets` knows
   what the heads of a layer keep before later layers have run, as their share of what the whole model keeps.
+- Something that is known of every layer (tables, curves, gates): the policy has an attribute `layers`, their number,
+  and is refused where more or fewer are evicted. `layer` is the place of a layer among those that are, from 0.
 - A total that is divided among the layers first: see `Layered` where it is known before the scores are (PyramidKV), and
   `Weighs` where something is measured of each layer (LAVa, CAKE, SqueezeAttention). Scores that depend on the budget of
   a head (CriticalKV, SAGE-KV, H2O): see `Refines`.
@@ -180,7 +182,11 @@ class Policy(Protocol):
     def window(self) -> int: ...
 
     def score(self, layer: int, observation: Observation) -> Tensor:
-        """float `[B, H, L]`, higher is kept. Outside the valid rows anything but NaN."""
+        """float `[B, H, L]`, higher is kept. Outside the valid rows anything but NaN.
+
+        Args:
+            layer: which of the layers that are evicted, from 0; all layers of a model of full attention.
+        """
         ...
 
     def budgets(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -41,7 +42,7 @@ def load_table(path: str | PathLike[str], heads: int | None = None) -> Table:
             raise ValueError(f"got {list(table.shape)}")
         if heads is not None:
             table = table.unflatten(1, (heads, -1)).mean(2)
-    except (ValueError, TypeError, LookupError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"lkv.policies: expected a table [layers, heads] of numbers in {path}, {error}") from None
     return tuple(map(tuple, table.tolist()))
 
@@ -80,10 +81,14 @@ class HeadKV(LayerWrapper):
         if self.beta < 1:
             raise ValueError(f"lkv.HeadKV: expected beta >= 1, got {self.beta}")
 
+    @property
+    def layers(self) -> int:
+        return len(self.table)
+
     def ahead(self, layer: int, rows: Tensor, lengths: Tensor) -> Tensor:
         """int64 `[B, H]` of one layer; see `Ahead`."""
         pairs = zip(rows.tolist(), lengths.tolist(), strict=True)
-        return torch.stack([self.budget_table(*pair)[_layer(self.table, layer, "HeadKV")] for pair in pairs])
+        return torch.stack([self.budget_table(*pair)[layer] for pair in pairs])
 
     def budget_table(self, rows: int, length: int) -> Tensor:
         """int64 `[N, H]`: rows of every head, `rows` on average."""
@@ -119,6 +124,10 @@ class DuoAttention(Scorer):
         if self.recent < 0:
             raise ValueError(f"lkv.DuoAttention: expected recent >= 0, got {self.recent}")
 
+    @property
+    def layers(self) -> int:
+        return len(self.table)
+
     def score(self, layer: int, observation: Observation) -> Tensor:
         """float32 `[B, H, L]`: the later the higher."""
         return observation.ranks().float()
@@ -126,7 +135,7 @@ class DuoAttention(Scorer):
     def ahead(self, layer: int, rows: Tensor, lengths: Tensor) -> Tensor:
         """int64 `[B, H]` of one layer; see `Ahead`."""
         pairs = zip(rows.tolist(), lengths.tolist(), strict=True)
-        return torch.stack([self.budget_table(*pair)[_layer(self.table, layer, "DuoAttention")] for pair in pairs])
+        return torch.stack([self.budget_table(*pair)[layer] for pair in pairs])
 
     def budget_table(self, rows: int, length: int) -> Tensor:
         """int64 `[N, H]`: rows of every head, `rows` on average."""
@@ -143,14 +152,8 @@ class DuoAttention(Scorer):
 
 def _check_table(table: Table, name: str) -> None:
     widths = {len(row) for row in table}
-    if len(widths) != 1 or not min(widths) or any(x < 0 for row in table for x in row):
+    if len(widths) != 1 or not min(widths) or not all(0 <= x < math.inf for row in table for x in row):
         raise ValueError(
-            f"lkv.{name}: expected a table [layers][heads] of numbers >= 0, got {len(table)} rows of {sorted(widths)}: "
-            "lkv.policies.tables.load_table reads a file"
+            f"lkv.{name}: expected a table [layers][heads] of finite numbers >= 0, got {len(table)} rows of "
+            f"{sorted(widths)}: lkv.policies.tables.load_table reads a file"
         )
-
-
-def _layer(table: Table, layer: int, name: str) -> int:
-    if layer >= len(table):
-        raise ValueError(f"lkv.{name}: expected a table with a row for layer {layer}, got one of {len(table)} layers")
-    return layer

@@ -46,6 +46,10 @@ class Learned(Base):
         return self.scorer.needs
 
     @property
+    def layers(self) -> int:
+        return self.budget.layers
+
+    @property
     def token_scorer(self) -> TokenScorer:
         """LKV-T. Raises TypeError where a policy scores in its place."""
         if not isinstance(self.scorer, TokenScorer):
