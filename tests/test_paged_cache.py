@@ -282,3 +282,16 @@ def test_arguments_that_do_not_fit():
             cache.evict(scores, budgets)
     assert torch.equal(cache.k, before) and cache.pages == 4 and cache._counts == [5, 5]
     assert "pages=4 of 4 rows" in repr(cache)
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(0, 2), (2, 0), (0, 0)])
+def test_no_sequence_and_no_head(batch: int, heads: int) -> None:
+    """Every step does nothing."""
+    allocator = lkv_ext.PageAllocator(4)
+    pools = [torch.zeros(4, 2, DIM), torch.zeros(4, 2, DIM)]
+    cache = lkv_ext.RaggedCache.paged(pools, allocator, heads=heads, batch=batch)
+    new = torch.zeros(batch, heads, 3, DIM)
+    cache.append(new, new)
+    cache.evict(torch.zeros(batch, heads, 3 if batch * heads else 0), 1)
+    assert cache.attend(torch.zeros(batch, heads, 1, DIM)).shape == (batch, heads, 1, DIM)
+    assert cache.packed().k.shape == (0, DIM) and allocator.free == 4

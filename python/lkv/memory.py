@@ -103,7 +103,7 @@ class Footprint:
 
     def moved_bytes(self, length: int, retention: float) -> int:
         """What evicting one sequence reads and writes: scores in float32, the rows that are kept, and these again."""
-        layers = [layer for layer in self.layers if layer.kind == "full"]
+        layers = [x for x in self.layers if x.kind == "full" and x.rows(length, retention) < length]
         scores = sum(4 * layer.heads * length for layer in layers)
         return scores + sum(2 * layer.rows(length, retention) * self.row_bytes(layer) for layer in layers)
 
@@ -124,19 +124,24 @@ class Footprint:
 def footprint(config: PretrainedConfig, dtype: torch.dtype | None = None, page: int = 1) -> Footprint:
     """
     Args:
-        config: of a model of transformers. dtype: of K and V; default: that of the config, or else float32.
+        config: of a model of transformers. dtype: of K and V; default: that of the config, or else float32. One of a
+            byte is that of K and V alone, another one that of recurrent states as well.
+        page: rows, a power of two.
 
     Raises:
         ValueError: for a model that `lkv.Cache` cannot evict, or whose cache is not understood, with the reason.
     """
+    if page < 1 or page & (page - 1):
+        raise ValueError(f"lkv plan: expected pages of a power of two of rows, got {page}")
     weight_dtype = _dtype(config)
     dtype = dtype or weight_dtype
+    state_dtype = dtype if dtype.itemsize > 1 else weight_dtype
     with FakeTensorMode(), torch.device("cpu"), torch.no_grad():
         # In bfloat16, as kernels of experts know nothing else. The config is changed by it.
         model = _maker(config)(copy.deepcopy(config), dtype=torch.bfloat16).eval()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         decoder = find_decoder(model)
-        layers = _layers(decoder, _read(decoder), dtype)
+        layers = _layers(decoder, _read(decoder), state_dtype)
     limit = getattr(decoder.config, "max_position_embeddings", None)
     return Footprint(decoder.config.model_type, layers, parameters, dtype, weight_dtype, page, limit)
 
@@ -219,7 +224,11 @@ def _unknown(decoder: Decoder, index: int, reason: str) -> ValueError:
 
 
 def _dtype(config: PretrainedConfig) -> torch.dtype:
-    found = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    """Of the weights; of parts with configs of their own, that of the text may be the one that says it."""
+    parts = [
+        getattr(part, name, None) for part in (config, config.get_text_config()) for name in ("dtype", "torch_dtype")
+    ]
+    found = next(filter(None, parts), None)
     found = getattr(torch, found, None) if isinstance(found, str) else found
     return found if isinstance(found, torch.dtype) else torch.float32
 

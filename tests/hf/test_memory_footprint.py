@@ -12,6 +12,7 @@ from transformers import (
     DynamicCache,
     FalconH1Config,
     LlamaConfig,
+    LlavaConfig,
     PretrainedConfig,
     T5Config,
 )
@@ -99,6 +100,7 @@ def test_llama_by_hand() -> None:
     assert found.nbytes(131072, 0.15) == 1229 * 16 * (128 << 10)
     assert found.waste(131072, 0.15) == 3 * (128 << 10)
     assert found.moved_bytes(131072, 0.15) == 32 * 8 * (131072 * 4 + 2 * 19661 * 512)
+    assert found.moved_bytes(131072, 1.0) == 0  # nothing is evicted
     memory = (16 << 30) + 3 * 1229 * (2 << 20)
     assert (found.largest_batch(memory, 131072), found.largest_batch(memory, 131072, 0.15)) == (1, 4)
     assert (found.largest_batch(memory - 1, 131072, 0.15), found.largest_batch(1 << 30, 131072)) == (3, 0)
@@ -115,6 +117,26 @@ def test_pages_of_rows_at_the_end_of_a_sequence(page: int) -> None:
                 last = (length - 1) // page
                 first = (length - layer.rows(length, retention)) // page
                 assert layer.slots(length, retention, page) == (last - first + 1) * page
+
+
+def test_the_config_of_the_text_may_have_the_dtype() -> None:
+    text = dict(model_type="llama", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    vision = dict(model_type="clip_vision_model", hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = LlavaConfig(text_config={**text, "dtype": "bfloat16", "torch_dtype": "bfloat16"}, vision_config=vision)
+    config.architectures = ["LlavaForConditionalGeneration"]
+    for outer in (None, torch.float16):
+        config.dtype = config.torch_dtype = outer
+        expected = outer or torch.bfloat16
+        found = footprint(config)
+        assert (found.dtype, found.weight_dtype) == (expected, expected) and found.nbytes(10) == 10 * 2 * 2 * 32 * 2
+
+
+def test_a_dtype_of_a_byte_is_that_of_keys_and_values_alone() -> None:
+    config = config_of("qwen3_next")
+    whole, small, half = (footprint(config, getattr(torch, x)) for x in ("float32", "float8_e4m3fn", "bfloat16"))
+    states = [[layer.state_bytes for layer in found.layers] for found in (whole, small, half)]
+    assert states[0] == states[1] and sum(states[2]) < sum(states[0])
+    assert [sum(map(x.row_bytes, x.layers)) for x in (whole, small, half)] == [64 * n for n in (4, 1, 2)]
 
 
 def test_a_wrong_structure_is_refused() -> None:

@@ -133,7 +133,8 @@ def test_a_setting_that_came_later_is_what_it_was_before(model: PreTrainedModel,
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("sink", -1), ("sink", 1.5), ("window", "8"), ("window", None), ("hidden", 0), ("more", 1)]
+    ("name", "value"),
+    [("sink", -1), ("sink", 1.5), ("window", "8"), ("window", None), ("hidden", 0), ("more", 1), ("floor", "x")],
 )
 def test_a_design_that_cannot_be_is_refused(model: PreTrainedModel, tmp_path: Path, name: str, value: object) -> None:
     saved(tmp_path, model, Design())
@@ -175,6 +176,26 @@ def test_a_part_that_is_not_there(model: PreTrainedModel, tmp_path: Path, gone: 
         (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=r"^lkv.load: expected lkv.json and lkv.safetensors in .*"):
         lkv.load(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "text"])
+def test_a_damaged_file_of_weights_is_refused(model: PreTrainedModel, tmp_path: Path, how: str) -> None:
+    saved(tmp_path, model)
+    path = tmp_path / checkpoint.WEIGHTS
+    path.write_bytes({"cut": path.read_bytes()[:-9], "empty": b"", "text": b"weights of another kind"}[how])
+    with pytest.raises(ValueError, match=r"^lkv.load: expected the weights of a checkpoint in .*lkv.safetensors: "):
+        lkv.load(tmp_path, model)
+
+
+@pytest.mark.parametrize("how", ["int8", "nan", "inf"])
+def test_weights_that_are_no_finite_numbers_are_refused(model: PreTrainedModel, tmp_path: Path, how: str) -> None:
+    saved(tmp_path, model)
+    tensors = load_file(tmp_path / checkpoint.WEIGHTS)
+    up = tensors["scorer.up"]
+    tensors["scorer.up"] = up.to(torch.int8) if how == "int8" else up * float(how)
+    save_file(tensors, tmp_path / checkpoint.WEIGHTS)
+    with pytest.raises(ValueError, match=r"^lkv.load: expected finite floating-point weights in .*: scorer.up$"):
+        lkv.load(tmp_path, model)
 
 
 @pytest.mark.parametrize("how", ["missing", "more", "shape"])

@@ -136,7 +136,8 @@ def test_the_bandwidth_is_measured(
     [
         ("--context 0", "lkv plan: expected --context >= 1, got 0"),
         ("--context 8 --batch 0", "lkv plan: expected --batch >= 1, got 0"),
-        ("--context 8 --page 0", "lkv plan: expected --page >= 1, got 0"),
+        ("--context 8 --page 0", "lkv plan: expected pages of a power of two of rows, got 0"),
+        ("--context 8 --page 48", "lkv plan: expected pages of a power of two of rows, got 48"),
         ("--context 8 --retention 0", "lkv plan: expected --retention in (0, 1], got 0.0"),
         ("--context 8 --retention 1.5", "lkv plan: expected --retention in (0, 1], got 1.5"),
         ("--context 8 --bandwidth 0", "lkv plan: expected --bandwidth > 0, got 0.0"),

@@ -57,7 +57,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="here: %(default)s")
     parser.add_argument("--json", action="store_true", help="all numbers, in bytes and seconds")
     options = parser.parse_args(argv)
-    for name in ("context", "batch", "page"):
+    for name in ("context", "batch"):
         if getattr(options, name) < 1:
             raise ValueError(f"lkv plan: expected --{name} >= 1, got {getattr(options, name)}")
     if not 0 < options.retention <= 1:

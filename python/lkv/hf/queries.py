@@ -209,7 +209,10 @@ class AllQueries:
             ValueError: where none has come since the last eviction.
         """
         if not self._parts:
-            raise ValueError("lkv.Cache: expected queries of tokens since the last eviction, got none: feed some first")
+            raise ValueError(
+                "lkv.Cache: expected queries of tokens since the last eviction, got none: feed a prompt first (those of "
+                "generated tokens are stored where there is a cap alone)"
+            )
         if len(self._parts) > 1:
             slots = [part for _, part in self._parts]
             queries = torch.cat([part.queries for part in slots], 2)

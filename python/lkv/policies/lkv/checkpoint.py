@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -66,6 +67,8 @@ class Design:
             got = getattr(self, name)
             if type(got) is not int or got < least:
                 raise ValueError(f"lkv train: expected {name} >= {least}, a whole number, got {got!r}")
+        if type(self.floor) not in (int, float):
+            raise ValueError(f"lkv train: expected floor in [0, 1), a number, got {self.floor!r}")
 
     def build(self, shape: Shape) -> Learned:
         features = 2 * shape.head_dim if self.input == "kv" else shape.hidden_size
@@ -119,6 +122,8 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None, *, 
     try:
         config = json.loads((folder / CONFIG).read_text())
         shape, design = _all_of(Shape, config["model"]), _all_of(Design, {**LATER, **config["design"]})
+        with torch.device("cpu"):  # whatever the default device: `put` copies into these weights
+            lkv = design.build(shape)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"lkv.load: expected the configuration of a checkpoint in {folder / CONFIG}: {error}"
@@ -127,9 +132,11 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel | None = None, *, 
         check(shape, Shape.of(model))
         if config.get("fingerprint") is not None and not any_weights:
             check_weights(config["fingerprint"], model)
-    with torch.device("cpu"):  # whatever the default device: `put` copies into these weights
-        lkv = design.build(shape)
-    put(lkv, load_file(folder / WEIGHTS), folder)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"lkv.load: expected the weights of a checkpoint in {folder / WEIGHTS}: {error}") from None
+    put(lkv, tensors, folder)
     if model is not None:
         for module in (lkv.token_scorer, lkv.budget):
             module.to(model.device)
@@ -185,13 +192,18 @@ def put(lkv: Learned, tensors: Mapping[str, Tensor], source: object) -> None:
     """The inverse of `weights`.
 
     Raises:
-        ValueError: where tensors are missing, too many or of another shape.
+        ValueError: where tensors are missing, too many, of another shape, or no finite floating-point numbers.
     """
     expected = {name: tuple(t.shape) for name, t in weights(lkv).items()}
     got = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != got:
         names = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
         raise ValueError(f"lkv.load: expected weights of the design in {source}, got others: {', '.join(names)}")
+    broken = sorted(name for name, t in tensors.items() if not t.is_floating_point() or not t.isfinite().all())
+    if broken:
+        raise ValueError(
+            f"lkv.load: expected finite floating-point weights in {source}, got others: {', '.join(broken)}"
+        )
     parts: tuple[tuple[str, nn.Module], ...] = (("scorer", lkv.token_scorer), ("budget", lkv.budget))
     for name, module in parts:
         module.load_state_dict({key.partition(".")[2]: t for key, t in tensors.items() if key.startswith(name + ".")})
