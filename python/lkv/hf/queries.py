@@ -210,8 +210,8 @@ class AllQueries:
         """
         if not self._parts:
             raise ValueError(
-                "lkv.Cache: expected queries of tokens since the last eviction, got none: feed a prompt first (those of "
-                "generated tokens are stored where there is a cap alone)"
+                "lkv.Cache: expected queries of tokens since the last eviction, got none: feed a prompt first (those "
+                "of generated tokens are stored where there is a cap alone)"
             )
         if len(self._parts) > 1:
             slots = [part for _, part in self._parts]
