@@ -151,10 +151,16 @@ def test_wrong_options(options: str, message: str, config: Path, capsys: pytest.
     assert message in capsys.readouterr().err
 
 
-def test_weights_of_a_quantised_model_are_not_guessed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "config.json").write_text(
-        json.dumps({**MODEL, "quantization_config": {"quant_method": "gptq", "bits": 4}})
-    )
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "of the text"])
+def test_weights_of_a_quantised_model_are_not_guessed(
+    part: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = {**MODEL, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    if part:
+        vision = dict(model_type="clip_vision_model", hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+        config = {"model_type": "llava", "text_config": config, "vision_config": vision}
+        config["architectures"] = ["LlavaForConditionalGeneration"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     options = ["--model", tmp_path, "--context", 8, "--bandwidth", 1, "--memory", "1GB"]
     assert run(*options) == 2
     assert "expected --weights SIZE for a model that is quantised" in capsys.readouterr().err

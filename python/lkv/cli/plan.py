@@ -187,7 +187,8 @@ def _layer(found: Footprint, layer: Layer, options: argparse.Namespace) -> dict[
 
 
 def _weights(found: Footprint, config: PretrainedConfig) -> int:
-    if getattr(config, "quantization_config", None) is not None:
+    parts = (config, config.get_text_config())  # of a model with several configs either may say it
+    if any(getattr(part, "quantization_config", None) is not None for part in parts):
         raise ValueError("lkv plan: expected --weights SIZE for a model that is quantised, got none")
     return found.parameters * found.weight_dtype.itemsize
 
