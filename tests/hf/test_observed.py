@@ -95,10 +95,11 @@ def check(model: PreTrainedModel, shape: str, chunks: str = "each", chunk: int |
     with watched(model) as (keys, hidden), lkv.Cache(model, policy, **options) as cache:
         talk(model, cache, turns, chunk)
     assert len(policy.seen) == len(cache.ragged)
-    for layer, observations in policy.seen.items():
+    for rank, observations in policy.seen.items():
         assert len(observations) >= 2
+        index = cache.ragged[rank].index
         for observed in observations:
-            compare(observed, keys[layer], hidden[layer], rtol=1e-4, atol=1e-5)
+            compare(observed, keys[index], hidden[index], rtol=1e-4, atol=1e-5)
     return policy, cache
 
 

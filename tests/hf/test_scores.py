@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lkv
+from lkv.hf.compat import find_decoder
 from lkv.policies import AdaKV, KVzip, Observation, SnapKV
 
 WINDOW, POOLED = 4, 5
@@ -81,11 +82,12 @@ def test_what_the_last_queries_pay(model, wrapped):
     noting = Noting()
     outputs, weights = talked(model, AdaKV(noting) if wrapped else noting)
     assert [int(observed.query_positions.max()) + 1 for _, observed, _ in noting.noted] == sorted(SEEN * 2)
-    for layer, observed, scores in noting.noted:
-        strongest = KVzip().score(layer, observed)
+    evicted = sorted(find_decoder(model).readers)
+    for rank, observed, scores in noting.noted:
+        strongest = KVzip().score(rank, observed)
         for b in range(3):
             for head in range(2):
-                paid, rows = of_window(weights[layer], outputs.mask, observed, b, head)
+                paid, rows = of_window(weights[evicted[rank]], outputs.mask, observed, b, head)
                 torch.testing.assert_close(scores[b, head, rows], pooled(paid), rtol=1e-4, atol=1e-6)
                 torch.testing.assert_close(strongest[b, head, rows], paid.amax((0, 1)), rtol=1e-4, atol=1e-6)
             outside = torch.ones_like(scores[b, 0], dtype=torch.bool)
@@ -102,10 +104,11 @@ def test_queries_of_several_calls(model):
     weights = {}
     with torch.no_grad():
         masked_logits(model, outputs.ids, outputs.mask, recorder.visible, weights)
-    for layer, observed, scores in noting.noted:
+    evicted = sorted(find_decoder(model).readers)
+    for rank, observed, scores in noting.noted:
         assert int(observed.query_positions.max()) == 46 and observed.query_mask.all()
         for b in range(3):
             for head in range(2):
-                paid, rows = of_window(weights[layer], outputs.mask, observed, b, head)
+                paid, rows = of_window(weights[evicted[rank]], outputs.mask, observed, b, head)
                 torch.testing.assert_close(scores[b, head, rows], pooled(paid), rtol=1e-4, atol=1e-6)
     assert len(noting.noted) == 2

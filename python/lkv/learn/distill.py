@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lkv.hf import Cache
+from lkv.hf.compat import find_decoder
 from lkv.hf.observation import observe
 from lkv.passes import Context, follow
 from lkv.policies import Observation
@@ -50,6 +51,12 @@ def read(model: PreTrainedModel, policy: Learned, contexts: Sequence[Sequence[in
     Raises:
         ValueError: for a model of which some layers hold no keys of all tokens: sliding, shared or recurrent ones.
     """
+    layers = len(find_decoder(model).readers)
+    if layers != policy.budget.layers:
+        raise ValueError(
+            f"lkv.learn: expected full attention in all {policy.budget.layers} layers, each with keys of its own, got "
+            f"{layers} such layers in {type(model).__name__}"
+        )
     lengths = [len(c) for c in contexts]
     size, device = max(lengths), model.device
     tokens = torch.zeros(len(contexts), size, dtype=torch.int64, device=device)
@@ -61,11 +68,6 @@ def read(model: PreTrainedModel, policy: Learned, contexts: Sequence[Sequence[in
         text = torch.tensor([list(contexts[b]) for b in rows], device=device)
         tokens[rows, :length] = text
         with Cache(model, policy, retention=1.0, chunks="last") as cache:
-            if len(cache.ragged) != policy.budget.layers:
-                raise ValueError(
-                    f"lkv.learn: expected full attention in all {policy.budget.layers} layers, each with keys of its "
-                    f"own, got {len(cache.ragged)} such layers in {type(model).__name__}"
-                )
             model.get_decoder()(text, past_key_values=cache, use_cache=True)
             for i, layer in enumerate(cache.ragged):
                 observed = observe(layer, policy.needs, 1)
