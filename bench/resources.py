@@ -186,9 +186,7 @@ def _cuobjdump(*arguments: object) -> str:
     return subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True).stdout
 
 
-SYSTEM_SHARED = (
-    1024  # bytes of a block that CUDA keeps for itself from sm_90 on, counted where a kernel has shared memory
-)
+SYSTEM_SHARED = 1024  # bytes that CUDA keeps for itself from sm_90 on, of a block that has shared memory
 
 
 def parse_usage(text: str) -> list[Kernel]:

@@ -182,8 +182,9 @@ class PagedCache:
             pools, ranking = [self.k, self.v, *self.companions], scores[..., : self.max_length]
             if tuple(scores.shape[:2]) != (batch, heads):
                 raise ValueError(f"{expected}, got {list(scores.shape)}")
-            counts = torch.tensor(self._counts, dtype=torch.int64, device="cpu").view(batch, heads)
-            held = self.lengths if self.lengths.is_cuda else counts
+            held = self.lengths
+            if not held.is_cuda:
+                held = torch.tensor(self._counts, dtype=torch.int64, device="cpu").view(batch, heads)
             index = evict_paged_(pools, ranking, budgets, self.tables, held, sink=sink, window=window)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             errors.reraise("PagedCache.evict", error, given=locals())
